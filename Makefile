@@ -1,0 +1,30 @@
+PYTHON ?= $(shell command -v python3.11 || echo python3)
+RUN := .venv/bin/python
+export OMP_NUM_THREADS ?= 1
+.PHONY: setup test test-slow demo demo-world comfyui bench workflows
+
+setup:  # private environment, real ComfyUI, this pack linked into it; instant the second time
+	@$(PYTHON) .ci/setup.py
+
+test: setup  # style, types, every test but gpu and slow
+	@$(RUN) -m ruff check --quiet . && $(RUN) -m ruff format --check --quiet .
+	@cd .cache/pack && ../../$(RUN) -m mypy --config-file ../../pyproject.toml --no-error-summary -p DiffLoRA.difflora_core -p DiffLoRA.nodes
+	@$(RUN) -m pytest
+
+test-slow: setup  # the tests that take minutes
+	@$(RUN) -m pytest -m "slow and not gpu"
+
+demo: setup  # the main job: a photo becomes a LoRA and pictures, in output/demo/
+	@$(RUN) -m difflora_core.demo.run
+
+demo-world: setup  # rebuild the shipped demo world from seeds
+	@$(RUN) -m difflora_core.demo.build
+
+comfyui: setup  # the same ComfyUI for a browser
+	@$(RUN) -m difflora_core.demo.comfy_server
+
+bench: setup  # make bench name=identity args='--quick'
+	@$(RUN) -m benchmarks.$(name) $(args)
+
+workflows: setup  # every file in workflows/ in real ComfyUI
+	@$(RUN) -m difflora_core.demo.workflows

@@ -1,0 +1,57 @@
+"""Shared fixtures: where ComfyUI is, and this pack loaded the way ComfyUI loads it."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parents[1]
+COMFYUI = Path(os.environ.get("COMFYUI_PATH", ROOT / ".comfyui")).resolve()
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the network
+if COMFYUI.is_dir():
+    # First on the path, or our folder `nodes/` hides ComfyUI's module of that name.
+    sys.path.insert(0, str(COMFYUI))
+settings.register_profile("difflora", deadline=None, derandomize=True, max_examples=25)
+settings.load_profile("difflora")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests for a GPU say why they do not run."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def comfyui() -> Path:
+    """ComfyUI's folder, its modules importable in this process, on the CPU where there is no GPU."""
+    if not (COMFYUI / "main.py").exists():
+        pytest.skip(f"no ComfyUI in {COMFYUI}: run make setup, or set COMFYUI_PATH")
+    from comfy.cli_args import args
+
+    args.cpu = not torch.cuda.is_available()
+    return COMFYUI
+
+
+@pytest.fixture(scope="session")
+def pack(comfyui: Path) -> ModuleType:
+    """This pack under a name made from its path, as ComfyUI's load_custom_node does.
+
+    `importlib.import_module(".nodes.features", pack.__name__)` gives one of its modules.
+    """
+    name = str(ROOT).replace(".", "_x_")
+    spec = importlib.util.spec_from_file_location(name, ROOT / "__init__.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
