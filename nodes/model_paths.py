@@ -1,4 +1,4 @@
-"""Where ComfyUI keeps our files: `models/difflora` and, shared with other packs, `models/insightface`."""
+"""Where ComfyUI keeps our files: `models/difflora`, and `models/insightface` as other packs do."""
 
 import os
 
@@ -9,7 +9,7 @@ INSIGHTFACE = "insightface"
 
 
 def register() -> None:
-    """Registers our model folders with ComfyUI; asking twice, or beside another pack, is harmless."""
+    """Registers our model folders with ComfyUI; twice, or beside another pack, is harmless."""
     for folder in (DIFFLORA, INSIGHTFACE):
         folder_paths.add_model_folder_path(folder, os.path.join(folder_paths.models_dir, folder))
     # A new folder lists every file; ours shows checkpoints only.

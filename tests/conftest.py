@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def comfyui() -> Path:
-    """ComfyUI's folder, its modules importable in this process, on the CPU where there is no GPU."""
+    """ComfyUI's folder; its modules can be imported here, on the CPU where there is no GPU."""
     if not (COMFYUI / "main.py").exists():
         pytest.skip(f"no ComfyUI in {COMFYUI}: run make setup, or set COMFYUI_PATH")
     from comfy.cli_args import args

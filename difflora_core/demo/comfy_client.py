@@ -1,0 +1,250 @@
+"""A client of a running ComfyUI: run a prompt, follow its progress, fetch what it made."""
+
+import io
+import json
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import websocket
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..errors import DiffLoRAError
+
+Prompt = Mapping[str, Mapping[str, Any]]
+
+
+class ComfyPromptError(DiffLoRAError):
+    """ComfyUI refused a prompt, or one of its nodes failed.
+
+    Attributes:
+        node_id: the node that failed, None when the prompt as a whole was refused.
+        node_type: its class.
+        message: what the node said, without the node's name.
+    """
+
+    def __init__(self, message: str, node_id: str | None = None, node_type: str = "") -> None:
+        """Puts the node's name before its message."""
+        super().__init__(f"Node {node_id} ({node_type}): {message}" if node_id else message)
+        self.message, self.node_id, self.node_type = message, node_id, node_type
+
+
+class ComfyInterrupted(DiffLoRAError):
+    """The prompt was stopped by /interrupt."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One step of a running prompt: node `node_id` (a `node_type`) did `value` of `maximum`."""
+
+    node_id: str
+    node_type: str
+    value: float
+    maximum: float
+
+
+@dataclass(frozen=True)
+class PromptResult:
+    """What a finished prompt left.
+
+    Attributes:
+        prompt_id: ComfyUI's id of the run.
+        outputs: node id to what that node shows, as in /history.
+        pictures: node id to its decoded pictures, (H, W, C) uint8.
+        cached: ids of the nodes that were not run again.
+        seconds: from queueing to the end.
+    """
+
+    prompt_id: str
+    outputs: Mapping[str, Mapping[str, Any]]
+    pictures: Mapping[str, list[NDArray[np.uint8]]] = field(repr=False)
+    cached: frozenset[str]
+    seconds: float
+
+    def picture(self, node_id: str | int | None = None) -> NDArray[np.uint8]:
+        """The first picture of a node, or of the only node that made pictures.
+
+        Raises:
+            ComfyPromptError: that node made none, or the choice is open.
+        """
+        key = str(node_id) if node_id is not None else next(iter(self.pictures), "")
+        if not self.pictures.get(key) or (node_id is None and len(self.pictures) > 1):
+            raise ComfyPromptError(
+                f"asked for a picture of node {key!r}; {list(self.pictures)} made some"
+            )
+        return self.pictures[key][0]
+
+
+class ComfyClient:
+    """Speaks to one ComfyUI at `url`; safe to use from several threads, one run per thread."""
+
+    def __init__(self, url: str) -> None:
+        """Remembers the address; nothing is sent yet."""
+        self.url = url
+        # A proxy of the machine must not stand between us and our own server.
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def run(
+        self,
+        prompt: Prompt,
+        on_progress: Callable[[Progress], None] | None = None,
+        timeout: float = 600.0,
+    ) -> PromptResult:
+        """Queues a prompt in API form and waits for its end.
+
+        Args:
+            prompt: node id to {class_type, inputs}.
+            on_progress: called with every step that ComfyUI reports; may call `interrupt`.
+            timeout: seconds for the whole run.
+
+        Raises:
+            ComfyPromptError: a node refused its input or failed, or the time is over.
+            ComfyInterrupted: somebody stopped the run.
+        """
+        begun = time.monotonic()
+        client_id = uuid.uuid4().hex
+        address = self.url.replace("http", "ws", 1) + f"/ws?clientId={client_id}"
+        events = websocket.create_connection(address, timeout=30)
+        try:
+            prompt_id = self._queue(prompt, client_id)
+            cached = self._follow(events, prompt_id, prompt, on_progress, begun + timeout)
+        finally:
+            events.close()
+        outputs = self._history(prompt_id)
+        pictures = {
+            node: [self.picture(item) for item in shown["images"]]
+            for node, shown in outputs.items()
+            if shown.get("images")
+        }
+        return PromptResult(prompt_id, outputs, pictures, cached, time.monotonic() - begun)
+
+    def object_info(self, node_type: str | None = None) -> dict[str, Any]:
+        """The schemas of all nodes, or of one."""
+        return self._json("/object_info" + (f"/{node_type}" if node_type else ""))
+
+    def system_stats(self) -> dict[str, Any]:
+        """ComfyUI's versions and devices."""
+        return self._json("/system_stats")
+
+    def interrupt(self) -> None:
+        """Stops the prompt that runs now."""
+        self._request("/interrupt", {})
+
+    def free(self) -> None:
+        """Unloads the models and empties the cache of results."""
+        self._request("/free", {"unload_models": True, "free_memory": True})
+
+    def picture(self, item: Mapping[str, str]) -> NDArray[np.uint8]:
+        """Fetches one picture named by an output, as (H, W, C) uint8."""
+        with Image.open(io.BytesIO(self.file(item))) as image:
+            return np.asarray(image.convert("RGBA" if image.mode == "RGBA" else "RGB"))
+
+    def file(self, item: Mapping[str, str]) -> bytes:
+        """Fetches one file named by an output: {filename, subfolder, type}."""
+        return self._request("/view?" + urllib.parse.urlencode(item))
+
+    def upload_picture(self, path: Path) -> str:
+        """Puts a picture file into ComfyUI's input folder and returns its name for LoadImage."""
+        mark = uuid.uuid4().hex
+        part = f"--{mark}\r\nContent-Disposition: form-data; name="
+        head = f'{part}"overwrite"\r\n\r\ntrue\r\n'
+        head += f'{part}"image"; filename="{path.name}"\r\n'
+        body = head.encode() + b"\r\n" + path.read_bytes() + f"\r\n--{mark}--\r\n".encode()
+        kind = f"multipart/form-data; boundary={mark}"
+        answer = json.loads(self._request("/upload/image", body, kind))
+        return str(answer["name"])
+
+    def _queue(self, prompt: Prompt, client_id: str) -> str:
+        """Posts the prompt; a refusal names the node and the input."""
+        try:
+            answer = self._request("/prompt", {"prompt": prompt, "client_id": client_id})
+        except urllib.error.HTTPError as refusal:
+            raise _refusal(refusal.read(), prompt) from refusal
+        return str(json.loads(answer)["prompt_id"])
+
+    def _follow(
+        self,
+        events: websocket.WebSocket,
+        prompt_id: str,
+        prompt: Prompt,
+        on_progress: Callable[[Progress], None] | None,
+        deadline: float,
+    ) -> frozenset[str]:
+        """Reads events until the run is over; returns the ids of cached nodes."""
+        cached: frozenset[str] = frozenset()
+        while True:
+            kind, data = self._next_event(events, deadline)
+            if data.get("prompt_id") != prompt_id:
+                continue
+            if kind == "execution_cached":
+                cached = frozenset(data["nodes"])
+            elif kind == "execution_error":
+                message = str(data["exception_message"]).strip()
+                raise ComfyPromptError(message, str(data["node_id"]), str(data["node_type"]))
+            elif kind == "execution_interrupted":
+                raise ComfyInterrupted(f"The run was stopped in node {data.get('node_id')}.")
+            elif kind == "executing" and data["node"] is None:
+                return cached  # execution_success comes before the history is written
+            elif kind in ("executing", "progress") and on_progress is not None:
+                node = str(data["node"])
+                name = str(prompt.get(node, {}).get("class_type", ""))
+                on_progress(Progress(node, name, data.get("value", 0), data.get("max", 1)))
+
+    def _next_event(
+        self, events: websocket.WebSocket, deadline: float
+    ) -> tuple[str, Mapping[str, Any]]:
+        """The next event in JSON; previews, which are binary, are passed over."""
+        while True:
+            events.settimeout(max(deadline - time.monotonic(), 0.01))
+            try:
+                message = events.recv()
+            except websocket.WebSocketTimeoutException as late:
+                raise ComfyPromptError("ComfyUI did not finish the prompt in time.") from late
+            except (websocket.WebSocketException, OSError) as gone:
+                raise ComfyPromptError("ComfyUI ended while running the prompt.") from gone
+            if isinstance(message, str) and message:
+                event = json.loads(message)
+                return event["type"], event.get("data") or {}
+
+    def _history(self, prompt_id: str) -> dict[str, dict[str, Any]]:
+        """What the nodes show."""
+        entry = self._json(f"/history/{prompt_id}").get(prompt_id)
+        if entry is None:
+            raise ComfyPromptError(f"ComfyUI has no history of prompt {prompt_id}.")
+        return dict(entry["outputs"])
+
+    def _json(self, path: str) -> dict[str, Any]:
+        """A GET answered in JSON."""
+        return dict(json.loads(self._request(path)))
+
+    def _request(
+        self,
+        path: str,
+        body: Mapping[str, Any] | bytes | None = None,
+        kind: str = "application/json",
+    ) -> bytes:
+        """A GET, or a POST when there is a body."""
+        data = json.dumps(body).encode() if isinstance(body, Mapping) else body
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": kind})
+        with self._opener.open(request, timeout=60) as answer:
+            return bytes(answer.read())
+
+
+def _refusal(body: bytes, prompt: Prompt) -> ComfyPromptError:
+    """The first complaint of a refused prompt."""
+    answer = json.loads(body or b"{}")
+    for node_id, node in (answer.get("node_errors") or {}).items():
+        complaints = "; ".join(f"{e['message']}: {e['details']}" for e in node["errors"])
+        return ComfyPromptError(complaints, node_id, node.get("class_type", ""))
+    error = answer.get("error") or {
+        "message": f"ComfyUI refused the prompt of {len(prompt)} nodes."
+    }
+    return ComfyPromptError(error if isinstance(error, str) else str(error.get("message")))

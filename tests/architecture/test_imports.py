@@ -1,0 +1,98 @@
+"""Imports point down the list of rooms, ComfyUI stays in nodes/, and the root imports nothing."""
+
+import ast
+import sys
+
+LEVELS = {
+    "errors": 0,
+    "lora": 1,
+    "vision": 1,
+    "diffusion": 1,
+    "models": 2,
+    "adapters": 2,
+    "methods": 3,
+    "storage": 4,
+    "training": 5,
+    "evaluation": 5,
+    "demo": 6,
+    "cli": 7,
+}
+HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "execution", "folder_paths"}
+SHARED_NODE_FILES = {"sockets", "bridge", "model_paths"}
+
+
+def allowed(importer: str, imported: str) -> bool:
+    """The house's import law for two rooms."""
+    if importer == imported or imported == "errors":
+        return True
+    if importer == "adapters":
+        return imported == "lora"
+    return LEVELS[imported] < LEVELS[importer]
+
+
+def test_rooms_are_known(sources):
+    rooms = {source.room for source in sources if source.in_core}
+    assert rooms <= {*LEVELS, "__init__", "__main__"}
+
+
+def test_imports_point_down(sources):
+    wrong = []
+    for source in sources:
+        if not source.in_core or source.room not in LEVELS:
+            continue
+        for line, target in source.imports():
+            parts = target.split(".")
+            if parts[0] == "difflora_core" and len(parts) > 1 and parts[1] in LEVELS:
+                if not allowed(source.room, parts[1]):
+                    wrong.append(f"{source.path}:{line} {source.room} -> {parts[1]}")
+    assert not wrong
+
+
+def test_core_never_imports_the_host(sources):
+    wrong = [
+        f"{source.path}:{line} {target}"
+        for source in sources
+        if source.in_core
+        for line, target in source.imports()
+        if target.split(".")[0] in {*HOST, "nodes"}
+    ]
+    assert not wrong
+
+
+def test_imports_of_ours_are_relative(sources):
+    """ComfyUI loads the pack under a path-shaped name: an absolute import finds nothing there."""
+    wrong = [
+        f"{source.path}:{node.lineno}"
+        for source in sources
+        for node in ast.walk(source.tree)
+        if (isinstance(node, ast.Import) and any(ours(alias.name) for alias in node.names))
+        or (isinstance(node, ast.ImportFrom) and not node.level and ours(node.module or ""))
+    ]
+    assert not wrong
+
+
+def ours(module: str) -> bool:
+    """True for a module of this pack by its absolute name."""
+    return module.split(".")[0] in ("difflora_core", "nodes")
+
+
+def test_nodes_share_only_the_bridge(sources):
+    wrong = [
+        f"{source.path}:{line} {target}"
+        for source in sources
+        if not source.in_core and source.path.name != "__init__.py"
+        for line, target in source.imports()
+        if target.startswith("nodes.") and target.split(".")[1] not in SHARED_NODE_FILES
+    ]
+    assert not wrong
+
+
+def test_root_imports_nothing_of_ours_at_module_level(root):
+    """pytest imports the root as a package, and ComfyUI is not there then."""
+    tree = ast.parse((root / "__init__.py").read_text("utf-8"))
+    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    modules = [
+        n.module or "." if isinstance(n, ast.ImportFrom) else n.names[0].name for n in imports
+    ]
+    assert not any(getattr(node, "level", 0) for node in imports)
+    assert set(modules) <= set(sys.stdlib_module_names)

@@ -1,0 +1,130 @@
+"""Methods have the same stem in every room, budgets hold, and requirements are told once."""
+
+import ast
+
+import pytest
+import tomllib
+
+MAX_FILE, MAX_FUNCTION, MAX_FIT, MAX_PARAMETERS = 300, 50, 120, 7
+EXCUSE = "# over budget:"  # followed by the reason, in the file
+FORBIDDEN_CALLS = {
+    "print",
+    "eval",
+    "exec",
+    "torch.load",
+    "torch.save",
+    "torch.manual_seed",
+    "torch.seed",
+    "np.random.seed",
+    "numpy.random.seed",
+    "random.seed",
+}
+FORBIDDEN_NAMES = {"utils", "helpers", "common", "misc", "manager"}
+
+
+def functions(source):
+    """Every function of a file."""
+    return [
+        node
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+
+
+def test_method_has_the_same_stem_in_every_room(root):
+    stems = {path.stem for path in (root / "difflora_core" / "methods").glob("*.py")}
+    missing = []
+    for stem in sorted(stems - {"__init__", "base", "registry"}):
+        adapter = "lora" if stem == "difflora" else stem  # what DiffLoRA makes is a LoRA
+        rooms = {
+            "difflora_core/adapters": adapter,
+            "difflora_core/training": stem,
+            "nodes": stem,
+        }
+        missing += [f"{r}/{s}.py" for r, s in rooms.items() if not (root / r / f"{s}.py").exists()]
+    assert not missing
+
+
+def test_files_keep_their_budget(sources):
+    lengths = {str(s.path): s.text.count("\n") for s in sources if EXCUSE not in s.text}
+    assert {path: n for path, n in lengths.items() if n > MAX_FILE} == {}
+
+
+def test_functions_keep_their_budget(sources):
+    long = []
+    for source in sources:
+        if EXCUSE in source.text:
+            continue
+        for node in functions(source):
+            length = node.end_lineno - node.lineno + 1
+            if length > (MAX_FIT if node.name == "fit" else MAX_FUNCTION):
+                long.append(f"{source.path}:{node.lineno} {node.name}: {length} lines")
+    assert not long
+
+
+def test_core_functions_take_few_parameters(sources):
+    many = []
+    for source in sources:
+        if not source.in_core or EXCUSE in source.text:
+            continue
+        for node in functions(source):
+            names = [a.arg for a in [*node.args.args, *node.args.kwonlyargs]]
+            count = len([name for name in names if name not in ("self", "cls")])
+            if count > MAX_PARAMETERS:
+                many.append(f"{source.path}:{node.lineno} {node.name}: {count}")
+    assert not many
+
+
+def test_no_smells(sources):
+    smells = []
+    for source in sources:
+        for node in ast.walk(source.tree):
+            at = f"{source.path}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in FORBIDDEN_CALLS:
+                smells.append(f"{at} {ast.unparse(node.func)}")
+            elif isinstance(node, ast.Assert):
+                smells.append(f"{at} assert")
+            elif isinstance(node, ast.ExceptHandler) and node.type is None:
+                smells.append(f"{at} bare except")
+        smells += [f"{at} imports {t}" for at, t in source.imports() if t.split(".")[0] == "pickle"]
+    assert not smells
+
+
+def test_files_are_named_after_their_subject(sources):
+    assert not [str(s.path) for s in sources if s.path.stem in FORBIDDEN_NAMES]
+
+
+def test_public_names_have_docstrings(sources):
+    bare = []
+    for source in sources:
+        if not ast.get_docstring(source.tree) and source.text.strip():
+            bare.append(str(source.path))
+        public = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+        owners = [source.tree, *(n for n in source.tree.body if isinstance(n, ast.ClassDef))]
+        for owner in owners if source.in_core else []:
+            for node in owner.body:
+                if isinstance(node, public) and not node.name.startswith("_"):
+                    if not ast.get_docstring(node):
+                        bare.append(f"{source.path}:{node.lineno} {node.name}")
+    assert not bare
+
+
+def test_requirements_are_told_once(root):
+    project = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]
+    lines = (root / "requirements.txt").read_text("utf-8").split("\n")
+    assert [line for line in lines if line and not line.startswith("#")] == project["dependencies"]
+
+
+@pytest.mark.parametrize("name", ["torch", "torchvision", "torchaudio", "numpy", "opencv", "comfy"])
+def test_requirements_leave_the_host_alone(root, name):
+    lines = (root / "requirements.txt").read_text("utf-8").lower().split("\n")
+    assert not [line for line in lines if line.split(">")[0].split("=")[0] == name]
+    assert not [line for line in lines if line.startswith(("opencv-", "onnxruntime-"))]
+
+
+def test_make_targets_stay_short(root):
+    """The Makefile is a table of contents: at most five lines each."""
+    length = 0
+    for line in (root / "Makefile").read_text("utf-8").split("\n"):
+        length = length + 1 if line.startswith("\t") else 0
+        assert length <= 5, line
