@@ -1,0 +1,83 @@
+"""LayerAdapter: the contract of every trained edit of one layer; AdapterSet: an ordered set of them.
+
+Blending is done once for all methods, in ``attach``. With layer f, strength s and original input x:
+
+    x' = x + s * (substitute(x) - x)      y = f(x')      y' = y + s * (edit(x, y) - y)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+from torch import Tensor
+
+
+class LayerAdapter(Protocol):
+    """What a method does to one layer. Neither function sees the weight. Ours.
+
+    Subclass it and override what the method needs; the defaults change nothing.
+    """
+
+    def substitute(self, x: Tensor) -> Tensor:
+        """Input that the layer should see instead of ``x``; (B, ..., in) to the same shape."""
+        return x
+
+    def edit(self, x: Tensor, y: Tensor) -> Tensor:
+        """Output instead of ``y``, given the original input ``x``; (B, ..., out), same shape."""
+        del x
+        return y
+
+    def merge(self, weight: Tensor) -> Tensor | None:
+        """New weight (out, in) with the same effect, or None when it depends on the input."""
+        del weight
+        return None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything needed to rebuild the adapter."""
+        ...
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> Self:
+        """Adapter from the tensors of ``state_dict``."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterEntry:
+    """One adapter on one layer, with its own strength."""
+
+    layer: str
+    adapter: LayerAdapter
+    strength: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterSet:
+    """Ordered adapters; order matters because some edits (PaRa) do not commute.
+
+    A layer may appear several times; its adapters then act in the order of the entries.
+    """
+
+    entries: tuple[AdapterEntry, ...]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __iter__(self) -> Iterator[AdapterEntry]:
+        return iter(self.entries)
+
+    def __add__(self, other: AdapterSet) -> AdapterSet:
+        return AdapterSet(self.entries + other.entries)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Layer names without repetition, in order of first appearance."""
+        return tuple(dict.fromkeys(entry.layer for entry in self.entries))
+
+    def scaled(self, strength: float) -> AdapterSet:
+        """Every entry's strength multiplied by ``strength``."""
+        return AdapterSet(
+            tuple(AdapterEntry(e.layer, e.adapter, e.strength * strength) for e in self.entries)
+        )

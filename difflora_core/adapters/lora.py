@@ -1,0 +1,94 @@
+"""Low-rank sum: y + alpha / r * up @ down @ x, one LoRA for all samples or one for each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import LayoutError
+from ..lora.weights import LoRALayer, LoRAWeights
+from .base import AdapterEntry, AdapterSet, LayerAdapter
+
+
+class LoRAAdapter(LayerAdapter):
+    """LoRA on one linear layer (arXiv 2106.09685, Eq. 3).
+
+    With factors (r, in), (out, r) every sample gets the same edit; with (B, r, in), (B, out, r)
+    sample b gets LoRA b. An input batch of n * B (guidance repeats the batch) repeats the LoRAs.
+
+    Args:
+        layer: the factors; gradients flow into them.
+    """
+
+    def __init__(self, layer: LoRALayer) -> None:
+        if len(layer.batch_shape) > 1:
+            raise LayoutError(f"A LoRA takes one batch dimension, got {tuple(layer.batch_shape)}.")
+        self.layer = layer
+
+    def edit(self, x: Tensor, y: Tensor) -> Tensor:
+        """y + alpha / r * up @ down @ x; x (B, ..., in), y (B, ..., out).
+
+        Raises:
+            LayoutError: when the batch is not a multiple of the number of LoRAs, or widths differ.
+        """
+        layer = self.layer
+        if x.shape[-1] != layer.in_features or y.shape[-1] != layer.out_features:
+            raise LayoutError(
+                f"This LoRA is for a layer of {layer.in_features} to {layer.out_features} features, "
+                f"but was attached to one of {x.shape[-1]} to {y.shape[-1]}."
+            )
+        down, up = layer.down.to(x), layer.up.to(x)
+        if not layer.batch_shape:
+            return y + layer.scaling * F.linear(F.linear(x, down), up)
+        count = layer.batch_shape[0]
+        if x.shape[0] % count:
+            raise LayoutError(
+                f"A batch of {x.shape[0]} samples cannot be shared by {count} LoRAs: "
+                "the number of samples must be a multiple."
+            )
+        if x.shape[0] > count:
+            repeats = x.shape[0] // count
+            down, up = down.repeat(repeats, 1, 1), up.repeat(repeats, 1, 1)
+        flat = x.reshape(x.shape[0], -1, x.shape[-1])  # (B, N, in)
+        change = torch.bmm(torch.bmm(flat, down.mT), up.mT)  # (B, N, r) -> (B, N, out)
+        return y + layer.scaling * change.reshape(y.shape)
+
+    def merge(self, weight: Tensor) -> Tensor | None:
+        """Weight (out, in) plus delta W, computed in float32 or better; None for a batch of LoRAs.
+
+        Raises:
+            LayoutError: when the weight has another shape.
+        """
+        layer = self.layer
+        if layer.batch_shape:
+            return None
+        if tuple(weight.shape) != (layer.out_features, layer.in_features):
+            raise LayoutError(
+                f"This LoRA is for a weight of {(layer.out_features, layer.in_features)}, "
+                f"got {tuple(weight.shape)}."
+            )
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        down = layer.down.to(weight.device, dtype)
+        up = layer.up.to(weight.device, dtype)
+        return (weight.to(dtype) + layer.scaling * (up @ down)).to(weight.dtype)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors ``lora_down``, ``lora_up``, ``alpha``."""
+        alpha = torch.tensor(self.layer.alpha, dtype=torch.float64)
+        return {"lora_down": self.layer.down, "lora_up": self.layer.up, "alpha": alpha}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> Self:
+        """Adapter from the tensors of ``state_dict``."""
+        return cls(LoRALayer(state["lora_down"], state["lora_up"], float(state["alpha"])))
+
+
+def lora_adapter_set(weights: LoRAWeights) -> AdapterSet:
+    """AdapterSet of a LoRA or a batch of LoRAs, in the order of its layers."""
+    return AdapterSet(
+        tuple(AdapterEntry(name, LoRAAdapter(layer)) for name, layer in weights.layers.items())
+    )

@@ -1,0 +1,1 @@
+"""LoRA weights as data: no networks, no files."""
