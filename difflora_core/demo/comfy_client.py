@@ -78,7 +78,7 @@ class PromptResult:
         key = str(node_id) if node_id is not None else next(iter(self.pictures), "")
         if not self.pictures.get(key) or (node_id is None and len(self.pictures) > 1):
             raise ComfyPromptError(
-                f"asked for a picture of node {key!r}; {list(self.pictures)} made some"
+                f"No single picture of node {key!r}: {list(self.pictures)} made some."
             )
         return self.pictures[key][0]
 
