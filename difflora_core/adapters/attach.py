@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -80,7 +80,7 @@ class AttachHandle:
             handle.remove()
         self._handles.clear()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> AttachHandle:
         return self
 
     def __exit__(
@@ -124,7 +124,7 @@ def attach(
     strength: float = 1.0,
     names: Mapping[str, str] | None = None,
 ) -> AttachHandle:
-    """Hook every adapter onto its layer; weights stay untouched. Ours (style of PEFT, ComfyUI bypass).
+    """Hook every adapter onto its layer; weights stay untouched. Ours.
 
     Two attachments on one layer compose in the order in which they were attached and can be
     removed in any order.

@@ -1,4 +1,4 @@
-"""LayerAdapter: the contract of every trained edit of one layer; AdapterSet: an ordered set of them.
+"""LayerAdapter: the contract of every trained edit of one layer; AdapterSet: ordered edits.
 
 Blending is done once for all methods, in ``attach``. With layer f, strength s and original input x:
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Protocol
 
 from torch import Tensor
 
@@ -39,7 +39,7 @@ class LayerAdapter(Protocol):
         ...
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor]) -> Self:
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> LayerAdapter:
         """Adapter from the tensors of ``state_dict``."""
         ...
 

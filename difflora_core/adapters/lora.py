@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +37,8 @@ class LoRAAdapter(LayerAdapter):
         layer = self.layer
         if x.shape[-1] != layer.in_features or y.shape[-1] != layer.out_features:
             raise LayoutError(
-                f"This LoRA is for a layer of {layer.in_features} to {layer.out_features} features, "
-                f"but was attached to one of {x.shape[-1]} to {y.shape[-1]}."
+                f"This LoRA is for a layer of {layer.in_features} to {layer.out_features} "
+                f"features, but was attached to one of {x.shape[-1]} to {y.shape[-1]}."
             )
         down, up = layer.down.to(x), layer.up.to(x)
         if not layer.batch_shape:
@@ -82,7 +81,7 @@ class LoRAAdapter(LayerAdapter):
         return {"lora_down": self.layer.down, "lora_up": self.layer.up, "alpha": alpha}
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor]) -> Self:
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> LoRAAdapter:
         """Adapter from the tensors of ``state_dict``."""
         return cls(LoRALayer(state["lora_down"], state["lora_up"], float(state["alpha"])))
 

@@ -1,4 +1,4 @@
-"""LoRALayout: which layers a LoRA edits, in which order and shape; derived from the UNet's config."""
+"""LoRALayout: the layers a LoRA edits, their order and shapes; derived from the UNet's config."""
 
 from __future__ import annotations
 
@@ -145,8 +145,8 @@ class LoRALayout:
             wanted = (shape.out_features, shape.in_features, self.rank)
             if got != wanted:
                 raise LayoutError(
-                    f"Layer {shape.name} has (out, in, rank) {got}, but {self.base} needs {wanted}. "
-                    f"Use a LoRA made for {self.base}, brought to rank {self.rank}."
+                    f"Layer {shape.name} has (out, in, rank) {got}, but {self.base} needs "
+                    f"{wanted}. Use a LoRA made for {self.base}, brought to rank {self.rank}."
                 )
 
     def to_json(self) -> str:

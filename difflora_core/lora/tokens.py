@@ -115,6 +115,7 @@ class TokenGrid:
         if down is None or tuple(down.shape) != (self.layout.rank, width):
             got = None if down is None else tuple(down.shape)
             raise LayoutError(
-                f"The shared down factor of {name} must be ({self.layout.rank}, {width}), got {got}."
+                f"The shared down factor of {name} must be "
+                f"({self.layout.rank}, {width}), got {got}."
             )
         return down

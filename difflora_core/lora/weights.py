@@ -1,4 +1,4 @@
-"""LoRAWeights: canonical layer name to (down, up, alpha), with optional leading batch dimensions."""
+"""LoRAWeights: canonical layer name to (down, up, alpha), optionally with a batch dimension."""
 
 from __future__ import annotations
 
