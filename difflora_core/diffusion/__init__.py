@@ -1,0 +1,1 @@
+"""The diffusion process: targets, loss weights, sampling loop; it knows no network."""

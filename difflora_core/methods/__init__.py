@@ -1,0 +1,1 @@
+"""Inference: one file per method, each turning a request into an AdapterSet."""

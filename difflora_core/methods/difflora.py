@@ -1,0 +1,217 @@
+"""DiffLoRA: photos to features, condition, LoRA latent and LoRA weights (arXiv:2408.06740).
+
+The paper samples the latent with a DiT. Here a deterministic predictor gives the single best guess
+(`mean_latent`) and the DiT models the distribution around it (`sample_latent`); both end in the
+same autoencoder's decoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..adapters.base import AdapterSet
+from ..adapters.lora import lora_adapter_set
+from ..diffusion.sampler import (
+    SampleSettings,
+    StepCallback,
+    initial_noise,
+    sample,
+    seeded_generators,
+)
+from ..errors import ConfigError, LayoutError
+from ..lora.layout import LoRALayout
+from ..lora.weights import LoRAWeights
+from ..models.difflora_config import DiffLoRAConfig
+from ..models.dit import DiT
+from ..models.lae import LoRAAutoencoder, LoRALatent
+from ..models.mif import IdentityCondition, MixedImageFeatures
+from ..models.predictor import LatentPredictor
+from ..vision.features import ImageFeatures
+from .base import AdaptationRequest
+
+__all__ = ["DiffLoRAConfig", "DiffLoRAModel"]
+
+
+class DiffLoRAModel(nn.Module):
+    """The whole model for one base family: condition, latent, LoRA.
+
+    Latents are kept in two scales: the autoencoder's own (`z`) and the normalised one of
+    `LoRALatent`, (z - latent_mean) / latent_scale, in which the DiT works.
+
+    Args:
+        config: sizes.
+        layout: LoRA layout of the base model.
+        operations: namespace of layer classes (a host may pass weight-casting ones).
+        generator: draws the initial weights.
+    """
+
+    name: ClassVar[str] = "difflora"
+    Config: ClassVar[type[Any]] = DiffLoRAConfig
+
+    def __init__(
+        self,
+        config: DiffLoRAConfig,
+        layout: LoRALayout,
+        operations: Any = nn,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.layout = config, layout
+        self.mif = MixedImageFeatures(config.mif, operations, generator)
+        self.predictor = LatentPredictor(config.predictor, operations, generator)
+        self.dit = DiT(config.dit, operations, generator)
+        self.lae = LoRAAutoencoder(config.lae, layout, operations, generator)
+        shape = (config.lae.latent_tokens, config.lae.latent_dim)
+        self.register_buffer("latent_mean", torch.zeros(shape))
+        self.register_buffer("latent_scale", torch.ones(shape))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.get_buffer("latent_mean").device
+
+    def condition(
+        self,
+        features: ImageFeatures | Sequence[ImageFeatures],
+        gate_override: Tensor | None = None,
+    ) -> IdentityCondition:
+        """Mixes photos into one condition per person.
+
+        Args:
+            features: photos of one person, or a list with one record per person.
+            gate_override: see `MixedImageFeatures.forward`.
+
+        Raises:
+            EncoderError: the features come from other encoders than the model's.
+            ConfigError: no person or no photo at all.
+        """
+        people = [features] if isinstance(features, ImageFeatures) else list(features)
+        if not people or min(len(person) for person in people) == 0:
+            raise ConfigError("There is no photo to make an identity condition from.")
+        for person in people:
+            self.config.feature_sizes.check(person.sizes)
+        photos = max(len(person) for person in people)
+        lengths = torch.tensor([len(person) for person in people])
+        result: IdentityCondition = self.mif(
+            _pad_photos([person.face for person in people], photos).to(self.device),
+            _pad_photos([person.face_found for person in people], photos).to(self.device),
+            _pad_photos([person.image for person in people], photos).to(self.device),
+            _pad_photos([person.image_tokens for person in people], photos).to(self.device),
+            photo_mask=(torch.arange(photos)[None] < lengths[:, None]).to(self.device),
+            gate_override=gate_override,
+        )
+        return result
+
+    def mean_latent(self, condition: IdentityCondition) -> LoRALatent:
+        """The single best guess for each of B identities; differentiable."""
+        return self.latent(self.predictor(condition))
+
+    def latent(self, z: Tensor) -> LoRALatent:
+        """Wraps autoencoder latents z (B, K, Dz) as normalised latents."""
+        mean, scale = self.get_buffer("latent_mean"), self.get_buffer("latent_scale")
+        return LoRALatent((z - mean.to(z)) / scale.to(z), self.layout.hash)
+
+    def raw_latent(self, latent: LoRALatent) -> Tensor:
+        """Inverse of `latent`: the autoencoder's z (B, K, Dz).
+
+        Raises:
+            LayoutError: the latent belongs to a model of another layout.
+        """
+        if latent.layout_hash != self.layout.hash:
+            raise LayoutError(
+                "This LoRA latent was made for another base model or LoRA layout; use the model "
+                "that made it."
+            )
+        z = latent.z.to(self.device)
+        mean, scale = self.get_buffer("latent_mean"), self.get_buffer("latent_scale")
+        return z * scale.to(z) + mean.to(z)
+
+    @torch.no_grad()
+    def fit_latent_statistics(self, z: Tensor, whiten: bool = False) -> None:
+        """Sets the normalisation from training latents z (M, K, Dz).
+
+        Args:
+            z: autoencoder latents of many identities.
+            whiten: give every number its own scale; by default one scale serves all, because with
+                few identities the weak directions are noise that whitening would amplify.
+        """
+        scale = z.std(0, unbiased=False) if whiten else z.var(0, unbiased=False).mean().sqrt()
+        self.get_buffer("latent_mean").copy_(z.mean(0))
+        self.get_buffer("latent_scale").copy_(scale.clamp_min(1e-6).expand_as(z[0]))
+
+    def sample_latent(
+        self,
+        condition: IdentityCondition | None,
+        seeds: Sequence[int],
+        settings: SampleSettings | None = None,
+        *,
+        callback: StepCallback | None = None,
+        scheduler: Any = None,
+    ) -> LoRALatent:
+        """Samples one latent per seed from the DiT.
+
+        Args:
+            condition: one identity for all seeds or one per seed; None invents people.
+            seeds: B seeds; the same seed gives the same latent whatever the batch or device.
+            settings: steps and guidance.
+            callback: `callback(step, total, z)`, may raise to interrupt.
+            scheduler: a diffusers scheduler to use instead of DDIM.
+        """
+        generators = seeded_generators(seeds)
+        shape = (self.config.lae.latent_tokens, self.config.lae.latent_dim)
+        noise = initial_noise(generators, shape).to(self.device)
+        bound = None if condition is None else condition.expand(len(seeds)).to(noise)
+
+        def denoise(z: Tensor, timestep: Tensor, conditional: bool) -> Tensor:
+            prediction: Tensor = self.dit(z, timestep, bound if conditional else None)
+            return prediction
+
+        z = sample(
+            denoise,
+            noise,
+            scheduler or self.config.schedule.scheduler(),
+            settings or SampleSettings(),
+            generators=generators,
+            callback=callback,
+        )
+        return LoRALatent(z, self.layout.hash)
+
+    def encode(self, weights: LoRAWeights) -> LoRALatent:
+        """Brings an existing LoRA, single or batched, into the latent space."""
+        return self.latent(self.lae.encode_weights(weights))
+
+    def decode(self, latent: LoRALatent) -> LoRAWeights:
+        """Decodes B latents to batched LoRA weights; differentiable."""
+        return self.lae.decode_weights(self.raw_latent(latent))
+
+    @torch.no_grad()
+    def adapters(self, request: AdaptationRequest) -> AdapterSet:
+        """Makes the LoRA adapters of one person (style.md 3.4).
+
+        Raises:
+            ConfigError: the request has no features.
+        """
+        if request.features is None:
+            raise ConfigError("DiffLoRA needs the features of at least one photo of the person.")
+        condition = self.condition(request.features, request.gate_override)
+        if request.variation or self.config.preset == "paper":
+            settings = SampleSettings(request.steps, request.guidance_scale)
+            latent = self.sample_latent(
+                condition, [request.seed], settings, callback=request.callback
+            )
+        else:
+            latent = self.mean_latent(condition)
+        weights = self.decode(latent).batch_item(0)
+        return lora_adapter_set(weights).scaled(request.strength)
+
+
+def _pad_photos(rows: list[Tensor], photos: int) -> Tensor:
+    """Stacks per-person (N, ...) tensors to (B, photos, ...), padding with zeros."""
+    return torch.stack(
+        [F.pad(row, [0, 0] * (row.ndim - 1) + [0, photos - len(row)]) for row in rows]
+    )
