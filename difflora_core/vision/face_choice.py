@@ -1,0 +1,115 @@
+"""Which face of a photo is meant, and what happens when it is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import ConfigError, ImageError
+from .face_encoder import DetectedFace
+from .preprocess import box_mask
+
+ORDERS = ("largest", "left_to_right")
+MISSING_POLICIES = ("error", "skip", "image_only")
+IMAGE_REGIONS = ("crop", "picture")
+
+
+@dataclass(frozen=True)
+class FaceOptions:
+    """How faces are chosen and what CLIP vision sees.
+
+    Attributes:
+        order: "largest" or "left_to_right": how the faces of a photo are numbered.
+        index: Which of them, from 0.
+        on_missing: "error" stops, "skip" drops the photo, "image_only" keeps it without a face.
+        image_region: "crop" shows CLIP vision the square around the face, "picture" the middle
+            square of the photo. A photo without a face always uses the picture.
+        region_factor: Side of that square over the longer side of the face box; 2.2 holds hair
+            and neck.
+    """
+
+    order: str = "largest"
+    index: int = 0
+    on_missing: str = "error"
+    image_region: str = "crop"
+    region_factor: float = 2.2
+
+    def __post_init__(self) -> None:
+        choices = {"order": ORDERS, "on_missing": MISSING_POLICIES, "image_region": IMAGE_REGIONS}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"{name} is '{getattr(self, name)}'; choose one of {', '.join(allowed)}."
+                )
+        if self.index < 0:
+            raise ConfigError(f"The face index {self.index} is negative; the first face is 0.")
+        if not 1 <= self.region_factor <= 10:
+            raise ConfigError(f"region_factor is {self.region_factor}; choose 1 to 10.")
+
+
+def choose_face(
+    faces: Sequence[DetectedFace], options: FaceOptions, mask: Tensor | None = None
+) -> DetectedFace | None:
+    """Pick one face of a photo.
+
+    Args:
+        faces: All faces found.
+        options: Order and index.
+        mask: (H, W) marks the wanted person. The face with the largest marked share of its box
+            wins, whatever the order; an empty mask is no mask.
+
+    Returns:
+        The face, or None when there are not enough faces or the mask meets none.
+    """
+    if mask is not None and bool((mask > 0).any()):
+        shares = [_marked_share(face, mask) for face in faces]
+        best = max(shares, default=0.0)
+        return faces[shares.index(best)] if best > 0 else None
+    if options.order == "largest":
+        ordered = sorted(faces, key=lambda face: -face.area)
+    else:
+        ordered = sorted(faces, key=lambda face: float(face.box[0] + face.box[2]))
+    return ordered[options.index] if options.index < len(ordered) else None
+
+
+def _marked_share(face: DetectedFace, mask: Tensor) -> float:
+    """Mean of the mask over the part of the face box inside the picture."""
+    inside = box_mask(face.box, *mask.shape).to(mask.device)
+    return float((inside * mask).sum() / inside.sum().clamp(min=1))
+
+
+def masks_like(
+    masks: Tensor | Sequence[Tensor] | None, pictures: list[Tensor]
+) -> list[Tensor | None]:
+    """One mask of its picture's size per picture; a single mask serves all pictures."""
+    if masks is None:
+        return [None] * len(pictures)
+    if isinstance(masks, Tensor) and masks.ndim == 2:
+        masks = masks[None]
+    given = list(masks)
+    if len(given) == 1:
+        given = given * len(pictures)
+    if len(given) != len(pictures) or any(mask.ndim != 2 for mask in given):
+        raise ImageError(
+            f"There are {len(given)} face masks for {len(pictures)} pictures; give one for all, "
+            "or one (height x width) per picture."
+        )
+    return [
+        F.interpolate(mask.float()[None, None], size=picture.shape[:2], mode="nearest")[0, 0]
+        for mask, picture in zip(given, pictures, strict=True)
+    ]
+
+
+def missing_note(number: int, count: int, options: FaceOptions, mask: Tensor | None) -> str:
+    """Why a photo has no chosen face."""
+    if count == 0:
+        return f"Picture {number} shows no face that could be found."
+    if mask is not None and bool((mask > 0).any()):
+        return f"Picture {number}: none of its {count} face(s) lies under the mask."
+    return (
+        f"Picture {number} shows {count} face(s), so there is no face number {options.index} "
+        "(counting from 0)."
+    )

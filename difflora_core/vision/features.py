@@ -1,0 +1,270 @@
+"""Reference photos to the features that DiffLoRA is conditioned on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import EncoderError, NoFaceError
+from .face_choice import FaceOptions, choose_face, masks_like, missing_note
+from .face_encoder import DetectedFace, FaceEncoder
+from .image_encoder import ImageEncoder, describe_encoder
+from .preprocess import (
+    ARCFACE_SIZE,
+    align_face,
+    as_pictures,
+    box_mask,
+    crop_square,
+    resize_square,
+    square_around,
+)
+
+
+@dataclass(frozen=True)
+class FeatureSizes:
+    """Sizes that tell encoders apart; a trained model keeps those of its own encoders.
+
+    Attributes:
+        face: Df, length of a face embedding.
+        image: Di, length of an image embedding.
+        tokens: L, tokens per picture.
+        token_dim: Dt, width of a token.
+    """
+
+    face: int
+    image: int
+    tokens: int
+    token_dim: int
+
+    def check(self, found: FeatureSizes) -> None:
+        """Refuse features of other encoders than the ones a model was trained with.
+
+        Args:
+            found: Sizes of the features at hand; self holds the expected ones.
+
+        Raises:
+            EncoderError: Names both encoders.
+        """
+        if found.face != self.face:
+            raise EncoderError(
+                f"Wrong face recogniser: it gives {found.face} numbers per face, but this DiffLoRA "
+                f"model was trained with {self.face}. Load the insightface package it names."
+            )
+        if found != self:
+            ours = describe_encoder(self.image, self.tokens, self.token_dim)
+            theirs = describe_encoder(found.image, found.tokens, found.token_dim)
+            raise EncoderError(
+                f"Wrong CLIP vision: this is {theirs}, but this DiffLoRA model was trained with "
+                f"{ours}. Load that one in Load CLIP Vision."
+            )
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """Features of N photos of one person; pooling over photos is the MIF network's task.
+
+    Attributes:
+        face: (N, Df) float32, unit length; zeros where no face was found.
+        face_found: (N,) bool.
+        image: (N, Di) float32 CLIP embeddings as projected, not normalised.
+        image_tokens: (N, L, Dt) float32 penultimate CLIP states, class token first.
+    """
+
+    face: Tensor
+    face_found: Tensor
+    image: Tensor
+    image_tokens: Tensor
+
+    def __post_init__(self) -> None:
+        shapes = {field.name: tuple(getattr(self, field.name).shape) for field in fields(self)}
+        dims = tuple(len(shape) for shape in shapes.values())
+        if dims != (2, 1, 2, 3) or len({shape[0] for shape in shapes.values()}) != 1:
+            raise EncoderError(
+                f"The image features do not fit together: {shapes}; expected face (N, Df), "
+                "face_found (N,), image (N, Di), image_tokens (N, L, Dt)."
+            )
+        if self.face_found.dtype != torch.bool:
+            raise EncoderError(f"face_found must be true or false, not {self.face_found.dtype}.")
+
+    def __len__(self) -> int:
+        return len(self.face)
+
+    @property
+    def sizes(self) -> FeatureSizes:
+        """Sizes of the encoders that made these features."""
+        return FeatureSizes(self.face.shape[1], self.image.shape[1], *self.image_tokens.shape[1:])
+
+    def select(self, photos: int | Sequence[int] | Tensor) -> ImageFeatures:
+        """The features of one photo or of several, in the order asked for (a number keeps N=1)."""
+        rows = torch.as_tensor([photos] if isinstance(photos, int) else photos)
+        return ImageFeatures(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    def to(
+        self, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> ImageFeatures:
+        """Move everything to a device, and the floating parts to a dtype."""
+        return ImageFeatures(
+            self.face.to(device=device, dtype=dtype),
+            self.face_found.to(device=device),
+            self.image.to(device=device, dtype=dtype),
+            self.image_tokens.to(device=device, dtype=dtype),
+        )
+
+    @staticmethod
+    def cat(parts: Sequence[ImageFeatures]) -> ImageFeatures:
+        """Photos of several records as one record.
+
+        Raises:
+            EncoderError: The parts come from different encoders, or there are none.
+        """
+        if not parts:
+            raise EncoderError("There are no image features to join.")
+        for part in parts[1:]:
+            parts[0].sizes.check(part.sizes)
+        names = [field.name for field in fields(ImageFeatures)]
+        return ImageFeatures(*(torch.cat([getattr(part, n) for part in parts]) for n in names))
+
+
+@dataclass(frozen=True)
+class ExtractedFeatures:
+    """Features, and what they were made from; N counts the photos that were kept.
+
+    Attributes:
+        features: ImageFeatures of the N photos.
+        photos: Index of each kept photo among the images given.
+        crops: (N, S, S, 3) exactly what CLIP vision saw.
+        aligned: (N, 112, 112, 3) the face as the recogniser sees it; black without a face.
+        boxes: (N, 4) float32 x1, y1, x2, y2 in pixels of the photo; NaN without a face.
+        keypoints: (N, 5, 2) float32 eyes, nose tip, mouth corners; NaN without a face.
+        scores: (N,) float32 detector's confidence; 0 without a face.
+        face_masks: N masks (H, W), 1 inside the face box.
+        notes: What was skipped or done without a face, one sentence each.
+    """
+
+    features: ImageFeatures
+    photos: tuple[int, ...]
+    crops: Tensor
+    aligned: Tensor
+    boxes: Tensor
+    keypoints: Tensor
+    scores: Tensor
+    face_masks: tuple[Tensor, ...]
+    notes: tuple[str, ...]
+
+
+def extract_features(
+    images: Tensor | Sequence[Tensor],
+    face_encoder: FaceEncoder,
+    image_encoder: ImageEncoder,
+    options: FaceOptions | None = None,
+    masks: Tensor | Sequence[Tensor] | None = None,
+) -> ExtractedFeatures:
+    """Find the person in every photo and describe face and look.
+
+    Photos do not influence each other: their order and their number change nothing but the order
+    of the rows. Several photos are meant to show the same person.
+
+    Args:
+        images: (N, H, W, 3) in [0, 1], or a list of pictures of different sizes.
+        face_encoder: Finds and recognises faces.
+        image_encoder: CLIP vision.
+        options: Face choice, policy for missing faces, image region.
+        masks: (N, H, W) or a list of (H, W), see `choose_face`; other sizes are scaled.
+
+    Returns:
+        ExtractedFeatures.
+
+    Raises:
+        ImageError: A picture cannot be used (NaN pixels, wrong shape), or there is none.
+        NoFaceError: No face, under the policy "error"; or "skip" left no photo at all.
+    """
+    options = options or FaceOptions()
+    pictures = as_pictures(images)
+    all_masks = masks_like(masks, pictures)
+    faces: list[DetectedFace | None] = []
+    notes: list[str] = []
+    for number, (picture, mask) in enumerate(zip(pictures, all_masks, strict=True), start=1):
+        found = face_encoder.detect(picture)
+        faces.append(choose_face(found, options, mask))
+        if faces[-1] is None:
+            notes.append(missing_note(number, len(found), options, mask))
+    if notes and options.on_missing == "error":
+        raise NoFaceError(
+            f"{' '.join(notes)} Use a photo with one clear face, or set the missing-face policy "
+            "to skip or image_only."
+        )
+    keep = [i for i, face in enumerate(faces) if face or options.on_missing == "image_only"]
+    if not keep:
+        raise NoFaceError(
+            f"{' '.join(notes)} No photo is left after skipping. Add a photo with a clear face, "
+            "or set the missing-face policy to image_only."
+        )
+    kept = _KeptPhotos(
+        tuple(keep), [pictures[i] for i in keep], [faces[i] for i in keep], tuple(notes)
+    )
+    return _describe(kept, face_encoder.embedding_dim, image_encoder, options)
+
+
+@dataclass(frozen=True)
+class _KeptPhotos:
+    """The photos that go on, with the face chosen in each."""
+
+    photos: tuple[int, ...]
+    pictures: list[Tensor]
+    faces: list[DetectedFace | None]
+    notes: tuple[str, ...]
+
+
+def _describe(
+    kept: _KeptPhotos, face_dim: int, image_encoder: ImageEncoder, options: FaceOptions
+) -> ExtractedFeatures:
+    """Crop, encode and collect the kept photos."""
+    blank = DetectedFace(
+        torch.full((4,), torch.nan), 0.0, torch.full((5, 2), torch.nan), torch.zeros(face_dim)
+    )
+    shown = [face or blank for face in kept.faces]
+    pairs = list(zip(kept.pictures, shown, strict=True))
+    crops = [_image_region(*pair, options, image_encoder.image_size) for pair in pairs]
+    # One photo at a time: a matrix product may round differently in another batch size.
+    encoded = [image_encoder.encode(crop[None]) for crop in crops]
+    features = ImageFeatures(
+        face=torch.stack([F.normalize(face.embedding, dim=0) for face in shown]),
+        face_found=torch.tensor([face is not None for face in kept.faces]),
+        image=torch.cat([image for image, _ in encoded]).float(),
+        image_tokens=torch.cat([tokens for _, tokens in encoded]).float(),
+    )
+    return ExtractedFeatures(
+        features=features,
+        photos=kept.photos,
+        crops=torch.stack(crops),
+        aligned=torch.stack([_aligned(*pair) for pair in pairs]),
+        boxes=torch.stack([face.box for face in shown]),
+        keypoints=torch.stack([face.keypoints for face in shown]),
+        scores=torch.tensor([face.score for face in shown]),
+        face_masks=tuple(box_mask(face.box, *picture.shape[:2]) for picture, face in pairs),
+        notes=kept.notes,
+    )
+
+
+def _image_region(picture: Tensor, face: DetectedFace, options: FaceOptions, size: int) -> Tensor:
+    """(size, size, 3): the square around the face, or the middle of the picture."""
+    if options.image_region == "picture" or _is_blank(face):
+        return resize_square(picture, size)
+    square = square_around(face.box, *picture.shape[:2], options.region_factor)
+    return resize_square(crop_square(picture, *square), size)
+
+
+def _aligned(picture: Tensor, face: DetectedFace) -> Tensor:
+    """(112, 112, 3) aligned face, black for the blank face."""
+    if _is_blank(face):
+        return picture.new_zeros(ARCFACE_SIZE, ARCFACE_SIZE, 3)
+    return align_face(picture, face.keypoints)
+
+
+def _is_blank(face: DetectedFace) -> bool:
+    """True for the stand-in of a missing face."""
+    return bool(torch.isnan(face.box).any())
