@@ -79,6 +79,18 @@ def make_environment() -> None:
     subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
 
 
+def forget_half_installed() -> None:
+    """Lets pip install again what an interrupted run left half unpacked.
+
+    pip writes INSTALLER after the last file of a package; without it the package is incomplete,
+    though its metadata already says that it is there.
+    """
+    for record in VENV.glob("lib/python*/site-packages/*.dist-info"):
+        if not (record / "INSTALLER").exists():
+            say(f"installing again: {record.stem}")
+            shutil.rmtree(record)
+
+
 def install_torch() -> None:
     """Installs the published torch builds; ComfyUI runs them on a CPU too."""
     query = (
@@ -173,6 +185,7 @@ def main() -> None:
         return
     CACHE.mkdir(exist_ok=True)
     make_environment()
+    forget_half_installed()
     install_torch()
     install_comfyui()
     install_requirements()
