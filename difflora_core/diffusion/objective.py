@@ -1,7 +1,7 @@
 """Prediction targets, their conversions and loss weights, for any diffusers noise schedule.
 
 One forward process is used everywhere: `noisy = alpha * clean + sigma * noise` with
-`alpha = sqrt(abar)`, `sigma = sqrt(1 - abar)` (Eq. 4 of arXiv:2006.11239); `abar` comes from a diffusers
+`alpha = sqrt(abar)`, `sigma = sqrt(1 - abar)` (Eq. 4 of arXiv:2006.11239); `abar` is an entry of a
 scheduler's `alphas_cumprod`. Prediction names are diffusers' own: `epsilon` (the noise),
 `sample` (x0, the clean latent) and `v_prediction` (Eq. 10 of arXiv:2202.00512).
 """

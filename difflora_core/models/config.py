@@ -7,9 +7,12 @@ import json
 import math
 import types
 import typing
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Config:

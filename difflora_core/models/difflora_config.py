@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 from ..diffusion.objective import NoiseSchedule
 from ..errors import ConfigError
@@ -15,6 +15,9 @@ from .mif import MIFConfig
 from .predictor import PredictorConfig
 
 PRESETS = ("functional", "paper")
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)

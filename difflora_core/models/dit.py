@@ -9,7 +9,7 @@ the latent tokens are ours.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,9 @@ from .layers import (
 from .mif import IdentityCondition
 
 FREQUENCIES = 256  # features of the sinusoidal timestep embedding, as in DiT
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)

@@ -173,14 +173,13 @@ class MixedImageFeatures(nn.Module):
                 NaN keeps the learned weight. A missing face stays out whatever is asked.
 
         Returns:
-            The condition. Where no source exists (no face, and only faces are used) pooled is 0.
+            The condition; pooled is 0 where no source exists (only faces are used, none found).
 
         Raises:
-            ConfigError: sizes differ from the configuration, or a bad override.
+            ConfigError: wrong sizes, or a bad override.
         """
         self._check(face, image, image_tokens)
-        present = torch.ones_like(face_found, dtype=torch.bool)
-        present = present if photo_mask is None else photo_mask.bool()  # B N
+        present = torch.ones_like(face_found).bool() if photo_mask is None else photo_mask.bool()
         has_face = face_found.bool() & present
         pooled_face = self._standardise("face", _average(face, has_face))  # B Df
         pooled_image = self._standardise("image", _average(image, present))  # B Di
@@ -193,11 +192,8 @@ class MixedImageFeatures(nn.Module):
             ],
             dim=-1,
         )  # B 2
-        logits = self.gate(
-            torch.cat(
-                [self.gate_face(pooled_face * usable[:, :1]), self.gate_image(pooled_image)], -1
-            )
-        )
+        seen = [self.gate_face(pooled_face * usable[:, :1]), self.gate_image(pooled_image)]
+        logits = self.gate(torch.cat(seen, -1))
         gate = _masked_softmax(logits / self.config.temperature, usable)
         gate = _apply_override(gate, usable, gate_override)
         pooled = gate[:, :1] * u_face + gate[:, 1:] * u_image  # B D
