@@ -1,0 +1,205 @@
+"""The demo base model: SDXL's classes at tiny size, trained on the rendered pictures.
+
+Two text encoders, text-time embedding, an AutoencoderKL and a two-level UNet with attention at
+both levels, v-prediction on SDXL's noise schedule. One file holds it all under ComfyUI's names.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from ..lora.layout import LoRALayout, layout_from_unet_config, unet_name_map
+from ..training.base_model import DiffusersBase, TextCondition
+from .pool import PicturePool
+from .text import clip_numbers, encode, new_text_encoders, tokenize
+from .vae import VAE_CONFIG
+
+UNET_CONFIG: dict[str, Any] = {
+    "sample_size": 16,
+    "in_channels": 8,
+    "out_channels": 8,
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+    "block_out_channels": [64, 128],
+    "layers_per_block": 1,
+    "transformer_layers_per_block": 1,
+    "cross_attention_dim": 128,
+    "attention_head_dim": [2, 4],
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 1600,
+}
+SCHEDULER_CONFIG: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
+LORA_RANK = 4
+
+_PREFIXES = {
+    "vae": "first_stage_model.",
+    "text_l": "conditioner.embedders.0.transformer.",
+    "text_g": "conditioner.embedders.1.transformer.",
+}
+
+
+class DemoText(nn.Module):
+    """Both text encoders as one module that knows our vocabulary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        first, second = new_text_encoders()
+        self.text_l: CLIPTextModel = first
+        self.text_g: CLIPTextModelWithProjection = second
+
+    def forward(self, tokens: tuple[Tensor, Tensor]) -> TextCondition:
+        """Encode token numbers of both encoders, each (B, 77)."""
+        return TextCondition(*encode((self.text_l, self.text_g), tokens))
+
+    def encode_prompts(self, prompts: Sequence[str]) -> TextCondition:
+        """Encode captions."""
+        device = next(self.parameters()).device
+        first, second = tokenize(prompts)
+        return self((first.to(device), second.to(device)))
+
+
+class BaseObjective(nn.Module):
+    """v-prediction loss of UNet and text encoders; forward maps a batch to (loss, metrics)."""
+
+    def __init__(self, unet: UNet2DConditionModel, text: DemoText) -> None:
+        super().__init__()
+        self.unet, self.text = unet, text
+        self.register_buffer("alphas_cumprod", DDIMScheduler(**SCHEDULER_CONFIG).alphas_cumprod)
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of scaled `latents`, `noise` (B, 8, h, w), `timesteps` (B,), two token tensors."""
+        text = self.text((batch["tokens_l"], batch["tokens_g"]))
+        abar = self.alphas_cumprod[batch["timesteps"]][:, None, None, None]
+        noisy = abar.sqrt() * batch["latents"] + (1 - abar).sqrt() * batch["noise"]
+        target = abar.sqrt() * batch["noise"] - (1 - abar).sqrt() * batch["latents"]
+        added = {"text_embeds": text.pooled, "time_ids": time_ids(batch["latents"])}
+        prediction = self.unet(
+            noisy, batch["timesteps"], text.context, added_cond_kwargs=added
+        ).sample
+        error = ((prediction.float() - target) ** 2).mean((1, 2, 3))
+        early = batch["timesteps"] >= 500
+        return error.mean(), {"noisy_half": error[early].mean().detach().nan_to_num()}
+
+
+def time_ids(latents: Tensor) -> Tensor:
+    """SDXL's size conditioning (B, 6) as ComfyUI fills it in: eight times the latent's size."""
+    height, width = latents.shape[-2] * 8, latents.shape[-1] * 8
+    row = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
+    return row.to(latents.device).expand(len(latents), 6)
+
+
+def base_batches(
+    portraits: tuple[Tensor, PicturePool], pairs: tuple[Tensor, PicturePool], batch: int
+) -> Callable[[torch.Generator], dict[str, Tensor]]:
+    """Batches of scaled latents with captions; every tenth has wide pictures, at half the count.
+
+    Args:
+        portraits, pairs: scaled latents (M, 8, h, w) and their pool. batch: portraits per batch.
+    """
+    sets = [(latents, *tokenize(pool.captions)) for latents, pool in (portraits, pairs)]
+    empty_l, empty_g = tokenize([""])
+
+    def draw(generator: torch.Generator) -> dict[str, Tensor]:
+        wide = bool(torch.rand((), generator=generator) < 0.1)
+        latents, tokens_l, tokens_g = sets[wide]
+        count = batch // 2 if wide else batch
+        index = torch.randint(len(latents), (count,), generator=generator)
+        told = torch.rand(count, 1, generator=generator) >= 0.1
+        z = latents[index].float()
+        # Stratified timesteps: same expectation, less variance.
+        strata = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+        return {
+            "latents": z,
+            "noise": torch.randn(z.shape, generator=generator),
+            "timesteps": (strata * 1000).long().clamp(max=999),
+            "tokens_l": torch.where(told, tokens_l[index], empty_l),
+            "tokens_g": torch.where(told, tokens_g[index], empty_g),
+        }
+
+    return draw
+
+
+def new_base(seed: int) -> tuple[UNet2DConditionModel, DemoText]:
+    """Untrained UNet and text encoders with weights from `seed`."""
+    with torch.random.fork_rng():
+        torch.random.default_generator.manual_seed(seed)
+        return UNet2DConditionModel(**UNET_CONFIG), DemoText()
+
+
+def demo_layout(rank: int = LORA_RANK) -> LoRALayout:
+    """The LoRA layout of the demo base."""
+    return layout_from_unet_config("demo", UNET_CONFIG, rank)
+
+
+def save_base(
+    path: Path, unet: UNet2DConditionModel, text: DemoText, vae: AutoencoderKL, scaling: float
+) -> None:
+    """Write one float16 file: LDM names for the UNet, CLIP numbers of the vocabulary rows."""
+    names = unet_name_map(UNET_CONFIG)
+    tensors = {}
+    for key, tensor in unet.state_dict().items():
+        module, leaf = key.rsplit(".", 1)
+        tensors[f"model.diffusion_model.{names[module]}.{leaf}"] = tensor
+    parts: dict[str, nn.Module] = {"vae": vae, "text_l": text.text_l, "text_g": text.text_g}
+    for part, module in parts.items():
+        tensors |= {_PREFIXES[part] + k: t for k, t in module.state_dict().items()}
+    stored = {
+        k: t.detach().cpu().half().contiguous() if t.is_floating_point() else t.detach().cpu()
+        for k, t in tensors.items()
+    }
+    stored["vocabulary"] = clip_numbers()
+    stored["v_pred"] = torch.ones(1)
+    facts = {"unet": UNET_CONFIG, "vae": {**VAE_CONFIG, "scaling_factor": scaling}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".part")
+    save_file(stored, temporary, metadata={"config": json.dumps(facts), "format": "difflora-demo-base-1"})
+    temporary.replace(path)
+
+
+def load_base(path: Path) -> DiffusersBase:
+    """The demo base as a frozen float32 model for training and evaluation."""
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        facts = json.loads(file.metadata()["config"])
+    unet = UNet2DConditionModel(**facts["unet"])
+    text = DemoText()
+    vae = AutoencoderKL(**facts["vae"])
+    names = unet_name_map(facts["unet"])
+    unet.load_state_dict(
+        {
+            key: tensors[f"model.diffusion_model.{names[key.rsplit('.', 1)[0]]}.{key.rsplit('.', 1)[1]}"].float()
+            for key in unet.state_dict()
+        }
+    )
+    parts: dict[str, nn.Module] = {"vae": vae, "text_l": text.text_l, "text_g": text.text_g}
+    for part, module in parts.items():
+        prefix = _PREFIXES[part]
+        module.load_state_dict(
+            {k: tensors[prefix + k] for k in module.state_dict() if prefix + k in tensors}
+        )
+    for frozen in (unet, text, vae):
+        frozen.requires_grad_(False).eval()
+    return DiffusersBase(unet, vae, text.encode_prompts, DDIMScheduler(**SCHEDULER_CONFIG))

@@ -1,0 +1,111 @@
+"""What recipes and evaluation need of a text-to-image model, and its diffusers implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+
+from ..lora.layout import LoRALayout, layout_from_unet_config
+
+
+@dataclass(frozen=True)
+class TextCondition:
+    """Encoded prompts: `context` (B, L, C) for cross-attention, `pooled` (B, P)."""
+
+    context: Tensor
+    pooled: Tensor
+
+    def select(self, index: Tensor) -> TextCondition:
+        """Rows by index; repeats are allowed."""
+        return TextCondition(self.context[index], self.pooled[index])
+
+
+class BaseModel(Protocol):
+    """A frozen latent diffusion model with SDXL's conditioning."""
+
+    unet: nn.Module
+    alphas_cumprod: Tensor
+    prediction_type: str
+
+    def layout(self, base: str, rank: int) -> LoRALayout:
+        """LoRA layout of the UNet's attention projections."""
+
+    def encode_prompts(self, prompts: Sequence[str]) -> TextCondition:
+        """Encode prompts."""
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Scaled latents (N, C, h, w) of images (N, H, W, 3) in [0, 1]."""
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Images (N, H, W, 3) in [0, 1] of scaled latents."""
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, text: TextCondition) -> Tensor:
+        """The UNet's output for noisy latents (B, C, h, w) at timesteps (B,)."""
+
+
+class DiffusersBase:
+    """SDXL's classes from diffusers, full size or tiny.
+
+    Args:
+        unet, vae: modules, already frozen. encode_prompts: prompts to TextCondition.
+        scheduler: gives noise schedule and prediction type.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        encode_prompts: Callable[[Sequence[str]], TextCondition],
+        scheduler: DDIMScheduler,
+    ) -> None:
+        self.unet, self.vae, self.scheduler = unet, vae, scheduler
+        self._encode_prompts = encode_prompts
+        self.alphas_cumprod: Tensor = scheduler.alphas_cumprod
+        self.prediction_type: str = scheduler.config.prediction_type
+
+    def layout(self, base: str, rank: int) -> LoRALayout:
+        """LoRA layout of the UNet's attention projections."""
+        config: Mapping[str, Any] = self.unet.config
+        return layout_from_unet_config(base, dict(config), rank)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> TextCondition:
+        """Encode prompts; equal prompts are encoded once."""
+        unique = list(dict.fromkeys(prompts))
+        text = self._encode_prompts(unique)
+        return text.select(torch.tensor([unique.index(p) for p in prompts]))
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Scaled latents (N, C, h, w) of images (N, H, W, 3) in [0, 1]; the posterior's mean."""
+        parts = [
+            self.vae.encode(chunk.permute(0, 3, 1, 2) * 2 - 1).latent_dist.mean
+            for chunk in images.split(16)
+        ]
+        return torch.cat(parts) * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Images (N, H, W, 3) in [0, 1] of scaled latents."""
+        scaled = latents / self.vae.config.scaling_factor
+        parts = [self.vae.decode(chunk).sample for chunk in scaled.split(16)]
+        return (torch.cat(parts) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float()
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, text: TextCondition) -> Tensor:
+        """The UNet's output for noisy latents (B, C, h, w) at timesteps (B,)."""
+        # ComfyUI fills SDXL's size conditioning in as eight times the latent's size.
+        height, width = noisy.shape[-2] * 8, noisy.shape[-1] * 8
+        sizes = torch.tensor([height, width, 0, 0, height, width], device=noisy.device)
+        added = {
+            "text_embeds": text.pooled,
+            "time_ids": sizes.to(noisy.dtype).expand(len(noisy), 6),
+        }
+        output: Tensor = self.unet(
+            noisy, timesteps, text.context, added_cond_kwargs=added
+        ).sample
+        return output

@@ -1,0 +1,252 @@
+"""The one training loop: every recipe hands it a module whose forward is the loss.
+
+The batch of a step depends only on the seed, the step and the process rank, so a run that was
+stopped and resumed repeats exactly what the uninterrupted run would have done.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, ConfigError, InterruptedTraining
+
+logger = logging.getLogger(__name__)
+
+Batch = Mapping[str, Any]
+Progress = Callable[[int, int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How to run a recipe.
+
+    `steps`: optimiser steps in total. `learning_rate`: peak, after `warmup` steps; it falls
+    linearly to zero over the last `decay` share of the steps. `clip`: largest gradient norm.
+    `ema`: decay of the running average of the weights, 0 = off. `checkpoint_every`: steps.
+    `precision`: "no" or "bf16". `seed`: of batches and noise. `compile`: use torch.compile.
+    """
+
+    steps: int
+    learning_rate: float = 1e-3
+    warmup: int = 50
+    decay: float = 0.3
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
+    clip: float = 1.0
+    ema: float = 0.0
+    checkpoint_every: int = 500
+    log_every: int = 50
+    precision: str = "no"
+    seed: int = 0
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.checkpoint_every < 1 or self.log_every < 1:
+            raise ConfigError("steps, checkpoint_every and log_every must be at least 1")
+        if not 0 <= self.decay <= 1 or not 0 <= self.ema < 1:
+            raise ConfigError("decay must lie in [0, 1] and ema in [0, 1)")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step: warm-up, plateau, linear fall."""
+        start = self.steps * (1 - self.decay)
+        fall = (self.steps - step) / max(self.steps - start, 1) if step > start else 1.0
+        return self.learning_rate * min(1.0, (step + 1) / max(self.warmup, 1)) * max(fall, 0.0)
+
+
+def train(
+    objective: nn.Module,
+    draw: Callable[[torch.Generator], Batch],
+    config: LoopConfig,
+    folder: Path,
+    progress: Progress | None = None,
+    groups: Callable[[nn.Module, float], list[dict[str, Any]]] | None = None,
+) -> dict[str, float]:
+    """Train until `config.steps`, from the last checkpoint in `folder` if there is one.
+
+    Args:
+        objective: module whose forward maps a batch to (loss, metrics); its parameters that
+            require a gradient are trained. It holds the averaged weights afterwards when
+            `config.ema` is set.
+        draw: makes a batch from a generator; called once per step and process.
+        config: the run. folder: checkpoint (state.safetensors) and event log (events.jsonl).
+        progress: called as (step, steps, metrics) at every log; it may raise
+            InterruptedTraining, which saves first.
+        groups: optional optimiser parameter groups from (module, learning rate); a group may
+            carry "scale", a factor on the learning rate.
+
+    Returns:
+        The metrics of the last log.
+
+    Raises:
+        InterruptedTraining: the run was stopped; call again to go on.
+        CheckpointError: the checkpoint in `folder` belongs to another model.
+    """
+    accelerator = Accelerator(
+        mixed_precision=config.precision, cpu=not torch.cuda.is_available(), step_scheduler_with_optimizer=False
+    )
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    rows = groups(objective, config.learning_rate) if groups else [{"params": trained}]
+    optimizer = torch.optim.AdamW(
+        rows, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+    )
+    average = _Average(objective, config.ema)
+    start = _resume(folder / "state.safetensors", objective, optimizer, average)
+    runner, prepared = accelerator.prepare(objective, optimizer)
+    call = torch.compile(runner, dynamic=False) if config.compile else runner
+    metrics: dict[str, float] = {}
+    meter = _Meter()
+    folder.mkdir(parents=True, exist_ok=True)
+    step = start
+
+    def save() -> None:
+        if accelerator.is_main_process:
+            _save(folder / "state.safetensors", objective, optimizer, average, step)
+
+    try:
+        for step in range(start, config.steps):
+            generator = _generator(config.seed, step, accelerator.process_index)
+            for group in optimizer.param_groups:
+                group["lr"] = config.rate(step) * group.get("scale", 1.0)
+            with accelerator.autocast():
+                loss, parts = call(_to(draw(generator), accelerator.device))
+            if not math.isfinite(loss.item()):
+                raise ConfigError(f"the loss is {loss.item()} at step {step}: lower learning_rate")
+            accelerator.backward(loss)
+            if config.clip:
+                accelerator.clip_grad_norm_(trained, config.clip)
+            prepared.step()
+            prepared.zero_grad()
+            average.update(objective)
+            meter.add({"loss": loss.detach(), **parts})
+            last = step + 1 == config.steps
+            if (step + 1) % config.log_every == 0 or last:
+                metrics = meter.pop()
+                if accelerator.is_main_process:
+                    _log(folder / "events.jsonl", step + 1, metrics)
+                    if progress is not None:
+                        progress(step + 1, config.steps, metrics)
+            if (step + 1) % config.checkpoint_every == 0 or last:
+                step += 1
+                save()
+    except (InterruptedTraining, KeyboardInterrupt) as stop:
+        step += 1
+        save()
+        raise InterruptedTraining(f"stopped after step {step}; run it again to go on") from stop
+    average.copy_to(objective)
+    return metrics
+
+
+def write_config(folder: Path, config: Any) -> None:
+    """Write the resolved configuration of a run beside its checkpoint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / "config.part"
+    temporary.write_text(json.dumps(asdict(config), indent=2, default=str))
+    temporary.replace(folder / "config.json")
+
+
+class _Average:
+    """Exponential moving average of the trained weights, with the usual warm-up."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay, self.updates = decay, 0
+        named = ((n, p) for n, p in module.named_parameters() if p.requires_grad and decay > 0)
+        self.weights = {n: p.detach().clone().float() for n, p in named}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for name, p in module.named_parameters():
+            if name in self.weights:
+                self.weights[name].lerp_(p.detach().float().to(self.weights[name].device), 1 - decay)
+
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module) -> None:
+        for name, p in module.named_parameters():
+            if name in self.weights:
+                p.copy_(self.weights[name])
+
+
+class _Meter:
+    """Means of the metrics between two logs."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.count = 0
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        self.count += 1
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+
+    def pop(self) -> dict[str, float]:
+        means = {name: value / max(self.count, 1) for name, value in self.sums.items()}
+        self.sums, self.count = {}, 0
+        return means
+
+
+def _generator(seed: int, step: int, rank: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 4_099 + rank)
+
+
+def _to(batch: Batch, device: torch.device) -> dict[str, Any]:
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def _log(path: Path, step: int, metrics: dict[str, float]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+
+def _save(
+    path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, average: _Average, step: int
+) -> None:
+    trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    tensors = {f"model.{n}": p.detach().cpu().contiguous() for n, p in trained.items()}
+    tensors |= {f"ema.{n}": p.cpu().contiguous() for n, p in average.weights.items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"adam.{index}.{k}": torch.as_tensor(v).cpu() for k, v in state.items()}
+    temporary = path.with_suffix(".part")
+    facts = {"step": str(step), "updates": str(average.updates)}
+    save_file({k: t.clone() for k, t in tensors.items()}, temporary, metadata=facts)
+    temporary.replace(path)
+
+
+def _resume(
+    path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, average: _Average
+) -> int:
+    if not path.exists():
+        return 0
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        facts = file.metadata()
+    trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    saved = {k[6:]: t for k, t in tensors.items() if k.startswith("model.")}
+    if {n: p.shape for n, p in trained.items()} != {n: t.shape for n, t in saved.items()}:
+        raise CheckpointError(f"{path} belongs to another model; move it away to start anew")
+    with torch.no_grad():
+        for name, p in trained.items():
+            p.copy_(saved[name])
+    for name in average.weights:
+        average.weights[name] = tensors[f"ema.{name}"]
+    average.updates = int(facts["updates"])
+    state = optimizer.state_dict()
+    for key, tensor in tensors.items():
+        if key.startswith("adam."):
+            _, index, name = key.split(".", 2)
+            state["state"].setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict(state)
+    logger.info("going on from step %s of %s", facts["step"], path)
+    return int(facts["step"])
