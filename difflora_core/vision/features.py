@@ -165,8 +165,7 @@ def extract_features(
 ) -> ExtractedFeatures:
     """Find the person in every photo and describe face and look.
 
-    Photos do not influence each other: their order and their number change nothing but the order
-    of the rows. Several photos are meant to show the same person.
+    Photos do not influence each other: their order changes nothing but the order of the rows.
 
     Args:
         images: (N, H, W, 3) in [0, 1], or a list of pictures of different sizes.
@@ -254,7 +253,8 @@ def _image_region(picture: Tensor, face: DetectedFace, options: FaceOptions, siz
     """(size, size, 3): the square around the face, or the middle of the picture."""
     if options.image_region == "picture" or _is_blank(face):
         return resize_square(picture, size)
-    square = square_around(face.box, *picture.shape[:2], options.region_factor)
+    height, width = picture.shape[:2]
+    square = square_around(face.box, height, width, options.region_factor)
     return resize_square(crop_square(picture, *square), size)
 
 

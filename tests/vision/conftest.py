@@ -142,7 +142,8 @@ def image_encoder():
     model = CLIPVisionModelWithProjection(config)
     generator = torch.Generator().manual_seed(3)
     for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+        # Exact in half precision, in which ComfyUI stores CLIP vision weights on the CPU.
+        parameter.data = (torch.randn(parameter.shape, generator=generator) * 0.1).half().float()
     return ClipImageEncoder(model)
 
 
