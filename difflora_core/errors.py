@@ -33,5 +33,5 @@ class EncoderError(DiffLoRAError):
     """A face or image encoder is missing, incomplete, or of the wrong kind."""
 
 
-class InterruptedTraining(DiffLoRAError):  # noqa: N818  a request, not a fault
+class InterruptedTraining(DiffLoRAError):
     """Training was stopped on request; the last complete checkpoint can be resumed."""
