@@ -1,0 +1,138 @@
+"""The sampling loop on a Gaussian whose best denoiser is known in closed form."""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from torch import Tensor
+
+from difflora_core.diffusion.objective import NoiseSchedule, abar_at, to_eps, to_v
+from difflora_core.diffusion.sampler import (
+    SampleSettings,
+    guided,
+    initial_noise,
+    sample,
+    seeded_generators,
+)
+from difflora_core.errors import ConfigError
+
+MEAN, SPREAD = 1.5, 0.4
+
+
+def gaussian_denoiser(kind: str, scheduler):
+    """Exact posterior mean of x0 ~ N(MEAN, SPREAD^2), expressed as any prediction type."""
+    abars = scheduler.alphas_cumprod.double()
+
+    def denoise(z: Tensor, timestep: Tensor, conditional: bool) -> Tensor:
+        del conditional
+        abar = abar_at(abars, timestep, z)
+        gain = abar.sqrt() * SPREAD**2 / (abar * SPREAD**2 + 1 - abar)
+        x0 = MEAN + gain * (z - abar.sqrt() * MEAN)
+        return {
+            "sample": x0,
+            "epsilon": to_eps(x0, z, abar, "sample"),
+            "v_prediction": to_v(x0, z, abar, "sample"),
+        }[kind]
+
+    return denoise
+
+
+def run(kind: str, seeds: list[int], steps: int = 50) -> Tensor:
+    scheduler = NoiseSchedule(prediction=kind).scheduler()
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    noise = initial_noise(seeded_generators(seeds), (2, 3)).double()
+    return sample(gaussian_denoiser(kind, scheduler), noise, scheduler, SampleSettings(steps))
+
+
+def test_the_three_parameterisations_sample_the_same_latents() -> None:
+    # the cosine schedule's last step has abar 2e-9: epsilon loses half its digits there
+    x0, v, eps = (run(kind, [1, 2, 3]) for kind in ("sample", "v_prediction", "epsilon"))
+    torch.testing.assert_close(x0, v, rtol=0, atol=1e-8)
+    torch.testing.assert_close(x0, eps, rtol=0, atol=1e-4)
+
+
+def test_the_gaussian_is_recovered() -> None:
+    z = run("sample", list(range(800)), steps=100)
+    assert abs(float(z.mean()) - MEAN) < 0.03
+    assert abs(float(z.std()) - SPREAD) < 0.03
+
+
+def test_a_seed_gives_the_same_latent_in_any_batch() -> None:
+    together = run("v_prediction", [5, 6, 7, 8])
+    for row, seed in enumerate([5, 6, 7, 8]):
+        assert torch.equal(run("v_prediction", [seed])[0], together[row])
+
+
+def test_stochastic_scheduler_is_reproducible_in_any_batch() -> None:
+    def once(seeds: list[int]) -> Tensor:
+        scheduler = DDPMScheduler(prediction_type="sample", clip_sample=False)
+        generators = seeded_generators(seeds)
+        noise = initial_noise(generators, (2, 3))
+        denoiser = gaussian_denoiser("sample", scheduler)
+        return sample(denoiser, noise, scheduler, SampleSettings(8), generators=generators)
+
+    torch.testing.assert_close(once([1, 2, 3])[2], once([3])[0])
+
+
+def test_other_diffusers_schedulers_fit() -> None:
+    scheduler = DPMSolverMultistepScheduler(prediction_type="sample")
+    noise = initial_noise(seeded_generators(range(400)), (2, 3))
+    z = sample(gaussian_denoiser("sample", scheduler), noise, scheduler, SampleSettings(25))
+    assert abs(float(z.mean()) - MEAN) < 0.05
+
+
+def test_guidance_one_is_no_guidance_and_two_extrapolates() -> None:
+    calls = []
+
+    def denoise(z: Tensor, timestep: Tensor, conditional: bool) -> Tensor:
+        calls.append(conditional)
+        return z + (3.0 if conditional else 1.0)
+
+    z, t = torch.zeros(2, 1, 1), torch.zeros(2)
+    assert guided(denoise, z, t, 1.0).eq(3).all()
+    assert calls == [True]
+    assert guided(denoise, z, t, 0.0).eq(1).all()
+    assert guided(denoise, z, t, 2.0).eq(5).all()
+
+
+def test_callback_counts_and_may_interrupt() -> None:
+    seen = []
+
+    class Stop(Exception):
+        pass
+
+    def callback(step: int, total: int, z: Tensor) -> None:
+        seen.append((step, total, tuple(z.shape)))
+        if step == 3:
+            raise Stop
+
+    scheduler = NoiseSchedule().scheduler()
+    noise = initial_noise(seeded_generators([0]), (2, 3))
+    with pytest.raises(Stop):
+        sample(
+            gaussian_denoiser("sample", scheduler),
+            noise,
+            scheduler,
+            SampleSettings(10),
+            callback=callback,
+        )
+    assert seen == [(1, 10, (1, 2, 3)), (2, 10, (1, 2, 3)), (3, 10, (1, 2, 3))]
+
+
+def test_sampling_leaves_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    run("sample", [3], steps=2)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("seeds", [[], [-1], [2**64]])
+def test_bad_seeds(seeds: list[int]) -> None:
+    with pytest.raises(ConfigError, match=r"[Ss]eed"):
+        seeded_generators(seeds)
+
+
+@pytest.mark.parametrize("settings", [{"steps": 0}, {"guidance_scale": -1.0}])
+def test_bad_settings(settings: dict) -> None:
+    with pytest.raises(ConfigError):
+        SampleSettings(**settings)
+    with pytest.raises(ConfigError):
+        SampleSettings(guidance_scale=float("nan"))
