@@ -95,7 +95,8 @@ def _widgets(node: Node, schema: Mapping[str, Any]) -> Iterator[tuple[str, Any]]
             continue
         if values:
             yield name, values.pop(0)
-            if kind == "INT" and values and values[0] in SEED_CONTROLS:
+            seeded = options.get("control_after_generate") or name in ("seed", "noise_seed")
+            if seeded and values and values[0] in SEED_CONTROLS:
                 values.pop(0)
         elif "default" in options:
             yield name, options["default"]

@@ -94,18 +94,22 @@ def test_files_are_named_after_their_subject(sources):
     assert not [str(s.path) for s in sources if s.path.stem in FORBIDDEN_NAMES]
 
 
+def public(body):
+    """The public classes and functions defined directly in a body."""
+    kinds = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    return [node for node in body if isinstance(node, kinds) and not node.name.startswith("_")]
+
+
 def test_public_names_have_docstrings(sources):
-    bare = []
+    bare = [str(s.path) for s in sources if s.text.strip() and not ast.get_docstring(s.tree)]
     for source in sources:
-        if not ast.get_docstring(source.tree) and source.text.strip():
-            bare.append(str(source.path))
-        public = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-        owners = [source.tree, *(n for n in source.tree.body if isinstance(n, ast.ClassDef))]
-        for owner in owners if source.in_core else []:
-            for node in owner.body:
-                if isinstance(node, public) and not node.name.startswith("_"):
-                    if not ast.get_docstring(node):
-                        bare.append(f"{source.path}:{node.lineno} {node.name}")
+        for node in public(source.tree.body) if source.in_core else []:
+            members = public(node.body) if isinstance(node, ast.ClassDef) else []
+            bare += [
+                f"{source.path}:{n.lineno} {n.name}"
+                for n in [node, *members]
+                if not ast.get_docstring(n)
+            ]
     assert not bare
 
 
