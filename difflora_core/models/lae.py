@@ -128,9 +128,11 @@ class LoRAAutoencoder(nn.Module):
             count = len(groups.members[n])
             self.register_buffer(f"mean_{n}", torch.zeros(count, n))
             self.register_buffer(f"scale_{n}", torch.ones(count, 1))
-        self.shared_down = nn.ParameterDict()
-        if config.parts == ("up",):
-            self.shared_down = _random_down(layout, config.learn_down, generator)
+        self.shared_down = _random_down(layout, config.learn_down, generator)
+        if config.parts == ("down", "up"):
+            # an all-zero LoRA has no gradient: the mean `down` starts random, as LoRA's own does
+            self._start_mean(self.down_factors())
+            self.shared_down = nn.ParameterDict()
 
     @property
     def ratio(self) -> float:
@@ -241,6 +243,14 @@ class LoRAAutoencoder(nn.Module):
                     f"expected {tuple(target.shape)}."
                 )
             target.copy_(factors[name])
+
+    @torch.no_grad()
+    def _start_mean(self, factors: Mapping[str, Tensor]) -> None:
+        """Puts the given `down` factors into the stored mean."""
+        for n in self.groups.lengths:
+            for row, t in zip(self.get_buffer(f"mean_{n}"), self.groups.members[n], strict=True):
+                if self.groups.slots[t].part == "down" and not row.is_meta:
+                    row.copy_(factors[self.groups.slots[t].layer].flatten())
 
     def _statistics(self, like: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Mean and scale per group, in the dtype and device of `like`."""
