@@ -40,14 +40,14 @@ class RecogniserRecipe:
     detector misses by about as much; `margin`: see `margin_loss`.
     """
 
-    widths: tuple[int, ...] = (24, 48, 96, 160)
+    widths: tuple[int, ...] = (24, 48, 96, 128)
     embedding: int = 128
     people: int = 96
     point_noise: float = 0.5
     temperature: float = 0.07
     margin: float = 0.1
     parameter_weight: float = 1.0
-    schedule: Schedule = field(default_factory=lambda: Schedule(steps=900, rate=3e-3))
+    schedule: Schedule = field(default_factory=lambda: Schedule(steps=700, rate=3e-3))
     seed: int = 21
 
 

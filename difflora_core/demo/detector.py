@@ -1,0 +1,301 @@
+"""The demo world's face detector: a small network with the outputs of SCRFD (arXiv 2105.04714).
+
+insightface takes an ONNX file with nine outputs as a detector: scores, boxes and five points for
+strides 8, 16 and 32, two anchors per cell. Distances count in strides from the corner of a cell,
+and a fixed square input replaces insightface's choice of sizes. Pictures are laid into the top
+left corner of that square; the rest is black.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .people import draw_item
+from .pool import PicturePool
+from .recogniser import describe_onnx, export_onnx
+from .renderer import BACKGROUNDS, COLOURS, LOOKS, OBJECTS, Painter, Pose, Stage, draw_stage, finish
+from .views import Schedule, as_planes, fit, initialise, uniform, warp
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "det_demo.onnx"
+STRIDES = (8, 16, 32)
+ANCHORS = 2
+_SIZES = ((0.0, 38.0), (30.0, 76.0), (60.0, 1e9))
+_POSITIVE, _IGNORED = 0.75, 1.5
+
+
+@dataclass(frozen=True)
+class DetectorRecipe:
+    """Size of the network and length of its training.
+
+    `size`: side of the input; `widths`: channels from stride 2 to stride 32; `portraits`, `wide`,
+    `empty`: pictures of each kind in a batch; `usual`: share of pictures laid out as insightface
+    lays them, the others are scaled so that faces measure `faces` pixels, and shifted.
+    """
+
+    size: int = 128
+    widths: tuple[int, ...] = (16, 32, 48, 64, 64)
+    portraits: int = 40
+    wide: int = 16
+    empty: int = 8
+    usual: float = 0.3
+    faces: tuple[float, float] = (18.0, 112.0)
+    schedule: Schedule = field(default_factory=lambda: Schedule(steps=1200, rate=3e-3))
+    seed: int = 31
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the network should say of a batch at one stride, by cell.
+
+    `positive`, `ignored`: (B, H, W) bool; `boxes`: (B, H, W, 4) and `points`: (B, H, W, 10) in
+    strides from the cell's corner; `sizes`: (B, H, W) face size in strides.
+    """
+
+    positive: Tensor
+    ignored: Tensor
+    boxes: Tensor
+    points: Tensor
+    sizes: Tensor
+
+
+class Detector(nn.Module):
+    """(B, 3, S, S) to maps (B, H, W, 2, 15): score logit, four distances, ten offsets."""
+
+    def __init__(self, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        stages, before = [], 3
+        for level, after in enumerate(widths):
+            layers = [*_block(before, after, 2), *(_block(after, after, 1) if level else ())]
+            stages.append(nn.Sequential(*layers))
+            before = after
+        self.stages = nn.ModuleList(stages)
+        self.heads = nn.ModuleList(nn.Conv2d(w, ANCHORS * 15, 1) for w in widths[-3:])
+
+    def forward(self, pictures: Tensor) -> list[Tensor]:
+        """One map for each stride."""
+        maps, x = [], pictures
+        for level, stage in enumerate(self.stages):
+            x = stage(x)
+            if level >= 2:
+                y = self.heads[level - 2](x).permute(0, 2, 3, 1)
+                maps.append(y.reshape(*y.shape[:3], ANCHORS, 15))
+        return maps
+
+
+class ScrfdOutputs(nn.Module):
+    """The nine outputs for one picture, in insightface's order."""
+
+    def __init__(self, detector: Detector) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, picture: Tensor) -> tuple[Tensor, ...]:
+        """Scores (n, 1), boxes (n, 4) and points (n, 10) for each stride, kind by kind."""
+        rows = [y.reshape(-1, 15) for y in self.detector(picture)]
+        scores = [y[:, :1].sigmoid() for y in rows]
+        return (*scores, *(y[:, 1:5] for y in rows), *(y[:, 5:] for y in rows))
+
+
+def _block(before: int, after: int, stride: int) -> list[nn.Module]:
+    """Convolution, batch norm, ReLU."""
+    convolution = nn.Conv2d(before, after, 3, stride, 1, bias=False)
+    return [convolution, nn.BatchNorm2d(after), nn.ReLU()]
+
+
+def empty_pictures(count: int, generator: torch.Generator) -> Tensor:
+    """Backgrounds without people, most of them with a thing on them: (count, 64, 64, 3)."""
+
+    def index(choices: int) -> Tensor:
+        return torch.randint(choices, (count,), generator=generator)
+
+    zero = torch.zeros(count)
+    pose = Pose(
+        x=uniform(count, 16, 48, generator),
+        y=uniform(count, 8, 40, generator),
+        scale=uniform(count, 14, 24, generator),
+        roll=zero,
+        yaw=zero,
+        expression=index(1),
+        shirt=index(1),
+        visible=torch.ones(count, dtype=torch.bool),
+        item=index(len(OBJECTS)),
+        item_colour=index(len(COLOURS)),
+        item_shape=uniform(count, -1, 1, generator),
+    )
+    stage = Stage(
+        look=index(len(LOOKS)),
+        background=index(len(BACKGROUNDS)),
+        pattern=index(2),
+        light=torch.rand(count, 2, generator=generator) * 2 - 1,
+        noise=torch.randn(count, 64, 64, generator=generator),
+    )
+    painter = Painter(count, 64, 64)
+    draw_stage(painter, stage)
+    painter.enter(pose, stage.look == LOOKS.index("cartoon"))
+    draw_item(painter, pose)
+    return finish(painter, stage).permute(0, 2, 3, 1)
+
+
+def assign(boxes: Tensor, points: Tensor, size: int, level: int) -> Targets:
+    """Which cells of a level answer for which face.
+
+    A face belongs to the levels whose size range holds it; its cells are those whose corner lies
+    within 0.75 strides of its centre, the ones around them are left alone.
+
+    Args:
+        boxes: (B, F, 4) in input pixels; NaN where there is no face.
+        points: (B, F, 10) likewise.
+        size: side of the input.
+        level: 0, 1 or 2.
+    """
+    stride, (low, high) = STRIDES[level], _SIZES[level]
+    axis = torch.arange(size // stride) * float(stride)
+    corner = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)[None, None]
+    centre = ((boxes[..., :2] + boxes[..., 2:]) / 2)[:, :, None, None]
+    extent = ((boxes[..., 2:] - boxes[..., :2]).prod(-1).sqrt())[:, :, None, None]
+    far = (corner - centre).abs().amax(-1) / stride
+    fits = (extent >= low) & (extent < high)
+    seen = ((centre >= 0) & (centre <= size)).all(-1)
+    inside = (
+        (corner >= boxes[:, :, None, None, :2]) & (corner <= boxes[:, :, None, None, 2:])
+    ).all(-1)
+    near = far.masked_fill(~(fits & seen), torch.inf).nan_to_num(torch.inf)
+    nearest, face = near.min(1)
+    positive = nearest <= _POSITIVE
+    ignored = ~positive & ((nearest <= _IGNORED) | (inside & ~seen).any(1))
+    row = torch.arange(len(boxes))[:, None, None]
+    chosen_box, chosen_points = boxes[row, face], points[row, face]
+    here = corner[0, 0]
+    distances = torch.cat([here - chosen_box[..., :2], chosen_box[..., 2:] - here], -1)
+    offsets = chosen_points - here.repeat(1, 1, 5)
+    sizes = extent[:, :, 0, 0][row, face]
+    return Targets(positive, ignored, distances / stride, offsets / stride, sizes / stride)
+
+
+def detection_loss(maps: list[Tensor], targets: list[Targets]) -> Tensor:
+    """Focal loss of the scores (arXiv 1708.02002, Eq. 5) and face-relative L1 of the geometry."""
+    score, geometry, found = torch.zeros(()), torch.zeros(()), 1
+    for y, target in zip(maps, targets, strict=True):
+        y, mask = y.float(), target.positive
+        wanted = mask[..., None].expand(y.shape[:-1]).float()
+        logits = y[..., 0]
+        surprise = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+        focus = (wanted - logits.sigmoid()).abs().detach() ** 2
+        score = score + (surprise * focus * ~target.ignored[..., None]).sum()
+        truth = torch.cat([target.boxes, target.points], -1)[mask][:, None]
+        error = (y[..., 1:][mask] - truth).abs() / target.sizes[mask][:, None, None]
+        geometry = geometry + error.sum() / 14
+        found += ANCHORS * int(mask.sum())
+    return (score + 4 * geometry) / found
+
+
+class DetectorTraining:
+    """One training run: lays pictures into the input square, computes the loss."""
+
+    def __init__(self, portraits: PicturePool, wide: PicturePool, recipe: DetectorRecipe) -> None:
+        self.recipe, self.pools = recipe, (portraits, wide)
+        self.model = Detector(recipe.widths)
+        initialise(self.model, recipe.seed)
+        with (
+            torch.no_grad()
+        ):  # faces are rare: start from "no face", as the focal loss's paper does
+            for head in self.model.heads:
+                head.bias.view(ANCHORS, 15)[:, 0] = -3
+        self.generator = torch.Generator().manual_seed(recipe.seed + 1)
+        self.empty = empty_pictures(1000, self.generator)
+
+    def run(self, progress: Callable[[int, int, float], None] | None = None) -> None:
+        """Train the model in place."""
+        self.model.to(memory_format=torch.channels_last).train()
+        parameters = list(self.model.parameters())
+        fit(parameters, self.loss, self.recipe.schedule, progress=progress)
+        self.model.eval()
+
+    def loss(self, step: int) -> Tensor:
+        """Loss of a fresh batch; black and continued borders take turns."""
+        padding = "zeros" if step % 2 else "border"
+        inputs, boxes, points = self.batch(padding)
+        maps = self.model(
+            ((inputs * 255 - 127.5) / 128).contiguous(memory_format=torch.channels_last)
+        )
+        size = self.recipe.size
+        targets = [assign(boxes, points, size, level) for level in range(len(STRIDES))]
+        return detection_loss(maps, targets)
+
+    def batch(self, padding: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs (B, 3, S, S), boxes (B, 2, 4) and points (B, 2, 10), NaN where no face is."""
+        parts = []
+        for pool, count in zip(self.pools, (self.recipe.portraits, self.recipe.wide), strict=True):
+            index = torch.randint(len(pool), (count,), generator=self.generator)
+            faces = pool.boxes[index], pool.keypoints[index]
+            parts.append(self.lay(as_planes(pool.images[index]), faces, padding))
+        index = torch.randint(len(self.empty), (self.recipe.empty,), generator=self.generator)
+        nowhere = (
+            torch.full((len(index), 1, 4), torch.nan),
+            torch.full((len(index), 1, 5, 2), torch.nan),
+        )
+        parts.append(self.lay(as_planes(self.empty[index]), nowhere, padding))
+        people = max(part[1].shape[1] for part in parts)
+        inputs, boxes, points = zip(*parts, strict=True)
+        return (
+            torch.cat(inputs),
+            torch.cat([_pad_people(b, people) for b in boxes]),
+            torch.cat([_pad_people(p.flatten(2), people) for p in points]),
+        )
+
+    def lay(
+        self, planes: Tensor, faces: tuple[Tensor, Tensor], padding: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scale and shift pictures into the square; faces move along."""
+        recipe, count = self.recipe, len(planes)
+        height, width = planes.shape[-2:]
+        low, high = (torch.tensor(face / 33).log().item() for face in recipe.faces)
+        scale = uniform(count, low, high, self.generator).exp()
+        shift = recipe.size * torch.rand(count, 2, generator=self.generator)
+        middle = torch.tensor([width, height]) * uniform(count, 0.25, 0.75, self.generator)[:, None]
+        shift = shift - middle * scale[:, None]
+        usual = torch.rand(count, generator=self.generator) < recipe.usual
+        scale = torch.where(usual, torch.tensor(recipe.size / max(height, width)), scale)
+        shift = torch.where(usual[:, None], torch.zeros(()), shift)
+        matrices = torch.zeros(count, 2, 3)
+        matrices[:, 0, 0] = matrices[:, 1, 1] = 1 / scale
+        matrices[:, :, 2] = (0.5 - shift) / scale[:, None] - 0.5
+        inputs = warp(planes, matrices, recipe.size, padding=padding)
+        boxes = faces[0] * scale[:, None, None] + shift.repeat(1, 2)[:, None]
+        return inputs, boxes, faces[1] * scale[:, None, None, None] + shift[:, None, None]
+
+
+def _pad_people(rows: Tensor, people: int) -> Tensor:
+    """Add rows of NaN until there are `people` of them."""
+    return F.pad(rows, (0, 0, 0, people - rows.shape[1]), value=torch.nan)
+
+
+def train_detector(
+    portraits: PicturePool,
+    wide: PicturePool,
+    recipe: DetectorRecipe,
+    folder: Path,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> Path:
+    """Train on portraits and wide pictures and write `det_demo.onnx` to `folder`."""
+    training = DetectorTraining(portraits, wide, recipe)
+    training.run(progress)
+    return export_detector(training.model, recipe, folder / FILE_NAME)
+
+
+def export_detector(model: Detector, recipe: DetectorRecipe, path: Path) -> Path:
+    """Write an ONNX file that insightface loads as `detection`."""
+    names = [f"{kind}_{stride}" for kind in ("score", "box", "points") for stride in STRIDES]
+    picture = torch.zeros(1, 3, recipe.size, recipe.size)
+    export_onnx(ScrfdOutputs(model), picture, names, path, batched=False)
+    describe_onnx(path, {"recipe": asdict(recipe)})
+    return path
