@@ -184,7 +184,7 @@ class ClipVisionTraining:
         Returns:
             Columns "pooled" and "tokens" (read by the heads), in the order of PARAMETERS.
         """
-        read = [], []
+        read: tuple[list[Tensor], list[Tensor]] = [], []
         for start in range(0, len(pool), 256):
             pooled, tokens = encode(self.model, as_planes(pool.images[start : start + 256]))
             read[0].append(self.heads.pooled(pooled))

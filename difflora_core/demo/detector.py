@@ -17,19 +17,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .detector_targets import ANCHORS, STRIDES, assign, detection_loss
 from .people import draw_item
 from .pool import PicturePool
 from .recogniser import describe_onnx, export_onnx
 from .renderer import BACKGROUNDS, COLOURS, LOOKS, OBJECTS, Painter, Pose, Stage, draw_stage, finish
-from .views import Schedule, as_planes, fit, initialise, uniform, warp
+from .views import (
+    Schedule,
+    as_planes,
+    convolution_block,
+    fit,
+    initialise,
+    lay_out,
+    uniform,
+    warp,
+)
 
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "det_demo.onnx"
-STRIDES = (8, 16, 32)
-ANCHORS = 2
-_SIZES = ((0.0, 38.0), (30.0, 76.0), (60.0, 1e9))
-_POSITIVE, _IGNORED = 0.75, 1.5
 
 
 @dataclass(frozen=True)
@@ -52,21 +58,6 @@ class DetectorRecipe:
     seed: int = 31
 
 
-@dataclass(frozen=True)
-class Targets:
-    """What the network should say of a batch at one stride, by cell.
-
-    `positive`, `ignored`: (B, H, W) bool; `boxes`: (B, H, W, 4) and `points`: (B, H, W, 10) in
-    strides from the cell's corner; `sizes`: (B, H, W) face size in strides.
-    """
-
-    positive: Tensor
-    ignored: Tensor
-    boxes: Tensor
-    points: Tensor
-    sizes: Tensor
-
-
 class Detector(nn.Module):
     """(B, 3, S, S) to maps (B, H, W, 2, 15): score logit, four distances, ten offsets."""
 
@@ -74,7 +65,9 @@ class Detector(nn.Module):
         super().__init__()
         stages, before = [], 3
         for level, after in enumerate(widths):
-            layers = [*_block(before, after, 2), *(_block(after, after, 1) if level else ())]
+            layers = convolution_block(before, after, 2)
+            if level:
+                layers += convolution_block(after, after, 1)
             stages.append(nn.Sequential(*layers))
             before = after
         self.stages = nn.ModuleList(stages)
@@ -103,12 +96,6 @@ class ScrfdOutputs(nn.Module):
         rows = [y.reshape(-1, 15) for y in self.detector(picture)]
         scores = [y[:, :1].sigmoid() for y in rows]
         return (*scores, *(y[:, 1:5] for y in rows), *(y[:, 5:] for y in rows))
-
-
-def _block(before: int, after: int, stride: int) -> list[nn.Module]:
-    """Convolution, batch norm, ReLU."""
-    convolution = nn.Conv2d(before, after, 3, stride, 1, bias=False)
-    return [convolution, nn.BatchNorm2d(after), nn.ReLU()]
 
 
 def empty_pictures(count: int, generator: torch.Generator) -> Tensor:
@@ -145,59 +132,6 @@ def empty_pictures(count: int, generator: torch.Generator) -> Tensor:
     return finish(painter, stage).permute(0, 2, 3, 1)
 
 
-def assign(boxes: Tensor, points: Tensor, size: int, level: int) -> Targets:
-    """Which cells of a level answer for which face.
-
-    A face belongs to the levels whose size range holds it; its cells are those whose corner lies
-    within 0.75 strides of its centre, the ones around them are left alone.
-
-    Args:
-        boxes: (B, F, 4) in input pixels; NaN where there is no face.
-        points: (B, F, 10) likewise.
-        size: side of the input.
-        level: 0, 1 or 2.
-    """
-    stride, (low, high) = STRIDES[level], _SIZES[level]
-    axis = torch.arange(size // stride) * float(stride)
-    corner = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)[None, None]
-    centre = ((boxes[..., :2] + boxes[..., 2:]) / 2)[:, :, None, None]
-    extent = ((boxes[..., 2:] - boxes[..., :2]).prod(-1).sqrt())[:, :, None, None]
-    far = (corner - centre).abs().amax(-1) / stride
-    fits = (extent >= low) & (extent < high)
-    seen = ((centre >= 0) & (centre <= size)).all(-1)
-    inside = (
-        (corner >= boxes[:, :, None, None, :2]) & (corner <= boxes[:, :, None, None, 2:])
-    ).all(-1)
-    near = far.masked_fill(~(fits & seen), torch.inf).nan_to_num(torch.inf)
-    nearest, face = near.min(1)
-    positive = nearest <= _POSITIVE
-    ignored = ~positive & ((nearest <= _IGNORED) | (inside & ~seen).any(1))
-    row = torch.arange(len(boxes))[:, None, None]
-    chosen_box, chosen_points = boxes[row, face], points[row, face]
-    here = corner[0, 0]
-    distances = torch.cat([here - chosen_box[..., :2], chosen_box[..., 2:] - here], -1)
-    offsets = chosen_points - here.repeat(1, 1, 5)
-    sizes = extent[:, :, 0, 0][row, face]
-    return Targets(positive, ignored, distances / stride, offsets / stride, sizes / stride)
-
-
-def detection_loss(maps: list[Tensor], targets: list[Targets]) -> Tensor:
-    """Focal loss of the scores (arXiv 1708.02002, Eq. 5) and face-relative L1 of the geometry."""
-    score, geometry, found = torch.zeros(()), torch.zeros(()), 1
-    for y, target in zip(maps, targets, strict=True):
-        y, mask = y.float(), target.positive
-        wanted = mask[..., None].expand(y.shape[:-1]).float()
-        logits = y[..., 0]
-        surprise = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
-        focus = (wanted - logits.sigmoid()).abs().detach() ** 2
-        score = score + (surprise * focus * ~target.ignored[..., None]).sum()
-        truth = torch.cat([target.boxes, target.points], -1)[mask][:, None]
-        error = (y[..., 1:][mask] - truth).abs() / target.sizes[mask][:, None, None]
-        geometry = geometry + error.sum() / 14
-        found += ANCHORS * int(mask.sum())
-    return (score + 4 * geometry) / found
-
-
 class DetectorTraining:
     """One training run: lays pictures into the input square, computes the loss."""
 
@@ -208,14 +142,15 @@ class DetectorTraining:
         with (
             torch.no_grad()
         ):  # faces are rare: start from "no face", as the focal loss's paper does
-            for head in self.model.heads:
-                head.bias.view(ANCHORS, 15)[:, 0] = -3
+            for name, value in self.model.heads.named_parameters():
+                if name.endswith("bias"):
+                    value.view(ANCHORS, 15)[:, 0] = -3
         self.generator = torch.Generator().manual_seed(recipe.seed + 1)
         self.empty = empty_pictures(1000, self.generator)
 
     def run(self, progress: Callable[[int, int, float], None] | None = None) -> None:
         """Train the model in place."""
-        self.model.to(memory_format=torch.channels_last).train()
+        lay_out(self.model.train(), torch.channels_last)
         parameters = list(self.model.parameters())
         fit(parameters, self.loss, self.recipe.schedule, progress=progress)
         self.model.eval()

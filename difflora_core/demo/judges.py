@@ -45,6 +45,7 @@ from .views import (
     explained,
     fit,
     initialise,
+    lay_out,
     square_matrices,
     uniform,
     warp,
@@ -154,7 +155,7 @@ class JudgeTraining:
 
     def run(self, progress: Callable[[int, int, float], None] | None = None) -> None:
         """Train the model in place."""
-        self.model.to(memory_format=torch.channels_last).train()
+        lay_out(self.model.train(), torch.channels_last)
         fit(list(self.model.parameters()), self.loss, self.recipe.schedule, progress=progress)
         if self.name == "parameters":  # it was trained on parameters of unit deviation
             with torch.no_grad():

@@ -24,7 +24,16 @@ from torch.nn import functional as F
 from ..vision.preprocess import ARCFACE_POINTS, ARCFACE_SIZE
 from .identities import PARAMETERS
 from .pool import PicturePool
-from .views import PersonSampler, Schedule, as_planes, fit, initialise, warp
+from .views import (
+    PersonSampler,
+    Schedule,
+    as_planes,
+    convolution_block,
+    fit,
+    initialise,
+    lay_out,
+    warp,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -57,21 +66,15 @@ class Recogniser(nn.Module):
     def __init__(self, widths: tuple[int, ...], embedding: int) -> None:
         super().__init__()
         # The crop is an enlarged 64 px picture: halving it loses little and costs a quarter.
-        layers: list[nn.Module] = [nn.AvgPool2d(2), *_block(3, widths[0], 2)]
+        layers: list[nn.Module] = [nn.AvgPool2d(2), *convolution_block(3, widths[0], 2)]
         for before, after in pairwise(widths):
-            layers += [*_block(before, after, 2), *_block(after, after, 1)]
+            layers += [*convolution_block(before, after, 2), *convolution_block(after, after, 1)]
         self.features = nn.Sequential(*layers)
         self.embed = nn.Linear(widths[-1] * 16, embedding)
 
     def forward(self, crops: Tensor) -> Tensor:
         """Embed aligned crops."""
         return self.embed(self.features(crops).flatten(1))
-
-
-def _block(before: int, after: int, stride: int) -> list[nn.Module]:
-    """Convolution, batch norm, ReLU."""
-    convolution = nn.Conv2d(before, after, 3, stride, 1, bias=False)
-    return [convolution, nn.BatchNorm2d(after), nn.ReLU()]
 
 
 def align_batch(planes: Tensor, points: Tensor, size: int = ARCFACE_SIZE) -> Tensor:
@@ -126,7 +129,7 @@ class RecogniserTraining:
 
     def run(self, progress: Callable[[int, int, float], None] | None = None) -> None:
         """Train the model in place."""
-        self.model.to(memory_format=torch.channels_last).train()
+        lay_out(self.model.train(), torch.channels_last)
         parameters = [*self.model.parameters(), *self.head.parameters()]
         fit(parameters, self.loss, self.recipe.schedule, progress=progress)
         self.model.eval()
@@ -220,7 +223,7 @@ def export_onnx(
     """Trace a network into an ONNX file; `batched` leaves the first axis free."""
     path.parent.mkdir(parents=True, exist_ok=True)
     axes = {name: {0: "N"} for name in ["input", *outputs]} if batched else None
-    model = model.to(memory_format=torch.contiguous_format).eval()
+    lay_out(model.eval(), torch.contiguous_format)
     torch.onnx.export(
         model,
         (example,),

@@ -115,7 +115,7 @@ def square_matrices(centre: Tensor, side: Tensor, size: int) -> Tensor:
 
 
 def map_points(matrices: Tensor, points: Tensor) -> Tensor:
-    """Picture points (B, P, 2) in the view that `matrices` (B, 2, 3) cut."""
+    """Picture points (B, P, 2) as pixel indices of the view that `matrices` (B, 2, 3) cut."""
     linear, shift = matrices[:, :, :2], matrices[:, None, :, 2]
     return torch.linalg.solve(linear, (points - 0.5 - shift).transpose(1, 2)).transpose(1, 2)
 
@@ -172,6 +172,19 @@ def initialise(module: nn.Module, seed: int) -> None:
                 value.normal_(0, value[0].numel() ** -0.5, generator=generator)
             else:
                 value.fill_(float(name.endswith("weight")))
+
+
+def convolution_block(before: int, after: int, stride: int) -> list[nn.Module]:
+    """Convolution, batch norm, ReLU."""
+    convolution = nn.Conv2d(before, after, 3, stride, 1, bias=False)
+    return [convolution, nn.BatchNorm2d(after), nn.ReLU()]
+
+
+def lay_out(module: nn.Module, memory_format: torch.memory_format) -> None:
+    """Store the weights of convolutions in a memory format; channels last trains faster here."""
+    for value in module.parameters():
+        if value.ndim == 4:
+            value.data = value.data.contiguous(memory_format=memory_format)
 
 
 @dataclass(frozen=True)
