@@ -214,18 +214,19 @@ def _check_header(path: Path) -> None:
         raise CheckpointError(f"There is no DiffLoRA model at {path}.")
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(8)
+        start = file.read(9)
+    header = int.from_bytes(start[:8], "little")
+    if size >= 10 and header <= min(MAX_HEADER, size - 8) and start[8:] == b"{":
+        return
     if start[:2] == b"PK" or start[:1] == b"\x80":
         raise CheckpointError(
             f"{path.name} is a pickle file with another name. It could run code, so it is not "
             "opened; use a .safetensors file."
         )
-    header = int.from_bytes(start, "little")
-    if size < 10 or header > min(MAX_HEADER, size - 8):
-        raise CheckpointError(
-            f"{path.name} is no complete .safetensors file ({size} bytes, header of {header}): "
-            "it was cut off or is something else. Download it again."
-        )
+    raise CheckpointError(
+        f"{path.name} is no complete .safetensors file ({size} bytes, header of {header}): "
+        "it was cut off or is something else. Download it again."
+    )
 
 
 def _parse(path: Path, metadata: Mapping[str, str]) -> CheckpointInfo:
