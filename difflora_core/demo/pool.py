@@ -37,6 +37,17 @@ class PicturePool:
     def __len__(self) -> int:
         return len(self.images)
 
+    def head(self, count: int) -> PicturePool:
+        """The first `count` pictures."""
+        return PicturePool(
+            self.images[:count],
+            self.identities[:count],
+            self.captions[:count],
+            self.scenes[:count],
+            self.keypoints[:count],
+            self.boxes[:count],
+        )
+
     def parameters(self) -> Tensor:
         """Identity parameters of each picture's (left) person: (M, P)."""
         seeds, inverse = torch.unique(self.identities, return_inverse=True)

@@ -109,3 +109,10 @@ class DiffusersBase:
             noisy, timesteps, text.context, added_cond_kwargs=added
         ).sample
         return output
+
+
+def stratified_timesteps(count: int, generator: torch.Generator, steps: int = 1000) -> Tensor:
+    """Uniform timesteps, one from each of `count` equal strata: less variance, same mean."""
+    strata = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    order = torch.randperm(count, generator=generator)
+    return (strata * steps).long().clamp(max=steps - 1)[order]

@@ -1,0 +1,23 @@
+"""Where the demo world's files are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ARTEFACTS = Path(__file__).parent / "artefacts"
+"""What ships with the pack."""
+
+BASE = ARTEFACTS / "base.safetensors"
+CLIP_VISION = ARTEFACTS / "clip_vision.safetensors"
+DIFFLORA = ARTEFACTS / "difflora.safetensors"
+DIFFLORA_PAPER = ARTEFACTS / "difflora_paper.safetensors"
+FACES = ARTEFACTS / "insightface" / "demo_faces"
+JUDGES = ARTEFACTS / "judges"
+MANIFEST = ARTEFACTS / "manifest.json"
+EXAMPLES = ARTEFACTS / "examples"
+
+ROOT = Path(__file__).parents[2]
+WORK = ROOT / ".cache"
+POOLS = WORK / "pool"
+BUILD = WORK / "build"
+"""Intermediate files of `make demo-world`; safe to delete."""

@@ -1,0 +1,151 @@
+"""The stages that rebuild the demo world, each from the files of the stages before it.
+
+Every stage is deterministic by its seeds, can be interrupted and resumed, and returns the figures
+that it measured; build.py runs them in order and writes the manifest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..training.base_model import DiffusersBase
+from ..training.loop import LoopConfig, Progress, train
+from . import paths
+from .base import BaseObjective, base_batches, load_base, new_base, save_base
+from .pool import PicturePool, cached_pool, pair_pool, portrait_pool
+from .vae import VaeLoss, VaeObjective, decode_latents, encode_pool, new_vae, vae_batches
+
+Figures = dict[str, object]
+
+VAE_LOOP = LoopConfig(
+    steps=6000,
+    learning_rate=2e-3,
+    warmup=100,
+    decay=0.35,
+    weight_decay=0.0,
+    precision="bf16",
+    log_every=100,
+    compile=True,
+)
+VAE_BATCH = 4
+BASE_LOOP = LoopConfig(
+    steps=16_000,
+    learning_rate=1e-3,
+    warmup=200,
+    decay=0.25,
+    ema=0.999,
+    precision="bf16",
+    log_every=100,
+    seed=1,
+)
+BASE_BATCH = 16
+
+
+def train_pool() -> PicturePool:
+    """50,000 portraits of 5,000 training identities; a third of the captions describe them."""
+    return cached_pool(
+        paths.POOLS / "train.safetensors", lambda: portrait_pool("train", 5000, 10, describe=0.35)
+    )
+
+
+def pairs_pool() -> PicturePool:
+    """4,000 wide pictures of two training identities."""
+    return cached_pool(
+        paths.POOLS / "pairs.safetensors", lambda: pair_pool("train", 4000, 4000)
+    )
+
+
+def drawn_pool() -> PicturePool:
+    """The portraits that the base and DiffLoRA learn to draw: 3,000 people with 10 pictures."""
+    return train_pool().head(30_000)
+
+
+def validation_pool() -> PicturePool:
+    """1,200 portraits of 100 validation identities."""
+    return cached_pool(
+        paths.POOLS / "validation.safetensors", lambda: portrait_pool("validation", 100, 12)
+    )
+
+
+def pictures(progress: Progress) -> Figures:
+    """Render the pools."""
+    counts = {}
+    for k, pool in enumerate((train_pool, pairs_pool, validation_pool)):
+        counts[pool.__name__] = len(pool())
+        progress(k + 1, 3, {})
+    return dict(counts)
+
+
+def vae(progress: Progress) -> Figures:
+    """Train the VAE on portraits."""
+    model, loss = new_vae(0), VaeLoss()
+    folder = paths.BUILD / "vae"
+    train(
+        VaeObjective(model, loss), vae_batches(train_pool(), VAE_BATCH, loss), VAE_LOOP, folder, progress
+    )
+    model.save_pretrained(folder / "trained")
+    held_out = validation_pool().images[:256]
+    again = decode_latents(model, encode_pool(model, held_out).float())
+    error = (again - held_out.float() / 255).square().mean((1, 2, 3))
+    return {"psnr_db": float((-10 * error.log10()).mean())}
+
+
+def base(progress: Progress) -> Figures:
+    """Train UNet and text encoders on the latents."""
+    model = AutoencoderKL.from_pretrained(paths.BUILD / "vae" / "trained")
+    portraits, pairs, held_out = drawn_pool(), pairs_pool().head(2000), validation_pool()
+    latents = [
+        _latents(model, name, pool)
+        for name, pool in (("train", portraits), ("pairs", pairs), ("validation", held_out))
+    ]
+    scaling = 1.0 / float(latents[0][:2000].float().std())
+    unet, text = new_base(1)
+    objective = BaseObjective(unet, text)
+    scaled = [(z.float() * scaling).half() for z in latents]
+    draw = base_batches((scaled[0], portraits), (scaled[1], pairs), BASE_BATCH)
+    train(objective, draw, BASE_LOOP, paths.BUILD / "base", progress)
+    save_base(paths.BASE, unet, text, model, scaling)
+    return {"validation_loss": base_loss(objective, scaled[2], held_out), "scaling": scaling}
+
+
+@torch.no_grad()
+def base_loss(objective: BaseObjective, latents: Tensor, pool: PicturePool) -> float:
+    """Mean v loss on fixed noise over up to 512 pictures; comparable between runs."""
+    draw = base_batches((latents, pool), (latents, pool), 64)
+    losses = []
+    for step in range(8):
+        batch = draw(torch.Generator().manual_seed(900 + step))
+        losses.append(float(objective(batch)[0]))
+    return sum(losses) / len(losses)
+
+
+def _latents(model: AutoencoderKL, name: str, pool: PicturePool) -> Tensor:
+    """Unscaled latents of a pool, kept on disk."""
+    path = paths.BUILD / "latents" / f"{name}.safetensors"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".part")
+        save_file({"latents": encode_pool(model, pool.images)}, temporary)
+        temporary.replace(path)
+    with safe_open(path, "pt") as file:
+        latents: Tensor = file.get_tensor("latents")
+    return latents
+
+
+def scaled_latents(name: str) -> tuple[Tensor, DiffusersBase]:
+    """Scaled latents (M, 8, h, w) of a pool whose base exists, and the frozen base."""
+    model = load_base(paths.BASE)
+    pools: dict[str, Callable[[], PicturePool]] = {
+        "train": drawn_pool,
+        "validation": validation_pool,
+    }
+    latents = _latents(model.vae, name, pools[name]())
+    return latents.float() * model.vae.config.scaling_factor, model

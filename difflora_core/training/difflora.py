@@ -1,0 +1,175 @@
+"""The functional recipe: photo to LoRA, trained through the frozen base model's denoising loss.
+
+Each sample is conditioned on one or more photos of a person and denoises *another* picture of the
+same person, so what the LoRA learns to carry is the person and not the photo (ours; close in
+spirit to HyperLoRA, arXiv:2503.16944, and LoFA, arXiv:2512.08785). No corpus of LoRAs is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.attach import attach
+from ..adapters.lora import lora_adapter_set
+from ..errors import ConfigError
+from ..methods.difflora import DiffLoRAModel
+from ..models.mif import IdentityCondition, balance_loss
+from ..vision.features import ImageFeatures
+from .base_model import DiffusersBase, TextCondition, stratified_timesteps
+from .loop import LoopConfig, Progress, train
+from .losses import NoisedBatch, denoising_error
+
+
+@dataclass(frozen=True)
+class FunctionalConfig:
+    """Settings of the functional recipe.
+
+    `batch`: identities per step, each with its own LoRA; `photos`: most photos of a person per
+    condition; `feature_noise`: noise on the standardised condition; `latent_noise`: noise on the
+    latent, which gives it a scale together with `latent_weight` (of its mean square);
+    `balance`: weight of the gate's load balance; `weighting`: of the denoising loss.
+    """
+
+    batch: int = 64
+    photos: int = 4
+    feature_noise: float = 0.1
+    latent_noise: float = 0.1
+    latent_weight: float = 1e-4
+    balance: float = 1e-3
+    weighting: str = "uniform"
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.photos < 1:
+            raise ConfigError("batch and photos must be at least 1")
+
+
+@dataclass(frozen=True)
+class PersonPictures:
+    """Pictures of many people, ready for training.
+
+    `latents`: (M, C, h, w) scaled; `text`: encoded unique prompts; `prompts`: (M,) row of `text`;
+    `features`: of every picture as a reference photo, M rows; `people`: (P, Q) picture numbers of
+    each person, every person with Q pictures, Q >= 2.
+    """
+
+    latents: Tensor
+    text: TextCondition
+    prompts: Tensor
+    features: ImageFeatures
+    people: Tensor
+
+    def __post_init__(self) -> None:
+        if self.people.ndim != 2 or self.people.shape[1] < 2:
+            raise ConfigError("every person needs at least two pictures: one to see, one to draw")
+
+
+class FunctionalObjective(nn.Module):
+    """Denoising loss of the base under the LoRA predicted from other photos."""
+
+    def __init__(self, model: DiffLoRAModel, base: DiffusersBase, config: FunctionalConfig) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+        self.unet = base.unet
+        self.base = base
+        model.dit.requires_grad_(False)
+        model.lae.encoder.requires_grad_(False)
+        self.unet.requires_grad_(False)
+
+    def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a batch of `person_batches`."""
+        condition: IdentityCondition = self.model.mif(
+            batch["face"],
+            batch["face_found"],
+            batch["image"],
+            batch["image_tokens"],
+            photo_mask=batch["photo_mask"],
+        )
+        noisy = IdentityCondition(
+            condition.pooled + self.config.feature_noise * batch["feature_noise"],
+            condition.tokens,
+            condition.gate,
+        )
+        mean = self.model.predictor(noisy)
+        z = mean + self.config.latent_noise * batch["latent_noise"]
+        weights = self.model.lae.decode_weights(z)
+        names = self.model.layout.module_names
+        with attach(self.unet, lora_adapter_set(weights), names=names):
+            text = TextCondition(batch["context"], batch["pooled"])
+            pictures = NoisedBatch(batch["latents"], batch["noise"], batch["timesteps"], text)
+            errors = denoising_error(self.base, pictures, self.config.weighting)
+        spread = mean.float().pow(2).mean()
+        loss = errors.mean() + self.config.latent_weight * spread
+        loss = loss + self.config.balance * balance_loss(condition.gate.float())
+        metrics = {"denoising": errors.mean().detach(), "latent": spread.detach()}
+        return loss, metrics | {"face_gate": condition.gate[:, 0].mean().detach()}
+
+
+def person_batches(
+    data: PersonPictures, model: DiffLoRAModel, config: FunctionalConfig
+) -> Callable[[torch.Generator], dict[str, Tensor]]:
+    """Batches of people: some photos to see, another picture to draw."""
+    count = config.batch
+    width, lae = model.config.mif.width, model.config.lae
+    most = min(config.photos, data.people.shape[1] - 1)
+
+    def draw(generator: torch.Generator) -> dict[str, Tensor]:
+        people = torch.randint(len(data.people), (count,), generator=generator)
+        order = torch.rand(count, data.people.shape[1], generator=generator).argsort(1)
+        pictures = data.people[people].gather(1, order)  # B Q, shuffled
+        target = pictures[:, 0]
+        # One photo is what artists have most often; so half of the batches see one alone.
+        alone = bool(torch.rand((), generator=generator) < 0.5)
+        seen = 1 if alone else int(torch.randint(1, most + 1, (1,), generator=generator))
+        reference = pictures[:, 1 : 1 + seen]  # B N
+        flat = data.features.select(reference.flatten())
+        latents = data.latents[target].float()
+        text = data.text.select(data.prompts[target])
+
+        def rows(x: Tensor) -> Tensor:
+            return x.reshape(count, seen, *x.shape[1:])
+
+        return {
+            "face": rows(flat.face).float(),
+            "face_found": rows(flat.face_found),
+            "image": rows(flat.image).float(),
+            "image_tokens": rows(flat.image_tokens).float(),
+            "photo_mask": torch.ones(count, seen, dtype=torch.bool),
+            "feature_noise": torch.randn(count, width, generator=generator),
+            "latent_noise": torch.randn(
+                count, lae.latent_tokens, lae.latent_dim, generator=generator
+            ),
+            "latents": latents,
+            "noise": torch.randn(latents.shape, generator=generator),
+            "timesteps": stratified_timesteps(count, generator),
+            "context": text.context,
+            "pooled": text.pooled,
+        }
+
+    return draw
+
+
+def fit(
+    model: DiffLoRAModel,
+    base: DiffusersBase,
+    data: PersonPictures,
+    loop: LoopConfig,
+    folder: Path,
+    config: FunctionalConfig | None = None,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Train MIF, predictor and decoder of `model` in place; see `loop.train` for the rest."""
+    config = config or FunctionalConfig()
+    photos = data.features
+    if not bool(model.mif.get_buffer("image_mean").any()):
+        sample = photos.select(torch.arange(0, len(photos), max(1, len(photos) // 2000)))
+        model.mif.fit_statistics(
+            sample.face, sample.face_found, sample.image.float(), sample.image_tokens.float()
+        )
+    objective = FunctionalObjective(model, base, config)
+    return train(objective, person_batches(data, model, config), loop, folder, progress)
