@@ -130,7 +130,7 @@ def layer_from_group(
     if "dora" in group:
         raise LoRAFileError(
             f"{stem}: this is a DoRA. Its effect depends on the base model's weights, so it is not "
-            "a LoRA; load it with the host's own loader, or retrain it without weight decomposition."
+            "a LoRA; load it with the host's own loader, or train it without weight decomposition."
         )
     reasons = [_UNSUPPORTED[role] for role in group if role in _UNSUPPORTED and role != "bias"]
     matrices = {}
@@ -142,7 +142,7 @@ def layer_from_group(
             else:
                 matrices[role.removesuffix("_peft")] = matrix
     if reasons or not matrices:
-        return reasons[0] if reasons else _UNSUPPORTED["bias"]
+        return reasons[0] if reasons else _UNSUPPORTED["bias"] if "bias" in group else "no factors"
     alpha = _alpha(stem, group)
     try:
         if "up" in matrices or "down" in matrices:

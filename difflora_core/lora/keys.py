@@ -167,7 +167,8 @@ def from_state_dict(
             "Use a LoRA made for this base model."
         )
     ranks = tuple(sorted({layer.rank for layer in layers.values()}))
-    count, missing = len(layers), ()
+    count = len(layers)
+    missing: tuple[str, ...] = ()
     if layout is not None:
         layers, missing = conform(layers, layout, errors)
     weights = LoRAWeights(layers)
@@ -205,4 +206,6 @@ def _read_groups(
         layers[name], error = found
         if error > 0:
             errors[name] = error
+        if "bias" in group:
+            skipped[f"{stem} (bias)"] = "changes a bias"
     return layers, errors, skipped, outside
