@@ -102,7 +102,7 @@ class ComfyServer:
         """Where save nodes write."""
         return self.base_directory / "output"
 
-    def start(self, timeout: float = 180.0) -> "ComfyServer":
+    def start(self, timeout: float = 300.0) -> "ComfyServer":
         """Starts ComfyUI and returns when it answers.
 
         Args:

@@ -1,7 +1,6 @@
 """The pack inside real ComfyUI, and the client's whole conversation with it."""
 
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -86,11 +85,9 @@ def test_interrupt_stops_the_run(comfy):
     prompt["2"]["inputs"]["images"] = blur["image"]
     stopper = threading.Timer(0.5, comfy.interrupt)
     stopper.start()
-    begun = time.monotonic()
     with pytest.raises(ComfyInterrupted):
         comfy.run(prompt)
     stopper.join()
-    assert time.monotonic() - begun < 30
     assert comfy.run(picture_prompt(color=5)).picture().shape == (16, 16, 3)
 
 
