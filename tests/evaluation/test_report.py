@@ -1,0 +1,80 @@
+"""Bootstrap intervals, recovered share and tables on numbers worked out by hand."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from difflora_core.errors import ConfigError
+from difflora_core.evaluation.report import (
+    Report,
+    bootstrap_interval,
+    recovered_share,
+    share_improved,
+)
+
+
+def test_recovered_share_by_hand():
+    base = torch.tensor([0.0, 0.2])
+    best = torch.tensor([0.4, 0.6])
+    predicted = torch.tensor([0.5, 0.7])
+    share = recovered_share(predicted, base, best)
+    assert share.value == pytest.approx(1.25)  # (0.6 - 0.1) / (0.5 - 0.1)
+    # with people resampled the gains stay 0.5 and 0.4
+    assert (share.low, share.high) == pytest.approx((1.25, 1.25))
+
+
+def test_recovered_share_of_an_error_has_the_same_sign():
+    base, best, predicted = torch.tensor([0.5]), torch.tensor([0.3]), torch.tensor([0.4])
+    assert recovered_share(predicted, base, best).value == pytest.approx(0.5)
+
+
+def test_recovered_share_weighs_people_by_their_gain():
+    """A person without any gain neither breaks nor decides the ratio of means."""
+    base, best = torch.zeros(2), torch.tensor([0.0, 1.0])
+    assert recovered_share(torch.tensor([0.0, 0.5]), base, best).value == pytest.approx(0.5)
+
+
+def test_bootstrap_is_repeatable_and_ordered():
+    values = torch.randn(30, generator=torch.Generator().manual_seed(3))
+    first, second = bootstrap_interval(values), bootstrap_interval(values)
+    assert first == second
+    assert first.low < first.value < first.high
+    assert first.value == pytest.approx(float(values.mean()))
+
+
+def test_bootstrap_coverage():
+    """95 % intervals of the mean of 25 normal numbers hold the truth in about 93 % of trials."""
+    generator = torch.Generator().manual_seed(11)
+    hits = 0
+    for trial in range(300):
+        values = 2 + torch.randn(25, generator=generator)
+        interval = bootstrap_interval(values, draws=400, seed=trial)
+        hits += interval.low <= 2 <= interval.high
+    assert 0.88 <= hits / 300 <= 0.98
+
+
+def test_bootstrap_needs_data():
+    with pytest.raises(ConfigError, match="at least one identity"):
+        bootstrap_interval(torch.empty(0))
+    with pytest.raises(ConfigError, match="one statistic"):
+        bootstrap_interval(torch.ones(3, 2))
+
+
+def test_share_improved():
+    values, base = torch.tensor([0.3, 0.1, 0.5]), torch.tensor([0.2, 0.2, 0.2])
+    assert share_improved(values, base) == pytest.approx(2 / 3)
+    assert share_improved(values, base, lower_is_better=True) == pytest.approx(1 / 3)
+
+
+def test_report_as_json_and_markdown():
+    rows = {"base": {"likeness": 0.12345}, "LoRA": {"likeness": math.nan, "seconds": 1.5}}
+    report = Report(rows, {"seed": 3, "interval": [math.inf, 1.0]})
+    read = json.loads(report.to_json())
+    assert read["rows"]["LoRA"] == {"likeness": None, "seconds": 1.5}
+    assert (read["seed"], read["interval"]) == (3, [None, 1.0])
+    lines = report.to_markdown({"seconds": 1}).split("\n")
+    assert lines[0] == "| | likeness | seconds |"
+    assert lines[2] == "| base | 0.123 | – |"
+    assert lines[3] == "| LoRA | – | 1.5 |"
