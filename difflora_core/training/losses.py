@@ -1,0 +1,105 @@
+"""Losses of the recipes; each one reduces to a known one in a test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..diffusion.objective import abar_at, add_noise, loss_weight, training_target
+from ..lora.distance import cosine_similarity, squared_relative_error
+from ..lora.weights import LoRAWeights
+from .base_model import BaseModel, TextCondition
+
+
+@dataclass(frozen=True, eq=False)
+class NoisedBatch:
+    """What one denoising step of the base model is asked.
+
+    Args:
+        latents: (B, C, h, w) clean, scaled.
+        noise: like `latents`.
+        timesteps: (B,) integers.
+        text: B encoded prompts.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    text: TextCondition
+
+
+def denoising_error(base: BaseModel, batch: NoisedBatch, weighting: str = "high_noise") -> Tensor:
+    """Weighted squared error of the base model's prediction, one number per sample.
+
+    Eq. 14 of arXiv:2006.11239 in the space the base model predicts. With a v-predicting base
+    `uniform` is plain v MSE, which is the epsilon loss weighted by 1/abar.
+
+    Args:
+        base: the base model; adapters that are attached to its UNet take part.
+        batch: B noised samples; floating inputs are cast to the UNet's dtype.
+        weighting: a kind of `diffusion.objective.loss_weight`.
+
+    Returns:
+        (B,) float32 or better.
+    """
+    dtype = next(base.unet.parameters()).dtype
+    clean, noise = batch.latents.to(dtype), batch.noise.to(dtype)
+    abar = abar_at(base.alphas_cumprod, batch.timesteps, clean)
+    text = TextCondition(batch.text.context.to(dtype), batch.text.pooled.to(dtype))
+    prediction = base.predict(add_noise(clean, noise, abar), batch.timesteps, text)
+    target = training_target(clean, noise, abar, base.prediction_type)
+    fine = torch.promote_types(dtype, torch.float32)
+    error = (prediction.to(fine) - target.to(fine)).square().flatten(1).mean(1)
+    return error * loss_weight(weighting, abar.flatten().to(fine), base.prediction_type)
+
+
+def weight_preserved_loss(
+    estimate: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    scale: Tensor | None = None,
+    strength: float = 1.0,
+    power: float = 1.0,
+    cap: float = 10.0,
+) -> Tensor:
+    """Squared error in which large weights count more (difflora.md 3; the paper's form is unknown).
+
+    With w the target and m the mean of its absolute values in one token (one LoRA matrix):
+
+        sum(omega * (estimate - w)^2) / sum(omega)      omega = 1 + strength * min(|w| / m, cap)^p
+
+    Args:
+        estimate: (B, T, L) tokens.
+        target: (B, T, L) tokens, not centred: a large weight is large against zero.
+        mask: (T, L) bool, True where a token holds a value.
+        scale: (T, 1), unit of the error of each token; 1 unless given.
+        strength: 0 or more; 0 is plain MSE over the values.
+        power: exponent p.
+        cap: largest |w| / m that counts.
+
+    Returns:
+        Scalar.
+    """
+    size = target.detach().abs() * mask
+    mean = size.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp_min(1)  # B T 1
+    relative = size / mean.clamp_min(torch.finfo(size.dtype).tiny)
+    omega = (1 + strength * relative.clamp_max(cap).pow(power)) * mask
+    error = estimate - target if scale is None else (estimate - target) / scale
+    return (omega * error.square()).sum() / omega.sum()
+
+
+def angular_loss(estimate: LoRAWeights, target: LoRAWeights) -> Tensor:
+    """1 - cosine between the delta W of two batches, mean over the batch (LoRAGen, ICLR 2026)."""
+    return 1 - cosine_similarity(estimate, target).mean()
+
+
+def relative_delta_loss(estimate: LoRAWeights, target: LoRAWeights) -> Tensor:
+    """|delta_estimate - delta_target|_F^2 / |delta_target|_F^2, mean over the batch (ours)."""
+    return squared_relative_error(estimate, target).mean()
+
+
+def kl_loss(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """KL divergence from N(0, 1) per latent number (Eq. 10 of arXiv:1312.6114), scalar."""
+    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
