@@ -1,7 +1,5 @@
 """The pack inside real ComfyUI, and the client's whole conversation with it."""
 
-import threading
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -78,16 +76,15 @@ def test_uploaded_picture_is_loaded_unchanged(comfy, tmp_path):
 
 def test_interrupt_stops_the_run(comfy):
     blur = {"image": ["1", 0], "blur_radius": 31, "sigma": 10.0}
-    prompt = picture_prompt(size=1024)
+    prompt = picture_prompt(size=512)
     for node in range(3, 23):
         prompt[str(node)] = {"class_type": "ImageBlur", "inputs": dict(blur)}
         blur["image"] = [str(node), 0]
     prompt["2"]["inputs"]["images"] = blur["image"]
-    stopper = threading.Timer(0.5, comfy.interrupt)
-    stopper.start()
     with pytest.raises(ComfyInterrupted):
-        comfy.run(prompt)
-    stopper.join()
+        comfy.run(
+            prompt, on_progress=lambda step: comfy.interrupt() if step.node_id == "3" else None
+        )
     assert comfy.run(picture_prompt(color=5)).picture().shape == (16, 16, 3)
 
 
