@@ -2,9 +2,18 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import model_paths
+from . import demo, difflora, features, loaders, model_paths
 
-NODES: list[type[io.ComfyNode]] = []
+NODES: list[type[io.ComfyNode]] = [
+    demo.LoadDemo,
+    loaders.LoadModel,
+    loaders.LoadFaceAnalysis,
+    difflora.Personalize,
+    features.ExtractFeatures,
+    difflora.MixFeatures,
+    difflora.SampleLatent,
+    difflora.DecodeLoRA,
+]
 
 
 class DiffLoRAExtension(ComfyExtension):

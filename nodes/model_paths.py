@@ -1,17 +1,26 @@
 """Where ComfyUI keeps our files: `models/difflora`, and `models/insightface` as other packs do."""
 
-import os
+from collections.abc import Callable
+from pathlib import Path
 
 import folder_paths
 
 DIFFLORA = "difflora"
 INSIGHTFACE = "insightface"
+DEMO = "difflora_demo"
+"""Holds the demo world; `extra_model_paths.yaml` can name another folder."""
+
+DEMO_FOLDER = Path(__file__).resolve().parents[1] / "difflora_core" / "demo" / "artefacts"
+DEMO_FILES = ("base.safetensors", "clip_vision.safetensors", "difflora.safetensors")
+DEMO_FACES = "insightface/demo_faces"
 
 
 def register() -> None:
     """Registers our model folders with ComfyUI; twice, or beside another pack, is harmless."""
     for folder in (DIFFLORA, INSIGHTFACE):
-        folder_paths.add_model_folder_path(folder, os.path.join(folder_paths.models_dir, folder))
+        path = str(Path(folder_paths.models_dir) / folder)
+        folder_paths.add_model_folder_path(folder, path)
+    folder_paths.add_model_folder_path(DEMO, str(DEMO_FOLDER))
     # A new folder lists every file; ours shows checkpoints only.
     folder_paths.folder_names_and_paths[DIFFLORA][1].add(".safetensors")
 
@@ -36,6 +45,73 @@ def difflora_file(name: str) -> str:
     return path
 
 
-def insightface_folders() -> list[str]:
-    """The folders that may hold face analysis packages, as `<folder>/models/<package>/*.onnx`."""
-    return folder_paths.get_folder_paths(INSIGHTFACE)
+def insightface_folders() -> list[Path]:
+    """The folders that may hold face analysis packages."""
+    return [Path(path) / "models" for path in folder_paths.get_folder_paths(INSIGHTFACE)]
+
+
+def insightface_packages() -> list[str]:
+    """Names of the packages there, for a node's list; a half-empty one is listed, to be named."""
+    names = {
+        path.name
+        for folder in insightface_folders()
+        if folder.is_dir()
+        for path in folder.iterdir()
+        if path.is_dir()
+    }
+    return sorted(names)
+
+
+def insightface_package(name: str) -> str:
+    """The folder of a face analysis package.
+
+    Raises:
+        FileNotFoundError: it is not there; the message names the folders searched.
+    """
+    for folder in insightface_folders():
+        # The name comes from a prompt: only what lies directly in the folder.
+        if name not in ("", "..") and Path(name).name == name and (folder / name).is_dir():
+            return str(folder / name)
+    folders = " or ".join(str(folder) for folder in insightface_folders())
+    raise FileNotFoundError(
+        f"The face analysis package '{name}' was not found. Download one yourself (antelopev2, "
+        f"buffalo_l or the free AuraFace), unpack it as a folder in {folders}, and press R."
+    )
+
+
+def demo_paths() -> tuple[list[Path], Path]:
+    """The demo world's files in the order of DEMO_FILES, and its face analysis folder.
+
+    Raises:
+        FileNotFoundError: one of them is missing.
+    """
+    folders = [Path(path) for path in folder_paths.get_folder_paths(DEMO)]
+    for folder in folders:
+        files, faces = [folder / name for name in DEMO_FILES], folder / DEMO_FACES
+        if all(file.is_file() for file in files) and faces.is_dir():
+            return files, faces
+    wanted = [folders[0] / name for name in (*DEMO_FILES, DEMO_FACES)]
+    missing = ", ".join(path.name for path in wanted if not path.exists())
+    raise FileNotFoundError(
+        f"The demo world in {folders[0]} lacks {missing}. Install the node pack again, or rebuild "
+        "the demo with 'make demo-world'."
+    )
+
+
+def problem(find: Callable[[str], str], name: str | None) -> bool | str:
+    """True when `find` finds the name, else its message; for a node's validate_inputs."""
+    try:
+        find(name or "")
+    except FileNotFoundError as error:
+        return str(error)
+    return True
+
+
+def fingerprint(*paths: str | Path) -> list[tuple[str, int, int]]:
+    """Path, size and time of each file (of all files of a folder): changes when the model does."""
+    files = [
+        file
+        for path in map(Path, paths)
+        for file in (sorted(path.rglob("*.onnx")) if path.is_dir() else [path])
+    ]
+    return [(str(f), (stat := f.stat()).st_size, stat.st_mtime_ns) for f in files]

@@ -1,12 +1,34 @@
-"""Real ComfyUI for the node tests: started once, on the CPU, with a base directory of its own."""
+"""Real ComfyUI for the node tests: started once, on the CPU, with a base directory of its own.
 
+Its demo world is the shipped one; while that is not trained, one with random weights.
+"""
+
+import importlib.util
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
+import onnx
 import pytest
+import torch
+from PIL import Image
 
+from difflora_core.demo.base import demo_layout, new_base, save_base
+from difflora_core.demo.clip_vision import ClipVisionRecipe, save_clip_vision
 from difflora_core.demo.comfy_client import ComfyClient
 from difflora_core.demo.comfy_server import ComfyServer
+from difflora_core.demo.vae import new_vae
+from difflora_core.methods.difflora import DiffLoRAConfig, DiffLoRAModel
+from difflora_core.storage.checkpoint import read_info, save_model
+from difflora_core.vision.features import FeatureSizes
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = ROOT / "difflora_core" / "demo" / "artefacts"
+PARTS = (
+    *("base.safetensors", "clip_vision.safetensors", "difflora.safetensors"),
+    "insightface/demo_faces",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -17,10 +39,96 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.comfy)
 
 
+def random_difflora(path, layout, sizes, **rest):
+    """A DiffLoRA model with random weights, large enough that its LoRA shows."""
+    generator = torch.Generator().manual_seed(5)
+    model = DiffLoRAModel(DiffLoRAConfig.demo(sizes, **rest), layout, generator=generator)
+    for parameter in model.parameters():
+        if not parameter.any():  # branches that start at zero
+            parameter.data.normal_(0, 0.05, generator=generator)
+    return save_model(model, path)
+
+
 @pytest.fixture(scope="session")
-def comfy_server(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+def random_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A demo world with random weights; its faces are green squares."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    folder = tmp_path_factory.mktemp("random_world")
+    unet, text = new_base(3)
+    for module in (unet, text):
+        for parameter in module.parameters():
+            parameter.data = parameter.data.half().float()  # exact in the file
+    vae = new_vae(4)
+    save_base(folder / "base.safetensors", unet, text, vae, 0.8)
+    recipe = ClipVisionRecipe()
+    with torch.random.fork_rng():
+        vision = CLIPVisionModelWithProjection(CLIPVisionConfig(**recipe.network()))
+    save_clip_vision(vision, recipe, {}, folder / "clip_vision.safetensors")
+    # The ONNX models of the vision tests: one set of green-square faces is enough.
+    spec = importlib.util.spec_from_file_location("faces", ROOT / "tests/vision/conftest.py")
+    green = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(green)
+    faces = folder / "insightface" / "demo_faces"
+    faces.mkdir(parents=True)
+    onnx.save(green._detector(128), faces / "detector.onnx")
+    onnx.save(green._recogniser(), faces / "recogniser.onnx")
+    sizes = FeatureSizes(128, recipe.projection, 65, recipe.width)
+    random_difflora(folder / "difflora.safetensors", demo_layout(), sizes)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def is_shipped() -> bool:
+    """True when the trained demo world is complete."""
+    return all((SHIPPED / part).exists() for part in PARTS)
+
+
+@pytest.fixture(scope="session")
+def demo_world(is_shipped, request: pytest.FixtureRequest) -> Path:
+    """The folder that Load DiffLoRA Demo reads in the tests."""
+    return SHIPPED if is_shipped else request.getfixturevalue("random_world")
+
+
+@pytest.fixture(scope="session")
+def sizes(demo_world: Path) -> FeatureSizes:
+    """Sizes of the demo world's encoders."""
+    return read_info(demo_world / "difflora.safetensors").config.feature_sizes
+
+
+@pytest.fixture(scope="session")
+def face_picture(is_shipped, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 128 x 128 picture file with one face that the demo world's detector finds."""
+    path = tmp_path_factory.mktemp("pictures") / "face.png"
+    if is_shipped:
+        from difflora_core.demo.identities import split_seeds
+        from difflora_core.demo.scenes import render_portraits
+
+        pixels = render_portraits(split_seeds("validation", 1), [0]).images[0]
+    else:
+        pixels = torch.full((128, 128, 3), 0.4)
+        pixels[52:76, 50:74] = torch.tensor([0.0, 1.0, 0.0])
+    Image.fromarray((pixels * 255).round().byte().numpy()).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def plain_picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A grey picture without any face."""
+    path = tmp_path_factory.mktemp("plain") / "plain.png"
+    Image.new("RGB", (128, 128), (110, 110, 110)).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def comfy_server(
+    comfyui: Path, demo_world: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ComfyServer]:
     """A running ComfyUI with this pack: base directory, input and output folders, log."""
-    with ComfyServer(tmp_path_factory.mktemp("comfyui")) as server:
+    base = tmp_path_factory.mktemp("comfyui")
+    paths = base / "model_paths.yaml"
+    paths.write_text(f"tests:\n  base_path: {demo_world}\n  difflora_demo: .\n")
+    with ComfyServer(base, arguments=["--extra-model-paths-config", str(paths)]) as server:
         yield server
 
 
@@ -28,3 +136,9 @@ def comfy_server(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 def comfy(comfy_server: ComfyServer) -> ComfyClient:
     """Its client: `run(prompt)`, `object_info()`, `interrupt()`, `upload_picture(path)`."""
     return comfy_server.client
+
+
+@pytest.fixture(scope="session")
+def node_module(pack: ModuleType):
+    """Gives a module of nodes/ by name, in this process."""
+    return lambda name: import_module(f".nodes.{name}", pack.__name__)

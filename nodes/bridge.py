@@ -1,0 +1,253 @@
+"""Between ComfyUI's objects and the library's: models under its memory management, encoders, LoRA.
+
+Nothing here decides anything about DiffLoRA; it hands tensors over and checks that both sides fit.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.lora
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.utils
+import torch
+from torch import Tensor, nn
+
+from ..difflora_core.diffusion.sampler import SampleSettings
+from ..difflora_core.errors import ConfigError, EncoderError, LayoutError
+from ..difflora_core.lora.keys import to_state_dict
+from ..difflora_core.lora.weights import LoRAWeights
+from ..difflora_core.methods.difflora import DiffLoRAModel
+from ..difflora_core.models.lae import LoRALatent
+from ..difflora_core.models.mif import IdentityCondition
+from ..difflora_core.storage.checkpoint import load_model
+from ..difflora_core.vision.face_choice import FaceOptions
+from ..difflora_core.vision.face_encoder import DetectedFace, FaceEncoder, InsightFaceEncoder
+from ..difflora_core.vision.features import ExtractedFeatures, ImageFeatures, extract_features
+from ..difflora_core.vision.image_encoder import ImageEncoder
+from .sockets import BEST_GUESS, MANUAL
+
+# Activations only; ComfyUI knows the weights. Covers a full-size model reading 16 photos.
+ACTIVATION_BYTES = 512 * 2**20
+
+
+class _Holder(nn.Module):
+    """The module that ComfyUI patches: it sets attributes of its own (device) on it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+
+@dataclass(frozen=True)
+class HostedModel:
+    """A DiffLoRA model in ComfyUI's care.
+
+    Attributes:
+        patcher: ModelPatcher that holds it; ComfyUI moves its weights.
+        name: File name, for messages.
+    """
+
+    patcher: Any = field(repr=False)
+    name: str
+
+    @property
+    def settings(self) -> DiffLoRAModel:
+        """The network, to read its configuration; it may be anywhere."""
+        return self.patcher.model.network
+
+    def ready(self) -> DiffLoRAModel:
+        """The network on the device where it computes."""
+        comfy.model_management.load_models_gpu([self.patcher], memory_required=ACTIVATION_BYTES)
+        network = self.settings
+        for name in ("latent_mean", "latent_scale"):
+            # A partly loaded model leaves them behind, and they say where inputs go.
+            setattr(network, name, network.get_buffer(name).to(self.patcher.load_device))
+        return network
+
+
+def host_model(path: str, name: str) -> HostedModel:
+    """Loads a DiffLoRA checkpoint into ComfyUI's care; strict, see storage.checkpoint."""
+    network = load_model(path, operations=comfy.ops.manual_cast).requires_grad_(False)
+    patcher = comfy.model_patcher.CoreModelPatcher(
+        _Holder(network),
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+    return HostedModel(patcher, name)
+
+
+class ComfyImageEncoder:
+    """ImageEncoder over ComfyUI's CLIP_VISION."""
+
+    def __init__(self, clip_vision: Any) -> None:
+        if not callable(getattr(clip_vision, "encode_image", None)):
+            raise EncoderError(
+                f"A {type(clip_vision).__name__} is not a CLIP vision. Connect Load CLIP Vision."
+            )
+        self.clip_vision = clip_vision
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the square that the network sees."""
+        return int(self.clip_vision.image_size)
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures (N, H, W, 3) in [0, 1] to embeddings (N, Di) and token states (N, L, Dt)."""
+        output = self.clip_vision.encode_image(images)
+        return output.image_embeds.float().cpu(), output.penultimate_hidden_states.float().cpu()
+
+
+class _NoImageEncoder:
+    """Stands in when no CLIP vision is connected: features of size 0."""
+
+    image_size = 224
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Nothing about N pictures."""
+        return torch.zeros(len(images), 0), torch.zeros(len(images), 0, 0)
+
+
+class _NoFaceEncoder:
+    """Stands in when no face analysis is connected: finds nothing, features of size 0."""
+
+    embedding_dim = 0
+
+    def detect(self, image: Tensor) -> list[DetectedFace]:
+        """No face."""
+        return []
+
+
+def read_photos(
+    images: Tensor, clip_vision: Any, face_analysis: Any, mask: Tensor | None, options: FaceOptions
+) -> ExtractedFeatures:
+    """Features of photos with whichever encoders are connected.
+
+    Raises:
+        EncoderError: neither is connected, or one of them is something else.
+        NoFaceError, ImageError: see extract_features.
+    """
+    if clip_vision is None and face_analysis is None:
+        raise EncoderError(
+            "Nothing looks at the photos: connect a CLIP vision, a face analysis, or both."
+        )
+    faces: FaceEncoder = _NoFaceEncoder()
+    pictures: ImageEncoder = _NoImageEncoder()
+    if face_analysis is not None:
+        faces = InsightFaceEncoder.wrap(face_analysis)
+    else:
+        options = FaceOptions(on_missing="image_only", image_region=options.image_region)
+    if clip_vision is not None:
+        pictures = ComfyImageEncoder(clip_vision)
+    return extract_features(images, faces, pictures, options, mask)
+
+
+def complete_features(features: ImageFeatures, network: DiffLoRAModel) -> ImageFeatures:
+    """Fills the part of an encoder that was not connected, when the model can do without it.
+
+    Raises:
+        EncoderError: it cannot, or the features come from other encoders than the model's.
+    """
+    sizes, sources = network.config.feature_sizes, network.config.mif.sources
+    face, image, tokens = features.face, features.image, features.image_tokens
+    if face.shape[1] == 0:
+        if sources == ("face",):
+            raise EncoderError(
+                "This DiffLoRA model knows people by their face only: connect a face analysis."
+            )
+        face = face.new_zeros(len(face), sizes.face)
+    if image.shape[1] == 0:
+        if sources != ("face",):
+            raise EncoderError(
+                "This DiffLoRA model also looks at the whole photo: connect its CLIP vision."
+            )
+        image = image.new_zeros(len(image), sizes.image)
+        tokens = tokens.new_zeros(len(image), sizes.tokens, sizes.token_dim)
+    complete = ImageFeatures(face, features.face_found, image, tokens)
+    sizes.check(complete.sizes)
+    return complete
+
+
+def gate_override(
+    gate: str, face_share: float, face_weight: float = -1.0, image_weight: float = -1.0
+) -> Tensor:
+    """Weights (2,) of face and image; NaN keeps the learned one. A weight below 0 is not set."""
+    shares = (face_share, 1.0 - face_share) if gate == MANUAL else (torch.nan, torch.nan)
+    asked = (face_weight, image_weight)
+    return torch.tensor([w if w >= 0 else s for w, s in zip(asked, shares, strict=True)])
+
+
+def mix(hosted: HostedModel, features: ImageFeatures, override: Tensor) -> IdentityCondition:
+    """Photos of one person to a condition."""
+    network = hosted.ready()
+    return network.condition(complete_features(features, network), override.to(network.device))
+
+
+def draw_latent(
+    hosted: HostedModel,
+    condition: IdentityCondition | None,
+    mode: str,
+    seed: int,
+    settings: SampleSettings,
+) -> LoRALatent:
+    """The best guess, or a sample with progress and interruption; no condition invents a person.
+
+    Raises:
+        ConfigError: a best guess without a condition.
+    """
+    network = hosted.ready()
+    if mode == BEST_GUESS and condition is None:
+        raise ConfigError(
+            "A best guess needs photos: connect a condition, or set the mode to sampled to invent "
+            "a person."
+        )
+    if condition is not None:
+        condition = condition.to(network.get_buffer("latent_mean"))
+    # A model trained on weights alone has no trained predictor: its best guess is a sample.
+    if mode == BEST_GUESS and condition is not None and network.config.preset != "paper":
+        return network.mean_latent(condition)
+    return network.sample_latent(condition, [seed], settings, callback=progress(settings.steps))
+
+
+def progress(total: int) -> Any:
+    """A step callback that moves ComfyUI's progress bar and stops when the user asks."""
+    bar = comfy.utils.ProgressBar(total)
+
+    def step(done: int, total: int, _: Tensor) -> None:
+        bar.update_absolute(done, total)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    return step
+
+
+def decode(hosted: HostedModel, latent: LoRALatent, base_model: Any) -> dict[str, Tensor]:
+    """A latent to a LORA_MODEL: kohya LDM keys with alpha; checked against the base when given."""
+    weights = hosted.ready().decode(latent).batch_item(0).to(device="cpu")
+    if base_model is not None:
+        check_fits(weights, base_model, hosted.settings.layout.base)
+    return to_state_dict(weights, "kohya_ldm")
+
+
+def check_fits(weights: LoRAWeights, base_model: Any, made_for: str) -> None:
+    """Compares every layer with the model it is meant for; ComfyUI itself only logs what is lost.
+
+    Raises:
+        LayoutError: a layer is missing there, or has another size.
+    """
+    names: Mapping[str, str] = comfy.lora.model_lora_keys_unet(base_model.model, {})
+    state = base_model.model.state_dict()
+    wrong = []
+    for name, layer in weights.layers.items():
+        key = names.get(f"lora_unet_{name.replace('.', '_')}")
+        if not isinstance(key, str) or key not in state:
+            wrong.append(name)
+        elif tuple(state[key].shape[:2]) != (layer.up.shape[0], layer.down.shape[1]):
+            wrong.append(name)
+    if wrong:
+        raise LayoutError(
+            f"This LoRA is made for {made_for}, but {len(wrong)} of its {len(weights.layers)} "
+            f"layers do not fit the base model that is connected (for example {wrong[0]}). Load "
+            "the base model it was made for, or a DiffLoRA model for this one."
+        )

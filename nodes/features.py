@@ -1,0 +1,68 @@
+"""Photos to identity features."""
+
+from comfy_api.latest import io, ui
+
+from ..difflora_core.vision.face_choice import FaceOptions
+from ..difflora_core.vision.features import ImageFeatures
+from . import bridge, sockets
+
+CATEGORY = "DiffLoRA/steps"
+
+
+class ExtractFeatures(io.ComfyNode):
+    """Face and image features of the photos of one person."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DiffLoRA_ExtractFeatures",
+            display_name="Extract Identity Features",
+            category=CATEGORY,
+            description="Finds the person in every photo and describes face and look. All photos "
+            "must show the same person; chain two of these for photos of different sizes.",
+            search_aliases=["faceid", "embeds", "insightface", "reference", "identity"],
+            inputs=[
+                io.Image.Input("images", tooltip="One photo or a batch of photos of one person."),
+                *sockets.photo_sockets(),
+                sockets.Features.Input(
+                    "features",
+                    optional=True,
+                    tooltip="More photos of the same person, from another of these nodes.",
+                ),
+                *sockets.face_widgets(),
+                io.Float.Input(
+                    "region_factor",
+                    default=2.2,
+                    min=1.0,
+                    max=10.0,
+                    step=0.1,
+                    advanced=True,
+                    tooltip="Side of the crop over the side of the face; 2.2 holds hair and neck.",
+                ),
+            ],
+            outputs=[
+                sockets.Features.Output(display_name="features"),
+                io.Image.Output(display_name="crops", tooltip="What CLIP vision saw."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        images,
+        on_missing_face,
+        face_order,
+        face_index,
+        image_region,
+        region_factor,
+        clip_vision=None,
+        face_analysis=None,
+        mask=None,
+        features=None,
+    ):
+        options = FaceOptions(face_order, face_index, on_missing_face, image_region, region_factor)
+        found = bridge.read_photos(images, clip_vision, face_analysis, mask, options)
+        record = found.features
+        if features is not None:
+            record = ImageFeatures.cat([features, record])
+        return io.NodeOutput(record, found.crops, ui=ui.PreviewImage(found.crops, cls=cls))

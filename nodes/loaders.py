@@ -1,0 +1,88 @@
+"""Loaders: a DiffLoRA checkpoint and a face analysis package."""
+
+from comfy_api.latest import io
+
+from ..difflora_core.vision.face_encoder import InsightFaceEncoder
+from ..difflora_core.vision.face_providers import PROVIDERS
+from . import bridge, model_paths, sockets
+
+CATEGORY = "DiffLoRA/loaders"
+
+
+class LoadModel(io.ComfyNode):
+    """A DiffLoRA model from models/difflora."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DiffLoRA_LoadModel",
+            display_name="Load DiffLoRA Model",
+            category=CATEGORY,
+            description="Loads a DiffLoRA model (.safetensors) from models/difflora.",
+            search_aliases=["difflora checkpoint", "dit", "lae"],
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=model_paths.difflora_files(),
+                    tooltip="A file in models/difflora; press R after adding one.",
+                )
+            ],
+            outputs=[sockets.DiffLoRAModel.Output(display_name="difflora_model")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, model_name):
+        return model_paths.problem(model_paths.difflora_file, model_name)
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name):
+        return model_paths.fingerprint(model_paths.difflora_file(model_name))
+
+    @classmethod
+    def execute(cls, model_name):
+        path = model_paths.difflora_file(model_name)
+        return io.NodeOutput(bridge.host_model(path, model_name))
+
+
+class LoadFaceAnalysis(io.ComfyNode):
+    """An insightface package from models/insightface."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DiffLoRA_LoadFaceAnalysis",
+            display_name="Load Face Analysis",
+            category=CATEGORY,
+            description="Loads an insightface package from models/insightface/models/<name>. "
+            "Nothing is downloaded. Mind the licence of the package you use.",
+            search_aliases=["insightface", "antelopev2", "buffalo_l", "face detector"],
+            inputs=[
+                io.Combo.Input(
+                    "package",
+                    options=model_paths.insightface_packages(),
+                    tooltip="A folder in models/insightface/models; the one the DiffLoRA model "
+                    "was trained with. Press R after adding one.",
+                ),
+                io.Combo.Input(
+                    "provider",
+                    options=list(PROVIDERS),
+                    default="cpu",
+                    tooltip="Where onnxruntime runs it; falls back to the CPU and says so in the "
+                    "log. The CPU is fast enough and keeps video memory free.",
+                ),
+            ],
+            outputs=[sockets.FaceAnalysis.Output(display_name="face_analysis")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, package):
+        return model_paths.problem(model_paths.insightface_package, package)
+
+    @classmethod
+    def fingerprint_inputs(cls, package, provider):
+        return provider, model_paths.fingerprint(model_paths.insightface_package(package))
+
+    @classmethod
+    def execute(cls, package, provider):
+        folder = model_paths.insightface_package(package)
+        return io.NodeOutput(InsightFaceEncoder(folder, package, provider).analysis)

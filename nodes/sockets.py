@@ -1,0 +1,155 @@
+"""Socket types of our records, and the inputs that several nodes share.
+
+A finished LoRA travels as ComfyUI's own `LORA_MODEL`, so core nodes apply and save it.
+"""
+
+from comfy_api.latest import io
+
+from ..difflora_core.diffusion.sampler import MAX_SEED
+from ..difflora_core.vision.face_choice import IMAGE_REGIONS, MISSING_POLICIES, ORDERS
+
+BEST_GUESS, SAMPLED = "best_guess", "sampled"
+LEARNED, MANUAL = "learned", "manual"
+
+DiffLoRAModel = io.Custom("DIFFLORA_MODEL")
+"""bridge.HostedModel"""
+Features = io.Custom("DIFFLORA_FEATURES")
+"""vision.features.ImageFeatures"""
+Condition = io.Custom("DIFFLORA_CONDITION")
+"""models.mif.IdentityCondition"""
+Latent = io.Custom("DIFFLORA_LATENT")
+"""models.lae.LoRALatent"""
+FaceAnalysis = io.Custom("FACEANALYSIS")
+"""An insightface FaceAnalysis, as the InstantID and PuLID packs pass it."""
+
+# Packs disagree on the name of this socket; the object behind it is the same.
+FACE_TYPES = [FaceAnalysis, io.Custom("INSIGHTFACE"), io.FaceAnalysis]
+
+
+def difflora_model() -> io.Input:
+    """The DiffLoRA model."""
+    return DiffLoRAModel.Input(
+        "difflora_model", tooltip="From Load DiffLoRA Model or Load DiffLoRA Demo."
+    )
+
+
+def photo_sockets() -> list[io.Input]:
+    """What looks at the photos: CLIP vision, face analysis, and a mask of the person."""
+    return [
+        io.ClipVision.Input(
+            "clip_vision",
+            optional=True,
+            tooltip="The CLIP vision that the DiffLoRA model was trained with.",
+        ),
+        io.MultiType.Input(
+            "face_analysis",
+            types=FACE_TYPES,
+            optional=True,
+            tooltip="insightface, from Load Face Analysis or another pack's loader. Without it "
+            "only CLIP vision looks at the photos.",
+        ),
+        io.Mask.Input(
+            "mask",
+            optional=True,
+            tooltip="Marks the person meant, one for all photos or one each; the face with the "
+            "largest marked share is taken. An empty mask is no mask.",
+        ),
+    ]
+
+
+def face_widgets() -> list[io.Input]:
+    """Which face is meant, and what happens without one."""
+    return [
+        io.Combo.Input(
+            "on_missing_face",
+            options=list(MISSING_POLICIES),
+            default="error",
+            tooltip="A photo without a usable face: stop with an error, skip the photo, or use "
+            "it with image features only.",
+        ),
+        io.Combo.Input(
+            "face_order",
+            options=list(ORDERS),
+            default="largest",
+            advanced=True,
+            tooltip="How the faces of a photo are numbered.",
+        ),
+        io.Int.Input(
+            "face_index",
+            default=0,
+            min=0,
+            max=99,
+            advanced=True,
+            tooltip="Which face, counted from 0 in that order.",
+        ),
+        io.Combo.Input(
+            "image_region",
+            options=list(IMAGE_REGIONS),
+            default="crop",
+            advanced=True,
+            tooltip="What CLIP vision sees: the square around the face, or the whole photo. Leave "
+            "it as it is unless the model says otherwise.",
+        ),
+    ]
+
+
+def gate_widgets(advanced: bool = False) -> list[io.Input]:
+    """The gate between face and image features as one slider, and a weight for each."""
+    return [
+        io.Combo.Input(
+            "gate",
+            options=[LEARNED, MANUAL],
+            default=LEARNED,
+            advanced=advanced,
+            tooltip="learned: the model weighs face against image features for this person; "
+            "manual: the slider does.",
+        ),
+        io.Float.Input(
+            "face_share",
+            default=0.5,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            display_mode=io.NumberDisplay.slider,
+            advanced=advanced,
+            tooltip="With gate manual: 0 uses image features only, 1 face features only.",
+        ),
+    ]
+
+
+def sampling_widgets() -> list[io.Input]:
+    """Best guess or a sampled variant, and the settings of sampling."""
+    return [
+        io.Combo.Input(
+            "mode",
+            options=[BEST_GUESS, SAMPLED],
+            default=BEST_GUESS,
+            tooltip="best_guess: the one LoRA that fits the photos best; sampled: a variant drawn "
+            "by the DiT, another one for every seed.",
+        ),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=MAX_SEED,
+            control_after_generate=True,
+            tooltip="Which variant (sampled only). The same seed gives the same LoRA everywhere.",
+        ),
+        io.Int.Input(
+            "steps",
+            default=20,
+            min=1,
+            max=1000,
+            advanced=True,
+            tooltip="Sampling steps (sampled only).",
+        ),
+        io.Float.Input(
+            "guidance",
+            default=1.0,
+            min=0.0,
+            max=20.0,
+            step=0.1,
+            advanced=True,
+            tooltip="1 follows the photos, above 1 exaggerates, 0 ignores them (sampled only).",
+        ),
+    ]
