@@ -1,5 +1,6 @@
 """Shared fixtures: where ComfyUI is, and this pack loaded the way ComfyUI loads it."""
 
+import asyncio
 import importlib.util
 import os
 import sys
@@ -43,7 +44,7 @@ def comfyui() -> Path:
 
 @pytest.fixture(scope="session")
 def pack(comfyui: Path) -> ModuleType:
-    """This pack under a name made from its path, as ComfyUI's load_custom_node does.
+    """This pack under a name made from its path, and its entry point called, as load_custom_node does.
 
     `importlib.import_module(".nodes.features", pack.__name__)` gives one of its modules.
     """
@@ -54,4 +55,6 @@ def pack(comfyui: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
+    extension = asyncio.run(module.comfy_entrypoint())
+    asyncio.run(extension.on_load())
     return module
