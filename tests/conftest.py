@@ -44,7 +44,7 @@ def comfyui() -> Path:
 
 @pytest.fixture(scope="session")
 def pack(comfyui: Path) -> ModuleType:
-    """This pack under a name made from its path, and its entry point called, as load_custom_node does.
+    """This pack as load_custom_node loads it: named after its path, its entry point called.
 
     `importlib.import_module(".nodes.features", pack.__name__)` gives one of its modules.
     """
