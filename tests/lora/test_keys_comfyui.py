@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from difflora_core.lora.keys import from_state_dict, to_state_dict
+from difflora_core.lora.keys import stem_table, to_state_dict
 from difflora_core.lora.layout import (
     SD15_UNET_CONFIG,
     SDXL_UNET_CONFIG,
@@ -114,23 +114,21 @@ def test_every_name_agrees_with_comfyui(comfyui, ours, theirs):
 
     table = comfy.utils.unet_to_diffusers(theirs)
     names = unet_name_map(ours)
-    assert len(names) > 600
+    assert len(names) > 380
     for diffusers, ldm in names.items():
         assert table[f"{diffusers}.weight"] == f"{ldm}.weight"
 
 
 def test_every_stem_that_comfyui_takes_for_a_layer_is_read(key_map):
-    layout = sdxl_layout(1)
-    ldm = {layer.name for layer in layout}
+    table = stem_table(sdxl_layout(1))
+    layers = set(table.values())
+    stems = 0
     for stem, key in key_map.items():
         name = key.removeprefix("diffusion_model.").removesuffix(".weight")
-        if name in ldm:
-            shape = next(layer for layer in layout if layer.name == name)
-            state = {
-                f"{stem}.lora_up.weight": torch.ones(shape.out_features, 1),
-                f"{stem}.lora_down.weight": torch.ones(1, shape.in_features),
-            }
-            assert list(from_state_dict(state, unet_name_map(SDXL_UNET_CONFIG)).weights) == [name]
+        if name in layers:
+            assert table[stem] == name
+            stems += 1
+    assert stems >= 6 * 560
 
 
 def test_applied_weight_is_our_delta(comfyui, key_map):
