@@ -117,8 +117,8 @@ class DiffLoRAConfig(Config):
     def sdxl(cls, **rest: Any) -> Self:
         """Full size for SDXL at rank 8: ArcFace 512, CLIP ViT-L/14 at 224, latent 64 x 64.
 
-        With `sdxl_layout(8)`: basis of 64 vectors per layer = 354 M numbers, all in all about
-        0.8 G numbers, 1.6 GB in half precision.
+        With `sdxl_layout(8)`: 64 basis vectors per layer = 341 M numbers, the DiT 308 M, all in all
+        822 M, 1.65 GB in half precision.
         """
         lae = LAEConfig(
             latent_tokens=64,
