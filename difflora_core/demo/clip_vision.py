@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from .views import (
     ATTRIBUTES,
     NO_LABEL,
     PersonSampler,
+    Report,
     Schedule,
     as_planes,
     attribute_labels,
@@ -123,7 +123,7 @@ class ClipVisionTraining:
         self.labels = attribute_labels(pool.scenes)
         self.spread = self.parameters.std(0)
 
-    def run(self, progress: Callable[[int, int, float], None] | None = None) -> None:
+    def run(self, progress: Report | None = None) -> None:
         """Train the model in place."""
         layers = [
             weight
@@ -212,7 +212,7 @@ def train_clip_vision(
     recipe: ClipVisionRecipe,
     folder: Path,
     validation: PicturePool | None = None,
-    progress: Callable[[int, int, float], None] | None = None,
+    progress: Report | None = None,
 ) -> dict[str, list[float]]:
     """Train on a pool of portraits and write `clip_vision.safetensors` to `folder`.
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -37,6 +37,7 @@ from .views import (
     ATTRIBUTES,
     NO_LABEL,
     PersonSampler,
+    Report,
     Schedule,
     as_planes,
     attribute_labels,
@@ -153,7 +154,7 @@ class JudgeTraining:
         self.parameters = pool.parameters()
         self.spread = self.parameters.std(0)
 
-    def run(self, progress: Callable[[int, int, float], None] | None = None) -> None:
+    def run(self, progress: Report | None = None) -> None:
         """Train the model in place."""
         lay_out(self.model.train(), torch.channels_last)
         fit(list(self.model.parameters()), self.loss, self.recipe.schedule, progress=progress)
@@ -249,7 +250,7 @@ def train_judge(
     pool: PicturePool,
     recipe: JudgeRecipe,
     folder: Path,
-    progress: Callable[[int, int, float], None] | None = None,
+    progress: Report | None = None,
 ) -> nn.Module:
     """Train one judge on people of the split `judge` and write `name.safetensors` to `folder`."""
     training = JudgeTraining(name, pool, recipe)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +25,7 @@ from .identities import PARAMETERS
 from .pool import PicturePool
 from .views import (
     PersonSampler,
+    Report,
     Schedule,
     as_planes,
     convolution_block,
@@ -127,7 +127,7 @@ class RecogniserTraining:
         self.parameters = pool.parameters()
         self.spread = self.parameters.std(0)
 
-    def run(self, progress: Callable[[int, int, float], None] | None = None) -> None:
+    def run(self, progress: Report | None = None) -> None:
         """Train the model in place."""
         lay_out(self.model.train(), torch.channels_last)
         parameters = [*self.model.parameters(), *self.head.parameters()]
@@ -192,7 +192,7 @@ def train_recogniser(
     recipe: RecogniserRecipe,
     folder: Path,
     validation: PicturePool | None = None,
-    progress: Callable[[int, int, float], None] | None = None,
+    progress: Report | None = None,
 ) -> dict[str, float]:
     """Train on a pool of portraits and write `rec_demo.onnx` to `folder`.
 
