@@ -37,6 +37,7 @@ _SUFFIXES: tuple[tuple[str, str], ...] = (
     (r"\.(?:oft_blocks|oft_diag|rescale|[ab][12]\.weight)", "other method"),
 )
 _PATTERNS = tuple((re.compile(f"(.+?){suffix}$"), role) for suffix, role in _SUFFIXES)
+_LONGEST_KEY = 1000  # real keys have about 100 characters; matching a hostile one could take hours
 _UNSUPPORTED = {
     "tucker": "convolution in Tucker form",
     "mid": "convolution in Tucker form",
@@ -49,6 +50,8 @@ _UNSUPPORTED = {
 
 def split_key(key: str) -> tuple[str, str] | None:
     """(stem, role) of a key of a LoRA file, None when no known suffix matches."""
+    if len(key) > _LONGEST_KEY:
+        return None
     for pattern, role in _PATTERNS:
         match = pattern.match(key)
         if match:
@@ -141,8 +144,10 @@ def layer_from_group(
                 reasons.append("convolution larger than 1 x 1")
             else:
                 matrices[role.removesuffix("_peft")] = matrix
-    if reasons or not matrices:
-        return reasons[0] if reasons else _UNSUPPORTED["bias"] if "bias" in group else "no factors"
+    if reasons:
+        return reasons[0]
+    if not matrices:
+        return _UNSUPPORTED["bias"] if "bias" in group else "has no factors"
     alpha = _alpha(stem, group)
     try:
         if "up" in matrices or "down" in matrices:

@@ -55,9 +55,8 @@ class ReadReport:
             reasons = ", ".join(sorted(set(self.skipped.values())))
             lines.append(f"{len(self.skipped)} layers were left out: {reasons}.")
         if self.unused:
-            lines.append(
-                f"{len(self.unused)} entries belong to no edited layer ({self.unused[0]})."
-            )
+            example = self.unused[0][:80]
+            lines.append(f"{len(self.unused)} entries belong to no edited layer ({example}).")
         return " ".join(lines)
 
 

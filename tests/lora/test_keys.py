@@ -230,6 +230,14 @@ def test_damaged_layers_are_named(state, message):
     assert len(str(caught.value)) < 400
 
 
+def test_hostile_keys_cost_no_time():
+    state = to_state_dict(random_weights(LAYOUT))
+    long = "a.lora_magnitude_vector" * 50_000 + "!"
+    report = from_state_dict({long: torch.zeros(1), **state}, LAYOUT).report
+    assert report.unused == (long,)
+    assert len(report.summary()) < 300
+
+
 def test_two_names_for_one_layer():
     state = to_state_dict(random_weights(LAYOUT))
     state |= to_state_dict(random_weights(LAYOUT), "diffusers", LAYOUT)
