@@ -21,7 +21,7 @@ from ..training.loop import LoopConfig, Progress, train
 from . import paths
 from .base import BaseObjective, base_batches, load_base, new_base, save_base
 from .pool import PicturePool, cached_pool, pair_pool, portrait_pool
-from .vae import VaeLoss, VaeObjective, decode_latents, encode_pool, new_vae, vae_batches
+from .vae import VaeLoss, VaeObjective, decode_latents, encode_pool, new_vae, standardise_latents, vae_batches
 
 Figures = dict[str, object]
 
@@ -37,16 +37,18 @@ VAE_LOOP = LoopConfig(
 )
 VAE_BATCH = 4
 BASE_LOOP = LoopConfig(
-    steps=16_000,
+    steps=3800,
     learning_rate=1e-3,
-    warmup=200,
-    decay=0.25,
-    ema=0.999,
+    matrix_rate=0.015,
+    warmup=150,
+    decay=0.3,
+    ema=0.998,
     precision="bf16",
-    log_every=100,
+    checkpoint_every=200,
+    log_every=25,
     seed=1,
 )
-BASE_BATCH = 16
+BASE_BATCH = 32
 
 
 def train_pool() -> PicturePool:
@@ -91,6 +93,7 @@ def vae(progress: Progress) -> Figures:
     train(
         VaeObjective(model, loss), vae_batches(train_pool(), VAE_BATCH, loss), VAE_LOOP, folder, progress
     )
+    standardise_latents(model, train_pool().images[:4096])
     model.save_pretrained(folder / "trained")
     held_out = validation_pool().images[:256]
     again = decode_latents(model, encode_pool(model, held_out).float())
@@ -106,14 +109,12 @@ def base(progress: Progress) -> Figures:
         _latents(model, name, pool)
         for name, pool in (("train", portraits), ("pairs", pairs), ("validation", held_out))
     ]
-    scaling = 1.0 / float(latents[0][:2000].float().std())
     unet, text = new_base(1)
     objective = BaseObjective(unet, text)
-    scaled = [(z.float() * scaling).half() for z in latents]
-    draw = base_batches((scaled[0], portraits), (scaled[1], pairs), BASE_BATCH)
+    draw = base_batches((latents[0], portraits), (latents[1], pairs), BASE_BATCH)
     train(objective, draw, BASE_LOOP, paths.BUILD / "base", progress)
-    save_base(paths.BASE, unet, text, model, scaling)
-    return {"validation_loss": base_loss(objective, scaled[2], held_out), "scaling": scaling}
+    save_base(paths.BASE, unet, text, model)
+    return {"validation_loss": base_loss(objective, latents[2], held_out)}
 
 
 @torch.no_grad()
@@ -128,7 +129,7 @@ def base_loss(objective: BaseObjective, latents: Tensor, pool: PicturePool) -> f
 
 
 def _latents(model: AutoencoderKL, name: str, pool: PicturePool) -> Tensor:
-    """Unscaled latents of a pool, kept on disk."""
+    """Latents of a pool, kept on disk."""
     path = paths.BUILD / "latents" / f"{name}.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,12 +141,11 @@ def _latents(model: AutoencoderKL, name: str, pool: PicturePool) -> Tensor:
     return latents
 
 
-def scaled_latents(name: str) -> tuple[Tensor, DiffusersBase]:
-    """Scaled latents (M, 8, h, w) of a pool whose base exists, and the frozen base."""
+def base_and_latents(name: str) -> tuple[DiffusersBase, Tensor]:
+    """The frozen base and the latents (M, 8, h, w) of a pool."""
     model = load_base(paths.BASE)
     pools: dict[str, Callable[[], PicturePool]] = {
         "train": drawn_pool,
         "validation": validation_pool,
     }
-    latents = _latents(model.vae, name, pools[name]())
-    return latents.float() * model.vae.config.scaling_factor, model
+    return model, _latents(model.vae, name, pools[name]())

@@ -81,8 +81,8 @@ def text_config(hidden: int) -> dict[str, Any]:
 
 def new_text_encoders() -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
     """Untrained encoders of 64 channels each: quick_gelu like CLIP-L, gelu like CLIP-G."""
-    first = CLIPTextConfig(**text_config(64), hidden_act="quick_gelu")
-    second = CLIPTextConfig(**text_config(64), hidden_act="gelu")
+    first = CLIPTextConfig(**text_config(64), hidden_act="quick_gelu", attn_implementation="eager")
+    second = CLIPTextConfig(**text_config(64), hidden_act="gelu", attn_implementation="eager")
     return CLIPTextModel(first), CLIPTextModelWithProjection(second)
 
 

@@ -79,6 +79,27 @@ def vae_batches(
 
 
 @torch.no_grad()
+def standardise_latents(vae: AutoencoderKL, images: Tensor) -> None:
+    """Fold a shift and a scale per channel into the VAE, so that its latents have mean 0, spread 1.
+
+    Only the two 1 x 1 convolutions at the latent change; reconstructions stay the same.
+
+    Args:
+        vae: changed in place. images: (M, H, W, 3) uint8 pictures to take the statistics from.
+    """
+    latents = encode_pool(vae, images).float()
+    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    before, after = vae.quant_conv, vae.post_quant_conv
+    count = len(mean)
+    before.bias[:count] = (before.bias[:count] - mean) / std
+    before.weight[:count] /= std[:, None, None, None]
+    before.bias[count:] -= 2 * std.log()
+    after.bias += after.weight[:, :, 0, 0] @ mean
+    after.weight *= std[None, :, None, None]
+    vae.register_to_config(scaling_factor=1.0)
+
+
+@torch.no_grad()
 def encode_pool(vae: AutoencoderKL, images: Tensor, batch: int = 32) -> Tensor:
     """Latent means (M, 8, H/4, W/4) float16 of pictures (M, H, W, 3) uint8, not yet scaled."""
     parts = []
@@ -86,7 +107,7 @@ def encode_pool(vae: AutoencoderKL, images: Tensor, batch: int = 32) -> Tensor:
         pixels = chunk.permute(0, 3, 1, 2).float() / 127.5 - 1
         with torch.autocast(pixels.device.type, torch.bfloat16):
             parts.append(vae.encode(pixels).latent_dist.mean.half())
-    return torch.cat(parts)
+    return torch.cat(parts).contiguous()
 
 
 @torch.no_grad()

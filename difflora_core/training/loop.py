@@ -33,13 +33,16 @@ class LoopConfig:
     """How to run a recipe.
 
     `steps`: optimiser steps in total. `learning_rate`: peak, after `warmup` steps; it falls
-    linearly to zero over the last `decay` share of the steps. `clip`: largest gradient norm.
+    linearly to zero over the last `decay` share of the steps. `matrix_rate`: when not 0, the
+    weights of linear layers are trained by Muon at this rate (orthogonalised momentum; far fewer
+    steps than AdamW for transformers) and the rest by AdamW. `clip`: largest gradient norm.
     `ema`: decay of the running average of the weights, 0 = off. `checkpoint_every`: steps.
     `precision`: "no" or "bf16". `seed`: of batches and noise. `compile`: use torch.compile.
     """
 
     steps: int
     learning_rate: float = 1e-3
+    matrix_rate: float = 0.0
     warmup: int = 50
     decay: float = 0.3
     weight_decay: float = 0.01
@@ -59,10 +62,10 @@ class LoopConfig:
             raise ConfigError("decay must lie in [0, 1] and ema in [0, 1)")
 
     def rate(self, step: int) -> float:
-        """Learning rate of a step: warm-up, plateau, linear fall."""
+        """Factor on the learning rates at a step: warm-up, plateau, linear fall."""
         start = self.steps * (1 - self.decay)
         fall = (self.steps - step) / max(self.steps - start, 1) if step > start else 1.0
-        return self.learning_rate * min(1.0, (step + 1) / max(self.warmup, 1)) * max(fall, 0.0)
+        return min(1.0, (step + 1) / max(self.warmup, 1)) * max(fall, 0.0)
 
 
 def train(
@@ -71,7 +74,6 @@ def train(
     config: LoopConfig,
     folder: Path,
     progress: Progress | None = None,
-    groups: Callable[[nn.Module, float], list[dict[str, Any]]] | None = None,
 ) -> dict[str, float]:
     """Train until `config.steps`, from the last checkpoint in `folder` if there is one.
 
@@ -83,8 +85,6 @@ def train(
         config: the run. folder: checkpoint (state.safetensors) and event log (events.jsonl).
         progress: called as (step, steps, metrics) at every log; it may raise
             InterruptedTraining, which saves first.
-        groups: optional optimiser parameter groups from (module, learning rate); a group may
-            carry "scale", a factor on the learning rate.
 
     Returns:
         The metrics of the last log.
@@ -97,13 +97,10 @@ def train(
         mixed_precision=config.precision, cpu=not torch.cuda.is_available(), step_scheduler_with_optimizer=False
     )
     trained = [p for p in objective.parameters() if p.requires_grad]
-    rows = groups(objective, config.learning_rate) if groups else [{"params": trained}]
-    optimizer = torch.optim.AdamW(
-        rows, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
-    )
+    optimizers = _optimizers(objective, config)
     average = _Average(objective, config.ema)
-    start = _resume(folder / "state.safetensors", objective, optimizer, average)
-    runner, prepared = accelerator.prepare(objective, optimizer)
+    start = _resume(folder / "state.safetensors", objective, optimizers, average)
+    runner, *prepared = accelerator.prepare(objective, *optimizers)
     call = torch.compile(runner, dynamic=False) if config.compile else runner
     metrics: dict[str, float] = {}
     meter = _Meter()
@@ -112,13 +109,13 @@ def train(
 
     def save() -> None:
         if accelerator.is_main_process:
-            _save(folder / "state.safetensors", objective, optimizer, average, step)
+            _save(folder / "state.safetensors", objective, optimizers, average, step)
 
     try:
         for step in range(start, config.steps):
             generator = _generator(config.seed, step, accelerator.process_index)
-            for group in optimizer.param_groups:
-                group["lr"] = config.rate(step) * group.get("scale", 1.0)
+            for group in (g for optimizer in optimizers for g in optimizer.param_groups):
+                group["lr"] = config.rate(step) * group["peak"]
             with accelerator.autocast():
                 loss, parts = call(_to(draw(generator), accelerator.device))
             if not math.isfinite(loss.item()):
@@ -126,8 +123,9 @@ def train(
             accelerator.backward(loss)
             if config.clip:
                 accelerator.clip_grad_norm_(trained, config.clip)
-            prepared.step()
-            prepared.zero_grad()
+            for optimizer in prepared:
+                optimizer.step()
+                optimizer.zero_grad()
             average.update(objective)
             meter.add({"loss": loss.detach(), **parts})
             last = step + 1 == config.steps
@@ -154,6 +152,25 @@ def write_config(folder: Path, config: Any) -> None:
     temporary = folder / "config.part"
     temporary.write_text(json.dumps(asdict(config), indent=2, default=str))
     temporary.replace(folder / "config.json")
+
+
+def _optimizers(objective: nn.Module, config: LoopConfig) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon for the weights of linear layers when it is asked for."""
+    linear = {
+        id(m.weight) for m in objective.modules() if isinstance(m, nn.Linear) and config.matrix_rate
+    }
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    rest = [p for p in trained if id(p) not in linear]
+    matrices = [p for p in trained if id(p) in linear]
+    decay = config.weight_decay
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(rest, config.learning_rate, config.betas, weight_decay=decay)
+    ]
+    if matrices:
+        optimizers.append(torch.optim.Muon(matrices, config.matrix_rate, weight_decay=decay))
+    for group in (g for optimizer in optimizers for g in optimizer.param_groups):
+        group["peak"] = group["lr"]
+    return optimizers
 
 
 class _Average:
@@ -211,13 +228,19 @@ def _log(path: Path, step: int, metrics: dict[str, float]) -> None:
 
 
 def _save(
-    path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, average: _Average, step: int
+    path: Path,
+    module: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    average: _Average,
+    step: int,
 ) -> None:
     trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
     tensors = {f"model.{n}": p.detach().cpu().contiguous() for n, p in trained.items()}
     tensors |= {f"ema.{n}": p.cpu().contiguous() for n, p in average.weights.items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"adam.{index}.{k}": torch.as_tensor(v).cpu() for k, v in state.items()}
+    for number, optimizer in enumerate(optimizers):
+        for index, state in optimizer.state_dict()["state"].items():
+            named = {f"optimizer.{number}.{index}.{k}": v for k, v in state.items()}
+            tensors |= {k: torch.as_tensor(v).cpu() for k, v in named.items()}
     temporary = path.with_suffix(".part")
     facts = {"step": str(step), "updates": str(average.updates)}
     save_file({k: t.clone() for k, t in tensors.items()}, temporary, metadata=facts)
@@ -225,7 +248,7 @@ def _save(
 
 
 def _resume(
-    path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, average: _Average
+    path: Path, module: nn.Module, optimizers: list[torch.optim.Optimizer], average: _Average
 ) -> int:
     if not path.exists():
         return 0
@@ -242,11 +265,12 @@ def _resume(
     for name in average.weights:
         average.weights[name] = tensors[f"ema.{name}"]
     average.updates = int(facts["updates"])
-    state = optimizer.state_dict()
-    for key, tensor in tensors.items():
-        if key.startswith("adam."):
-            _, index, name = key.split(".", 2)
-            state["state"].setdefault(int(index), {})[name] = tensor
-    optimizer.load_state_dict(state)
+    for number, optimizer in enumerate(optimizers):
+        state = optimizer.state_dict()
+        for key, tensor in tensors.items():
+            if key.startswith(f"optimizer.{number}."):
+                index, name = key.split(".", 3)[2:]
+                state["state"].setdefault(int(index), {})[name] = tensor
+        optimizer.load_state_dict(state)
     logger.info("going on from step %s of %s", facts["step"], path)
     return int(facts["step"])
