@@ -1,0 +1,1 @@
+"""Benchmarks of the demo world: one command per table; nothing imports them."""

@@ -1,0 +1,98 @@
+"""One table: people, rows, pictures, judges, at any strength."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+from .drawing import Artist, Plan, unseen_latents
+from .measure import Bench, file_kilobytes
+from .people import People, benchmark_people
+from .rows import BASE, REAL, REAL_VAE, Effort, Row, build_rows
+from .world import World
+
+Columns = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One row at one strength: `columns` (I,) each; `facts`: numbers of the whole row."""
+
+    row: str
+    strength: float
+    columns: Columns
+    facts: Mapping[str, float]
+
+    def means(self) -> dict[str, float]:
+        """Means over people, then the facts of the row."""
+        return {k: float(v.mean()) for k, v in self.columns.items()} | dict(self.facts)
+
+
+class Experiment:
+    """People of a split, drawn under one plan.
+
+    Args:
+        world: artefacts.
+        plan: what is drawn.
+        split: whose people. count: how many.
+    """
+
+    def __init__(self, world: World, plan: Plan, split: str, count: int) -> None:
+        self.world, self.plan = world, plan
+        self.people: People = benchmark_people(split, count, plan.scenes)
+        self.artist = Artist(world.base, world.layout, plan, self.people.seeds)
+        self.unseen = unseen_latents(world.base, self.people.unseen, plan, self.people.seeds)
+        self.bench = Bench(world.judges, self.people, plan)
+
+    def rows(self, effort: Effort) -> list[Row]:
+        """Train, predict, reconstruct."""
+        return build_rows(self.world, self.people, effort)
+
+    def real(self) -> list[Trial]:
+        """The ceiling: real pictures of the prompted scenes, as they are and through the VAE."""
+        images = self.people.prompted.images
+        base = self.world.base
+        again = base.decode_latents(base.encode_images(images.flatten(0, 1)))
+        pairs = ((REAL, images), (REAL_VAE, again.unflatten(0, images.shape[:2])))
+        return [Trial(name, 0.0, self.bench.columns(shown), {}) for name, shown in pairs]
+
+    def base(self) -> Trial:
+        """The base model without any LoRA."""
+        columns = self.bench.columns(self.artist.pictures())
+        columns["denoising_loss"] = self.artist.losses(self.unseen)
+        return Trial(BASE, 0.0, columns, {})
+
+    def trial(self, row: Row, strength: float) -> Trial:
+        """A row at a strength."""
+        columns = self.bench.columns(self.artist.pictures(row.weights, strength))
+        columns["denoising_loss"] = self.artist.losses(self.unseen, row.weights, strength)
+        facts = {"strength": strength, "file_kb": file_kilobytes(row.weights)}
+        if row.seconds is not None:
+            facts["seconds"] = row.seconds
+        return Trial(row.name, strength, columns, facts)
+
+    def trials(self, wanted: list[tuple[Row, float]], console: Console) -> list[Trial]:
+        """All of these, with a progress bar."""
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        done = []
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task("drawing", total=len(wanted))
+            for row, strength in wanted:
+                bar.update(task, description=f"{row.name}, strength {strength:g}")
+                done.append(self.trial(row, strength))
+                bar.advance(task)
+        return done
+
+
+def score(trial: Trial, base: Trial, real: Trial) -> float:
+    """How far a row is from the base to real pictures; both judges count the same (ours)."""
+    shares = []
+    for column in ("face_similarity", "parameter_error"):
+        start, end = float(base.columns[column].mean()), float(real.columns[column].mean())
+        shares.append((float(trial.columns[column].mean()) - start) / (end - start))
+    return float(torch.tensor(shares).mean())

@@ -1,0 +1,105 @@
+"""A tiny demo world with random weights: every real part, none of it trained."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+
+from benchmarks.drawing import Plan
+from benchmarks.prompts import QUICK
+from benchmarks.world import World
+from difflora_core.demo.base import SCHEDULER_CONFIG, UNET_CONFIG, new_base
+from difflora_core.demo.judges import RECIPES, JudgeNetwork, Judges
+from difflora_core.demo.vae import new_vae
+from difflora_core.demo.views import initialise
+from difflora_core.lora.layout import layout_from_unet_config
+from difflora_core.methods.difflora import DiffLoRAConfig, DiffLoRAModel
+from difflora_core.training.base_model import DiffusersBase
+from difflora_core.vision.face_encoder import DetectedFace
+from difflora_core.vision.features import FeatureSizes
+
+SIZES = FeatureSizes(face=6, image=8, tokens=5, token_dim=4)
+
+
+class PixelFaces:
+    """A face encoder of fixed arithmetic: one face in the middle, described by its colours."""
+
+    embedding_dim = SIZES.face
+
+    def detect(self, image: torch.Tensor) -> list[DetectedFace]:
+        height, width = image.shape[:2]
+        box = torch.tensor([0.2 * width, 0.1 * height, 0.8 * width, 0.9 * height])
+        points = torch.tensor([[0.35, 0.4], [0.65, 0.4], [0.5, 0.55], [0.4, 0.7], [0.6, 0.7]])
+        middle = image[height // 4 : 3 * height // 4, width // 4 : 3 * width // 4]
+        embedding = torch.cat([middle.mean((0, 1)), middle.std((0, 1))])
+        return [DetectedFace(box, 0.9, points * torch.tensor([width, height]), embedding)]
+
+
+class PixelVision:
+    """An image encoder of fixed arithmetic."""
+
+    image_size = 16
+
+    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = images.mean((1, 2))
+        flat = images.flatten(1)[:, : SIZES.tokens * SIZES.token_dim]
+        pooled = torch.cat([rows, rows.square(), rows[:, :2]], 1)
+        return pooled, flat.unflatten(1, (SIZES.tokens, SIZES.token_dim))
+
+
+def tiny_base() -> DiffusersBase:
+    """The demo base with a narrower UNet and random weights."""
+    _, text = new_base(0)
+    with torch.random.fork_rng():
+        torch.random.default_generator.manual_seed(1)
+        unet = UNet2DConditionModel(**{**UNET_CONFIG, "block_out_channels": [32, 32]})
+    vae = new_vae(2)
+    for part in (unet, text, vae):
+        part.requires_grad_(False).eval()
+    return DiffusersBase(unet, vae, text.encode_prompts, DDIMScheduler(**SCHEDULER_CONFIG))
+
+
+def random_model(layout, preset: str, seed: int) -> DiffLoRAModel:
+    """A DiffLoRA model whose decoder draws something, with its corpus statistics set."""
+    generator = torch.Generator().manual_seed(seed)
+    config = DiffLoRAConfig.demo(SIZES, preset=preset)
+    model = DiffLoRAModel(config, layout, generator=generator).eval().requires_grad_(False)
+    for parameter in model.lae.decoder.parameters():
+        parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    for name, buffer in model.lae.named_buffers():
+        if name.startswith("scale_"):
+            buffer.fill_(0.1)
+    return model
+
+
+def judge(name: str) -> JudgeNetwork:
+    """One untrained judge."""
+    network = JudgeNetwork(RECIPES[name].widths, RECIPES[name].outputs)
+    initialise(network, 5)
+    return network.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    base = tiny_base()
+    layout = layout_from_unet_config("demo", dict(base.unet.config), 4)
+    functional = random_model(layout, "functional", 3)
+    paper = random_model(layout, "paper", 4)
+    paper.lae.set_shared_down(functional.lae.down_factors())
+    return World(
+        base=base,
+        base_hash="tiny",
+        layout=layout,
+        judges=Judges({name: judge(name) for name in RECIPES}),
+        encoders=(PixelFaces(), PixelVision()),
+        models={"functional": functional, "paper": paper},
+        linear=None,
+        cache=Path(tmp_path_factory.mktemp("cache")),
+    )
+
+
+@pytest.fixture
+def plan() -> Plan:
+    """Two prompts, one of them with two seeds, two steps."""
+    return Plan((QUICK[0], QUICK[5]), repeats=1, steps=2, batch=4, noises=1, half=False)

@@ -1,0 +1,184 @@
+"""The main table on a tiny random world: from photos to the JSON, and its arithmetic by hand."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+
+from benchmarks import dreambooth, rows
+from benchmarks.choose_strength import best_strength, choose, read_strengths, write_strengths
+from benchmarks.experiment import Experiment, Trial, score
+from benchmarks.fit_linear import corpus
+from benchmarks.identity import conclusions, label, last, make_report, parse, run, strengths_of
+from benchmarks.linear import fit_linear
+from benchmarks.rows import BASE, HEADLINE, Effort, Row
+
+QUIET = Console(quiet=True)
+EFFORT = Effort(one_photo=(1,), all_photos=(1, 2))
+
+
+def trial(row: str, face: list[float], error: list[float], strength: float = 1.0) -> Trial:
+    columns = {
+        "face_similarity": torch.tensor(face),
+        "parameter_error": torch.tensor(error),
+        "prompt_agreement": torch.full((len(face),), 0.9),
+    }
+    return Trial(row, strength, columns, {})
+
+
+@pytest.fixture(scope="module")
+def trials() -> list[Trial]:
+    return [
+        trial("real pictures", [0.9, 0.9], [0.1, 0.1], 0.0),
+        trial(BASE, [0.0, 0.0], [0.5, 0.5], 0.0),
+        trial("wrong photo", [0.05, 0.01], [0.5, 0.5]),
+        trial(HEADLINE, [0.3, 0.3], [0.4, 0.6]),
+        trial(HEADLINE, [0.5, 0.3], [0.4, 0.3], 1.5),
+        trial("DreamBooth, 8 photos, 100 steps", [0.2, 0.2], [0.2, 0.2]),
+        trial("DreamBooth, 8 photos, 300 steps", [0.4, 0.4], [0.3, 0.3]),
+        trial("DreamBooth, 1 photo, 100 steps", [0.8, 0.8], [0.0, 0.0]),
+    ]
+
+
+def test_conclusions_by_hand(trials):
+    """Chosen strength of the prediction, best 8-photo row by each judge, never the 1-photo row."""
+    facts = conclusions(trials)
+    assert facts["recovered_share"] == pytest.approx(1.0)  # 0.4 of 0.4
+    low, high = facts["recovered_share_ci95"]
+    assert (low, high) == pytest.approx((0.75, 1.25))
+    assert facts["recovered_share_parameters"] == pytest.approx(0.15 / 0.3)
+    assert facts["yardstick"] == "DreamBooth, 8 photos, 300 steps"
+    assert facts["yardstick_parameters"] == "DreamBooth, 8 photos, 100 steps"
+    assert (facts["improved"], facts["improved_parameters"]) == (1.0, 1.0)
+    assert facts["control_gaps"] == {"wrong photo": pytest.approx(0.03)}
+
+
+def test_without_the_functional_model_the_share_is_unknown(trials):
+    facts = conclusions([t for t in trials if t.row != HEADLINE])
+    assert facts["recovered_share"] is None
+    assert facts["recovered_share_ci95"] == [None, None]
+
+
+def test_labels_and_last(trials):
+    assert label(trials[1]) == BASE
+    assert label(trials[4]) == f"{HEADLINE} x 1.5"
+    assert last(trials, HEADLINE) is trials[4]
+    assert last(trials, "nothing") is None
+
+
+def test_strengths(trials, tmp_path):
+    row = Row("wrong photo", None, like=HEADLINE)
+    assert strengths_of(row, {HEADLINE: 1.5}) == [1.0, 1.5]
+    assert strengths_of(row, {}) == [1.0]
+    path = tmp_path / "strengths.json"
+    assert read_strengths(path) == {}
+    write_strengths(path, {HEADLINE: {"strength": 1.5, "scores": {"1.5": 0.7}}})
+    assert read_strengths(path) == {HEADLINE: 1.5}
+
+
+def test_score_counts_both_judges_the_same(trials):
+    real, base = trials[0], trials[1]
+    assert score(real, base, real) == pytest.approx(1.0)
+    assert score(base, base, real) == pytest.approx(0.0)
+    assert score(trials[6], base, real) == pytest.approx((0.4 / 0.9 + 0.2 / 0.4) / 2)
+
+
+def test_a_strength_that_loses_the_prompt_is_not_chosen(trials):
+    base = trials[1]
+    faithful, loud = trial("x", [0.3], [0.4], 1.0), trial("x", [0.6], [0.2], 2.0)
+    loud.columns["prompt_agreement"].fill_(0.8)
+    scores = {1.0: 0.4, 2.0: 0.8}
+    assert best_strength([faithful, loud], scores, base) == 1.0
+    loud.columns["prompt_agreement"].fill_(0.88)
+    assert best_strength([faithful, loud], scores, base) == 2.0
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """DreamBooth and refinement of a step or two."""
+    config = replace(dreambooth.SETTINGS, samples_per_step=1, steps=2, precision="no")
+    monkeypatch.setattr(dreambooth, "SETTINGS", config)
+    monkeypatch.setattr(rows, "SETTINGS", config)
+    monkeypatch.setattr(dreambooth, "ALONE_STEPS", 1)
+    brief = rows.refinement_config(4)
+    monkeypatch.setattr(
+        rows, "refinement_config", lambda rank: replace(brief, steps=1, samples_per_step=1)
+    )
+
+
+def test_whole_table_on_a_tiny_world(world, plan, short, tmp_path):
+    crowd = corpus(world, 3, 1)
+    linear = fit_linear(*crowd, 2)
+    experiment = Experiment(replace(world, linear=linear), plan, "validation", 2)
+    trials = run(experiment, EFFORT, {HEADLINE: 1.5}, QUIET)
+    names = [label(one) for one in trials]
+    for wanted in (
+        "real pictures",
+        "real pictures through the VAE",
+        "base",
+        "another identity's LoRA",
+        "mean LoRA",
+        "wrong photo",
+        "wrong photo x 1.5",
+        "LAE reconstruction, functional",
+        "LAE reconstruction, paper",
+        "functional, 1 photo",
+        "functional, 1 photo x 1.5",
+        "functional, 4 photos",
+        "paper, 1 photo",
+        "paper, 4 photos",
+        "DreamBooth, 1 photo, 1 steps",
+        "DreamBooth, 8 photos, 1 steps",
+        "DreamBooth, 8 photos, 2 steps",
+        "functional, 1 photo, 1 refinement steps",
+        "ridge regression, 1 photo",
+        "PCA-2 reconstruction",
+    ):
+        assert wanted in names
+    assert len(set(names)) == len(names)
+    read = json.loads(make_report(trials, experiment, {"split": "validation"}).to_json())
+    assert isinstance(read["recovered_share"], float)
+    assert len(read["recovered_share_ci95"]) == 2
+    assert {"rows", "recovered_share_parameters", "seed", "commit", "machine"} <= set(read)
+    assert set(read["rows"]) == set(names)
+    row = read["rows"]["functional, 1 photo"]
+    assert {"denoising_loss", "face_similarity", "parameter_error", "parameter_error_read"} <= set(
+        row
+    )
+    assert {"prompt_agreement", "seed_diversity", "seconds", "file_kb", "strength"} <= set(row)
+    assert row["seconds"] < read["rows"]["DreamBooth, 8 photos, 2 steps"]["seconds"] * 100
+    assert len(read["per_identity"]["base"]["face_similarity"]) == 2
+
+
+def test_dreambooth_is_trained_once(world, plan, short):
+    lines = []
+    told = replace(world, say=lines.append, cache=world.cache / "once")
+    crowd = Experiment(told, plan, "validation", 2).people
+    first = rows.dreambooth_rows(told, crowd, EFFORT)
+    count = len(lines)
+    again = rows.dreambooth_rows(told, crowd, EFFORT)
+    assert len(lines) == count == 2
+    for one, two in zip(first, again, strict=True):
+        assert one.name == two.name
+        for name in one.weights:
+            torch.testing.assert_close(one.weights[name].up, two.weights[name].up, atol=0, rtol=0)
+
+
+def test_choosing_strengths_on_a_tiny_world(world, plan, short):
+    experiment = Experiment(world, replace(plan, repeats=0), "validation", 1)
+    chosen = choose(experiment, Effort((), (1,)), QUIET, grid=(1.0, 2.0))
+    assert "wrong photo" not in chosen
+    assert chosen[HEADLINE]["strength"] in (1.0, 2.0)
+    assert set(chosen[HEADLINE]["scores"]) == {"1", "2"}
+
+
+def test_options():
+    options = parse(["--quick", "--split", "validation", "--model", "no gate=a.safetensors"])
+    assert options.quick
+    assert options.split == "validation"
+    assert options.model == ["no gate=a.safetensors"]
+    assert parse([]).split == "test"
+    with pytest.raises(SystemExit):
+        parse(["--split", "train"])
