@@ -17,7 +17,7 @@ from ..adapters.attach import attach
 from ..adapters.lora import lora_adapter_set
 from ..errors import InterruptedTraining
 from ..lora.weights import LoRAWeights
-from .base_model import BaseModel, TextCondition
+from .base_model import BaseModel, TextCondition, stratified_timesteps
 from .dreambooth_config import DreamBoothConfig, DreamBoothExamples
 from .dreambooth_state import DreamBoothState, mixed_generator, starting_weights
 from .losses import NoisedBatch
@@ -121,9 +121,7 @@ class _Source:
         m, pictures = self.config.samples_per_step, self.examples.latents.shape[1]
         generator = mixed_generator(self.config.seed, seed, step + 1)
         rounds = [torch.randperm(pictures, generator=generator) for _ in range(-(-m // pictures))]
-        # one uniform draw in each of m equal slices: uniform as a whole, with less variance
-        share = (torch.arange(m) + torch.rand(m, generator=generator)) / m
-        times = (share * self.train_steps).long().clamp_max(self.train_steps - 1)
+        times = stratified_timesteps(m, generator, self.train_steps)
         shape = (m, *self.examples.latents.shape[2:])
         dtype = torch.promote_types(self.examples.latents.dtype, torch.float32)
         return torch.cat(rounds)[:m], times, torch.randn(shape, generator=generator, dtype=dtype)
