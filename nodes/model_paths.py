@@ -5,14 +5,16 @@ from pathlib import Path
 
 import folder_paths
 
+from ..difflora_core.demo import paths
+
 DIFFLORA = "difflora"
 INSIGHTFACE = "insightface"
 DEMO = "difflora_demo"
 """Holds the demo world; `extra_model_paths.yaml` can name another folder."""
 
-DEMO_FOLDER = Path(__file__).resolve().parents[1] / "difflora_core" / "demo" / "artefacts"
-DEMO_FILES = ("base.safetensors", "clip_vision.safetensors", "difflora.safetensors")
-DEMO_FACES = "insightface/demo_faces"
+DEMO_FOLDER = paths.ARTEFACTS
+DEMO_FILES = (paths.BASE.name, paths.CLIP_VISION.name, paths.DIFFLORA.name)
+DEMO_FACES = paths.FACES.relative_to(paths.ARTEFACTS)
 
 
 def register() -> None:

@@ -4,7 +4,7 @@ Its demo world is the shipped one; while that is not trained, one with random we
 """
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +19,7 @@ from difflora_core.demo.clip_vision import ClipVisionRecipe, save_clip_vision
 from difflora_core.demo.comfy_client import ComfyClient
 from difflora_core.demo.comfy_server import ComfyServer
 from difflora_core.demo.vae import new_vae
+from difflora_core.lora.layout import LoRALayout
 from difflora_core.methods.difflora import DiffLoRAConfig, DiffLoRAModel
 from difflora_core.storage.checkpoint import read_info, save_model
 from difflora_core.vision.features import FeatureSizes
@@ -39,18 +40,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.comfy)
 
 
-def random_difflora(path, layout, sizes, **rest):
-    """A DiffLoRA model with random weights, large enough that its LoRA shows."""
-    generator = torch.Generator().manual_seed(5)
-    model = DiffLoRAModel(DiffLoRAConfig.demo(sizes, **rest), layout, generator=generator)
-    for parameter in model.parameters():
-        if not parameter.any():  # branches that start at zero
-            parameter.data.normal_(0, 0.05, generator=generator)
-    return save_model(model, path)
+@pytest.fixture(scope="session")
+def random_difflora() -> Callable[..., Path]:
+    """Writes a DiffLoRA model with random weights, large enough that its LoRA shows."""
+
+    def write(path: Path, layout: LoRALayout, sizes: FeatureSizes, seed: int = 5) -> Path:
+        generator = torch.Generator().manual_seed(seed)
+        model = DiffLoRAModel(DiffLoRAConfig.demo(sizes), layout, generator=generator)
+        for parameter in model.parameters():
+            if not parameter.any():  # branches that start at zero
+                parameter.data.normal_(0, 0.05, generator=generator)
+        return save_model(model, path)
+
+    return write
 
 
 @pytest.fixture(scope="session")
-def random_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def random_world(random_difflora, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A demo world with random weights; its faces are green squares."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -60,7 +66,7 @@ def random_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for parameter in module.parameters():
             parameter.data = parameter.data.half().float()  # exact in the file
     vae = new_vae(4)
-    save_base(folder / "base.safetensors", unet, text, vae, 0.8)
+    save_base(folder / "base.safetensors", unet, text, vae)
     recipe = ClipVisionRecipe()
     with torch.random.fork_rng():
         vision = CLIPVisionModelWithProjection(CLIPVisionConfig(**recipe.network()))
