@@ -158,9 +158,7 @@ def demo_layout(rank: int = LORA_RANK) -> LoRALayout:
     return layout_from_unet_config("demo", UNET_CONFIG, rank)
 
 
-def save_base(
-    path: Path, unet: UNet2DConditionModel, text: DemoText, vae: AutoencoderKL
-) -> None:
+def save_base(path: Path, unet: UNet2DConditionModel, text: DemoText, vae: AutoencoderKL) -> None:
     """Write one float16 file: LDM names for the UNet, CLIP numbers of the vocabulary rows."""
     names = unet_name_map(UNET_CONFIG)
     tensors = {}
@@ -179,14 +177,16 @@ def save_base(
     facts = {"unet": UNET_CONFIG, "vae": {**VAE_CONFIG, "scaling_factor": 1.0}}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
-    save_file(stored, temporary, metadata={"config": json.dumps(facts), "format": "difflora-demo-base-1"})
+    save_file(
+        stored, temporary, metadata={"config": json.dumps(facts), "format": "difflora-demo-base-1"}
+    )
     temporary.replace(path)
 
 
 def load_base(path: Path) -> DiffusersBase:
     """The demo base as a frozen float32 model for training and evaluation."""
     with safe_open(path, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
         facts = json.loads(file.metadata()["config"])
     unet = UNet2DConditionModel(**facts["unet"])
     text = DemoText()
@@ -194,7 +194,9 @@ def load_base(path: Path) -> DiffusersBase:
     names = unet_name_map(facts["unet"])
     unet.load_state_dict(
         {
-            key: tensors[f"model.diffusion_model.{names[key.rsplit('.', 1)[0]]}.{key.rsplit('.', 1)[1]}"].float()
+            key: tensors[
+                f"model.diffusion_model.{names[key.rsplit('.', 1)[0]]}.{key.rsplit('.', 1)[1]}"
+            ].float()
             for key in unet.state_dict()
         }
     )

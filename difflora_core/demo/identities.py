@@ -44,8 +44,10 @@ SPLITS = {
     "validation": range(100_000, 110_000),
     "test": range(200_000, 210_000),
     "judge": range(300_000, 400_000),
+    "example": range(400_000, 401_000),
 }
-"""Seed ranges of the splits; `judge` identities train the judge networks and nothing else."""
+"""Seed ranges of the splits. `judge` identities train the judge networks and nothing else,
+`example` identities are the people of the shipped pictures and workflows."""
 
 
 def identity_parameters(seeds: Sequence[int]) -> Tensor:

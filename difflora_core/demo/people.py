@@ -142,9 +142,13 @@ def _eyes(
     tilt = 0.10 * p["brow_angle"] + 0.07 * sad
     for side in (-1, 1):
         u, v = (painter.u - yaw) * side - _eye_offset(p), painter.v - _EYE_HEIGHT
-        white = painter.shape(ellipse(u, v, 0.185 + 0.04 * size, open_height), tint((0.97,) * 3, n), 0.6)
+        white = painter.shape(
+            ellipse(u, v, 0.185 + 0.04 * size, open_height), tint((0.97,) * 3, n), 0.6
+        )
         gaze = u - side * yaw * 0.4
-        painter.fill(painter.cover(ellipse(gaze, v, *(0.108 + 0.02 * size,) * 2)) * white, colour["eye"])
+        painter.fill(
+            painter.cover(ellipse(gaze, v, *(0.108 + 0.02 * size,) * 2)) * white, colour["eye"]
+        )
         painter.fill(painter.cover(ellipse(gaze, v, 0.048, 0.048)) * white, tint(_PUPIL, n))
         lid = torch.maximum(ellipse(u, v, 0.20 + 0.04 * size, open_height + 0.035), v + 0.055)
         painter.fill(painter.cover(lid) * 0.75 * (1 - white * 0.6), tint(_PUPIL, n))
@@ -166,14 +170,19 @@ def _nose_and_mouth(
     _, smiling, surprised, sad = mood
     u, v = painter.u - yaw * 1.3, painter.v
     wide = 0.105 + 0.055 * p["nose"]
-    painter.fill(painter.cover(ellipse(u, v - _NOSE_HEIGHT - 0.07, wide, 0.055)) * 0.85, colour["skin"] * 0.70)
+    painter.fill(
+        painter.cover(ellipse(u, v - _NOSE_HEIGHT - 0.07, wide, 0.055)) * 0.85,
+        colour["skin"] * 0.70,
+    )
     bridge = torch.maximum(ellipse(u, v - 0.12, wide * 0.55, 0.22), -v - 0.05)
     painter.fill(painter.cover(bridge) * 0.35, (colour["skin"] * 1.15).clamp(0, 1))
     u = painter.u - yaw
     half = _mouth_half_width(p)
     bend = (0.10 * smiling - 0.09 * sad) * (1 - 2 * (u / half) ** 2)
     thick = 0.052 + 0.028 * p["lips"] + 0.015 * smiling
-    mouth = ellipse(u, v - _MOUTH_HEIGHT - bend, half * (1 - 0.3 * surprised), thick + 0.10 * surprised)
+    mouth = ellipse(
+        u, v - _MOUTH_HEIGHT - bend, half * (1 - 0.3 * surprised), thick + 0.10 * surprised
+    )
     painter.fill(painter.cover(mouth), colour["lips"])
     hole = ellipse(u, v - _MOUTH_HEIGHT, half * 0.5, 0.085)
     painter.fill(painter.cover(hole) * surprised, tint((0.25, 0.05, 0.07), len(colour["lips"])))
@@ -201,7 +210,9 @@ def _glasses(painter: Painter, p: dict[str, Tensor], yaw: Tensor) -> None:
     u, v = painter.u - yaw, painter.v - _EYE_HEIGHT - 0.02
     ring = (ellipse(u.abs() - _eye_offset(p), v, 0.27, 0.23).abs()) - width
     bridge = torch.maximum(u.abs() - _eye_offset(p) + 0.25, (v + 0.03).abs() - width)
-    arms = torch.maximum(torch.maximum(_eye_offset(p) + 0.26 - u.abs(), u.abs() - 0.85), v.abs() - width)
+    arms = torch.maximum(
+        torch.maximum(_eye_offset(p) + 0.26 - u.abs(), u.abs() - 0.85), v.abs() - width
+    )
     frame = torch.minimum(ring, torch.minimum(bridge, arms))
     painter.fill(painter.cover(frame) * worn, tint((0.10, 0.08, 0.12), len(painter.picture)))
 
@@ -224,7 +235,9 @@ def _hat(painter: Painter, colour: Tensor, shape: Tensor) -> None:
     crown = torch.maximum(ellipse(u, v + 0.72, 0.84, tall + 0.25), v + 0.70)
     painter.shape(crown, colour)
     painter.shape(ellipse(u, v + 0.70, 1.0 + 0.18 * shape, 0.10), colour * 0.8)
-    painter.fill(painter.cover(torch.maximum(u.abs() - 0.8, (v + 0.82).abs() - 0.05)), colour * 0.55 + 0.3)
+    painter.fill(
+        painter.cover(torch.maximum(u.abs() - 0.8, (v + 0.82).abs() - 0.05)), colour * 0.55 + 0.3
+    )
 
 
 def _cup(painter: Painter, colour: Tensor, shape: Tensor) -> None:
@@ -244,9 +257,13 @@ def _cat(painter: Painter, colour: Tensor, shape: Tensor) -> None:
     painter.shape(ellipse(u, v - 0.45, 0.46, 0.50), colour * 0.92)
     painter.shape(ellipse(u, v, 0.40, 0.34), colour)
     dark = (colour.mean(1, keepdim=True) < 0.4).float()
-    eye = torch.lerp(tint((0.06, 0.05, 0.05), len(colour)), tint((0.9, 0.85, 0.3), len(colour)), dark)
+    eye = torch.lerp(
+        tint((0.06, 0.05, 0.05), len(colour)), tint((0.9, 0.85, 0.3), len(colour)), dark
+    )
     painter.fill(painter.cover(ellipse(u.abs() - 0.16, v + 0.03, 0.065, 0.085)), eye)
-    painter.fill(painter.cover(ellipse(u, v - 0.11, 0.06, 0.04)), tint((0.85, 0.5, 0.5), len(colour)))
+    painter.fill(
+        painter.cover(ellipse(u, v - 0.11, 0.06, 0.04)), tint((0.85, 0.5, 0.5), len(colour))
+    )
 
 
 def _flower(painter: Painter, colour: Tensor, shape: Tensor) -> None:

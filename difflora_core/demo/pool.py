@@ -106,7 +106,7 @@ def cached_pool(path: Path, render: Callable[[], PicturePool]) -> PicturePool:
         return pool
     with safe_open(path, "pt") as file:
         words = json.loads(file.metadata()["words"])
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
     return PicturePool(
         captions=words["captions"], scenes=[Scene(**s) for s in words["scenes"]], **tensors
     )

@@ -129,9 +129,7 @@ def render_portraits(
     return Pictures(images, scenes, captions, points[:, None], boxes[:, None])
 
 
-def render_pairs(
-    left: Sequence[int], right: Sequence[int], pictures: Sequence[int]
-) -> Pictures:
+def render_pairs(left: Sequence[int], right: Sequence[int], pictures: Sequence[int]) -> Pictures:
     """Render wide pictures (64 x 128) with two people side by side."""
     mixed = [1_000_003 * a + b for a, b in zip(left, right, strict=True)]
     draws, other = _draws(mixed, pictures), _draws(mixed, [p + 500_000 for p in pictures])

@@ -7,8 +7,6 @@ that it measured; build.py runs them in order and writes the manifest.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
@@ -21,7 +19,15 @@ from ..training.loop import LoopConfig, Progress, train
 from . import paths
 from .base import BaseObjective, base_batches, load_base, new_base, save_base
 from .pool import PicturePool, cached_pool, pair_pool, portrait_pool
-from .vae import VaeLoss, VaeObjective, decode_latents, encode_pool, new_vae, standardise_latents, vae_batches
+from .vae import (
+    VaeLoss,
+    VaeObjective,
+    decode_latents,
+    encode_pool,
+    new_vae,
+    standardise_latents,
+    vae_batches,
+)
 
 Figures = dict[str, object]
 
@@ -60,9 +66,7 @@ def train_pool() -> PicturePool:
 
 def pairs_pool() -> PicturePool:
     """4,000 wide pictures of two training identities."""
-    return cached_pool(
-        paths.POOLS / "pairs.safetensors", lambda: pair_pool("train", 4000, 4000)
-    )
+    return cached_pool(paths.POOLS / "pairs.safetensors", lambda: pair_pool("train", 4000, 4000))
 
 
 def drawn_pool() -> PicturePool:
@@ -91,7 +95,11 @@ def vae(progress: Progress) -> Figures:
     model, loss = new_vae(0), VaeLoss()
     folder = paths.BUILD / "vae"
     train(
-        VaeObjective(model, loss), vae_batches(train_pool(), VAE_BATCH, loss), VAE_LOOP, folder, progress
+        VaeObjective(model, loss),
+        vae_batches(train_pool(), VAE_BATCH, loss),
+        VAE_LOOP,
+        folder,
+        progress,
     )
     standardise_latents(model, train_pool().images[:4096])
     model.save_pretrained(folder / "trained")

@@ -100,14 +100,21 @@ class FunctionalObjective(nn.Module):
         weights = self.model.lae.decode_weights(z)
         names = self.model.layout.module_names
         with attach(self.unet, lora_adapter_set(weights), names=names):
-            text = TextCondition(batch["context"], batch["pooled"])
-            pictures = NoisedBatch(batch["latents"], batch["noise"], batch["timesteps"], text)
-            errors = denoising_error(self.base, pictures, self.config.weighting)
+            errors = self._errors(batch)
         spread = mean.float().pow(2).mean()
         loss = errors.mean() + self.config.latent_weight * spread
         loss = loss + self.config.balance * balance_loss(condition.gate.float())
         metrics = {"denoising": errors.mean().detach(), "latent": spread.detach()}
         return loss, metrics | {"face_gate": condition.gate[:, 0].mean().detach()}
+
+    def without_lora(self, batch: Mapping[str, Any]) -> Tensor:
+        """Mean denoising loss of the same batch under the untouched base."""
+        return self._errors(batch).mean()
+
+    def _errors(self, batch: Mapping[str, Any]) -> Tensor:
+        text = TextCondition(batch["context"], batch["pooled"])
+        pictures = NoisedBatch(batch["latents"], batch["noise"], batch["timesteps"], text)
+        return denoising_error(self.base, pictures, self.config.weighting)
 
 
 def person_batches(

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -93,57 +94,79 @@ def train(
         InterruptedTraining: the run was stopped; call again to go on.
         CheckpointError: the checkpoint in `folder` belongs to another model.
     """
-    accelerator = Accelerator(
-        mixed_precision=config.precision, cpu=not torch.cuda.is_available(), step_scheduler_with_optimizer=False
-    )
-    trained = [p for p in objective.parameters() if p.requires_grad]
-    optimizers = _optimizers(objective, config)
-    average = _Average(objective, config.ema)
-    start = _resume(folder / "state.safetensors", objective, optimizers, average)
-    runner, *prepared = accelerator.prepare(objective, *optimizers)
-    call = torch.compile(runner, dynamic=False) if config.compile else runner
+    run = _Run(objective, config, folder)
     metrics: dict[str, float] = {}
-    meter = _Meter()
-    folder.mkdir(parents=True, exist_ok=True)
-    step = start
-
-    def save() -> None:
-        if accelerator.is_main_process:
-            _save(folder / "state.safetensors", objective, optimizers, average, step)
-
+    step = run.start
     try:
-        for step in range(start, config.steps):
-            generator = _generator(config.seed, step, accelerator.process_index)
-            for group in (g for optimizer in optimizers for g in optimizer.param_groups):
-                group["lr"] = config.rate(step) * group["peak"]
-            with accelerator.autocast():
-                loss, parts = call(_to(draw(generator), accelerator.device))
-            if not math.isfinite(loss.item()):
-                raise ConfigError(f"the loss is {loss.item()} at step {step}: lower learning_rate")
-            accelerator.backward(loss)
-            if config.clip:
-                accelerator.clip_grad_norm_(trained, config.clip)
-            for optimizer in prepared:
-                optimizer.step()
-                optimizer.zero_grad()
-            average.update(objective)
-            meter.add({"loss": loss.detach(), **parts})
+        for step in range(run.start, config.steps):
+            run.advance(step, draw)
             last = step + 1 == config.steps
             if (step + 1) % config.log_every == 0 or last:
-                metrics = meter.pop()
-                if accelerator.is_main_process:
-                    _log(folder / "events.jsonl", step + 1, metrics)
-                    if progress is not None:
-                        progress(step + 1, config.steps, metrics)
+                metrics = run.meter.pop()
+                run.report(step + 1, metrics, progress)
             if (step + 1) % config.checkpoint_every == 0 or last:
-                step += 1
-                save()
+                run.save(step + 1)
     except (InterruptedTraining, KeyboardInterrupt) as stop:
-        step += 1
-        save()
-        raise InterruptedTraining(f"stopped after step {step}; run it again to go on") from stop
-    average.copy_to(objective)
+        run.save(step + 1)
+        raise InterruptedTraining(f"stopped after step {step + 1}; run it again to go on") from stop
+    run.average.copy_to(objective)
     return metrics
+
+
+class _Run:
+    """What a run holds: the module on its device, the optimisers, the average and the meter."""
+
+    def __init__(self, objective: nn.Module, config: LoopConfig, folder: Path) -> None:
+        self.objective, self.config, self.folder = objective, config, folder
+        # Text encoders end before their last layer, whose weights get no gradient.
+        unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+        self.accelerator = Accelerator(
+            mixed_precision=config.precision,
+            cpu=not torch.cuda.is_available(),
+            kwargs_handlers=[unused],
+        )
+        self.optimizers = _optimizers(objective, config)
+        self.average = _Average(objective, config.ema)
+        self.meter = _Meter()
+        folder.mkdir(parents=True, exist_ok=True)
+        state = folder / "state.safetensors"
+        self.start = _resume(state, objective, self.optimizers, self.average)
+        runner, *self.prepared = self.accelerator.prepare(objective, *self.optimizers)
+        self.call = torch.compile(runner, dynamic=False) if config.compile else runner
+        self.trained = [p for p in objective.parameters() if p.requires_grad]
+
+    def advance(self, step: int, draw: Callable[[torch.Generator], Batch]) -> None:
+        """One step: draw, loss, gradient, update, average."""
+        config, device = self.config, self.accelerator.device
+        generator = _generator(config.seed, step, self.accelerator.process_index)
+        for group in (g for optimizer in self.optimizers for g in optimizer.param_groups):
+            group["lr"] = config.rate(step) * group["peak"]
+        with self.accelerator.autocast():
+            loss, parts = self.call(_to(draw(generator), device))
+        if not math.isfinite(loss.item()):
+            raise ConfigError(f"the loss is {loss.item()} at step {step}: lower learning_rate")
+        self.accelerator.backward(loss)
+        if config.clip:
+            self.accelerator.clip_grad_norm_(self.trained, config.clip)
+        for optimizer in self.prepared:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.average.update(self.objective)
+        self.meter.add({"loss": loss.detach(), **parts})
+
+    def report(self, step: int, metrics: dict[str, float], progress: Progress | None) -> None:
+        """Write the event log and tell the caller, once per machine group."""
+        if self.accelerator.is_main_process:
+            with (self.folder / "events.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
+            if progress is not None:
+                progress(step, self.config.steps, metrics)
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint of a step."""
+        if self.accelerator.is_main_process:
+            path = self.folder / "state.safetensors"
+            _save(path, self.objective, self.optimizers, self.average, step)
 
 
 def write_config(folder: Path, config: Any) -> None:
@@ -187,7 +210,9 @@ class _Average:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for name, p in module.named_parameters():
             if name in self.weights:
-                self.weights[name].lerp_(p.detach().float().to(self.weights[name].device), 1 - decay)
+                self.weights[name].lerp_(
+                    p.detach().float().to(self.weights[name].device), 1 - decay
+                )
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
@@ -222,11 +247,6 @@ def _to(batch: Batch, device: torch.device) -> dict[str, Any]:
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
-def _log(path: Path, step: int, metrics: dict[str, float]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps({"step": step, **metrics}) + "\n")
-
-
 def _save(
     path: Path,
     module: nn.Module,
@@ -253,7 +273,7 @@ def _resume(
     if not path.exists():
         return 0
     with safe_open(path, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
         facts = file.metadata()
     trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
     saved = {k[6:]: t for k, t in tensors.items() if k.startswith("model.")}
