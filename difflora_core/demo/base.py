@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from ..diffusion.objective import abar_at, add_noise, training_target
 from ..lora.layout import LoRALayout, layout_from_unet_config, unet_name_map
 from ..training.base_model import DiffusersBase, TextCondition
 from .pool import PicturePool
@@ -93,9 +94,9 @@ class BaseObjective(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of scaled `latents`, `noise` (B, 8, h, w), `timesteps` (B,), two token tensors."""
         text = self.text((batch["tokens_l"], batch["tokens_g"]))
-        abar = self.alphas_cumprod[batch["timesteps"]][:, None, None, None]
-        noisy = abar.sqrt() * batch["latents"] + (1 - abar).sqrt() * batch["noise"]
-        target = abar.sqrt() * batch["noise"] - (1 - abar).sqrt() * batch["latents"]
+        abar = abar_at(self.get_buffer("alphas_cumprod"), batch["timesteps"], batch["latents"])
+        noisy = add_noise(batch["latents"], batch["noise"], abar)
+        target = training_target(batch["latents"], batch["noise"], abar, "v_prediction")
         added = {"text_embeds": text.pooled, "time_ids": time_ids(batch["latents"])}
         prediction = self.unet(
             noisy, batch["timesteps"], text.context, added_cond_kwargs=added
@@ -118,7 +119,9 @@ def base_batches(
     """Batches of scaled latents with captions; every tenth has wide pictures, at half the count.
 
     Args:
-        portraits, pairs: scaled latents (M, 8, h, w) and their pool. batch: portraits per batch.
+        portraits: scaled latents (M, 8, h, w) and their pool.
+        pairs: the same of wide pictures.
+        batch: portraits per batch.
     """
     sets = [(latents, *tokenize(pool.captions)) for latents, pool in (portraits, pairs)]
     empty_l, empty_g = tokenize([""])
@@ -146,9 +149,9 @@ def base_batches(
 def new_base(seed: int) -> tuple[UNet2DConditionModel, DemoText]:
     """Untrained UNet and text encoders with weights from `seed`."""
     with torch.random.fork_rng():
-        torch.random.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         unet, text = UNet2DConditionModel(**UNET_CONFIG), DemoText()
-    # On a CPU plain attention trains half as fast again as the fused kernel, whose backward is slow.
+    # On a CPU plain attention trains faster than the fused kernel, whose backward is slow.
     unet.set_attn_processor(AttnProcessor())
     return unet, text
 

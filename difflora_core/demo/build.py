@@ -15,6 +15,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -122,7 +123,7 @@ def _run(stage: Stage, console: Console) -> None:
     console.print(f"{stage.name}: {seconds / 60:.1f} min  {figures}")
 
 
-def _marker(name: str) -> paths.Path:
+def _marker(name: str) -> Path:
     return paths.BUILD / "done" / f"{name}.json"
 
 

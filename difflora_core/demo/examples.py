@@ -43,7 +43,7 @@ def other_pictures(count: int = PHOTOS, person: int = PERSON) -> Pictures:
 
 def write_reference(path: Path) -> None:
     """Write the reference photo as a picture file."""
-    write_image(path, reference_picture())
+    write_image(reference_picture(), path)
 
 
 def dreambooth_lora(base: BaseModel, progress: Progress | None = None) -> LoRAWeights:

@@ -14,7 +14,9 @@ def draw_person(painter: Painter, parameters: Tensor, pose: Pose, cartoon: Tenso
     """Paint a person with what they wear or hold.
 
     Args:
-        painter: the pictures. parameters: (B, P) identity vectors. pose: one per picture.
+        painter: the pictures.
+        parameters: (B, P) identity vectors.
+        pose: one per picture.
         cartoon: (B,) bool, ink lines.
     """
     painter.enter(pose, cartoon)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .identities import identity_parameters, split_seeds
 from .renderer import LOOKS
-from .scenes import Scene, render_pairs, render_portraits
+from .scenes import Pictures, Scene, render_pairs, render_portraits
 
 _CHUNK = 256
 
@@ -112,7 +112,7 @@ def cached_pool(path: Path, render: Callable[[], PicturePool]) -> PicturePool:
     )
 
 
-def _pool(chunks: list, identities: list[int]) -> PicturePool:
+def _pool(chunks: list[Pictures], identities: list[int]) -> PicturePool:
     return PicturePool(
         images=torch.cat([(c.images * 255).round().to(torch.uint8) for c in chunks]),
         identities=torch.tensor(identities),

@@ -111,9 +111,11 @@ def render_portraits(
     """Render one portrait for each (identity seed, picture number).
 
     Args:
-        identities, pictures: B seeds and B picture numbers.
+        identities: B seeds.
+        pictures: B picture numbers.
         scenes: what to show; drawn from the name of the picture when None.
-        looks: looks to draw from. describe: share of captions that also describe the person.
+        looks: looks to draw from.
+        describe: share of captions that also describe the person.
     """
     draws = _draws(identities, pictures)
     scenes = random_scenes(draws, looks) if scenes is None else list(scenes)

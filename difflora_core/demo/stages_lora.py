@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -198,7 +199,7 @@ def corpus_of_loras(base: DiffusersBase, progress: Progress) -> LoRACorpus:
     shared = load_model(paths.DIFFLORA).lae.down_factors()
     count = CORPUS_PEOPLE + CORPUS_HELD_OUT
 
-    def pictures(numbers: list[int]) -> DreamBoothExamples:
+    def pictures(numbers: Sequence[int]) -> DreamBoothExamples:
         data = _dreambooth_examples(base, count)
         rows = list(numbers)
         return DreamBoothExamples(data.latents[rows], [data.prompts[k] for k in rows], rows)

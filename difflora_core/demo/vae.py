@@ -85,7 +85,8 @@ def standardise_latents(vae: AutoencoderKL, images: Tensor) -> None:
     Only the two 1 x 1 convolutions at the latent change; reconstructions stay the same.
 
     Args:
-        vae: changed in place. images: (M, H, W, 3) uint8 pictures to take the statistics from.
+        vae: changed in place.
+        images: (M, H, W, 3) uint8 pictures to take the statistics from.
     """
     latents = encode_pool(vae, images).float()
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
@@ -123,5 +124,5 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor, batch: int = 32) -> Tens
 def new_vae(seed: int) -> AutoencoderKL:
     """An untrained demo VAE with weights from `seed`."""
     with torch.random.fork_rng():
-        torch.random.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         return AutoencoderKL(**VAE_CONFIG)

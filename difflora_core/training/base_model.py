@@ -105,9 +105,7 @@ class DiffusersBase:
             "text_embeds": text.pooled,
             "time_ids": sizes.to(noisy.dtype).expand(len(noisy), 6),
         }
-        output: Tensor = self.unet(
-            noisy, timesteps, text.context, added_cond_kwargs=added
-        ).sample
+        output: Tensor = self.unet(noisy, timesteps, text.context, added_cond_kwargs=added).sample
         return output
 
 

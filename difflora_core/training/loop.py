@@ -83,7 +83,8 @@ def train(
             require a gradient are trained. It holds the averaged weights afterwards when
             `config.ema` is set.
         draw: makes a batch from a generator; called once per step and process.
-        config: the run. folder: checkpoint (state.safetensors) and event log (events.jsonl).
+        config: the run.
+        folder: of the checkpoint (state.safetensors) and the event log (events.jsonl).
         progress: called as (step, steps, metrics) at every log; it may raise
             InterruptedTraining, which saves first.
 
