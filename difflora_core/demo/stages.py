@@ -43,11 +43,11 @@ VAE_LOOP = LoopConfig(
 )
 VAE_BATCH = 4
 BASE_LOOP = LoopConfig(
-    steps=3800,
+    steps=2700,
     learning_rate=1e-3,
     matrix_rate=0.015,
     warmup=150,
-    decay=0.3,
+    decay=0.35,
     ema=0.998,
     precision="bf16",
     checkpoint_every=200,
