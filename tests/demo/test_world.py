@@ -81,8 +81,10 @@ def test_points_lie_on_the_face() -> None:
         assert (points[..., 1] > boxes[..., None, 1]).all()
         assert (points[..., 1] < boxes[..., None, 3]).all()
         assert (points[..., 0, 0] < points[..., 1, 0]).all()
-        assert boxes.min() > -2 and boxes[..., 2].max() < width + 2
-        assert pictures.images.min() >= 0 and pictures.images.max() <= 1
+        assert boxes.min() > -2
+        assert boxes[..., 2].max() < width + 2
+        assert pictures.images.min() >= 0
+        assert pictures.images.max() <= 1
 
 
 def test_captions_use_known_words() -> None:
@@ -92,7 +94,8 @@ def test_captions_use_known_words() -> None:
     first, second = tokenize(pictures.captions + pairs.captions)
     assert not (first == UNKNOWN).any()
     assert (first[:, 0] == START).all()
-    assert (first[:, -1] == END).all() and (second[:, -1] == PAD).all()
+    assert (first[:, -1] == END).all()
+    assert (second[:, -1] == PAD).all()
 
 
 def test_unknown_words_and_long_prompts() -> None:
