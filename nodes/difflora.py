@@ -183,4 +183,4 @@ def _gate_picture(gate: torch.Tensor) -> torch.Tensor:
             colour = ((226, 150, 74), (86, 156, 214))[row]
             pen.rectangle((90, top, 90 + 210 * min(weight, 1.0), top + 26), fill=colour)
         pen.text((10, top + 8), f"{label}  {weight:.2f}", fill=(235, 235, 235))
-    return torch.from_numpy(np.asarray(canvas)).float()[None] / 255
+    return torch.from_numpy(np.array(canvas)).float()[None] / 255

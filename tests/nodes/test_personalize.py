@@ -36,16 +36,16 @@ def lora_nodes(photo, **changes):
 
 
 def pictures(name, model, seed=3):
-    """Nodes that draw two pictures with a model."""
+    """Nodes that draw a picture with a model."""
     sampler = node(
         "KSampler", model=model, positive=["words", 0], negative=["none", 0],
-        latent_image=["empty", 0], seed=seed, steps=3, cfg=1.5, sampler_name="euler",
+        latent_image=["empty", 0], seed=seed, steps=2, cfg=1.5, sampler_name="euler",
         scheduler="normal", denoise=1.0,
     )  # fmt: skip
     return {
         "words": node("CLIPTextEncode", clip=CLIP, text="photo of a person, smiling"),
         "none": node("CLIPTextEncode", clip=CLIP, text=""),
-        "empty": node("EmptyLatentImage", width=64, height=64, batch_size=2),
+        "empty": node("EmptyLatentImage", width=64, height=64, batch_size=1),
         f"{name}_sampler": sampler,
         f"{name}_decoder": node("VAEDecode", samples=[f"{name}_sampler", 0], vae=VAE),
         name: node("SaveImage", images=[f"{name}_decoder", 0], filename_prefix=name),
@@ -185,12 +185,12 @@ def test_sampling_reports_progress_and_stops_when_asked(comfy, photo):
     def stop(step):
         if step.node_type == "DiffLoRA_Personalize":
             steps.append(step)
-            if step.value == 3:
+            if step.value >= 3:  # ComfyUI leaves steps out when they come fast
                 comfy.interrupt()
 
-    nodes = lora_nodes(photo, mode="sampled", steps=1000, seed=99)
+    nodes = lora_nodes(photo, mode="sampled", steps=400, seed=99)
     nodes["save"] = node("SaveLoRA", lora=["lora", 0], prefix="loras/never", steps=0)
     with pytest.raises(ComfyInterrupted):
         comfy.run(nodes, on_progress=stop)
-    assert {step.maximum for step in steps} >= {1000}
-    assert max(step.value for step in steps) < 1000
+    assert {step.maximum for step in steps} >= {400}
+    assert max(step.value for step in steps) < 400
