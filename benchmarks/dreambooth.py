@@ -14,6 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from difflora_core.demo.examples import DREAMBOOTH
+from difflora_core.demo.stages_lora import CORPUS
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.training.base_model import DiffusersBase
 from difflora_core.training.dreambooth import (
@@ -27,33 +29,21 @@ from .people import RealPictures
 
 GROUP = 16
 ALONE_STEPS = 8
-SETTINGS = DreamBoothConfig(
-    rank=4,
-    steps=300,
-    samples_per_step=4,
-    learning_rate=1e-2,
-    train_down=False,
-    precision="bf16",
-)
-"""The baseline; `tune_dreambooth` prints the alternatives on validation people."""
+SETTINGS = DREAMBOOTH
+"""The yardstick: both factors trained, tuned on validation people."""
+
+CORPUS_SETTINGS = CORPUS.dreambooth
+"""How the corpus was trained, over a shared `down`: the LoRAs that autoencoders are made for."""
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Trained:
-    """LoRAs of I people after each snapshot, and the seconds of the training in groups."""
-
-    snapshots: dict[int, LoRAWeights]
-    seconds: float
 
 
 @dataclass(frozen=True)
 class Workshop:
     """What DreamBooth training needs beside the pictures.
 
-    `base`: frozen base; `base_hash`: of its file; `shared_down`: the frozen `down` factors, or
-    None for own ones; `cache`: folder; `say`: prints a line.
+    `base`: frozen base; `base_hash`: of its file; `shared_down`: the `down` factors of runs that
+    do not train their own; `cache`: folder; `say`: prints a line.
     """
 
     base: DiffusersBase
@@ -62,29 +52,23 @@ class Workshop:
     cache: Path
     say: Say
 
-    def settings(self, config: DreamBoothConfig) -> DreamBoothConfig:
-        """Without shared factors everybody trains an own `down`."""
-        return config if self.shared_down is not None else replace(config, train_down=True)
-
     def train(
         self, pictures: RealPictures, seeds: Sequence[int], config: DreamBoothConfig
-    ) -> Trained:
+    ) -> LoRAWeights:
         """One LoRA per person, from the cache where possible, in groups of at most GROUP."""
         parts = []
         for rows in groups(len(seeds), GROUP):
             chosen = RealPictures(pictures.images[rows], [pictures.captions[r] for r in rows])
-            parts.append(self._group(chosen, [seeds[r] for r in rows], self.settings(config)))
-        steps = parts[0].snapshots
-        joined = {step: concatenate([part.snapshots[step] for part in parts]) for step in steps}
-        return Trained(joined, sum(part.seconds for part in parts))
+            parts.append(self._group(chosen, [seeds[r] for r in rows], config))
+        return concatenate(parts)
 
     def seconds_alone(self, pictures: RealPictures, config: DreamBoothConfig) -> float:
         """Seconds per step for one person alone, measured over a few steps."""
-        config = replace(self.settings(config), snapshots=(), steps=ALONE_STEPS)
+        config = replace(config, snapshots=(), steps=ALONE_STEPS)
         examples = self.examples(RealPictures(pictures.images[:1], pictures.captions[:1]), [0])
-        train_dreambooth(self.base, examples, replace(config, steps=1), **self._down())
+        train_dreambooth(self.base, examples, replace(config, steps=1), **self._down(config))
         started = time.perf_counter()
-        train_dreambooth(self.base, examples, config, **self._down())
+        train_dreambooth(self.base, examples, config, **self._down(config))
         return (time.perf_counter() - started) / ALONE_STEPS
 
     def examples(self, pictures: RealPictures, seeds: Sequence[int]) -> DreamBoothExamples:
@@ -97,31 +81,35 @@ class Workshop:
 
     def _group(
         self, pictures: RealPictures, seeds: Sequence[int], config: DreamBoothConfig
-    ) -> Trained:
+    ) -> LoRAWeights:
         path = self.cache / f"{self._key(pictures, seeds, config)}.safetensors"
         if path.exists():
             return _read(path)
         examples = self.examples(pictures, seeds)
         started = time.perf_counter()
-        made = train_dreambooth(self.base, examples, config, **self._down())
-        trained = Trained(made, time.perf_counter() - started)
+        made = train_dreambooth(self.base, examples, config, **self._down(config))
+        trained = made[config.steps]
+        seconds = time.perf_counter() - started
         count = pictures.images.shape[1]
         self.say(
             f"trained DreamBooth LoRAs of {len(seeds)} people from {count} pictures each: "
-            f"{config.steps} steps in {trained.seconds:.0f} s"
+            f"{config.steps} steps in {seconds:.0f} s"
         )
         _write(path, trained)
         return trained
 
-    def _down(self) -> dict[str, object]:
-        return {} if self.shared_down is None else {"shared_down": self.shared_down}
+    def _down(self, config: DreamBoothConfig) -> dict[str, object]:
+        """The shared factors, for a run that does not train its own."""
+        if config.train_down or self.shared_down is None:
+            return {}
+        return {"shared_down": self.shared_down}
 
     def _key(self, pictures: RealPictures, seeds: Sequence[int], config: DreamBoothConfig) -> str:
         digest = hashlib.sha256()
         facts = [self.base_hash, config.to_json(), list(seeds), pictures.captions]
         digest.update(json.dumps(facts).encode())
         digest.update((pictures.images * 255).round().byte().numpy().tobytes())
-        for name, down in (self.shared_down or {}).items():
+        for name, down in self._down(config).get("shared_down", {}).items():
             digest.update(name.encode() + down.detach().float().numpy().tobytes())
         return digest.hexdigest()[:32]
 
@@ -140,36 +128,28 @@ def concatenate(parts: Sequence[LoRAWeights]) -> LoRAWeights:
     )
 
 
-def _write(path: Path, trained: Trained) -> None:
+def _write(path: Path, weights: LoRAWeights) -> None:
     """Keep a group; all factors, so that the file needs nothing else."""
-    tensors, alphas = {}, {}
-    for step, weights in trained.snapshots.items():
-        for name, layer in weights.layers.items():
-            tensors[f"{step}|{name}|down"] = layer.down.contiguous()
-            tensors[f"{step}|{name}|up"] = layer.up.contiguous()
-            alphas[name] = layer.alpha
-    facts = {"seconds": trained.seconds, "alphas": alphas, "steps": list(trained.snapshots)}
+    tensors = {}
+    for name, layer in weights.layers.items():
+        tensors[f"{name}|down"] = layer.down.clone(memory_format=torch.contiguous_format)
+        tensors[f"{name}|up"] = layer.up.clone(memory_format=torch.contiguous_format)
+    alphas = {name: layer.alpha for name, layer in weights.layers.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
-    save_file({k: v.clone() for k, v in tensors.items()}, temporary, {"facts": json.dumps(facts)})
+    save_file(tensors, temporary, {"alphas": json.dumps(alphas)})
     temporary.replace(path)
 
 
-def _read(path: Path) -> Trained:
+def _read(path: Path) -> LoRAWeights:
     """A group from the cache."""
     with safe_open(path, "pt") as file:
-        facts = json.loads(file.metadata()["facts"])
-        snapshots = {
-            step: LoRAWeights(
-                {
-                    name: LoRALayer(
-                        file.get_tensor(f"{step}|{name}|down"),
-                        file.get_tensor(f"{step}|{name}|up"),
-                        alpha,
-                    )
-                    for name, alpha in facts["alphas"].items()
-                }
-            )
-            for step in facts["steps"]
-        }
-    return Trained(snapshots, facts["seconds"])
+        alphas = json.loads(file.metadata()["alphas"])
+        return LoRAWeights(
+            {
+                name: LoRALayer(
+                    file.get_tensor(f"{name}|down"), file.get_tensor(f"{name}|up"), alpha
+                )
+                for name, alpha in alphas.items()
+            }
+        )

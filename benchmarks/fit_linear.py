@@ -1,56 +1,58 @@
 """`python -m benchmarks.fit_linear`: fit the linear baselines, PCA and ridge regression.
 
-Trains a corpus of DreamBooth LoRAs of training people, with the settings of the benchmark's own
-baseline, and writes both baselines beside the artefacts. A stopped run goes on where it was.
+They are fitted on the corpus of DreamBooth LoRAs that the `paper` preset was trained on (trained
+here, resumably, when it is not on disk) and written beside the artefacts.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 
-import torch
-from torch import Tensor
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .dreambooth import SETTINGS
-from .linear import fit_linear, photo_rows, save_linear, up_vectors
-from .people import benchmark_people
-from .world import LINEAR, World, benchmark_console, load_world, set_threads
+from difflora_core.demo import stages, stages_lora
+from difflora_core.demo.features import pool_features
 
-PHOTOS_PER_PERSON = 4
+from .linear import fit_linear, save_linear
+from .world import LINEAR, benchmark_console, load_world, set_threads
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description="Fit the linear baselines of the benchmark.")
-    parser.add_argument("--people", type=int, default=160, help="training people of the corpus")
-    parser.add_argument("--steps", type=int, default=100, help="DreamBooth steps per person")
-    parser.add_argument("--components", type=int, default=128, help="directions of the PCA")
+    parser.add_argument("--components", type=int, default=32, help="directions of the PCA")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = all cores")
     options = parser.parse_args(arguments)
     set_threads(options.threads)
     console = benchmark_console()
     world = load_world(say=console.print)
-    vectors, features = corpus(world, options.people, options.steps)
-    linear = fit_linear(vectors, features, options.components)
-    facts = {"people": options.people, "steps": options.steps, "base": world.base_hash}
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("corpus and features", total=None)
+
+        def report(step: int, total: int, metrics: dict[str, float]) -> None:
+            bar.update(task, completed=step, total=total)
+
+        corpus = stages_lora.corpus_of_loras(world.base, report)
+        count, pictures = len(corpus), stages_lora.PICTURES
+        pool = stages.drawn_pool().head(count * pictures)
+        features = pool_features("train", pool, report)
+    kept = stages_lora.CORPUS_PEOPLE
+    photos = [
+        [features.select(k * pictures + j) for j in range(pictures)] for k in range(len(corpus))
+    ]
+    halves = [corpus.select(corpus.identities[rows]) for rows in (slice(kept), slice(kept, None))]
+    linear = fit_linear(
+        (halves[0].weights, halves[1].weights),
+        (photos[:kept], photos[kept:]),
+        corpus.layout,
+        options.components,
+    )
+    facts = {"people": kept, "components": linear.size, "base": world.base_hash}
     save_linear(linear, LINEAR, facts)
-    left = (linear.project(vectors) - vectors).square().sum()
-    share = 1 - float(left / (vectors - linear.mean).square().sum())
-    console.print(f"PCA of {len(linear.basis)} directions holds {share:.2f} of the corpus' energy")
     console.print(f"wrote {LINEAR.name}, {LINEAR.stat().st_size / 1024:.0f} KB")
     return 0
-
-
-def corpus(world: World, people: int, steps: int) -> tuple[Tensor, Tensor]:
-    """LoRA vectors (M, V) and features (M, Q, F) of Q photos of M training people."""
-    crowd = benchmark_people("train", people, ())
-    trained = world.workshop.train(
-        crowd.photos, crowd.seeds, replace(SETTINGS, steps=steps, snapshots=())
-    )
-    seen = world.features(crowd.photos.images[:, :PHOTOS_PER_PERSON])
-    return up_vectors(trained.snapshots[steps]), torch.stack([photo_rows(row) for row in seen])
 
 
 if __name__ == "__main__":

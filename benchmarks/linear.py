@@ -1,8 +1,9 @@
-"""Linear baselines that a network must beat: PCA of LoRA weights, ridge on the features."""
+"""The linear baselines as one file: PCA of LoRA tokens, ridge regression from features to PCA."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,96 +12,77 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from difflora_core.lora.weights import LoRALayer, LoRAWeights
+from difflora_core.lora.layout import LoRALayout
+from difflora_core.lora.tokens import TokenGrid
+from difflora_core.lora.weights import LoRAWeights
+from difflora_core.training.linear_baselines import (
+    PCAAutoencoder,
+    RidgeRegression,
+    best_ridge,
+    feature_matrix,
+    pca_autoencoder,
+)
 from difflora_core.vision.features import ImageFeatures
-
-RIDGES = tuple(10.0**k for k in range(-2, 7))
-HELD_OUT = 0.25
 
 
 @dataclass(frozen=True)
 class Linear:
-    """PCA of the `up` factors over one shared `down`, and a ridge map from features to PCA.
+    """PCA of `up` factors over one shared `down`, and a ridge map from features to its numbers."""
 
-    `mean`: (V,); `basis`: (K, V) orthonormal rows; `feature_mean`, `feature_scale`: (F,);
-    `ridge`: (F, K); `offset`: (K,).
-    """
+    pca: PCAAutoencoder
+    ridge: RidgeRegression
 
-    mean: Tensor
-    basis: Tensor
-    feature_mean: Tensor
-    feature_scale: Tensor
-    ridge: Tensor
-    offset: Tensor
+    @property
+    def size(self) -> int:
+        """Numbers per LoRA."""
+        return len(self.pca.components)
 
-    def project(self, vectors: Tensor) -> Tensor:
-        """The nearest LoRAs (B, V) in the span of K directions."""
-        return self.mean + (vectors - self.mean) @ self.basis.T @ self.basis
+    def reconstruct(self, weights: LoRAWeights, layout: LoRALayout) -> LoRAWeights:
+        """The nearest LoRAs in the span of the components; `weights` share their `down`."""
+        grid = TokenGrid(layout, ("up",))
+        tokens = self.pca.decode(self.pca.encode(grid.encode(weights)[0]))
+        return grid.decode(tokens, {name: layer.down[0] for name, layer in weights.layers.items()})
 
-    def predict(self, features: Tensor) -> Tensor:
-        """LoRAs (B, V) from features (B, F)."""
-        rows = (features - self.feature_mean) / self.feature_scale
-        return self.mean + (rows @ self.ridge + self.offset) @ self.basis
+    def predict(
+        self, people: Sequence[ImageFeatures], layout: LoRALayout, down: dict[str, Tensor]
+    ) -> LoRAWeights:
+        """LoRAs of people from the features of their photos, over the shared `down`."""
+        tokens = self.pca.decode(self.ridge.predict(feature_matrix(people)))
+        return TokenGrid(layout, ("up",)).decode(tokens, down)
 
 
-def fit_linear(vectors: Tensor, features: Tensor, components: int) -> Linear:
-    """Fit both baselines.
-
-    The penalty of the ridge is the best of RIDGES on the last quarter of the people, refitted on
-    all of them.
+def fit_linear(
+    corpus: tuple[LoRAWeights, LoRAWeights],
+    photos: tuple[list[list[ImageFeatures]], list[list[ImageFeatures]]],
+    layout: LoRALayout,
+    components: int,
+) -> Linear:
+    """Fit both on training people; validation people choose the penalty of the ridge.
 
     Args:
-        vectors: (M, V) LoRAs of M people.
-        features: (M, Q, F) features of Q photos of each; every photo is one example.
-        components: K, at most M - 1.
+        corpus: LoRAs of training and of validation people, all over one shared `down`.
+        photos: of the same people, features of each photo on its own; every photo is an example.
+        layout: of the LoRAs.
+        components: size of the PCA.
     """
-    mean = vectors.mean(0)
-    _, _, directions = torch.linalg.svd(vectors - mean, full_matrices=False)
-    basis = directions[: min(components, len(vectors) - 1)]
-    scores = (vectors - mean) @ basis.T
-    flat = features.flatten(0, 1)
-    feature_mean, feature_scale = flat.mean(0), flat.std(0).clamp_min(1e-6)
-    rows = (features - feature_mean) / feature_scale
-    kept = max(1, round(len(vectors) * (1 - HELD_OUT)))
-    errors = []
-    for penalty in RIDGES:
-        weights, offset = _ridge(rows[:kept], scores[:kept], penalty)
-        predicted = rows[kept:] @ weights + offset
-        errors.append(float((predicted - scores[kept:, None]).square().mean()))
-    best = RIDGES[errors.index(min(errors))] if kept < len(vectors) else RIDGES[-1]
-    ridge, offset = _ridge(rows, scores, best)
-    return Linear(mean, basis, feature_mean, feature_scale, ridge, offset)
-
-
-def photo_rows(features: ImageFeatures) -> Tensor:
-    """Face, image and token features of each photo: (N, F)."""
-    tokens = features.image_tokens.float().flatten(1)
-    return torch.cat([features.face.float(), features.image.float(), tokens], 1)
-
-
-def up_vectors(weights: LoRAWeights) -> Tensor:
-    """The `up` factors of a batch of LoRAs as rows (B, V), scale folded in."""
-    return torch.cat([layer.folded().up.flatten(1) for layer in weights.layers.values()], 1)
-
-
-def with_up_vectors(vectors: Tensor, like: LoRAWeights) -> LoRAWeights:
-    """Inverse of `up_vectors` with the first `down` of `like` for everybody."""
-    layers, start = {}, 0
-    for name, layer in like.layers.items():
-        size = layer.out_features * layer.rank
-        up = vectors[:, start : start + size].unflatten(1, (layer.out_features, layer.rank))
-        down = layer.down[:1].expand(len(vectors), -1, -1)
-        layers[name] = LoRALayer(down, up, float(layer.rank))
-        start += size
-    return LoRAWeights(layers)
+    grid = TokenGrid(layout, ("up",))
+    tokens = [grid.encode(weights)[0].float() for weights in corpus]
+    pca = pca_autoencoder(tokens[0], min(components, len(tokens[0]) - 1))
+    sets = []
+    for part, people in zip(tokens, photos, strict=True):
+        rows = [feature_matrix(person) for person in people]
+        counts = torch.tensor([len(row) for row in rows])
+        sets.append((torch.cat(rows), pca.encode(part).repeat_interleave(counts, 0)))
+    return Linear(pca, best_ridge(sets[0], sets[1])[0])
 
 
 def save_linear(linear: Linear, path: Path, facts: dict[str, object]) -> None:
-    """Write the baselines; the large matrices in half precision."""
-    tensors = {
-        name: (value.half() if value.ndim == 2 else value.float()).contiguous()
-        for name, value in vars(linear).items()
-    }
+    """Write the baselines; the components in half precision."""
+    tensors = {}
+    for part in ("pca", "ridge"):
+        for name, value in vars(getattr(linear, part)).items():
+            kind = torch.float16 if value.ndim == 3 else torch.float32
+            tensors[f"{part}.{name}"] = value.to(kind).contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
     save_file(tensors, temporary, {"facts": json.dumps(facts)})
@@ -109,15 +91,10 @@ def save_linear(linear: Linear, path: Path, facts: dict[str, object]) -> None:
 
 def load_linear(path: Path) -> tuple[Linear, dict[str, object]]:
     """Read the baselines and the facts of their making."""
+    parts: dict[str, dict[str, Tensor]] = {"pca": {}, "ridge": {}}
     with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name).float() for name in Linear.__dataclass_fields__}
-        return Linear(**tensors), json.loads(file.metadata()["facts"])
-
-
-def _ridge(rows: Tensor, scores: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
-    """Ridge regression with an offset in its dual form: rows (M, Q, F), scores (M, K)."""
-    x = rows.flatten(0, 1)
-    y = scores.repeat_interleave(rows.shape[1], 0)
-    offset = y.mean(0)
-    gram = x @ x.T + penalty * torch.eye(len(x))
-    return x.T @ torch.linalg.solve(gram, y - offset), offset
+        for key in file.keys():
+            part, name = key.split(".")
+            parts[part][name] = file.get_tensor(key).float()
+        facts = json.loads(file.metadata()["facts"])
+    return Linear(PCAAutoencoder(**parts["pca"]), RidgeRegression(**parts["ridge"])), facts

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -16,17 +15,16 @@ from difflora_core.models.lae import LoRALatent
 from difflora_core.training.refine import refine, refinement_config
 
 from .drawing import groups, select
-from .dreambooth import GROUP, SETTINGS, concatenate
-from .linear import photo_rows, up_vectors, with_up_vectors
+from .dreambooth import CORPUS_SETTINGS, GROUP, SETTINGS, concatenate
 from .people import PHOTOS, People, RealPictures
 from .world import World
 
 BASE = "base"
-BEST = f"DreamBooth, {PHOTOS} photos, {{steps}} steps"
 HEADLINE = "functional, 1 photo"
 REAL, REAL_VAE = "real pictures", "real pictures through the VAE"
 ANOTHER, MEAN, WRONG = "another identity's LoRA", "mean LoRA", "wrong photo"
 CONTROLS = (ANOTHER, MEAN, WRONG)
+CORPUS_LORA = f"LoRA as in the corpus, {PHOTOS} photos"
 TIMED_PEOPLE = 5
 
 
@@ -50,7 +48,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Effort:
-    """How much DreamBooth to train: snapshots (rising) from one photo and from all photos."""
+    """How much DreamBooth to train: runs of so many steps from one photo and from all photos."""
 
     one_photo: tuple[int, ...] = (100, 300)
     all_photos: tuple[int, ...] = (100, 300)
@@ -60,30 +58,52 @@ def build_rows(world: World, people: People, effort: Effort) -> list[Row]:
     """Every row that the artefacts allow, in the order of the table."""
     features = world.features(people.photos.images[:, :4])
     trained = dreambooth_rows(world, people, effort)
-    best = trained[-1]
-    rows = controls(best)
+    original = corpus_row(world, people)
+    rows = controls(trained[-1], original)
     functional = world.models.get("functional")
     if functional is not None:
         guess = predict(functional, [row.select([0]) for row in features])
         rows.append(Row(WRONG, rolled(guess), None, HEADLINE))
-    for name, model in world.models.items():
-        if learned_to_encode(model):
-            again = model.decode(model.encode(best.weights))
-            rows.append(Row(f"LAE reconstruction, {name}", detached(again)))
+    if original is not None:
+        rows += [original, *reconstructions(world, original)]
     for name, model in world.models.items():
         rows += predicted_rows(world, name, model, features, people)
     rows += trained
     if functional is not None:
         rows.append(refined_row(world, people, guess, rows))
-    return rows + linear_rows(world, features, best)
+    return rows + ridge_row(world, [row.select([0]) for row in features])
 
 
-def controls(best: Row) -> list[Row]:
+def controls(best: Row, original: Row | None) -> list[Row]:
     """The LoRA of the next person, and the mean of all other people's LoRAs."""
+    source = best if original is None else original
     return [
         Row(ANOTHER, rolled(best.weights), None, best.name),
-        Row(MEAN, mean_of_others(best.weights), None, best.name),
+        Row(MEAN, mean_of_others(source.weights), None, source.name),
     ]
+
+
+def corpus_row(world: World, people: People) -> Row | None:
+    """LoRAs trained like the corpus of the autoencoders, whose originals they reconstruct."""
+    if world.shared_down is None:
+        return None
+    weights = world.workshop.train(people.photos, people.seeds, CORPUS_SETTINGS)
+    per_step = world.workshop.seconds_alone(people.photos, CORPUS_SETTINGS)
+    return Row(CORPUS_LORA, weights, per_step * CORPUS_SETTINGS.steps)
+
+
+@torch.no_grad()
+def reconstructions(world: World, original: Row) -> list[Row]:
+    """The originals through every autoencoder whose encoder was trained, and through PCA."""
+    rows = []
+    for name, model in world.models.items():
+        if learned_to_encode(model):
+            again = model.decode(model.encode(original.weights))
+            rows.append(Row(f"LAE reconstruction, {name}", again))
+    if world.linear is not None:
+        again = world.linear.reconstruct(original.weights, world.layout)
+        rows.append(Row(f"PCA-{world.linear.size} reconstruction", again))
+    return rows
 
 
 def predicted_rows(
@@ -98,7 +118,7 @@ def predicted_rows(
         Row(f"{name}, 4 photos", predict(model, features), four_seconds),
     ]
     if model.config.preset != "paper" and trained_dit(model):
-        sampled = detached(model.decode(sampled_latent(model, one)))
+        sampled = model.decode(sampled_latent(model, one)).detach()
         rows.append(Row(f"{name}, 1 photo, sampled", sampled))
     return rows
 
@@ -110,7 +130,7 @@ def predict(model: DiffLoRAModel, features: list) -> LoRAWeights:
         latent = sampled_latent(model, features)
     else:
         latent = model.mean_latent(model.condition(features))
-    return detached(model.decode(latent))
+    return model.decode(latent).detach()
 
 
 @torch.no_grad()
@@ -132,20 +152,16 @@ def seconds_to_lora(world: World, model: DiffLoRAModel, photos: Tensor) -> float
 
 
 def dreambooth_rows(world: World, people: People, effort: Effort) -> list[Row]:
-    """DreamBooth from one photo and from all of them, after each snapshot; the longest last."""
+    """DreamBooth from one photo and from all of them, every length a run of its own."""
     rows = []
-    for count, snapshots in ((1, effort.one_photo), (PHOTOS, effort.all_photos)):
-        if not snapshots:
-            continue
-        config = replace(SETTINGS, steps=snapshots[-1], snapshots=snapshots[:-1])
+    for count, lengths in ((1, effort.one_photo), (PHOTOS, effort.all_photos)):
         pictures = first_photos(people, count)
-        trained = world.workshop.train(pictures, people.seeds, config)
-        per_step = world.workshop.seconds_alone(pictures, config)
+        per_step = world.workshop.seconds_alone(pictures, SETTINGS) if lengths else 0.0
         photos = "1 photo" if count == 1 else f"{count} photos"
-        rows += [
-            Row(f"DreamBooth, {photos}, {step} steps", weights, per_step * step)
-            for step, weights in trained.snapshots.items()
-        ]
+        for steps in lengths:
+            config = replace(SETTINGS, steps=steps)
+            weights = world.workshop.train(pictures, people.seeds, config)
+            rows.append(Row(f"DreamBooth, {photos}, {steps} steps", weights, per_step * steps))
     return rows
 
 
@@ -164,19 +180,14 @@ def refined_row(world: World, people: People, guess: LoRAWeights, rows: list[Row
     return Row(f"{HEADLINE}, {config.steps} refinement steps", concatenate(parts), seconds)
 
 
-def linear_rows(world: World, features: list, best: Row) -> list[Row]:
-    """Ridge regression from one photo, and the PCA reconstruction of the DreamBooth LoRA."""
-    linear = world.linear
-    if linear is None:
+def ridge_row(world: World, photos: list) -> list[Row]:
+    """Ridge regression on the features of one photo."""
+    if world.linear is None or world.shared_down is None:
         return []
     started = time.perf_counter()
-    predicted = linear.predict(torch.cat([photo_rows(row.select([0])) for row in features]))
-    seconds = (time.perf_counter() - started) / len(features)
-    vectors = linear.project(up_vectors(best.weights))
-    return [
-        Row("ridge regression, 1 photo", with_up_vectors(predicted, best.weights), seconds),
-        Row(f"PCA-{len(linear.basis)} reconstruction", with_up_vectors(vectors, best.weights)),
-    ]
+    weights = world.linear.predict(photos, world.layout, world.shared_down)
+    seconds = (time.perf_counter() - started) / len(photos)
+    return [Row("ridge regression, 1 photo", weights, seconds)]
 
 
 def first_photos(people: People, count: int) -> RealPictures:
@@ -220,11 +231,3 @@ def learned_to_encode(model: DiffLoRAModel) -> bool:
 def trained_dit(model: DiffLoRAModel) -> bool:
     """Whether latents were normalised for the DiT, the first thing its training does."""
     return bool((model.get_buffer("latent_scale") != 1).any())
-
-
-def detached(weights: LoRAWeights) -> LoRAWeights:
-    """Values only."""
-    return weights.detach()
-
-
-Builder = Callable[[World, People, Effort], list[Row]]

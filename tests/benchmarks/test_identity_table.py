@@ -10,10 +10,11 @@ from rich.console import Console
 from benchmarks import dreambooth, rows
 from benchmarks.choose_strength import best_strength, choose, read_strengths, write_strengths
 from benchmarks.experiment import Experiment, Trial, score
-from benchmarks.fit_linear import corpus
 from benchmarks.identity import conclusions, label, last, make_report, parse, run, strengths_of
 from benchmarks.linear import fit_linear
+from benchmarks.people import benchmark_people
 from benchmarks.rows import BASE, HEADLINE, Effort, Row
+from difflora_core.lora.tokens import TokenGrid
 
 QUIET = Console(quiet=True)
 EFFORT = Effort(one_photo=(1,), all_photos=(1, 2))
@@ -98,19 +99,28 @@ def test_a_strength_that_loses_the_prompt_is_not_chosen(trials):
 @pytest.fixture
 def short(monkeypatch):
     """DreamBooth and refinement of a step or two."""
-    config = replace(dreambooth.SETTINGS, samples_per_step=1, steps=2, precision="no")
-    monkeypatch.setattr(dreambooth, "SETTINGS", config)
-    monkeypatch.setattr(rows, "SETTINGS", config)
+    for name in ("SETTINGS", "CORPUS_SETTINGS"):
+        brief = replace(getattr(rows, name), samples_per_step=1, steps=2, precision="no")
+        monkeypatch.setattr(rows, name, brief)
     monkeypatch.setattr(dreambooth, "ALONE_STEPS", 1)
-    brief = rows.refinement_config(4)
-    monkeypatch.setattr(
-        rows, "refinement_config", lambda rank: replace(brief, steps=1, samples_per_step=1)
-    )
+    few = replace(rows.refinement_config(4), steps=1, samples_per_step=1)
+    monkeypatch.setattr(rows, "refinement_config", lambda rank: few)
+
+
+def linear_baselines(world):
+    """PCA and ridge fitted on predictions of the functional model for five training people."""
+    model, down = world.models["functional"], world.shared_down
+    crowd = benchmark_people("train", 5, ())
+    seen = world.features(crowd.photos.images[:, :2])
+    weights = rows.predict(model, seen)
+    grid = TokenGrid(world.layout, ("up",))
+    halves = [grid.decode(part, down) for part in grid.encode(weights)[0].split(3)]
+    photos = [[person.select(k) for k in range(2)] for person in seen]
+    return fit_linear(tuple(halves), (photos[:3], photos[3:]), world.layout, 2)
 
 
 def test_whole_table_on_a_tiny_world(world, plan, short, tmp_path):
-    crowd = corpus(world, 3, 1)
-    linear = fit_linear(*crowd, 2)
+    linear = linear_baselines(world)
     experiment = Experiment(replace(world, linear=linear), plan, "validation", 2)
     trials = run(experiment, EFFORT, {HEADLINE: 1.5}, QUIET)
     names = [label(one) for one in trials]
@@ -122,6 +132,7 @@ def test_whole_table_on_a_tiny_world(world, plan, short, tmp_path):
         "mean LoRA",
         "wrong photo",
         "wrong photo x 1.5",
+        "LoRA as in the corpus, 8 photos",
         "LAE reconstruction, functional",
         "LAE reconstruction, paper",
         "functional, 1 photo",
@@ -159,7 +170,7 @@ def test_dreambooth_is_trained_once(world, plan, short):
     first = rows.dreambooth_rows(told, crowd, EFFORT)
     count = len(lines)
     again = rows.dreambooth_rows(told, crowd, EFFORT)
-    assert len(lines) == count == 2
+    assert len(lines) == count == 3
     for one, two in zip(first, again, strict=True):
         assert one.name == two.name
         for name in one.weights:
