@@ -1,0 +1,75 @@
+"""workflows/quickstart_demo.json with the shipped demo world."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from difflora_core.demo.examples import reference_picture
+from difflora_core.demo.workflow_api import PACK, workflow_pictures, workflow_to_prompt
+from difflora_core.demo.workflows import run_workflow
+
+PATH = PACK / "workflows" / "quickstart_demo.json"
+
+
+@pytest.fixture(scope="module")
+def workflow():
+    return json.loads(PATH.read_text("utf-8"))
+
+
+def test_its_photo_is_the_example_person(workflow):
+    (path,) = workflow_pictures(workflow)
+    pixels = (reference_picture() * 255).round().byte().numpy()
+    np.testing.assert_array_equal(np.asarray(Image.open(path).convert("RGB")), pixels)
+
+
+def test_links_and_nodes_agree(workflow):
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    for link, source, output, target, slot, kind in workflow["links"]:
+        assert link in nodes[source]["outputs"][output]["links"]
+        assert nodes[target]["inputs"][slot]["link"] == link
+        assert kind in nodes[target]["inputs"][slot]["type"].split(",")
+    for node in workflow["nodes"]:
+        if not node["type"].endswith("Note"):
+            assert node["properties"]["cnr_id"]
+            assert re.fullmatch(r"\d+\.\d+\.\d+", node["properties"]["ver"])
+
+
+def test_sockets_are_those_of_the_nodes(workflow, comfy):
+    info = comfy.object_info()
+    for node in workflow["nodes"]:
+        if not node["type"].startswith("DiffLoRA_"):
+            continue
+        schema = info[node["type"]]
+        assert [o["type"] for o in node["outputs"]] == schema["output"]
+        assert [o["name"] for o in node["outputs"]] == schema["output_name"]
+        known = {name for group in schema["input"].values() for name in group}
+        assert {i["name"] for i in node["inputs"]} <= known
+
+
+def test_nodes_do_not_overlap(workflow):
+    boxes = [(*node["pos"], *node["size"], node["id"]) for node in workflow["nodes"]]
+    for k, (x, y, w, h, one) in enumerate(boxes):
+        for a, b, c, d, other in boxes[k + 1 :]:
+            apart = x + w <= a or a + c <= x or y + h <= b - 30 or b + d <= y - 30
+            assert apart, (one, other)
+
+
+def test_runs_twice_with_identical_pixels(comfy_server, is_shipped, workflow):
+    if not is_shipped:
+        pytest.skip("the shipped demo world is not trained yet (make demo-world)")
+    first = run_workflow(comfy_server, PATH)
+    comfy_server.client.free()
+    again = run_workflow(comfy_server, PATH)
+    assert not again.cached
+    prompt = workflow_to_prompt(workflow, comfy_server.client.object_info())
+    saved = [node for node, entry in prompt.items() if entry["class_type"] == "SaveImage"]
+    assert len(saved) == 2
+    for node in saved:
+        np.testing.assert_array_equal(first.pictures[node], again.pictures[node])
+        assert len(first.pictures[node]) == 4
+        assert first.pictures[node][0].shape == (384, 384, 3)
+    difference = np.subtract(*(first.pictures[node][0] for node in saved), dtype=int)
+    assert np.abs(difference).max() > 30
