@@ -7,14 +7,17 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import dreambooth, rows
+from benchmarks import compression, dreambooth, rows
 from benchmarks.choose_strength import best_strength, choose, read_strengths, write_strengths
+from benchmarks.drawing import select
 from benchmarks.experiment import Experiment, Trial, score
 from benchmarks.identity import conclusions, label, last, make_report, parse, run, strengths_of
 from benchmarks.linear import fit_linear
 from benchmarks.people import benchmark_people
 from benchmarks.rows import BASE, HEADLINE, Effort, Row
+from difflora_core.demo import stages_lora
 from difflora_core.lora.tokens import TokenGrid
+from difflora_core.storage.lora_corpus import LoRACorpus
 
 QUIET = Console(quiet=True)
 EFFORT = Effort(one_photo=(1,), all_photos=(1, 2))
@@ -193,3 +196,30 @@ def test_options():
     assert parse([]).split == "test"
     with pytest.raises(SystemExit):
         parse(["--split", "train"])
+
+
+def test_compression_curve_on_a_tiny_world(world, plan, short, monkeypatch):
+    """PCA and both encoders give a row each; a PCA larger than the corpus is left out."""
+    monkeypatch.setattr(compression, "LATENT_TOKENS", (1,))
+    monkeypatch.setattr(compression.stages_lora, "LAE", replace(stages_lora.LAE, latent_dim=2))
+    small = replace(stages_lora.PAPER_LAE, latent_dim=2, basis_size=3)
+    monkeypatch.setattr(compression.stages_lora, "PAPER_LAE", small)
+    weights = rows.predict(
+        world.models["functional"],
+        world.features(benchmark_people("train", 7, ()).photos.images[:, :1]),
+    )
+    corpus = LoRACorpus(world.layout, tuple(range(7)), weights)
+    experiment = Experiment(world, replace(plan, repeats=0), "validation", 1)
+    original = Row("original", select(weights, [0]))
+    table = compression.curve(experiment, original, corpus, 2, QUIET)
+    assert set(table) == {f"{kind}, 2 numbers" for kind in ("structured", "conv1d", "pca")}
+    exact = compression.columns(
+        experiment,
+        original.weights,
+        original.weights,
+        (experiment.base(), experiment.trial(original, 1.0)),
+        2,
+    )
+    assert exact["kept_face_similarity"] == pytest.approx(1.0)
+    assert exact["ratio"] == world.layout.numel / 2
+    assert exact["relative_error"] < 1e-3
