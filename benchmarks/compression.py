@@ -81,10 +81,10 @@ def curve(
                     continue
                 again = through_pca(experiment.world, original.weights, train, numbers)
             else:
-                folder = experiment.world.cache / "compression" / f"{kind}-{tokens}-{steps}"
-                model = trained_lae(
-                    experiment.world, kind, tokens, folder, steps, (train, held_out)
-                )
+                name = f"{experiment.world.base_hash[:8]}-{kind}-{tokens}-{steps}"
+                folder = experiment.world.cache / "compression" / name
+                halves = (train, held_out)
+                model = trained_lae(experiment.world, kind, tokens, folder, steps, halves)
                 with torch.no_grad():
                     again = model.decode_weights(model.encode_weights(original.weights))
             name = f"{kind}, {numbers} numbers"
