@@ -49,8 +49,12 @@ def pool_features(name: str, pool: PicturePool, progress: Progress | None = None
 def person_pictures(
     base: DiffusersBase, latents: torch.Tensor, pool: PicturePool, features: ImageFeatures
 ) -> PersonPictures:
-    """Latents, prompts and features of a pool whose pictures come person by person."""
-    prompts = list(dict.fromkeys(pool.captions))
+    """Latents, prompts and features of a pool whose pictures come person by person.
+
+    The prompts never describe the person: that is what the LoRA is for.
+    """
+    captions = [scene.caption() for scene in pool.scenes]
+    prompts = list(dict.fromkeys(captions))
     row = {prompt: k for k, prompt in enumerate(prompts)}
     parts = [base.encode_prompts(prompts[i : i + 256]) for i in range(0, len(prompts), 256)]
     text = type(parts[0])(
@@ -60,7 +64,7 @@ def person_pictures(
     return PersonPictures(
         latents=latents,
         text=text,
-        prompts=torch.tensor([row[caption] for caption in pool.captions]),
+        prompts=torch.tensor([row[caption] for caption in captions]),
         features=features,
         people=torch.arange(len(pool)).reshape(count, -1),
     )

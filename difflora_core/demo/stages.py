@@ -43,7 +43,7 @@ VAE_LOOP = LoopConfig(
 )
 VAE_BATCH = 4
 BASE_LOOP = LoopConfig(
-    steps=2700,
+    steps=2900,
     learning_rate=1e-3,
     matrix_rate=0.015,
     warmup=150,

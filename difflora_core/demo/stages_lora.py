@@ -211,9 +211,10 @@ def corpus_of_loras(base: DiffusersBase, progress: Progress) -> LoRACorpus:
 def _dreambooth_examples(base: DiffusersBase, count: int) -> DreamBoothExamples:
     pool = drawn_pool().head(count * PICTURES)
     _, latents = base_and_latents("train")
-    captions = [pool.captions[k * PICTURES : (k + 1) * PICTURES] for k in range(count)]
+    captions = [scene.caption() for scene in pool.scenes]
+    grouped_captions = [captions[k : k + PICTURES] for k in range(0, len(captions), PICTURES)]
     grouped = latents[: len(pool)].float().reshape(count, PICTURES, *latents.shape[1:])
-    return DreamBoothExamples(grouped, captions)
+    return DreamBoothExamples(grouped, grouped_captions)
 
 
 def _latent_examples(
