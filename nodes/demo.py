@@ -158,7 +158,8 @@ def vae_state(state: Mapping[str, Tensor], levels: int) -> dict[str, Tensor]:
 def load_demo_clip(path: Path) -> Any:
     """Both text encoders behind ComfyUI's SDXL tokenizer and CLIP class."""
     state, _ = read_demo_file(path)
-    weights, options = {}, {}
+    weights: dict[str, Tensor] = {}
+    options = {}
     for part, prefix in TEXT.items():
         texts = clip_state(state, prefix)
         hidden = texts["text_model.embeddings.token_embedding.weight"].shape[1]
