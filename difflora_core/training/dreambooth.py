@@ -63,27 +63,36 @@ def train_dreambooth(
     start = starting_weights(layout, examples.seeds, config, initial, shared_down)
     state = DreamBoothState(start, base, config, examples)
     path = None if folder is None else folder / "dreambooth.safetensors"
-    step = 0 if path is None else state.resume(path)
-    wanted = {*config.snapshots, config.steps}
-    source = _Source(base, examples, config)
     try:
         with attach(base.unet, lora_adapter_set(state.weights), names=layout.module_names):
-            while step < config.steps:
-                loss = state.update(source.batch(step), step)
-                step += 1
-                if step in wanted:
-                    state.keep(step)
-                if progress is not None:
-                    progress(step, config.steps, {"loss": loss})
-                if path is not None and step % config.checkpoint_every == 0:
-                    state.save(path, step)
+            _run(state, _Source(base, examples, config), config, progress, path)
     except InterruptedTraining:
         if path is not None:
-            state.save(path, step)
+            state.save(path)
         raise
     if path is not None:
         path.unlink(missing_ok=True)
     return dict(sorted(state.kept.items()))
+
+
+def _run(
+    state: DreamBoothState,
+    source: _Source,
+    config: DreamBoothConfig,
+    progress: Progress | None,
+    path: Path | None,
+) -> None:
+    """Steps from where the checkpoint ends to the last one."""
+    if path is not None:
+        state.resume(path)
+    while state.step < config.steps:
+        loss = state.update(source.batch(state.step))
+        if state.step in {*config.snapshots, config.steps}:
+            state.keep()
+        if progress is not None:
+            progress(state.step, config.steps, {"loss": loss})
+        if path is not None and state.step % config.checkpoint_every == 0:
+            state.save(path)
 
 
 class _Source:

@@ -50,12 +50,13 @@ class DreamBoothState:
             betas=(config.betas[0], config.betas[1]),
             weight_decay=config.weight_decay,
         )
+        self.step = 0
         self.kept: dict[int, LoRAWeights] = {}
         facts = [config.to_dict(), list(examples.seeds), examples.prompts]
         facts.append([*examples.latents.shape, float(examples.latents.double().sum())])
         self.fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
-    def update(self, batch: NoisedBatch, step: int) -> float:
+    def update(self, batch: NoisedBatch) -> float:
         """One optimiser step; returns the mean loss."""
         bf16 = self.config.precision == "bf16"
         kind = batch.latents.device.type
@@ -64,7 +65,7 @@ class DreamBoothState:
         losses = error.unflatten(0, (-1, self.people)).mean(0)  # B
         if not bool(torch.isfinite(losses).all()):
             raise ConfigError(
-                f"DreamBooth: the loss is no longer a number at step {step + 1}; lower "
+                f"DreamBooth: the loss is no longer a number at step {self.step + 1}; lower "
                 "learning_rate, or look for damaged training pictures."
             )
         # the sum, not the mean: a person's gradient must not depend on the size of the group
@@ -72,8 +73,9 @@ class DreamBoothState:
         scale = self._gradient_scale(gradients)
         for factor, gradient in zip(self.trained, gradients, strict=True):
             factor.grad = gradient * scale[:, None, None]
-        self.optimizer.param_groups[0]["lr"] = self.config.rate(step)
+        self.optimizer.param_groups[0]["lr"] = self.config.rate(self.step)
         self.optimizer.step()
+        self.step += 1
         return float(losses.detach().mean())
 
     def _gradient_scale(self, gradients: Sequence[Tensor]) -> Tensor:
@@ -85,11 +87,11 @@ class DreamBoothState:
             return self.config.clip / norm.clamp_min(self.config.clip)
         return torch.ones_like(norm)
 
-    def keep(self, step: int) -> None:
+    def keep(self) -> None:
         """Remember a copy of the weights."""
-        self.kept[step] = _copy(self.weights)
+        self.kept[self.step] = _copy(self.weights)
 
-    def save(self, path: Path, step: int) -> None:
+    def save(self, path: Path) -> None:
         """Write everything that a later call needs."""
         tensors = {}
         for index, factor in enumerate(self.trained):
@@ -100,13 +102,13 @@ class DreamBoothState:
             for name, layer in weights.layers.items():
                 tensors[f"kept.{kept}.down.{name}"] = layer.down
                 tensors[f"kept.{kept}.up.{name}"] = layer.up
-        facts = {"step": str(step), "fingerprint": self.fingerprint}
+        facts = {"step": str(self.step), "fingerprint": self.fingerprint}
         write_atomic({k: t.contiguous() for k, t in tensors.items()}, facts, path)
 
-    def resume(self, path: Path) -> int:
-        """Read what `save` wrote; returns the steps done, 0 without a file."""
+    def resume(self, path: Path) -> None:
+        """Read what `save` wrote, if there is a file."""
         if not path.exists():
-            return 0
+            return
         try:
             with safe_open(path, "pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
@@ -133,7 +135,7 @@ class DreamBoothState:
             self.kept[step] = LoRAWeights(
                 {name: LoRALayer(*pair, float(self.config.rank)) for name, pair in parts.items()}
             )
-        return int(facts["step"])
+        self.step = int(facts["step"])
 
 
 def _copy(weights: LoRAWeights) -> LoRAWeights:

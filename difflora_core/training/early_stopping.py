@@ -72,12 +72,7 @@ def train_validated(
     Raises:
         InterruptedTraining: stopped from outside; the same call goes on, with the same result.
     """
-    stopping = stopping or EarlyStopping()
-    if stopping.every % loop.log_every:
-        raise ConfigError(
-            f"Validation every {stopping.every} steps does not meet the log every "
-            f"{loop.log_every} steps: choose a multiple."
-        )
+    stopping = _checked(stopping or EarlyStopping(), loop)
     record = _Record(objective, folder, stopping)
     metrics: dict[str, float] = {}
 
@@ -100,6 +95,16 @@ def train_validated(
     record.restore()
     result = {"validation": record.value, "best_step": record.best_step}
     return {**metrics, **result, "steps": record.judged}
+
+
+def _checked(stopping: EarlyStopping, loop: LoopConfig) -> EarlyStopping:
+    """The settings, if they meet those of the loop."""
+    if stopping.every % loop.log_every:
+        raise ConfigError(
+            f"Validation every {stopping.every} steps does not meet the log every "
+            f"{loop.log_every} steps: choose a multiple."
+        )
+    return stopping
 
 
 class _Record:

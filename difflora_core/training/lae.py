@@ -20,9 +20,12 @@ from ..lora.distance import squared_relative_error
 from ..lora.statistics import WeightStatistics
 from ..lora.weights import LoRALayer, LoRAWeights
 from ..models.lae import LoRAAutoencoder
+from ..models.lae_structured import StructuredEncoder
 from .early_stopping import EarlyStopping, train_validated
 from .loop import LoopConfig, Progress, train, write_config
 from .losses import angular_loss, kl_loss, relative_delta_loss, weight_preserved_loss
+
+START_LOG_VARIANCE = -6.0
 
 
 @dataclass(frozen=True)
@@ -189,6 +192,7 @@ def fit(
     write_config(folder, config)
     tokens, reference = prepare(lae, corpus, config)
     lae.shared_down.requires_grad_(False)
+    _quiet_posterior(lae)
     objective = LAEObjective(lae, config)
     latent = (lae.config.latent_tokens, lae.config.latent_dim)
 
@@ -219,6 +223,19 @@ def reconstruction_error(lae: LoRAAutoencoder, weights: LoRAWeights) -> float:
     there = weights.to(torch.float32, device)
     back = lae.decode_weights(lae.encode_weights(there))
     return float(squared_relative_error(back, there).mean())
+
+
+@torch.no_grad()
+def _quiet_posterior(lae: LoRAAutoencoder) -> None:
+    """Starts an untrained posterior at a small variance: unit noise would drown the latent."""
+    encoder = lae.encoder
+    if isinstance(encoder, StructuredEncoder):
+        last = "latent_out.bias"
+    else:
+        last = f"fold.{len(encoder.fold) - 1}.bias"
+    bias = encoder.get_parameter(last)
+    if not bool(bias.any()):
+        bias[lae.config.latent_dim :] = START_LOG_VARIANCE
 
 
 def _mean(weights: LoRAWeights) -> LoRAWeights:

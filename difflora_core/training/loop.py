@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -121,6 +122,7 @@ class _Run:
         self.objective, self.config, self.folder = objective, config, folder
         # Text encoders end before their last layer, whose weights get no gradient.
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+        AcceleratorState._reset_state()  # recipes of one process may differ in precision
         self.accelerator = Accelerator(
             mixed_precision=config.precision,
             cpu=not torch.cuda.is_available(),

@@ -132,7 +132,7 @@ def test_learns_the_person_and_leaves_the_base_alone(base, people):
     assert not any(m._forward_hooks for m in base.unet.modules())
 
 
-LAST_FIVE = 0.0  # sum of the last five losses, as first measured
+LAST_FIVE = 4.0427  # sum of the last five losses, as first measured
 
 
 def test_shared_down_stays_and_start_is_kept(base, people):

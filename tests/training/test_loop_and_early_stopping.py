@@ -1,5 +1,7 @@
 """The training loop: a run stopped anywhere and resumed gives the same weights."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -52,17 +54,26 @@ def stop_at(step):
 
 
 @pytest.mark.parametrize("step", [1, 7, 23, 39, 40])
-def test_resumed_run_equals_straight_run(tmp_path, step):
+@pytest.mark.parametrize("matrix_rate", [0.0, 0.01])
+def test_resumed_run_equals_straight_run(tmp_path, step, matrix_rate):
+    loop = replace(LOOP, matrix_rate=matrix_rate)
     straight, stopped = Line(), Line()
-    train(straight, draw, LOOP, tmp_path / "a")
+    train(straight, draw, loop, tmp_path / "a")
     with pytest.raises(InterruptedTraining, match=f"step {step}"):
-        train(stopped, draw, LOOP, tmp_path / "b", stop_at(step))
+        train(stopped, draw, loop, tmp_path / "b", stop_at(step))
     resumed = Line()
-    train(resumed, draw, LOOP, tmp_path / "b")
+    train(resumed, draw, loop, tmp_path / "b")
     assert torch.equal(weights(straight), weights(resumed))
     assert not torch.equal(weights(straight), weights(Line()))
     with pytest.raises(CheckpointError, match="another model"):
         train(nn.Linear(2, 2), draw, LOOP, tmp_path / "b")
+
+
+def test_precision_may_change_within_a_process(tmp_path):
+    for number, precision in enumerate(("bf16", "no", "bf16")):
+        line = Line()
+        train(line, draw, replace(LOOP, precision=precision), tmp_path / str(number))
+        assert torch.isfinite(weights(line)).all()
 
 
 def noisy_valley():
