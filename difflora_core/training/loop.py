@@ -98,19 +98,20 @@ def train(
     """
     run = _Run(objective, config, folder)
     metrics: dict[str, float] = {}
-    step = run.start
+    done = run.start
     try:
-        for step in range(run.start, config.steps):
-            run.advance(step, draw)
-            last = step + 1 == config.steps
-            if (step + 1) % config.log_every == 0 or last:
+        while done < config.steps:
+            run.advance(done, draw)
+            done += 1
+            last = done == config.steps
+            if done % config.log_every == 0 or last:
                 metrics = run.meter.pop()
-                run.report(step + 1, metrics, progress)
-            if (step + 1) % config.checkpoint_every == 0 or last:
-                run.save(step + 1)
+                run.report(done, metrics, progress)
+            if done % config.checkpoint_every == 0 or last:
+                run.save(done)
     except (InterruptedTraining, KeyboardInterrupt) as stop:
-        run.save(step + 1)
-        raise InterruptedTraining(f"stopped after step {step + 1}; run it again to go on") from stop
+        run.save(done)
+        raise InterruptedTraining(f"stopped after step {done}; run it again to go on") from stop
     run.average.copy_to(objective)
     return metrics
 
