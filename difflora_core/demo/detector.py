@@ -4,6 +4,8 @@ insightface takes an ONNX file with nine outputs as a detector: scores, boxes an
 strides 8, 16 and 32, two anchors per cell. Distances count in strides from the corner of a cell,
 and a fixed square input replaces insightface's choice of sizes. Pictures are laid into the top
 left corner of that square; the rest is black.
+
+It has seen rendered pictures only: on pure pixel noise it finds faces that are not there.
 """
 
 from __future__ import annotations

@@ -82,8 +82,8 @@ class JudgeRecipe:
 EMBEDDER = JudgeRecipe(
     outputs=96,
     widths=(32, 48, 96, 128),
-    people=128,
-    schedule=Schedule(steps=600, rate=3e-3),
+    people=96,
+    schedule=Schedule(steps=500, rate=3e-3),
     seed=41,
 )
 REGRESSOR = JudgeRecipe(outputs=len(PARAMETERS), widths=(32, 64, 96, 160), seed=51)
@@ -91,7 +91,7 @@ CLASSIFIER = JudgeRecipe(
     outputs=sum(len(answers) for answers in ATTRIBUTES.values()),
     widths=(24, 48, 64, 96),
     paintings=1.0,
-    schedule=Schedule(steps=600, rate=3e-3),
+    schedule=Schedule(steps=500, rate=3e-3),
     seed=61,
 )
 RECIPES = {"embedder": EMBEDDER, "parameters": REGRESSOR, "attributes": CLASSIFIER}

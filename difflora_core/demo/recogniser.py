@@ -237,9 +237,28 @@ def export_onnx(
 
 
 def describe_onnx(path: Path, facts: dict[str, object]) -> None:
-    """Write facts as JSON into the file's metadata."""
-    graph = onnx.load_model(str(path))
+    """Write facts as JSON into the file's metadata, and halve the file's weights."""
+    model = onnx.load_model(str(path))
     for key, value in facts.items():
-        graph.metadata_props.add(key=key, value=json.dumps(value))
-    onnx.save_model(graph, str(path))
+        model.metadata_props.add(key=key, value=json.dumps(value))
+    halve_weights(model.graph)
+    onnx.save_model(model, str(path))
     logger.info("wrote %s", path.name)
+
+
+def halve_weights(graph: onnx.GraphProto) -> None:
+    """Store large weights in half precision, cast back to float32 when the file is loaded."""
+    casts = []
+    for tensor in graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor)
+        if values.dtype != "float32" or values.size < 64:
+            continue
+        name = tensor.name
+        tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype("float16"), name + "_half"))
+        to = onnx.TensorProto.FLOAT
+        casts.append(
+            onnx.helper.make_node("Cast", [name + "_half"], [name], f"widen_{name}", to=to)
+        )
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
