@@ -35,7 +35,7 @@ VALIDATION_PICTURES = 12
 SIZES = FeatureSizes(face=128, image=64, tokens=65, token_dim=128)
 LAE = LAEConfig(latent_tokens=8, latent_dim=16, basis_size=40, learn_down=True)
 FUNCTIONAL_LOOP = LoopConfig(
-    steps=2400,
+    steps=1500,
     learning_rate=2e-3,
     matrix_rate=0.01,
     warmup=50,
