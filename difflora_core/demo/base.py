@@ -170,7 +170,7 @@ def save_base(path: Path, unet: UNet2DConditionModel, text: DemoText, vae: Autoe
         tensors[f"model.diffusion_model.{names[module]}.{leaf}"] = tensor
     parts: dict[str, nn.Module] = {"vae": vae, "text_l": text.text_l, "text_g": text.text_g}
     for part, module in parts.items():
-        tensors |= {_PREFIXES[part] + k: t for k, t in module.state_dict().items()}
+        tensors |= {_stored_name(part, k): t for k, t in module.state_dict().items()}
     stored = {
         k: t.detach().cpu().half().contiguous() if t.is_floating_point() else t.detach().cpu()
         for k, t in tensors.items()
@@ -205,10 +205,20 @@ def load_base(path: Path) -> DiffusersBase:
     )
     parts: dict[str, nn.Module] = {"vae": vae, "text_l": text.text_l, "text_g": text.text_g}
     for part, module in parts.items():
-        prefix = _PREFIXES[part]
+        names_of = {key: _stored_name(part, key) for key in module.state_dict()}
         module.load_state_dict(
-            {k: tensors[prefix + k] for k in module.state_dict() if prefix + k in tensors}
+            {key: tensors[name] for key, name in names_of.items() if name in tensors}
         )
     for frozen in (unet, text, vae):
         frozen.requires_grad_(False).eval()
     return DiffusersBase(unet, vae, text.encode_prompts, DDIMScheduler(**SCHEDULER_CONFIG))
+
+
+def _stored_name(part: str, key: str) -> str:
+    """Name in the file of a weight of the VAE or a text encoder.
+
+    Some versions of transformers leave out `text_model.`; the file always has it.
+    """
+    if part != "vae" and not key.startswith(("text_model.", "text_projection.")):
+        key = f"text_model.{key}"
+    return _PREFIXES[part] + key
