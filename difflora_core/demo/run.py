@@ -153,7 +153,7 @@ class _Watch:
             self._close(now)
             self.node, self.begun = key, now
         self.seconds[key] = now - self.begun
-        if step.maximum > 1:
+        if step.maximum > 1 and self.console.is_terminal:
             self.console.print(f"  {key}: {step.value:g} of {step.maximum:g}", end="\r")
 
     def of(self, name: str) -> float | None:
