@@ -37,18 +37,19 @@ class Stage:
 
 
 STAGES = (
-    Stage("pictures", 4, stages.pictures),
-    Stage("clip_vision", 9, stages_faces.clip_vision),
+    Stage("pictures", 3, stages.pictures),
+    Stage("clip_vision", 10, stages_faces.clip_vision),
     Stage("recogniser", 6, stages_faces.recogniser),
-    Stage("detector", 5, stages_faces.detector),
-    Stage("judges", 12, stages_faces.judges),
-    Stage("vae", 16, stages.vae),
-    Stage("base", 60, stages.base),
-    Stage("features", 8, stages_lora.features),
-    Stage("functional", 30, stages_lora.functional),
+    Stage("detector", 7, stages_faces.detector),
+    Stage("judges", 15, stages_faces.judges),
+    Stage("vae", 15, stages.vae),
+    Stage("base", 45, stages.base),
+    Stage("features", 9, stages_lora.features),
+    Stage("functional", 25, stages_lora.functional),
     Stage("distribution", 3, stages_lora.distribution),
-    Stage("paper", 15, stages_lora.paper),
-    Stage("example", 2, stages_lora.example),
+    Stage("encoder", 16, stages_lora.encoder),
+    Stage("paper", 6, stages_lora.paper),
+    Stage("example", 1, stages_lora.example),
 )
 
 
