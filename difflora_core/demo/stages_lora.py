@@ -14,7 +14,6 @@ from ..models.lae import LAEConfig
 from ..models.predictor import PredictorConfig
 from ..storage.checkpoint import load_model, save_model
 from ..storage.lora_corpus import LoRACorpus
-from ..storage.lora_file import write_lora_file
 from ..training import difflora, lae, lae_encoder, latent_dit
 from ..training.base_model import DiffusersBase
 from ..training.dreambooth import DreamBoothConfig, DreamBoothExamples
@@ -23,7 +22,7 @@ from ..training.loop import LoopConfig, Progress
 from ..training.lora_corpus import CorpusConfig, build_corpus
 from ..vision.features import FeatureSizes
 from . import examples, paths
-from .base import LORA_RANK, demo_layout, load_base
+from .base import LORA_RANK, demo_layout
 from .features import person_pictures, pool_features
 from .pool import PicturePool
 from .stages import Figures, base_and_latents, drawn_pool, validation_pool
@@ -161,11 +160,10 @@ PAPER_LAE = replace(LAE, basis_size=32, learn_down=False)
 
 
 def example(progress: Progress) -> Figures:
-    """The person of the workflows: the photo, and the DreamBooth LoRA to compare with."""
+    """The photo of the person in the workflows."""
     examples.write_reference(paths.ROOT / "workflows" / "difflora_demo_person.png")
-    weights = examples.dreambooth_lora(load_base(paths.BASE), progress)
-    write_lora_file(paths.EXAMPLES / "dreambooth.safetensors", weights, demo_layout())
-    return {"steps": examples.DREAMBOOTH.steps, "pictures": examples.PHOTOS}
+    progress(1, 1, {})
+    return {"person": examples.PERSON}
 
 
 def people(name: str, pool: PicturePool) -> tuple[DiffusersBase, difflora.PersonPictures]:
