@@ -21,7 +21,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from ..diffusion.objective import abar_at, add_noise, training_target
 from ..lora.layout import LoRALayout, layout_from_unet_config, unet_name_map
-from ..training.base_model import DiffusersBase, TextCondition
+from ..training.base_model import DiffusersBase, TextCondition, time_ids
 from .pool import PicturePool
 from .text import clip_numbers, encode, new_text_encoders, tokenize
 from .vae import VAE_CONFIG
@@ -104,13 +104,6 @@ class BaseObjective(nn.Module):
         error = ((prediction.float() - target) ** 2).mean((1, 2, 3))
         early = batch["timesteps"] >= 500
         return error.mean(), {"noisy_half": error[early].mean().detach().nan_to_num()}
-
-
-def time_ids(latents: Tensor) -> Tensor:
-    """SDXL's size conditioning (B, 6) as ComfyUI fills it in: eight times the latent's size."""
-    height, width = latents.shape[-2] * 8, latents.shape[-1] * 8
-    row = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
-    return row.to(latents.device).expand(len(latents), 6)
 
 
 def base_batches(

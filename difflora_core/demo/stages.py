@@ -114,7 +114,7 @@ def base(progress: Progress) -> Figures:
     model = AutoencoderKL.from_pretrained(paths.BUILD / "vae" / "trained")
     portraits, pairs, held_out = drawn_pool(), pairs_pool().head(2000), validation_pool()
     latents = [
-        _latents(model, name, pool)
+        pool_latents(model, name, pool)
         for name, pool in (("train", portraits), ("pairs", pairs), ("validation", held_out))
     ]
     unet, text = new_base(1)
@@ -136,8 +136,8 @@ def base_loss(objective: BaseObjective, latents: Tensor, pool: PicturePool) -> f
     return sum(losses) / len(losses)
 
 
-def _latents(model: AutoencoderKL, name: str, pool: PicturePool) -> Tensor:
-    """Latents of a pool, kept on disk."""
+def pool_latents(model: AutoencoderKL, name: str, pool: PicturePool) -> Tensor:
+    """Latents (M, 8, h, w) of a pool, kept on disk under `name`."""
     path = paths.BUILD / "latents" / f"{name}.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -156,4 +156,4 @@ def base_and_latents(name: str) -> tuple[DiffusersBase, Tensor]:
         "train": drawn_pool,
         "validation": validation_pool,
     }
-    return model, _latents(model.vae, name, pools[name]())
+    return model, pool_latents(model.vae, name, pools[name]())

@@ -25,7 +25,7 @@ from . import examples, paths
 from .base import LORA_RANK, demo_layout
 from .features import person_pictures, pool_features
 from .pool import PicturePool
-from .stages import Figures, base_and_latents, drawn_pool, validation_pool
+from .stages import Figures, base_and_latents, drawn_pool, pool_latents, validation_pool
 
 PICTURES = 10
 """Pictures of each person in `drawn_pool`."""
@@ -33,6 +33,7 @@ VALIDATION_PICTURES = 12
 
 SIZES = FeatureSizes(face=128, image=64, tokens=65, token_dim=128)
 LAE = LAEConfig(latent_tokens=8, latent_dim=16, basis_size=40, learn_down=True)
+PAPER_LAE = replace(LAE, basis_size=32, learn_down=False)
 FUNCTIONAL_LOOP = LoopConfig(
     steps=1500,
     learning_rate=2e-3,
@@ -156,9 +157,6 @@ def paper(progress: Progress) -> Figures:
     return {**learned, **figures}
 
 
-PAPER_LAE = replace(LAE, basis_size=32, learn_down=False)
-
-
 def example(progress: Progress) -> Figures:
     """The photo of the person in the workflows."""
     examples.write_reference(paths.ROOT / "workflows" / "difflora_demo_person.png")
@@ -175,8 +173,8 @@ def people(name: str, pool: PicturePool) -> tuple[DiffusersBase, difflora.Person
 @torch.no_grad()
 def validation_losses(model: DiffLoRAModel, base: DiffusersBase, batches: int = 12) -> Figures:
     """Denoising loss on other pictures of validation people, for one photo; and without a LoRA."""
-    _, latents = base_and_latents("validation")
     pool = validation_pool()
+    latents = pool_latents(base.vae, "validation", pool)
     data = person_pictures(base, latents, pool, pool_features("validation", pool))
     config = difflora.FunctionalConfig(batch=64, photos=1, feature_noise=0, latent_noise=0)
     objective = difflora.FunctionalObjective(model, base, config)
@@ -196,9 +194,9 @@ def corpus_of_loras(base: DiffusersBase, progress: Progress) -> LoRACorpus:
     path = paths.BUILD / "corpus.safetensors"
     shared = load_model(paths.DIFFLORA).lae.down_factors()
     count = CORPUS_PEOPLE + CORPUS_HELD_OUT
+    data = _dreambooth_examples(base, count)
 
     def pictures(numbers: Sequence[int]) -> DreamBoothExamples:
-        data = _dreambooth_examples(base, count)
         rows = list(numbers)
         return DreamBoothExamples(data.latents[rows], [data.prompts[k] for k in rows], rows)
 
@@ -207,8 +205,9 @@ def corpus_of_loras(base: DiffusersBase, progress: Progress) -> LoRACorpus:
 
 
 def _dreambooth_examples(base: DiffusersBase, count: int) -> DreamBoothExamples:
-    pool = drawn_pool().head(count * PICTURES)
-    _, latents = base_and_latents("train")
+    drawn = drawn_pool()
+    latents = pool_latents(base.vae, "train", drawn)
+    pool = drawn.head(count * PICTURES)
     captions = [scene.caption() for scene in pool.scenes]
     grouped_captions = [captions[k : k + PICTURES] for k in range(0, len(captions), PICTURES)]
     grouped = latents[: len(pool)].float().reshape(count, PICTURES, *latents.shape[1:])

@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 PAD, START, UNKNOWN, END = 0, 1, 2, 3
 LENGTH = 77
-CONTEXT_DIM, POOLED_DIM = 128, 64
+POOLED_DIM = 64
 
 CLIP_NUMBERS = {
     "!": 0,

@@ -98,15 +98,16 @@ class DiffusersBase:
 
     def predict(self, noisy: Tensor, timesteps: Tensor, text: TextCondition) -> Tensor:
         """The UNet's output for noisy latents (B, C, h, w) at timesteps (B,)."""
-        # ComfyUI fills SDXL's size conditioning in as eight times the latent's size.
-        height, width = noisy.shape[-2] * 8, noisy.shape[-1] * 8
-        sizes = torch.tensor([height, width, 0, 0, height, width], device=noisy.device)
-        added = {
-            "text_embeds": text.pooled,
-            "time_ids": sizes.to(noisy.dtype).expand(len(noisy), 6),
-        }
+        added = {"text_embeds": text.pooled, "time_ids": time_ids(noisy)}
         output: Tensor = self.unet(noisy, timesteps, text.context, added_cond_kwargs=added).sample
         return output
+
+
+def time_ids(latents: Tensor) -> Tensor:
+    """SDXL's size conditioning (B, 6) as ComfyUI fills it in: eight times the latent's size."""
+    height, width = latents.shape[-2] * 8, latents.shape[-1] * 8
+    row = torch.tensor([height, width, 0, 0, height, width], device=latents.device)
+    return row.to(latents.dtype).expand(len(latents), 6)
 
 
 def stratified_timesteps(count: int, generator: torch.Generator, steps: int = 1000) -> Tensor:
