@@ -2,6 +2,8 @@
 
 from typing import Any
 
+WEB_DIRECTORY = "./web"  # help pages: web/docs/<node id>.md
+
 
 async def comfy_entrypoint() -> Any:
     """Gives ComfyUI the extension of this pack.

@@ -35,7 +35,10 @@ class MixFeatures(io.ComfyNode):
             search_aliases=["mif", "gate", "identity condition"],
             inputs=[
                 sockets.difflora_model(),
-                sockets.Features.Input("features"),
+                sockets.Features.Input(
+                    "features",
+                    tooltip="The person's features, from Extract Identity Features.",
+                ),
                 *sockets.gate_widgets(),
                 *(
                     io.Float.Input(
@@ -78,7 +81,12 @@ class SampleLatent(io.ComfyNode):
             search_aliases=["dit", "lora diffusion", "invent person"],
             inputs=[
                 sockets.difflora_model(),
-                sockets.Condition.Input("condition", optional=True),
+                sockets.Condition.Input(
+                    "condition",
+                    optional=True,
+                    tooltip="The person, from Mix Image Features. Without it, mode sampled "
+                    "invents a person.",
+                ),
                 *sockets.sampling_widgets(),
             ],
             outputs=[sockets.Latent.Output(display_name="lora_latent")],
@@ -104,7 +112,9 @@ class DecodeLoRA(io.ComfyNode):
             search_aliases=["lae", "lora autoencoder"],
             inputs=[
                 sockets.difflora_model(),
-                sockets.Latent.Input("lora_latent"),
+                sockets.Latent.Input(
+                    "lora_latent", tooltip="A person as a LoRA latent, from Sample LoRA Latent."
+                ),
                 base_model_socket(),
             ],
             outputs=[io.LoraModel.Output(display_name="lora")],
