@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -32,6 +33,8 @@ class SampleSettings:
         steps: solver steps, 1 or more.
         guidance_scale: 1 follows the condition, above 1 exaggerates it, 0 ignores it
             (classifier-free guidance, Eq. 6 of arXiv:2207.12598 in the w+1 convention).
+        strength: how far back into the noise an initial latent goes (SDEdit, arXiv:2108.01073):
+            0 leaves it, 1 forgets it and starts from noise alone.
 
     Raises:
         ConfigError: a value is out of range.
@@ -39,12 +42,22 @@ class SampleSettings:
 
     steps: int = 20
     guidance_scale: float = 1.0
+    strength: float = 1.0
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ConfigError(f"Sampling needs at least 1 step; got {self.steps}.")
         if not 0.0 <= self.guidance_scale <= 100.0:
             raise ConfigError(f"Guidance must lie in 0 to 100; got {self.guidance_scale}.")
+        if not 0.0 <= self.strength <= 1.0:
+            raise ConfigError(f"The strength of the noise must lie in 0 to 1; got {self.strength}.")
+
+    def spaced(self, train_steps: int) -> tuple[int, int]:
+        """Steps from pure noise to set, and how many of the last of them to take."""
+        if self.strength == 1.0:
+            return self.steps, self.steps
+        total = min(train_steps, math.ceil(self.steps / max(self.strength, 1e-6)))
+        return total, min(self.steps, round(total * self.strength))
 
 
 def seeded_generators(seeds: Sequence[int]) -> list[torch.Generator]:
@@ -88,6 +101,7 @@ def sample(
     *,
     generators: Sequence[torch.Generator] | None = None,
     callback: StepCallback | None = None,
+    initial: Tensor | None = None,
 ) -> Tensor:
     """Denoises a batch with a diffusers scheduler (DDIM, arXiv:2010.02502, or any with `step`).
 
@@ -99,20 +113,32 @@ def sample(
         generators: per-sample CPU generators for schedulers that add noise on the way.
         callback: called as `callback(step, total, z)` after each step, step from 1; what it raises
             passes through, which is how a host interrupts.
+        initial: (B, ...) clean latents to vary, for a strength below 1.
 
     Returns:
         (B, ...) sampled latents.
+
+    Raises:
+        ConfigError: a strength below 1 without initial latents.
     """
-    scheduler.set_timesteps(settings.steps)
-    z = noise * float(getattr(scheduler, "init_noise_sigma", 1.0))
+    total, count = settings.spaced(scheduler.config.num_train_timesteps)
+    scheduler.set_timesteps(total)
+    timesteps = scheduler.timesteps[total - count :]
+    if settings.strength == 1.0:
+        z = noise * float(getattr(scheduler, "init_noise_sigma", 1.0))
+    elif initial is None:
+        raise ConfigError("A strength below 1 needs a latent to vary.")
+    elif count == 0:
+        return initial
+    else:
+        z = scheduler.add_noise(initial, noise, timesteps[:1].expand(len(noise)))
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     extra = {"generator": list(generators)} if takes_generator and generators else {}
-    total = len(scheduler.timesteps)
-    for index, step in enumerate(scheduler.timesteps):
+    for index, step in enumerate(timesteps):
         seen = scheduler.scale_model_input(z, step)
         timestep = torch.full((z.shape[0],), float(step), device=z.device)
         prediction = guided(denoiser, seen, timestep, settings.guidance_scale)
         z = scheduler.step(prediction, step, z, **extra).prev_sample
         if callback is not None:
-            callback(index + 1, total, z)
+            callback(index + 1, len(timesteps), z)
     return z

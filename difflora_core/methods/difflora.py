@@ -7,6 +7,7 @@ same autoencoder's decoder.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -114,19 +115,49 @@ class DiffLoRAModel(nn.Module):
     def latent(self, z: Tensor) -> LoRALatent:
         """Wraps autoencoder latents z (B, K, Dz) as normalised latents."""
         mean, scale = self.get_buffer("latent_mean"), self.get_buffer("latent_scale")
-        return LoRALatent((z - mean.to(z)) / scale.to(z), self.layout.hash)
+        return self.wrap((z - mean.to(z)) / scale.to(z))
 
-    def raw_latent(self, latent: LoRALatent) -> Tensor:
-        """Inverse of `latent`: the autoencoder's z (B, K, Dz).
+    @property
+    def latent_space(self) -> str:
+        """Digest that tells latents of this model from another's of the same layout (ours).
+
+        It covers the layout and the latent statistics, which every training run sets and every
+        storage type keeps exactly.
+        """
+        digest = hashlib.sha256(self.layout.hash.encode())
+        for name in ("latent_mean", "latent_scale"):
+            values = self.get_buffer(name).detach().to("cpu", torch.float32)
+            digest.update(values.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+    def wrap(self, z: Tensor) -> LoRALatent:
+        """Normalised z (B, K, Dz) as a latent of this model."""
+        return LoRALatent(z, self.layout.hash, self.latent_space)
+
+    def check_latent(self, latent: LoRALatent) -> None:
+        """Refuses a latent of another model.
 
         Raises:
-            LayoutError: the latent belongs to a model of another layout.
+            LayoutError: the latent belongs to a model of another layout, or to another model.
         """
         if latent.layout_hash != self.layout.hash:
             raise LayoutError(
                 "This LoRA latent was made for another base model or LoRA layout; use the model "
                 "that made it."
             )
+        if latent.space not in ("", self.latent_space):
+            raise LayoutError(
+                "This LoRA latent was made by another DiffLoRA model, where the same numbers are "
+                "another person; use the model that made it."
+            )
+
+    def raw_latent(self, latent: LoRALatent) -> Tensor:
+        """Inverse of `latent`: the autoencoder's z (B, K, Dz).
+
+        Raises:
+            LayoutError: the latent belongs to another model.
+        """
+        self.check_latent(latent)
         z = latent.z.to(self.device)
         mean, scale = self.get_buffer("latent_mean"), self.get_buffer("latent_scale")
         return z * scale.to(z) + mean.to(z)
@@ -152,6 +183,7 @@ class DiffLoRAModel(nn.Module):
         *,
         callback: StepCallback | None = None,
         scheduler: Any = None,
+        initial: LoRALatent | None = None,
     ) -> LoRALatent:
         """Samples one latent per seed from the DiT.
 
@@ -161,7 +193,14 @@ class DiffLoRAModel(nn.Module):
             settings: steps and guidance.
             callback: `callback(step, total, z)`, may raise to interrupt.
             scheduler: a diffusers scheduler to use instead of DDIM.
+            initial: latents to vary by `settings.strength`, one for all seeds or one per seed.
+
+        Raises:
+            LayoutError: `initial` belongs to another model.
+            ConfigError: a strength below 1 without `initial`.
         """
+        if initial is not None:
+            self.check_latent(initial)
         generators = seeded_generators(seeds)
         shape = (self.config.lae.latent_tokens, self.config.lae.latent_dim)
         noise = initial_noise(generators, shape).to(self.device)
@@ -178,8 +217,9 @@ class DiffLoRAModel(nn.Module):
             settings or SampleSettings(),
             generators=generators,
             callback=callback,
+            initial=None if initial is None else initial.z.to(noise).expand_as(noise),
         )
-        return LoRALatent(z, self.layout.hash)
+        return self.wrap(z)
 
     def encode(self, weights: LoRAWeights) -> LoRALatent:
         """Brings an existing LoRA, single or batched, into the latent space."""

@@ -84,10 +84,12 @@ class LoRALatent:
     Args:
         z: (B, K, Dz), normalised: zero mean and unit spread over the training identities.
         layout_hash: hash of the LoRA layout it decodes to.
+        space: `DiffLoRAModel.latent_space` of the model that made it; empty when not known.
     """
 
     z: Tensor
     layout_hash: str
+    space: str = ""
 
     def __len__(self) -> int:
         return self.z.shape[0]

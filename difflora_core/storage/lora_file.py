@@ -1,21 +1,17 @@
 """LoRA .safetensors files: the only reader and writer. Nothing in a file is trusted.
 
-The header is checked here, before any tensor is touched, so that every way in which a file can be
-wrong has its own sentence. Files never hold face embeddings or the names of reference pictures: the
+Files never hold face embeddings or the names of reference pictures: the
 metadata record has no place for them.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -28,14 +24,8 @@ from ..lora.key_report import ReadResult
 from ..lora.keys import Names, Naming, from_state_dict, to_state_dict
 from ..lora.layout import LoRALayout
 from ..lora.weights import LoRAWeights
+from .safetensors_header import read_header
 
-MAX_HEADER_BYTES = 16 * 2**20  # a LoRA of 10,000 tensors needs about 2 MiB
-_ITEM_BYTES = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
-    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
-    **dict.fromkeys(("I32", "U32", "F32"), 4),
-    **dict.fromkeys(("I64", "U64", "F64"), 8),
-}
 # base family of a layout: (modelspec.architecture, ss_base_model_version)
 _FAMILIES = {
     "sdxl": ("stable-diffusion-xl-v1-base/lora", "sdxl_base_v1-0"),
@@ -165,7 +155,7 @@ def read_lora_file(path: str | Path) -> LoRAFile:
         LoRAFileError: when the file is missing, truncated, not safetensors, or inconsistent.
     """
     path = Path(path)
-    metadata = _checked_header(path)
+    metadata = read_header(path, "LoRA file", LoRAFileError).metadata
     try:
         return LoRAFile(load_file(path), metadata)
     except (OSError, SafetensorError) as error:
@@ -189,91 +179,3 @@ def load_lora(path: str | Path, names: Names, rank: int | None = None) -> ReadRe
         return from_state_dict(file.tensors, names, rank, file.metadata)
     except LoRAFileError as error:
         raise LoRAFileError(f"{Path(path).name}: {error}") from error
-
-
-def _checked_header(path: Path) -> dict[str, str]:
-    """Metadata of a safetensors file whose header is consistent with the file."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            sound = len(start) == 8 and 2 <= length <= min(size - 8, MAX_HEADER_BYTES)
-            text = file.read(length) if sound else b""
-    except FileNotFoundError as error:
-        raise LoRAFileError(f"There is no LoRA file {path}.") from error
-    except OSError as error:
-        raise LoRAFileError(f"{path} cannot be opened: {error.strerror}.") from error
-    if not sound:
-        raise LoRAFileError(f"{path.name}: {_why_not(start, length, size)}")
-    try:
-        header = json.loads(text, object_pairs_hook=_no_repeats)
-    except (ValueError, RecursionError) as error:
-        raise LoRAFileError(f"{path.name}: the header is damaged. Download it again.") from error
-    problem = _problem(header, size - 8 - length)
-    if problem:
-        raise LoRAFileError(f"{path.name}: {problem} The file is damaged; download it again.")
-    metadata: dict[str, str] = header.get("__metadata__") or {}
-    return metadata
-
-
-def _why_not(start: bytes, length: int, size: int) -> str:
-    """Sentence for a file that does not begin like safetensors."""
-    if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and length > MAX_HEADER_BYTES):
-        return (
-            "this is a pickle (.pt, .ckpt) with another name. Pickles can run code and are not "
-            "read; convert it to safetensors in a program that you trust."
-        )
-    if size < 8 or start[:1] in (b"<", b"{") or length < 2:
-        return "this is not a safetensors file (or the download was cut short)."
-    if length > MAX_HEADER_BYTES:
-        return f"not a safetensors file: it claims a header of {length} bytes."
-    return f"the file is truncated: a header of {length} bytes in a file of {size} bytes."
-
-
-def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON object whose keys are unique."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("repeated key")
-    return result
-
-
-def _problem(header: object, data_bytes: int) -> str | None:
-    """What is wrong with a parsed header, None when it describes the data exactly."""
-    if not isinstance(header, dict):
-        return "the header is not a table of tensors."
-    metadata = header.get("__metadata__") or {}
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        return "the metadata is not a table of texts."
-    spans = []
-    for key, entry in header.items():
-        if key == "__metadata__":
-            continue
-        span = _span(entry)
-        if span is None:
-            return f"the entry of tensor {key[:80]} makes no sense."
-        spans.append((*span, key))
-    position = 0
-    for begin, end, key in sorted(spans):
-        if begin != position:
-            return f"tensor {key[:80]} overlaps another one or leaves a gap."
-        position = end
-    if position != data_bytes:
-        return f"the tensors need {position} bytes, but {data_bytes} are there."
-    return None
-
-
-def _span(entry: object) -> tuple[int, int] | None:
-    """Byte range of a header entry, None when dtype, shape and range do not agree."""
-    if not isinstance(entry, dict):
-        return None
-    item, shape, span = (entry.get(k) for k in ("dtype", "shape", "data_offsets"))
-    for numbers in (shape, span):
-        if not isinstance(numbers, list) or not all(type(n) is int and n >= 0 for n in numbers):
-            return None
-    if item not in _ITEM_BYTES or not isinstance(span, list) or len(span) != 2:
-        return None
-    begin, end = span
-    fits = isinstance(shape, list) and end - begin == math.prod(shape) * _ITEM_BYTES[item]
-    return (begin, end) if fits else None
