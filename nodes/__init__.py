@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import demo, difflora, features, loaders, model_paths
+from . import demo, difflora, evaluation, features, loaders, model_paths, placing
 
 NODES: list[type[io.ComfyNode]] = [
     demo.LoadDemo,
@@ -13,6 +13,10 @@ NODES: list[type[io.ComfyNode]] = [
     difflora.MixFeatures,
     difflora.SampleLatent,
     difflora.DecodeLoRA,
+    placing.LoRAToHook,
+    placing.ApplyLoRA,
+    evaluation.CompareIdentities,
+    evaluation.CompareGrid,
 ]
 
 

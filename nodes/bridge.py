@@ -247,7 +247,7 @@ def check_fits(weights: LoRAWeights, base_model: Any, made_for: str) -> None:
             wrong.append(name)
     if wrong:
         raise LayoutError(
-            f"This LoRA is made for {made_for}, but {len(wrong)} of its {len(weights.layers)} "
+            f"This LoRA is made for {made_for}: {len(wrong)} of its {len(weights.layers)} "
             f"layers do not fit the base model that is connected (for example {wrong[0]}). Load "
-            "the base model it was made for, or a DiffLoRA model for this one."
+            "the base model it was made for, or make a LoRA for this one."
         )

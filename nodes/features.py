@@ -1,5 +1,6 @@
 """Photos to identity features."""
 
+import torch
 from comfy_api.latest import io, ui
 
 from ..difflora_core.vision.face_choice import FaceOptions
@@ -7,6 +8,7 @@ from ..difflora_core.vision.features import ImageFeatures
 from . import bridge, sockets
 
 CATEGORY = "DiffLoRA/steps"
+CHOSEN, EVERY = "chosen", "all"
 
 
 class ExtractFeatures(io.ComfyNode):
@@ -39,10 +41,27 @@ class ExtractFeatures(io.ComfyNode):
                     advanced=True,
                     tooltip="Side of the crop over the side of the face; 2.2 holds hair and neck.",
                 ),
+                io.Combo.Input(
+                    "faces",
+                    options=[CHOSEN, EVERY],
+                    default=CHOSEN,
+                    optional=True,
+                    advanced=True,
+                    tooltip="chosen: the one face of each photo; all: every face, in that order, "
+                    "as a batch. For a LoRA of one of several people leave it at chosen.",
+                ),
             ],
             outputs=[
                 sockets.Features.Output(display_name="features"),
                 io.Image.Output(display_name="crops", tooltip="What CLIP vision saw."),
+                io.Mask.Output(
+                    display_name="face_masks", tooltip="The box of each face, in the whole photo."
+                ),
+                io.Image.Output(
+                    display_name="keypoints",
+                    tooltip="Eyes, nose and mouth corners of each photo as coloured points on "
+                    "black, for a face ControlNet such as InstantID's.",
+                ),
             ],
         )
 
@@ -59,10 +78,14 @@ class ExtractFeatures(io.ComfyNode):
         face_analysis=None,
         mask=None,
         features=None,
+        faces=CHOSEN,
     ):
-        options = FaceOptions(face_order, face_index, on_missing_face, image_region, region_factor)
+        choice = (face_order, face_index, on_missing_face, image_region, region_factor)
+        options = FaceOptions(*choice, every=faces == EVERY)
         found = bridge.read_photos(images, clip_vision, face_analysis, mask, options)
         record = found.features
         if features is not None:
             record = ImageFeatures.cat([features, record])
-        return io.NodeOutput(record, found.crops, ui=ui.PreviewImage(found.crops, cls=cls))
+        masks, points = torch.stack(found.face_masks), torch.stack(found.keypoint_pictures())
+        shown = ui.PreviewImage(found.crops, cls=cls)
+        return io.NodeOutput(record, found.crops, masks, points, ui=shown)

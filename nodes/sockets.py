@@ -24,12 +24,32 @@ FaceAnalysis = io.Custom("FACEANALYSIS")
 
 # Packs disagree on the name of this socket; the object behind it is the same.
 FACE_TYPES = [FaceAnalysis, io.Custom("INSIGHTFACE"), io.FaceAnalysis]
+# HyperLoRA passes the same kind of dict under a name of its own.
+LORA_TYPES = [io.LoraModel, io.Custom("LORA")]
+
+
+def lora_socket(name: str = "lora") -> io.Input:
+    """A finished LoRA."""
+    return io.MultiType.Input(
+        name,
+        types=LORA_TYPES,
+        tooltip="From Personalize, Decode LoRA, or another pack's node that makes a LoRA.",
+    )
 
 
 def difflora_model() -> io.Input:
     """The DiffLoRA model."""
     return DiffLoRAModel.Input(
         "difflora_model", tooltip="From Load DiffLoRA Model or Load DiffLoRA Demo."
+    )
+
+
+def face_analysis() -> io.Input:
+    """A face analysis that a node cannot do without."""
+    return io.MultiType.Input(
+        "face_analysis",
+        types=FACE_TYPES,
+        tooltip="insightface, from Load Face Analysis or another pack's loader.",
     )
 
 

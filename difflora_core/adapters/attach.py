@@ -12,12 +12,31 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import LayoutError
 from .base import AdapterEntry, AdapterSet, LayerAdapter
 
+Strength = float | Tensor
+"""One number, or one for each sample of the batch: (B,)."""
 
-def _blend(plain: Tensor, edited: Tensor, strength: float) -> Tensor:
+
+def _blend(plain: Tensor, edited: Tensor, strength: Strength) -> Tensor:
     """plain + strength * (edited - plain), exact at strength 1."""
-    if edited is plain or strength == 1.0:
+    if edited is plain or (not isinstance(strength, Tensor) and strength == 1.0):
         return edited
-    return plain + strength * (edited - plain)
+    return plain + _weighted(edited - plain, strength)
+
+
+def _weighted(change: Tensor, strength: Strength) -> Tensor:
+    """strength * change (B, ...).
+
+    Raises:
+        LayoutError: when there are strengths for another number of samples.
+    """
+    if not isinstance(strength, Tensor):
+        return strength * change
+    if strength.shape != change.shape[:1]:
+        raise LayoutError(
+            f"There are strengths for {tuple(strength.shape)} samples, but the batch has "
+            f"{change.shape[0]}."
+        )
+    return strength.to(change).view(-1, *[1] * (change.ndim - 1)) * change
 
 
 class _LayerHook:
@@ -28,10 +47,10 @@ class _LayerHook:
         self.owner = owner
         self.x: Tensor | None = None
 
-    def _active(self) -> list[tuple[LayerAdapter, float]]:
+    def _active(self) -> list[tuple[LayerAdapter, Strength]]:
         """Adapters with a strength other than zero."""
         pairs = [(e.adapter, e.strength * self.owner.strength) for e in self.entries]
-        return [(adapter, strength) for adapter, strength in pairs if strength != 0.0]
+        return [(a, s) for a, s in pairs if isinstance(s, Tensor) or s != 0.0]
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """x' = x + sum of s * (substitute(x) - x)."""
@@ -44,7 +63,9 @@ class _LayerHook:
             if other is not x:
                 # the first change is blended alone, so that strength 1 is exact
                 changed = (
-                    _blend(x, other, strength) if changed is x else changed + strength * (other - x)
+                    _blend(x, other, strength)
+                    if changed is x
+                    else changed + _weighted(other - x, strength)
                 )
         return None if changed is x else (changed, *args[1:])
 
@@ -65,7 +86,7 @@ class AttachHandle:
     ``strength`` may be changed while attached; 0 gives the base model bit-exactly.
     """
 
-    def __init__(self, strength: float, layers: tuple[str, ...]) -> None:
+    def __init__(self, strength: Strength, layers: tuple[str, ...]) -> None:
         self.strength = strength
         self.layers = layers
         self._handles: list[RemovableHandle] = []
@@ -121,7 +142,7 @@ def _modules(
 def attach(
     module: nn.Module,
     adapters: AdapterSet,
-    strength: float = 1.0,
+    strength: Strength = 1.0,
     names: Mapping[str, str] | None = None,
 ) -> AttachHandle:
     """Hook every adapter onto its layer; weights stay untouched. Ours.
@@ -132,7 +153,8 @@ def attach(
     Args:
         module: the UNet (or any module) that holds the layers.
         adapters: what to attach; entry strengths are multiplied by ``strength``.
-        strength: 0 is the base model bit-exactly, 1 the full edit; any real number.
+        strength: 0 is the base model bit-exactly, 1 the full edit; any real number, or one for
+            each sample (B,).
         names: layer name to module path; None when they are equal (LDM-named modules).
             For a diffusers UNet: ``layout.module_names``.
 

@@ -29,6 +29,8 @@ class FaceOptions:
             square of the photo. A photo without a face always uses the picture.
         region_factor: Side of that square over the longer side of the face box; 2.2 holds hair
             and neck.
+        every: All faces of a photo, each in a row of its own, instead of the one at `index`; a
+            mask then chooses the faces that it meets.
     """
 
     order: str = "largest"
@@ -36,6 +38,7 @@ class FaceOptions:
     on_missing: str = "error"
     image_region: str = "crop"
     region_factor: float = 2.2
+    every: bool = False
 
     def __post_init__(self) -> None:
         choices = {"order": ORDERS, "on_missing": MISSING_POLICIES, "image_region": IMAGE_REGIONS}
@@ -68,11 +71,27 @@ def choose_face(
         shares = [_marked_share(face, mask) for face in faces]
         best = max(shares, default=0.0)
         return faces[shares.index(best)] if best > 0 else None
-    if options.order == "largest":
-        ordered = sorted(faces, key=lambda face: -face.area)
-    else:
-        ordered = sorted(faces, key=lambda face: float(face.box[0] + face.box[2]))
+    ordered = _ordered(faces, options.order)
     return ordered[options.index] if options.index < len(ordered) else None
+
+
+def choose_faces(
+    faces: Sequence[DetectedFace], options: FaceOptions, mask: Tensor | None = None
+) -> list[DetectedFace]:
+    """The faces of a photo that are meant: the one of `choose_face`, or every one in order."""
+    if not options.every:
+        face = choose_face(faces, options, mask)
+        return [] if face is None else [face]
+    if mask is not None and bool((mask > 0).any()):
+        faces = [face for face in faces if _marked_share(face, mask) > 0]
+    return _ordered(faces, options.order)
+
+
+def _ordered(faces: Sequence[DetectedFace], order: str) -> list[DetectedFace]:
+    """Faces by size or from left to right."""
+    if order == "largest":
+        return sorted(faces, key=lambda face: -face.area)
+    return sorted(faces, key=lambda face: float(face.box[0] + face.box[2]))
 
 
 def _marked_share(face: DetectedFace, mask: Tensor) -> float:

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import EncoderError, NoFaceError
-from .face_choice import FaceOptions, choose_face, masks_like, missing_note
+from .face_choice import FaceOptions, choose_faces, masks_like, missing_note
 from .face_encoder import DetectedFace, FaceEncoder
 from .image_encoder import ImageEncoder, describe_encoder
+from .keypoint_picture import keypoint_picture
 from .preprocess import (
     ARCFACE_SIZE,
     align_face,
@@ -131,11 +132,11 @@ class ImageFeatures:
 
 @dataclass(frozen=True)
 class ExtractedFeatures:
-    """Features, and what they were made from; N counts the photos that were kept.
+    """Features, and what they were made from; N counts the faces (or faceless photos) kept.
 
     Attributes:
-        features: ImageFeatures of the N photos.
-        photos: Index of each kept photo among the images given.
+        features: ImageFeatures of the N rows.
+        photos: Which of the images given each row comes from, ascending.
         crops: (N, S, S, 3) exactly what CLIP vision saw.
         aligned: (N, 112, 112, 3) the face as the recogniser sees it; black without a face.
         boxes: (N, 4) float32 x1, y1, x2, y2 in pixels of the photo; NaN without a face.
@@ -154,6 +155,14 @@ class ExtractedFeatures:
     scores: Tensor
     face_masks: tuple[Tensor, ...]
     notes: tuple[str, ...]
+
+    def keypoint_pictures(self) -> list[Tensor]:
+        """For each photo kept, its faces' points as face ControlNets expect them: (H, W, 3)."""
+        pictures = []
+        for photo in dict.fromkeys(self.photos):
+            rows = [row for row, owner in enumerate(self.photos) if owner == photo]
+            pictures.append(keypoint_picture(self.keypoints[rows], *self.face_masks[rows[0]].shape))
+        return pictures
 
 
 def extract_features(
@@ -184,33 +193,33 @@ def extract_features(
     options = options or FaceOptions()
     pictures = as_pictures(images)
     all_masks = masks_like(masks, pictures)
-    faces: list[DetectedFace | None] = []
+    rows: list[tuple[int, DetectedFace | None]] = []
     notes: list[str] = []
-    for number, (picture, mask) in enumerate(zip(pictures, all_masks, strict=True), start=1):
+    for number, (picture, mask) in enumerate(zip(pictures, all_masks, strict=True)):
         found = face_encoder.detect(picture)
-        faces.append(choose_face(found, options, mask))
-        if faces[-1] is None:
-            notes.append(missing_note(number, len(found), options, mask))
+        chosen = choose_faces(found, options, mask)
+        rows.extend((number, face) for face in chosen or (None,))
+        if not chosen:
+            notes.append(missing_note(number + 1, len(found), options, mask))
     if notes and options.on_missing == "error":
         raise NoFaceError(
             f"{' '.join(notes)} Use a photo with one clear face, or set the missing-face policy "
             "to skip or image_only."
         )
-    keep = [i for i, face in enumerate(faces) if face or options.on_missing == "image_only"]
+    keep = [row for row in rows if row[1] or options.on_missing == "image_only"]
     if not keep:
         raise NoFaceError(
             f"{' '.join(notes)} No photo is left after skipping. Add a photo with a clear face, "
             "or set the missing-face policy to image_only."
         )
-    kept = _KeptPhotos(
-        tuple(keep), [pictures[i] for i in keep], [faces[i] for i in keep], tuple(notes)
-    )
+    photos, faces = zip(*keep, strict=True)
+    kept = _KeptPhotos(photos, [pictures[i] for i in photos], list(faces), tuple(notes))
     return _describe(kept, face_encoder.embedding_dim, image_encoder, options)
 
 
 @dataclass(frozen=True)
 class _KeptPhotos:
-    """The photos that go on, with the face chosen in each."""
+    """The photos that go on, once for each face chosen in them."""
 
     photos: tuple[int, ...]
     pictures: list[Tensor]

@@ -1,0 +1,95 @@
+"""Who is who: pictures of unknown people compared with reference pictures of one person."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import NoFaceError
+from ..vision.face_choice import FaceOptions, choose_face
+from ..vision.face_encoder import FaceEncoder
+from ..vision.preprocess import as_pictures
+from .grid import GridRow, draw_grid
+from .identity import centroid, face_similarity
+
+_LARGEST = FaceOptions(on_missing="skip")
+_COLUMNS = 4
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How much pictures look like a person.
+
+    `similarity`: (N,) cosine of each picture's largest face to the references' mean direction, 0
+    without a face; `face_found`: (N,) bool; `reference_found`: (R,) bool.
+    """
+
+    similarity: Tensor
+    face_found: Tensor
+    reference_found: Tensor
+
+    @property
+    def mean(self) -> float:
+        """Mean over the pictures that show a face."""
+        return float(self.similarity[self.face_found].mean())
+
+    def captions(self) -> list[str]:
+        """One short text per picture."""
+        pairs = zip(self.similarity.tolist(), self.face_found.tolist(), strict=True)
+        return [f"{value:.3f}" if found else "no face" for value, found in pairs]
+
+    def report(self) -> str:
+        """The numbers as text, one line per picture."""
+        found = int(self.face_found.sum())
+        lines = [f"mean similarity {self.mean:.3f} over {found} of {len(self.face_found)} pictures"]
+        missing = [str(k) for k, f in enumerate(self.reference_found.tolist(), start=1) if not f]
+        if missing:
+            lines.append(f"no face in reference {', '.join(missing)}, left out")
+        lines += [f"picture {k}: {text}" for k, text in enumerate(self.captions(), start=1)]
+        return "\n".join(lines)
+
+
+def compare_people(references: Tensor, pictures: Tensor, faces: FaceEncoder) -> Likeness:
+    """Compare the largest face of each picture with a person.
+
+    Args:
+        references: (R, H, W, 3) in [0, 1], pictures of one person.
+        pictures: (N, H, W, 3) in [0, 1].
+        faces: finds and recognises faces.
+
+    Raises:
+        NoFaceError: one of the two sides shows no face at all.
+        ImageError: a picture cannot be used.
+    """
+    known, reference_found = _embeddings(references, faces)
+    shown, face_found = _embeddings(pictures, faces)
+    for name, found in (("reference", reference_found), ("compared", face_found)):
+        if not found.any():
+            raise NoFaceError(
+                f"There is no face in any of the {len(found)} {name} pictures, so nothing can be "
+                "compared. Use pictures with a clear face, or another face analysis."
+            )
+    person = centroid(known[reference_found])
+    similarity = face_similarity(shown, person[None], face_found)
+    return Likeness(similarity, face_found, reference_found)
+
+
+def likeness_picture(references: Tensor, pictures: Tensor, likeness: Likeness) -> Tensor:
+    """References above, pictures below with their similarity: (H, W, 3) in [0, 1]."""
+    rows = [GridRow(list(references[:_COLUMNS]), "reference")]
+    captions = likeness.captions()
+    for start in range(0, len(pictures), _COLUMNS):
+        part = slice(start, start + _COLUMNS)
+        label = f"mean similarity {likeness.mean:.3f}" if start == 0 else ""
+        rows.append(GridRow(list(pictures[part]), label, captions[part]))
+    return draw_grid(rows)
+
+
+def _embeddings(pictures: Tensor, faces: FaceEncoder) -> tuple[Tensor, Tensor]:
+    """(N, E) of the largest faces, zeros without one, and which were found."""
+    chosen = [choose_face(faces.detect(picture), _LARGEST) for picture in as_pictures(pictures)]
+    size = next((len(face.embedding) for face in chosen if face), faces.embedding_dim)
+    rows = [face.embedding if face else torch.zeros(size) for face in chosen]
+    return torch.stack(rows), torch.tensor([face is not None for face in chosen])

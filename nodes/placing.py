@@ -1,0 +1,278 @@
+"""Where and when a LoRA acts: as hooks for masks and keyframes, or on a model by part and time."""
+
+from typing import Any
+
+import comfy.hooks
+import comfy.lora
+import comfy.patcher_extension
+import comfy.utils
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..difflora_core.adapters.attach import attach
+from ..difflora_core.adapters.lora import lora_adapter_set
+from ..difflora_core.errors import LayoutError, LoRAFileError
+from ..difflora_core.lora.block_groups import GroupStrengths, scale_groups
+from ..difflora_core.lora.keys import from_state_dict, to_state_dict
+from ..difflora_core.lora.weights import LoRAWeights
+from . import bridge, sockets
+
+CATEGORY = "DiffLoRA/placing"
+GROUPS = {
+    "input_blocks": "the blocks on the way in: layout and pose",
+    "middle_block": "the innermost block",
+    "output_blocks": "the blocks on the way out: looks and texture",
+    "self_attention": "self-attention: how the parts of the picture go together",
+    "cross_attention": "cross-attention: how the prompt is read",
+}
+
+
+class LoRAToHook(io.ComfyNode):
+    """A LoRA as hooks."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DiffLoRA_LoRAToHook",
+            display_name="LoRA to Hook",
+            category=CATEGORY,
+            description="A LoRA that acts only where a conditioning says so: in a mask, for a part "
+            "of the steps, with keyframes. Connect the hooks to Cond Set Props or Cond Pair Set "
+            "Props; one hook for each person puts several people into one picture.",
+            search_aliases=["regional", "mask", "two people", "hook", "schedule", "attention mask"],
+            inputs=[
+                sockets.lora_socket(),
+                io.Float.Input(
+                    "strength_model",
+                    default=1.0,
+                    min=-20.0,
+                    max=20.0,
+                    step=0.01,
+                    tooltip="How strongly the LoRA acts; keyframes multiply it. 0 leaves it out.",
+                ),
+                io.Hooks.Input(
+                    "prev_hooks",
+                    optional=True,
+                    tooltip="Hooks that act together with this one, for example another LoRA.",
+                ),
+                io.Model.Input(
+                    "base_model",
+                    optional=True,
+                    tooltip="The model that is sampled with. When connected, a LoRA that does not "
+                    "fit it is an error instead of a LoRA without effect.",
+                ),
+            ],
+            outputs=[io.Hooks.Output(display_name="hooks")],
+        )
+
+    @classmethod
+    def execute(cls, lora, strength_model, prev_hooks=None, base_model=None):
+        hooks = prev_hooks or comfy.hooks.HookGroup()
+        state = check_lora(lora)
+        if base_model is not None:
+            state = to_state_dict(read_lora(state, base_model))
+        if strength_model != 0:
+            hooks = hooks.clone_and_combine(comfy.hooks.create_hook_lora(state, strength_model, 0))
+        return io.NodeOutput(hooks)
+
+
+class ApplyLoRA(io.ComfyNode):
+    """A LoRA on a model, by part and time."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DiffLoRA_ApplyLoRA",
+            display_name="Apply LoRA by Part and Time",
+            category=CATEGORY,
+            description="Applies a LoRA with a strength for each part of the model, for a part of "
+            "the steps, or for the positive prompt alone. At its defaults it is Load LoRA Model "
+            "and costs nothing while sampling.",
+            search_aliases=["block weight", "lora strength", "start percent", "load lora"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model; it stays as it is for other nodes."),
+                sockets.lora_socket(),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-20.0,
+                    max=20.0,
+                    step=0.01,
+                    tooltip="How strongly the LoRA acts as a whole.",
+                ),
+                *_time_widgets(),
+                io.Boolean.Input(
+                    "positive_only",
+                    default=False,
+                    tooltip="Leaves the negative prompt to the base model; guidance then pushes "
+                    "the picture further towards the person.",
+                ),
+                *(_group_widget(name, where) for name, where in GROUPS.items()),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model"),
+                io.LoraModel.Output(
+                    display_name="lora",
+                    tooltip="The LoRA with these strengths in it, to save or for LoRA to Hook. It "
+                    "knows nothing of start, end and positive only.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        lora,
+        strength,
+        start_percent,
+        end_percent,
+        positive_only,
+        input_blocks,
+        middle_block,
+        output_blocks,
+        self_attention,
+        cross_attention,
+    ):
+        groups = GroupStrengths(
+            input_blocks, middle_block, output_blocks, self_attention, cross_attention
+        )
+        weights = scale_groups(read_lora(check_lora(lora), model), groups)
+        scaled = weights.scaled(strength)
+        if (start_percent, end_percent, positive_only) == (0.0, 1.0, False):
+            patched = patch(model, weights, strength)
+        else:
+            patched = TimedLoRA(scaled, start_percent, end_percent, positive_only).on(model)
+        return io.NodeOutput(patched, to_state_dict(scaled))
+
+
+def _time_widgets() -> list[io.Input]:
+    """From which share of the steps to which."""
+    return [
+        io.Float.Input(
+            "start_percent",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="From which share of the steps on it acts. A later start leaves the layout to "
+            "the base model.",
+        ),
+        io.Float.Input(
+            "end_percent",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="Up to which share of the steps it acts.",
+        ),
+    ]
+
+
+def _group_widget(name: str, where: str) -> io.Input:
+    """A factor on the strength in one part of the model."""
+    return io.Float.Input(
+        name,
+        default=1.0,
+        min=-10.0,
+        max=10.0,
+        step=0.01,
+        advanced=True,
+        tooltip=f"Multiplies the strength in {where}.",
+    )
+
+
+def check_lora(lora: Any) -> dict[str, Tensor]:
+    """What came through a LoRA socket, if it is one.
+
+    Raises:
+        LoRAFileError: it is empty, or something else.
+    """
+    if not isinstance(lora, dict) or not all(isinstance(v, Tensor) for v in lora.values()):
+        raise LoRAFileError(
+            f"A {type(lora).__name__} is not a LoRA. Connect a node that makes one, for example "
+            "Personalize."
+        )
+    if not lora:
+        raise LoRAFileError("This LoRA is empty: it changes no layer. Make it again.")
+    return lora
+
+
+def read_lora(state: dict[str, Tensor], model: Any) -> LoRAWeights:
+    """The layers of a LoRA that edit a model's UNet, all of them or none.
+
+    Raises:
+        LayoutError: it is for another base model.
+        LoRAFileError: part of it is no plain LoRA.
+    """
+    names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
+    weight = ".weight"
+    known = {
+        diffusers.removesuffix(weight): ldm.removesuffix(weight)
+        for diffusers, ldm in names.items()
+        if diffusers.endswith(weight)
+    }
+    found = from_state_dict(state, known)
+    if found.report.skipped:
+        stem, reason = next(iter(found.report.skipped.items()))
+        raise LoRAFileError(
+            f"{len(found.report.skipped)} layers of this LoRA cannot be weighed by part ({stem}: "
+            f"{reason}). Apply it with Load LoRA Model, which takes it as a whole."
+        )
+    if found.report.unused:
+        raise LayoutError(
+            f"{len(found.report.unused)} entries of this LoRA belong to no layer of the base model "
+            f"that is connected (for example {found.report.unused[0]}). Use a LoRA made for it."
+        )
+    layers = {name: x for name, x in found.weights.layers.items() if not name.startswith("te")}
+    weights = LoRAWeights(layers)
+    bridge.check_fits(weights, model, "another base model")
+    return weights
+
+
+def patch(model: Any, weights: LoRAWeights, strength: float) -> Any:
+    """A clone of a model with a LoRA as weight patches, as ComfyUI's own loader makes them."""
+    keys = comfy.lora.model_lora_keys_unet(model.model, {})
+    patched = model.clone()
+    patched.add_patches(comfy.lora.load_lora(to_state_dict(weights), keys), strength)
+    return patched
+
+
+class TimedLoRA:
+    """A LoRA for a part of the steps or of the prompts: added to the layers' outputs while it acts.
+
+    Weight patches cannot change while a model samples. Nothing of this stays on the network between
+    two calls, so other clones of the model never see it.
+    """
+
+    def __init__(self, weights: LoRAWeights, start: float, end: float, positive: bool) -> None:
+        self.weights, self.start, self.end, self.positive = weights, start, end, positive
+
+    def on(self, model: Any) -> Any:
+        """A clone of a model that asks this before every step."""
+        clone = model.clone()
+        kind = comfy.patcher_extension.WrappersMP.APPLY_MODEL
+        clone.add_wrapper_with_key(kind, "difflora", self)
+        return clone
+
+    def __call__(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """One call of the network on x (B, ...) at noise t; ComfyUI's options come last."""
+        base = executor.class_obj
+        rows = self._rows(x, args[-1])
+        percent = base.model_sampling.percent_to_sigma
+        first, last = percent(self.start), percent(self.end)
+        if not last <= float(t.max()) <= first or not rows.any():
+            return executor(x, t, *args, **kwargs)
+        # The weights are small beside the model's own; they follow it to its device and stay.
+        self.weights = self.weights.to(device=x.device)
+        strength = 1.0 if rows.all() else rows.float()
+        with attach(base.diffusion_model, lora_adapter_set(self.weights), strength):
+            return executor(x, t, *args, **kwargs)
+
+    def _rows(self, x: Tensor, options: Any) -> Tensor:
+        """Which samples (B,) of a batch it acts on; positive and negative prompts share batches."""
+        chunks = options.get("cond_or_uncond") if self.positive else None
+        if not chunks:
+            return torch.ones(len(x), dtype=torch.bool)
+        return torch.tensor([c == 0 for c in chunks]).repeat_interleave(len(x) // len(chunks))
