@@ -29,6 +29,10 @@ class LoRAFileError(DiffLoRAError):
     """A LoRA file or state dict cannot be read or written."""
 
 
+class LibraryError(DiffLoRAError):
+    """An identity library cannot be read or changed, or does not hold what is asked for."""
+
+
 class EncoderError(DiffLoRAError):
     """A face or image encoder is missing, incomplete, or of the wrong kind."""
 

@@ -108,6 +108,7 @@ def write_atomic(tensors: Mapping[str, Tensor], metadata: dict[str, str], path: 
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
         save_file(dict(tensors), temporary, metadata=metadata)
+        os.chmod(temporary, 0o644)  # mkstemp and safetensors leave 0600; others share the folder
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} could not be written: {error}.") from error

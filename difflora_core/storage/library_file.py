@@ -1,0 +1,198 @@
+"""The file of an identity library: many LoRA latents, their names and small pictures.
+
+One .safetensors file: the tensor `latents` (M, K, Dz) float32 holds the identities,
+`picture.<number>` the bytes of a JPEG thumbnail where there is one; the metadata says which model
+they belong to, and name and date of each. There is no place for face embeddings or names of source
+files. Nothing in a file is trusted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..errors import CheckpointError, LibraryError
+from ..models.lae import LoRALatent
+from .checkpoint import write_atomic
+from .safetensors_header import Header, read_header
+from .thumbnail import MAX_PICTURE_BYTES
+
+FORMAT, VERSION, METADATA_KEY = "difflora_library", 1, "difflora_library"
+MAX_FILE_BYTES = 2**30
+MAX_IDENTITIES = 100_000
+MAX_LATENT = 2**20
+MAX_NAME = 80
+
+
+@dataclass(frozen=True)
+class Person:
+    """One identity of a library.
+
+    Attributes:
+        name: unique in its library.
+        added: when, UTC, ISO 8601.
+        picture: JPEG bytes of the thumbnail, or None.
+    """
+
+    name: str
+    added: str
+    picture: bytes | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Library:
+    """A whole library.
+
+    Attributes:
+        latents: z (M, K, Dz), one row per person.
+        people: M of them.
+        model_name: file name of the DiffLoRA model that made them, in words.
+    """
+
+    latents: LoRALatent
+    people: tuple[Person, ...]
+    model_name: str = ""
+
+    def __len__(self) -> int:
+        return len(self.people)
+
+    @property
+    def names(self) -> list[str]:
+        """Names in the order of the file."""
+        return [person.name for person in self.people]
+
+    def find(self, name: str = "", number: int = 1) -> int:
+        """Row of a person, by name, or by number from 1 when the name is empty.
+
+        Raises:
+            LibraryError: there is no such person; the message says who is there.
+        """
+        name = name.strip()
+        if name in self.names:
+            return self.names.index(name)
+        if name:
+            some = ", ".join(self.names[:20]) + (", …" if len(self) > 20 else "")
+            raise LibraryError(f"There is no '{name}' in this library. It holds: {some}.")
+        if not 1 <= number <= len(self):
+            raise LibraryError(f"There is no number {number}: this library holds {len(self)}.")
+        return number - 1
+
+    def latent(self, row: int) -> LoRALatent:
+        """The identity in one row, (1, K, Dz)."""
+        return replace(self.latents, z=self.latents.z[row : row + 1])
+
+
+def read_library(path: str | Path) -> Library:
+    """Reads a library.
+
+    Raises:
+        LibraryError: the file is missing, damaged, hostile, or no library.
+    """
+    path = Path(path)
+    header = read_header(path, "identity library", LibraryError)
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise LibraryError(f"{path.name} is larger than any identity library (1 GiB).")
+    facts = _facts(path, header)
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise LibraryError(f"{path.name} cannot be read: {error}.") from error
+    if not bool(torch.isfinite(tensors["latents"]).all()):
+        raise LibraryError(f"{path.name} holds identities that are not numbers; it is damaged.")
+    people = tuple(
+        Person(entry["name"], entry["added"], _picture(tensors, row))
+        for row, entry in enumerate(facts["people"])
+    )
+    latents = LoRALatent(tensors["latents"], facts["layout_hash"], facts["space"])
+    return Library(latents, people, facts["model_name"])
+
+
+def write_library(path: Path, library: Library) -> None:
+    """Writes the complete file, then renames it; only `identity_library` does it, under its lock.
+
+    Raises:
+        LibraryError: a value is not finite, the library is too large, or it cannot be written.
+    """
+    tensors = {"latents": library.latents.z.detach().to("cpu", torch.float32).contiguous()}
+    if not bool(torch.isfinite(tensors["latents"]).all()):
+        raise LibraryError(f"{path.name} was not changed: the identity holds NaN or infinity.")
+    for row, person in enumerate(library.people):
+        if person.picture is not None:
+            tensors[f"picture.{row}"] = torch.frombuffer(
+                bytearray(person.picture), dtype=torch.uint8
+            )
+    facts = {
+        "format": FORMAT,
+        "version": VERSION,
+        "layout_hash": library.latents.layout_hash,
+        "space": library.latents.space,
+        "model_name": library.model_name,
+        "people": [{"name": person.name, "added": person.added} for person in library.people],
+    }
+    text = json.dumps(facts, sort_keys=True, ensure_ascii=False)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if len(library) > MAX_IDENTITIES or size + 2 * len(text) > MAX_FILE_BYTES:
+        raise LibraryError(f"{path.name} is full ({len(library)} identities): begin another one.")
+    try:
+        write_atomic(tensors, {METADATA_KEY: text}, path)
+    except CheckpointError as error:
+        raise LibraryError(str(error)) from error
+
+
+def check_name(name: object) -> str:
+    """A person's name without spaces around it.
+
+    Raises:
+        LibraryError: it is empty, too long, or holds characters that cannot be shown.
+    """
+    text = name.strip() if isinstance(name, str) else ""
+    if not text or len(text) > MAX_NAME or not text.isprintable():
+        raise LibraryError(
+            f"A name has 1 to {MAX_NAME} visible characters in one line; got {text!r:.90}."
+        )
+    return text
+
+
+def _facts(path: Path, header: Header) -> dict[str, Any]:
+    """The metadata, every field checked, and the tensors checked against it."""
+    text = header.metadata.get(METADATA_KEY)
+    if text is None:
+        raise LibraryError(f"{path.name} is no identity library: it does not describe one.")
+    try:
+        facts = json.loads(text)
+        if (facts["format"], facts["version"]) != (FORMAT, VERSION):
+            raise LibraryError(
+                f"{path.name} has format {facts['format']!r:.40} {facts['version']!r:.40}; this "
+                f"version reads {FORMAT} {VERSION}. Update the node pack."
+            )
+        people = facts["people"]
+        texts = [facts[key] for key in ("layout_hash", "space", "model_name")]
+        texts += [entry["added"] for entry in people]
+        sound = all(isinstance(value, str) and len(value) <= 256 for value in texts)
+        names = [check_name(entry["name"]) for entry in people]
+    except (ValueError, KeyError, TypeError, RecursionError, AttributeError) as error:
+        raise LibraryError(f"{path.name} is damaged: its list of people makes no sense.") from error
+    dtype, shape = header.tensors.get("latents", ("", ()))
+    sound = sound and dtype == "F32" and len(shape) == 3 and 0 < shape[1] * shape[2] <= MAX_LATENT
+    sound = sound and len(names) == len(set(names)) == shape[0] <= MAX_IDENTITIES
+    pictures = {f"picture.{row}" for row in range(len(names))}
+    for name, (kind, size) in header.tensors.items():
+        fits = name in pictures and kind == "U8" and len(size) == 1 and size[0] <= MAX_PICTURE_BYTES
+        sound = sound and (name == "latents" or fits)
+    if not sound:
+        raise LibraryError(f"{path.name} is damaged: its tensors do not fit its list of people.")
+    return dict(facts)
+
+
+def _picture(tensors: Mapping[str, Tensor], row: int) -> bytes | None:
+    """The thumbnail of a row, as it lies in the file."""
+    stored = tensors.get(f"picture.{row}")
+    return None if stored is None else stored.numpy().tobytes()
