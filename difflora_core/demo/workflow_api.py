@@ -88,7 +88,7 @@ def _widgets(node: Node, schema: Mapping[str, Any]) -> Iterator[tuple[str, Any]]
         yield from saved.items()
         return
     values = list(saved)
-    for name, kind, options in _schema_inputs(schema):
+    for name, kind, options in schema_inputs(schema):
         if kind.startswith("COMFY_DYNAMICCOMBO"):
             raise WorkflowError(f"Node {node['id']}: the dynamic widget {name!r} is not supported.")
         if kind not in WIDGET_TYPES or options.get("forceInput"):
@@ -107,12 +107,15 @@ def _widgets(node: Node, schema: Mapping[str, Any]) -> Iterator[tuple[str, Any]]
         )
 
 
-def _schema_inputs(schema: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+def schema_inputs(schema: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     """Name, type and options of each input, required ones first; a bare list is a combo."""
     for group in ("required", "optional"):
         for name, spec in (schema["input"].get(group) or {}).items():
-            kind = spec[0] if isinstance(spec[0], str) else "COMBO"
-            yield name, kind, spec[1] if len(spec) > 1 else {}
+            options = spec[1] if len(spec) > 1 else {}
+            if isinstance(spec[0], str):
+                yield name, spec[0], options
+            else:
+                yield name, "COMBO", {"options": spec[0], **options}
 
 
 def _source(
