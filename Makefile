@@ -1,12 +1,15 @@
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 RUN := .venv/bin/python
 export OMP_NUM_THREADS ?= 1
-.PHONY: setup test test-slow demo demo-world comfyui bench workflows
+.PHONY: setup browser test test-slow demo demo-world comfyui bench workflows
 
 setup:  # private environment, real ComfyUI, this pack linked into it; instant the second time
 	@$(PYTHON) .ci/setup.py
 
-test: setup  # style, types, every test but gpu and slow
+browser: setup  # Chromium for the front-end checks, where it may be installed
+	@$(RUN) .ci/browser.py
+
+test: browser  # style, types, every test but gpu and slow
 	@$(RUN) -m ruff check --quiet . && $(RUN) -m ruff format --check --quiet .
 	@cd .cache/pack && ../../$(RUN) -m mypy --config-file ../../pyproject.toml --no-error-summary -p DiffLoRA.difflora_core -p DiffLoRA.nodes
 	@$(RUN) -m pytest
@@ -26,5 +29,5 @@ comfyui: setup  # the same ComfyUI for a browser
 bench: setup  # make bench name=identity args='--quick'
 	@$(RUN) -m benchmarks.$(name) $(args)
 
-workflows: setup  # every file in workflows/ in real ComfyUI
+workflows: browser  # every file in workflows/ in ComfyUI's front end; screenshots in output/workflows/
 	@$(RUN) -m difflora_core.demo.workflows

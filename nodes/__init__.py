@@ -24,8 +24,9 @@ class DiffLoRAExtension(ComfyExtension):
     """The pack, as ComfyUI sees it."""
 
     async def on_load(self) -> None:
-        """Registers the model folders before any node lists its files."""
+        """Registers the model folders, and offers the photos of the workflows."""
         model_paths.register()
+        model_paths.offer_photos()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """The nodes of the pack."""

@@ -1,11 +1,15 @@
 """Where ComfyUI keeps our files: `models/difflora`, and `models/insightface` as other packs do."""
 
+import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import folder_paths
 
 from ..difflora_core.demo import paths
+
+logger = logging.getLogger(__name__)
 
 DIFFLORA = "difflora"
 INSIGHTFACE = "insightface"
@@ -16,6 +20,9 @@ DEMO_FOLDER = paths.ARTEFACTS
 DEMO_FILES = (paths.BASE.name, paths.CLIP_VISION.name, paths.DIFFLORA.name)
 DEMO_FACES = paths.FACES.relative_to(paths.ARTEFACTS)
 
+WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows"
+DEMO_PHOTOS = "difflora_demo_*.png"
+
 
 def register() -> None:
     """Registers our model folders with ComfyUI; twice, or beside another pack, is harmless."""
@@ -25,6 +32,20 @@ def register() -> None:
     folder_paths.add_model_folder_path(DEMO, str(DEMO_FOLDER))
     # A new folder lists every file; ours shows checkpoints only.
     folder_paths.folder_names_and_paths[DIFFLORA][1].add(".safetensors")
+
+
+def offer_photos() -> None:
+    """Puts the photos that our workflows load into ComfyUI's input folder, unless they are there.
+
+    A template then runs at the first click. A folder that cannot be written is only logged.
+    """
+    inputs = Path(folder_paths.get_input_directory())
+    for photo in WORKFLOWS.glob(DEMO_PHOTOS):
+        if not (inputs / photo.name).exists():
+            try:
+                shutil.copyfile(photo, inputs / photo.name)
+            except OSError as error:
+                logger.warning("The photo %s stays outside %s: %s", photo.name, inputs, error)
 
 
 def difflora_files() -> list[str]:

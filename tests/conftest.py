@@ -43,11 +43,14 @@ def comfyui() -> Path:
 
 
 @pytest.fixture(scope="session")
-def pack(comfyui: Path) -> ModuleType:
+def pack(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """This pack as load_custom_node loads it: named after its path, its entry point called.
 
     `importlib.import_module(".nodes.features", pack.__name__)` gives one of its modules.
     """
+    import folder_paths
+
+    folder_paths.set_input_directory(str(tmp_path_factory.mktemp("input")))  # photos are put there
     name = str(ROOT).replace(".", "_x_")
     spec = importlib.util.spec_from_file_location(name, ROOT / "__init__.py")
     assert spec is not None

@@ -118,13 +118,26 @@ class ComfyClient:
             cached = self._follow(events, prompt_id, prompt, on_progress, begun + timeout)
         finally:
             events.close()
-        outputs = self._history(prompt_id)
+        return self.result(prompt_id, cached, time.monotonic() - begun)
+
+    def result(
+        self, prompt_id: str, cached: frozenset[str] = frozenset(), seconds: float = 0.0
+    ) -> PromptResult:
+        """What a finished prompt left, whoever queued it.
+
+        Raises:
+            ComfyPromptError: ComfyUI has no history of it.
+        """
+        entry = self._json(f"/history/{prompt_id}").get(prompt_id)
+        if entry is None:
+            raise ComfyPromptError(f"ComfyUI has no history of prompt {prompt_id}.")
+        outputs = dict(entry["outputs"])
         pictures = {
             node: [self.picture(item) for item in shown["images"]]
             for node, shown in outputs.items()
             if shown.get("images")
         }
-        return PromptResult(prompt_id, outputs, pictures, cached, time.monotonic() - begun)
+        return PromptResult(prompt_id, outputs, pictures, cached, seconds)
 
     def object_info(self, node_type: str | None = None) -> dict[str, Any]:
         """The schemas of all nodes, or of one."""
@@ -213,13 +226,6 @@ class ComfyClient:
             if isinstance(message, str) and message:
                 event = json.loads(message)
                 return event["type"], event.get("data") or {}
-
-    def _history(self, prompt_id: str) -> dict[str, dict[str, Any]]:
-        """What the nodes show."""
-        entry = self._json(f"/history/{prompt_id}").get(prompt_id)
-        if entry is None:
-            raise ComfyPromptError(f"ComfyUI has no history of prompt {prompt_id}.")
-        return dict(entry["outputs"])
 
     def _json(self, path: str) -> dict[str, Any]:
         """A GET answered in JSON."""

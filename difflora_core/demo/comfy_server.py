@@ -4,10 +4,8 @@ Used by `make demo`, `make workflows`, `make comfyui` and the tests. Nothing of 
 the pack is judged from outside, as an artist's browser would.
 """
 
-import json
 import logging
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -20,7 +18,7 @@ from rich.console import Console
 
 from ..errors import DiffLoRAError
 from .comfy_client import ComfyClient
-from .workflow_api import PACK, workflow_pictures
+from .workflow_api import PACK
 
 logger = logging.getLogger(__name__)
 
@@ -201,13 +199,10 @@ class ComfyServer:
 
 
 def main() -> int:
-    """Starts ComfyUI for a browser, the pictures of our workflows in its input folder."""
+    """Starts ComfyUI for a browser."""
     console = Console(highlight=False)
     port = int(os.environ.get("PORT", "8188"))
     with ComfyServer(PACK / "output" / "comfyui", port=port) as server:
-        for path in (PACK / "workflows").glob("*.json"):
-            for picture in workflow_pictures(json.loads(path.read_text(encoding="utf-8"))):
-                shutil.copy(picture, server.input_directory)
         console.print(f"ComfyUI is ready: {server.client.url}  (Ctrl+C ends it)")
         try:
             return server.wait()

@@ -1,48 +1,111 @@
-"""Runs every file in workflows/ in real ComfyUI: `make workflows`."""
+"""Runs every file in workflows/ in ComfyUI's real front end: `make workflows`."""
 
 import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from ..errors import DiffLoRAError
+from .browser import FrontEnd
 from .comfy_client import PromptResult
 from .comfy_server import ComfyServer
-from .workflow_api import PACK, workflow_pictures, workflow_to_prompt
+from .workflow_api import PACK, WorkflowError, workflow_to_prompt
+
+OUTPUT = PACK / "output" / "workflows"
+FULL_SIZE = "sdxl_"
+"""File names start so when a workflow needs model files that do not come with us."""
 
 
 def run_workflow(server: ComfyServer, path: Path) -> PromptResult:
-    """Runs one workflow file through /prompt, its pictures put into ComfyUI's input folder first.
+    """Runs one workflow file through /prompt; its photos come with the pack.
 
     Raises:
         DiffLoRAError: the file, a node or ComfyUI refused; the message names the node.
     """
-    workflow = json.loads(path.read_text(encoding="utf-8"))
-    for picture in workflow_pictures(workflow):
-        server.client.upload_picture(picture)
-    return server.client.run(workflow_to_prompt(workflow, server.client.object_info()))
+    prompt = workflow_to_prompt(read_workflow(path), server.client.object_info())
+    return server.client.run(prompt)
 
 
-def main() -> int:
-    """Runs them all; the last line counts those that worked, the exit status is 0 when all did."""
-    console = Console(highlight=False)
+def check_workflow(server: ComfyServer, front_end: FrontEnd, path: Path) -> str:
+    """One workflow file as its artist meets it: loaded, queued, looked at, queued again.
+
+    The front end's own conversion must equal ours, and both runs must give the same pixels: the
+    first queued by a click, the second through /prompt with nothing cached. A full-size workflow is
+    loaded and converted only.
+
+    Returns:
+        What was done, for a line of output.
+
+    Raises:
+        DiffLoRAError: what went wrong.
+    """
+    workflow = read_workflow(path)
+    full_size = path.name.startswith(FULL_SIZE)
+    front_end.load(workflow, path.stem)
+    prompt = workflow_to_prompt(workflow, server.client.object_info())
+    if front_end.prompt() != prompt:
+        raise WorkflowError("The front end converts it to another prompt than we do.")
+    if not full_size:
+        shown = front_end.queue()
+    front_end.screenshot(OUTPUT / f"{path.stem}.png")
+    if front_end.problems:
+        raise WorkflowError("The page complains: " + "; ".join(front_end.problems))
+    if full_size:
+        return "loads and converts; not run, it needs model files that do not come with the pack"
+    server.client.free()
+    compare(shown, server.client.run(prompt))
+    return f"{shown.seconds:.1f} s in the front end, the same pixels twice"
+
+
+def compare(one: PromptResult, other: PromptResult) -> None:
+    """Two runs made pictures, and the same.
+
+    Raises:
+        WorkflowError: they did not.
+    """
+    if not one.pictures or one.pictures.keys() != other.pictures.keys():
+        raise WorkflowError(f"Pictures of {list(one.pictures)}, then of {list(other.pictures)}.")
+    for node, pictures in one.pictures.items():
+        again = other.pictures[node]
+        if len(pictures) != len(again) or not all(map(np.array_equal, pictures, again)):
+            raise WorkflowError(f"Node {node} made other pixels in the second run.")
+
+
+def read_workflow(path: Path) -> dict[str, Any]:
+    """The content of a workflow file."""
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def main(names: list[str]) -> int:
+    """Checks the files of these names, or all; the last line counts those that work."""
+    console = Console(highlight=False, soft_wrap=True)
     paths = sorted((PACK / "workflows").glob("*.json"))
+    paths = [path for path in paths if not names or path.stem in names]
     done = 0
-    with ComfyServer(PACK / "output" / "workflows") as server:
-        for path in paths:
-            begun = time.monotonic()
-            try:
-                run_workflow(server, path)
-            except DiffLoRAError as error:
-                console.print(f"{path.name}: {error}", markup=False)
-            else:
-                done += 1
-                console.print(f"{path.name}: {time.monotonic() - begun:.1f} s")
+    try:
+        with (
+            ComfyServer(OUTPUT / "comfyui") as server,
+            FrontEnd(server.client) as front_end,
+        ):
+            for path in paths:
+                begun = time.monotonic()
+                try:
+                    line = check_workflow(server, front_end, path)
+                    done += 1
+                except DiffLoRAError as error:
+                    line = f"FAILED: {error}"
+                seconds = time.monotonic() - begun
+                console.print(f"{path.name} ({seconds:.0f} s): {line}", markup=False)
+    except DiffLoRAError as error:
+        console.print(str(error), markup=False)
+    console.print(f"screenshots: {OUTPUT}/*.png", markup=False)
     console.print(f"workflows: {done} of {len(paths)}")
     return 0 if done == len(paths) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,205 @@
+"""ComfyUI's own front end in headless Chromium: what an artist does, done by a program.
+
+Chromium is the system's: `make browser` installs it where it may, `CHROMIUM` names another one.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from playwright.sync_api import ConsoleMessage, Error, Page, Response, sync_playwright
+
+from ..errors import DiffLoRAError
+from .comfy_client import ComfyClient, ComfyPromptError, PromptResult
+
+CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+HOW_TO_INSTALL = (
+    "No Chromium was found, so ComfyUI's front end is not checked. Install one (Debian: apt-get "
+    "install chromium fonts-dejavu-core) or set CHROMIUM to the path of yours."
+)
+SWITCHES = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+WINDOW = (2560, 1440)
+"""Large enough that a whole workflow is drawn with its titles and widgets."""
+SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}
+"""Without them a first visit opens the template browser over the graph."""
+HOST_NOISE = (
+    "Failed to load resource",
+    "ComfyApp graph accessed before initialization",
+    "Connecting to 'https://",  # it looks up model files of its own start graph, and is refused
+    "Fetch API cannot load https://",
+)
+OURS = "DiffLoRA"
+
+READY = """() => window.app?.graph
+    && Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100"""
+LISTEN = """() => {
+    window.difflora = { ends: [], progress: [] };
+    for (const kind of ["execution_success", "execution_error", "execution_interrupted"])
+        app.api.addEventListener(kind, event => difflora.ends.push([kind, event.detail]));
+    app.api.addEventListener("progress", event => difflora.progress.push(event.detail));
+}"""
+FAULTY = """() => app.graph.nodes
+    .filter(node => node.has_errors || !(node.type in LiteGraph.registered_node_types))
+    .map(node => node.type)"""
+SHOWN = """() => app.graph.nodes.every(node => {
+    const images = app.nodeOutputs[node.id]?.images ?? [];
+    return node.imgs?.length >= images.length || images.length === 0;
+})"""
+
+
+class BrowserError(DiffLoRAError):
+    """There is no browser, or the front end does not do what an artist expects."""
+
+
+def find_chromium() -> str | None:
+    """The path of the Chromium to use: `CHROMIUM`, or the system's; None when there is none."""
+    named = os.environ.get("CHROMIUM")
+    names = (named,) if named else CHROMIUM_NAMES
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+class FrontEnd:
+    """ComfyUI's page in a browser of its own; use it as a context manager.
+
+    `page` is the driver's page. `problems` lists what it complained about since the last `load`:
+    every error but the host's own, and every error that names this pack.
+    """
+
+    def __init__(
+        self, client: ComfyClient, language: str = "en-US", first_visit: bool = False
+    ) -> None:
+        """Starts the browser.
+
+        Args:
+            client: the running ComfyUI.
+            language: of the browser; the front end follows it.
+            first_visit: leave the settings as ComfyUI has them; True opens the template browser.
+
+        Raises:
+            BrowserError: no Chromium was found, or it did not start.
+        """
+        chromium = find_chromium()
+        if chromium is None:
+            raise BrowserError(HOW_TO_INSTALL)
+        self.client = client
+        self.problems: list[str] = []
+        self._settings = {} if first_visit else SETTINGS
+        self._driver = sync_playwright().start()
+        try:
+            self._browser = self._driver.chromium.launch(
+                executable_path=chromium, args=list(SWITCHES), timeout=120_000
+            )
+        except Error as error:
+            self._driver.stop()
+            raise BrowserError(f"{chromium} did not start: {error.message}") from error
+        size = {"width": WINDOW[0], "height": WINDOW[1]}
+        self.page: Page = self._browser.new_page(viewport=size, locale=language)
+        self.page.set_default_timeout(60_000)
+        self.page.on("console", self._listen)
+        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
+
+    def __enter__(self) -> "FrontEnd":
+        """Opens the page and waits until it can load workflows."""
+        try:
+            for name, value in self._settings.items():
+                url = f"{self.client.url}/settings/{name}"
+                self.page.request.post(url, data=json.dumps(value))
+            self.page.goto(self.client.url)
+            self.page.wait_for_function(READY, timeout=180_000)
+            self.page.evaluate(LISTEN)
+        except Error as error:
+            self.close()
+            raise BrowserError(f"ComfyUI's page did not come up: {error.message}") from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes the browser."""
+        self.close()
+
+    def close(self) -> None:
+        """Closes the browser."""
+        self._browser.close()
+        self._driver.stop()
+
+    def load(self, workflow: Mapping[str, Any], name: str) -> None:
+        """Loads a workflow as if its file were dropped on the page, and shows all of it.
+
+        Raises:
+            BrowserError: the front end does not know one of its nodes or a file that it names, or
+                lost a node.
+        """
+        self.problems.clear()
+        load = "([graph, name]) => app.loadGraphData(graph, true, true, name)"
+        self.page.evaluate(load, [workflow, name])
+        faulty = self.page.evaluate(FAULTY)
+        if faulty:
+            names = ", ".join(sorted(set(faulty)))
+            raise BrowserError(f"Drawn in red, the node or a file of it is missing: {names}.")
+        loaded, saved = self.page.evaluate("() => app.graph.nodes.length"), len(workflow["nodes"])
+        if loaded != saved:
+            raise BrowserError(f"The front end shows {loaded} of {saved} nodes.")
+        fit = "() => app.extensionManager.command.execute('Comfy.Canvas.FitView')"
+        self.page.evaluate(fit)
+
+    def prompt(self) -> dict[str, Any]:
+        """What the front end would queue, in API form."""
+        return dict(self.page.evaluate("async () => (await app.graphToPrompt()).output"))
+
+    def queue(self, timeout: float = 600.0) -> PromptResult:
+        """Clicks Run and waits until every result is drawn on its node.
+
+        Args:
+            timeout: seconds for the run.
+
+        Raises:
+            ComfyPromptError: ComfyUI refused the graph, or a node failed.
+            BrowserError: a result was not shown.
+        """
+        begun = time.monotonic()
+        self.page.evaluate("() => Object.assign(difflora, {ends: [], progress: []})")
+        with self.page.expect_response(_is_queueing) as posted:
+            self.page.get_by_test_id("queue-button").click()
+        answer = posted.value.json()
+        if "prompt_id" not in answer or answer.get("node_errors"):
+            raise ComfyPromptError(f"ComfyUI refused the graph: {json.dumps(answer)}")
+        ended = self.page.wait_for_function("() => difflora.ends[0]", timeout=timeout * 1000)
+        kind, detail = ended.json_value()
+        if kind != "execution_success":
+            message = str(detail.get("exception_message", "stopped")).strip()
+            raise ComfyPromptError(message, str(detail["node_id"]), str(detail["node_type"]))
+        try:
+            self.page.wait_for_function(SHOWN, timeout=30_000)
+        except Error as error:
+            raise BrowserError("A node does not show the picture that it made.") from error
+        seconds = time.monotonic() - begun
+        return self.client.result(answer["prompt_id"], seconds=seconds)
+
+    def screenshot(self, path: Path) -> None:
+        """Writes what the artist sees now as a PNG file."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.page.wait_for_timeout(500)  # the canvas draws in its own time
+        self.page.screenshot(path=path)
+
+    def _listen(self, message: ConsoleMessage) -> None:
+        """Keeps an error of the page, unless it is the host's own."""
+        where = message.location.get("url", "")
+        host = message.text.startswith(HOST_NOISE) and OURS not in where
+        if message.type == "error" and not host:
+            self.problems.append(f"{message.text} ({where})")
+
+
+def _is_queueing(answer: Response) -> bool:
+    """True for the answer to a click on Run."""
+    return answer.request.method == "POST" and answer.url.endswith("/prompt")
