@@ -107,6 +107,7 @@ def render_portraits(
     scenes: Sequence[Scene] | None = None,
     looks: Sequence[str] = LOOKS,
     describe: float = 0.0,
+    spread: float = 1.0,
 ) -> Pictures:
     """Render one portrait for each (identity seed, picture number).
 
@@ -116,11 +117,12 @@ def render_portraits(
         scenes: what to show; drawn from the name of the picture when None.
         looks: looks to draw from.
         describe: share of captions that also describe the person.
+        spread: how much more place, size and roll of the head vary than in a usual portrait.
     """
     draws = _draws(identities, pictures)
     scenes = random_scenes(draws, looks) if scenes is None else list(scenes)
     parameters = identity_parameters(identities)
-    pose = _pose(draws[:, 8:], scenes, PICTURE_SIZE / 2, 20.0)
+    pose = _pose(draws[:, 8:], scenes, PICTURE_SIZE / 2, 20.0, spread)
     images = _paint([(parameters, pose)], scenes, draws, PICTURE_SIZE)
     captions = []
     for k, scene in enumerate(scenes):
@@ -177,14 +179,16 @@ def _draws(identities: Sequence[int], pictures: Sequence[int]) -> Tensor:
     return torch.stack(rows)
 
 
-def _pose(draws: Tensor, scenes: Sequence[Scene], centre: float, scale: float) -> Pose:
+def _pose(
+    draws: Tensor, scenes: Sequence[Scene], centre: float, scale: float, spread: float = 1.0
+) -> Pose:
     d = draws * 2 - 1
     colours, looks = list(COLOURS), list(OBJECTS)
     return Pose(
-        x=centre + 2.5 * d[:, 0],
-        y=PICTURE_SIZE * 0.48 + 1.5 * d[:, 1],
-        scale=scale * (1 + 0.09 * d[:, 2]),
-        roll=0.14 * d[:, 3],
+        x=centre + 2.5 * spread * d[:, 0],
+        y=PICTURE_SIZE * 0.48 + 1.5 * spread * d[:, 1],
+        scale=scale * (1 + 0.09 * spread * d[:, 2]),
+        roll=0.14 * spread * d[:, 3],
         yaw=d[:, 4],
         expression=torch.tensor([EXPRESSIONS.index(s.expression) for s in scenes]),
         shirt=torch.tensor([colours.index(s.shirt) for s in scenes]),

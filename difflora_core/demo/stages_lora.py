@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from ..lora.weights import LoRAWeights
 from ..methods.difflora import DiffLoRAConfig, DiffLoRAModel
 from ..models.dit import DiTConfig
+from ..models.face_reader import FaceReader, FaceReaderConfig
 from ..models.lae import LAEConfig
 from ..models.predictor import PredictorConfig
 from ..storage.checkpoint import load_model, save_model
 from ..storage.lora_corpus import LoRACorpus
-from ..training import difflora, lae, lae_encoder, latent_dit
+from ..training import difflora, face_reader, lae, lae_encoder, latent_dit
 from ..training.base_model import DiffusersBase
 from ..training.dreambooth import DreamBoothConfig, DreamBoothExamples
 from ..training.early_stopping import EarlyStopping
@@ -26,6 +28,7 @@ from .base import LORA_RANK, demo_layout
 from .features import person_pictures, pool_features
 from .pool import PicturePool
 from .stages import Figures, base_and_latents, drawn_pool, pool_latents, validation_pool
+from .vae import VAE_CONFIG
 
 PICTURES = 10
 """Pictures of each person in `drawn_pool`."""
@@ -34,8 +37,10 @@ VALIDATION_PICTURES = 12
 SIZES = FeatureSizes(face=128, image=64, tokens=65, token_dim=128)
 LAE = LAEConfig(latent_tokens=8, latent_dim=16, basis_size=40, learn_down=True)
 PAPER_LAE = replace(LAE, basis_size=32, learn_down=False)
+READER = FaceReaderConfig(channels=VAE_CONFIG["latent_channels"], face=SIZES.face)
+READER_LOOP = LoopConfig(steps=700, learning_rate=2e-3, decay=0.6, precision="bf16", seed=5)
 FUNCTIONAL_LOOP = LoopConfig(
-    steps=1500,
+    steps=3200,
     learning_rate=2e-3,
     matrix_rate=0.01,
     warmup=50,
@@ -89,13 +94,27 @@ def features(progress: Progress) -> Figures:
     return figures
 
 
+def reader(progress: Progress) -> Figures:
+    """The reader of faces in latents, for the likeness loss; it is not shipped."""
+    base, data = people("train", drawn_pool())
+    made = FaceReader(READER)
+    folder = paths.BUILD / "reader"
+    face_reader.fit(made, data.latents, data.features, data.people, READER_LOOP, folder, progress)
+    save_file(made.state_dict(), paths.FACE_READER)
+    held_out = person_data(base, "validation", validation_pool())
+    centroids = face_reader.face_centroids(held_out.features, held_out.people)
+    parts = [made(part.float()) for part in held_out.latents.split(200)]
+    again = torch.cat(parts).unflatten(0, held_out.people.shape)
+    return {"validation_cosine": float((again * centroids[:, None]).sum(-1).mean())}
+
+
 def functional(progress: Progress) -> Figures:
     """The functional preset: photo to LoRA through the base's denoising loss."""
     base, data = people("train", drawn_pool())
-    model = new_model(3)
-    difflora.fit(
-        model, base, data, FUNCTIONAL_LOOP, paths.BUILD / "functional", FUNCTIONAL, progress
-    )
+    model, judge = new_model(3), FaceReader(READER)
+    judge.load_state_dict(load_file(paths.FACE_READER))
+    objective = difflora.FunctionalObjective(model, base, FUNCTIONAL, judge)
+    difflora.fit(objective, data, FUNCTIONAL_LOOP, paths.BUILD / "functional", progress)
     save_model(model, paths.DIFFLORA, torch.float16, {"stage": "functional"})
     return validation_losses(model, base)
 
@@ -158,24 +177,28 @@ def paper(progress: Progress) -> Figures:
 
 
 def example(progress: Progress) -> Figures:
-    """The photo of the person in the workflows."""
-    examples.write_reference(paths.ROOT / "workflows" / "difflora_demo_person.png")
+    """The photos that the workflows load."""
+    examples.write_photos(paths.ROOT / "workflows")
     progress(1, 1, {})
     return {"person": examples.PERSON}
 
 
 def people(name: str, pool: PicturePool) -> tuple[DiffusersBase, difflora.PersonPictures]:
     """The base, and a pool's pictures ready for the functional recipe."""
-    base, latents = base_and_latents(name)
-    return base, person_pictures(base, latents, pool, pool_features(name, pool))
+    base, _ = base_and_latents(name)
+    return base, person_data(base, name, pool)
+
+
+def person_data(base: DiffusersBase, name: str, pool: PicturePool) -> difflora.PersonPictures:
+    """A pool's pictures ready for the functional recipe."""
+    latents = pool_latents(base.vae, name, pool)
+    return person_pictures(base, latents, pool, pool_features(name, pool))
 
 
 @torch.no_grad()
 def validation_losses(model: DiffLoRAModel, base: DiffusersBase, batches: int = 12) -> Figures:
     """Denoising loss on other pictures of validation people, for one photo; and without a LoRA."""
-    pool = validation_pool()
-    latents = pool_latents(base.vae, "validation", pool)
-    data = person_pictures(base, latents, pool, pool_features("validation", pool))
+    data = person_data(base, "validation", validation_pool())
     config = difflora.FunctionalConfig(batch=64, photos=1, feature_noise=0, latent_noise=0)
     objective = difflora.FunctionalObjective(model, base, config)
     draw = difflora.person_batches(data, model, config)
