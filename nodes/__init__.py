@@ -2,7 +2,18 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import demo, difflora, evaluation, features, loaders, model_paths, placing
+from . import (
+    demo,
+    difflora,
+    evaluation,
+    features,
+    latents,
+    library,
+    loaders,
+    lora_tools,
+    model_paths,
+    placing,
+)
 
 NODES: list[type[io.ComfyNode]] = [
     demo.LoadDemo,
@@ -13,6 +24,17 @@ NODES: list[type[io.ComfyNode]] = [
     difflora.MixFeatures,
     difflora.SampleLatent,
     difflora.DecodeLoRA,
+    latents.BlendIdentities,
+    latents.VaryIdentity,
+    latents.InventIdentity,
+    latents.AddDifference,
+    latents.InterpolateIdentities,
+    latents.BestOfN,
+    latents.SelectIdentity,
+    lora_tools.EncodeLoRA,
+    library.AddToLibrary,
+    library.ListLibrary,
+    library.PickFromLibrary,
     placing.LoRAToHook,
     placing.ApplyLoRA,
     evaluation.CompareIdentities,

@@ -15,7 +15,7 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
-from ..difflora_core.diffusion.sampler import SampleSettings
+from ..difflora_core.diffusion.sampler import MAX_SEED, SampleSettings
 from ..difflora_core.errors import ConfigError, EncoderError, LayoutError
 from ..difflora_core.lora.keys import to_state_dict
 from ..difflora_core.lora.weights import LoRAWeights
@@ -209,6 +209,22 @@ def draw_latent(
     if mode == BEST_GUESS and condition is not None and network.config.preset != "paper":
         return network.mean_latent(condition)
     return network.sample_latent(condition, [seed], settings, callback=progress(settings.steps))
+
+
+def sample_batch(
+    hosted: HostedModel,
+    condition: IdentityCondition | None,
+    seeds: range,
+    settings: SampleSettings,
+    initial: LoRALatent | None = None,
+) -> LoRALatent:
+    """One sample for every seed, see DiffLoRAModel.sample_latent; seeds go round at the last."""
+    network = hosted.ready()
+    if condition is not None:
+        condition = condition.to(network.get_buffer("latent_mean"))
+    numbers = [seed % (MAX_SEED + 1) for seed in seeds]
+    bar = progress(settings.steps)
+    return network.sample_latent(condition, numbers, settings, callback=bar, initial=initial)
 
 
 def progress(total: int) -> Any:

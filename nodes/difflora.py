@@ -6,6 +6,7 @@ from comfy_api.latest import io, ui
 from PIL import Image, ImageDraw
 
 from ..difflora_core.diffusion.sampler import SampleSettings
+from ..difflora_core.models import latent_math
 from ..difflora_core.vision.face_choice import FaceOptions
 from . import bridge, sockets
 
@@ -116,13 +117,25 @@ class DecodeLoRA(io.ComfyNode):
                     "lora_latent", tooltip="A person as a LoRA latent, from Sample LoRA Latent."
                 ),
                 base_model_socket(),
+                io.Int.Input(
+                    "index",
+                    default=0,
+                    min=-1,
+                    max=99_999,
+                    optional=True,
+                    tooltip="Which identity of a batch, counted from 0; -1 makes a LoRA of each, "
+                    "and the nodes after this one run once for every LoRA.",
+                ),
             ],
-            outputs=[io.LoraModel.Output(display_name="lora")],
+            outputs=[io.LoraModel.Output(display_name="lora", is_output_list=True)],
         )
 
     @classmethod
-    def execute(cls, difflora_model, lora_latent, base_model=None):
-        return io.NodeOutput(bridge.decode(difflora_model, lora_latent, base_model))
+    def execute(cls, difflora_model, lora_latent, base_model=None, index=0):
+        wanted = range(len(lora_latent)) if index < 0 else (index,)
+        chosen = [latent_math.select(lora_latent, number) for number in wanted]
+        loras = [bridge.decode(difflora_model, latent, base_model) for latent in chosen]
+        return io.NodeOutput(loras)
 
 
 class Personalize(io.ComfyNode):

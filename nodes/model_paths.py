@@ -1,6 +1,7 @@
 """Where ComfyUI keeps our files: `models/difflora`, and `models/insightface` as other packs do."""
 
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ logger = logging.getLogger(__name__)
 
 DIFFLORA = "difflora"
 INSIGHTFACE = "insightface"
+LIBRARY = "difflora_library"
+"""Identity libraries; `extra_model_paths.yaml` can name further folders."""
 DEMO = "difflora_demo"
 """Holds the demo world; `extra_model_paths.yaml` can name another folder."""
 
@@ -26,12 +29,13 @@ DEMO_PHOTOS = "difflora_demo_*.png"
 
 def register() -> None:
     """Registers our model folders with ComfyUI; twice, or beside another pack, is harmless."""
-    for folder in (DIFFLORA, INSIGHTFACE):
+    for folder in (DIFFLORA, INSIGHTFACE, LIBRARY):
         path = str(Path(folder_paths.models_dir) / folder)
         folder_paths.add_model_folder_path(folder, path)
     folder_paths.add_model_folder_path(DEMO, str(DEMO_FOLDER))
-    # A new folder lists every file; ours shows checkpoints only.
-    folder_paths.folder_names_and_paths[DIFFLORA][1].add(".safetensors")
+    # A new folder lists every file; ours show their own only.
+    for folder in (DIFFLORA, LIBRARY):
+        folder_paths.folder_names_and_paths[folder][1].add(".safetensors")
 
 
 def offer_photos() -> None:
@@ -119,6 +123,47 @@ def demo_paths() -> tuple[list[Path], Path]:
         f"The demo world in {folders[0]} lacks {missing}. Install the node pack again, or rebuild "
         "the demo with 'make demo-world'."
     )
+
+
+def new_library_file(name: str) -> Path:
+    """The path of an identity library, which need not exist yet.
+
+    Raises:
+        FileNotFoundError: the name is no plain file name; the message says what is.
+    """
+    plain = name.strip().removesuffix(".safetensors")
+    # The name comes from a prompt: a file directly in one of the folders and nothing else.
+    if not re.fullmatch(r"\w[\w .()-]{0,79}", plain) or plain.endswith((".", " ")):
+        raise FileNotFoundError(
+            f"'{plain[:80]}' cannot be the name of an identity library: use letters, numbers, "
+            "spaces, - and _, without a folder."
+        )
+    found = folder_paths.get_full_path(LIBRARY, f"{plain}.safetensors")
+    return Path(found or Path(folder_paths.get_folder_paths(LIBRARY)[0], f"{plain}.safetensors"))
+
+
+def library_file(name: str) -> Path:
+    """The path of an identity library that is there.
+
+    Raises:
+        FileNotFoundError: it is not; the message names the folder and the libraries in it.
+    """
+    path = new_library_file(name)
+    if not path.is_file():
+        there = ", ".join(Path(n).stem for n in folder_paths.get_filename_list(LIBRARY)[:20])
+        raise FileNotFoundError(
+            f"There is no identity library '{path.stem}' in {path.parent} (there: "
+            f"{there or 'none'}). Make one with Add to Identity Library."
+        )
+    return path
+
+
+def library_state(name: str | None) -> object:
+    """Changes with the library; a library that is linked or missing is looked at every time."""
+    try:
+        return fingerprint(library_file(name or ""))
+    except FileNotFoundError:
+        return float("nan")
 
 
 def problem(find: Callable[[str], str], name: str | None) -> bool | str:

@@ -37,6 +37,11 @@ def lora_socket(name: str = "lora") -> io.Input:
     )
 
 
+def identity(name: str, tooltip: str, optional: bool = False) -> io.Input:
+    """A person, or a batch of people, as LoRA latents."""
+    return Latent.Input(name, tooltip=tooltip, optional=optional)
+
+
 def difflora_model() -> io.Input:
     """The DiffLoRA model."""
     return DiffLoRAModel.Input(

@@ -30,6 +30,7 @@ from ..lora.weights import LoRAWeights
 from ..models.difflora_config import DiffLoRAConfig
 from ..models.dit import DiT
 from ..models.lae import LoRAAutoencoder, LoRALatent
+from ..models.latent_agreement import condition_gain
 from ..models.mif import IdentityCondition, MixedImageFeatures
 from ..models.predictor import LatentPredictor
 from ..vision.features import ImageFeatures
@@ -220,6 +221,20 @@ class DiffLoRAModel(nn.Module):
             initial=None if initial is None else initial.z.to(noise).expand_as(noise),
         )
         return self.wrap(z)
+
+    def agreement(self, latent: LoRALatent, condition: IdentityCondition) -> Tensor:
+        """How well B latents agree with the photos of a person, (B,); higher is better.
+
+        See models/latent_agreement.py; it needs the DiT alone, so it serves every preset.
+
+        Raises:
+            LayoutError: the latents belong to another model.
+        """
+        self.check_latent(latent)
+        z = latent.z.to(self.device)
+        bound = condition.to(z).expand(len(z))
+        fixed = torch.Generator().manual_seed(0)
+        return condition_gain(self.dit, self.config.schedule, z, bound, fixed)
 
     def encode(self, weights: LoRAWeights) -> LoRALatent:
         """Brings an existing LoRA, single or batched, into the latent space."""

@@ -78,6 +78,11 @@ def add_people(
     return given
 
 
+def numbered(name: str, count: int) -> list[str]:
+    """Names of a batch: the name itself for one, "name 1" and so on for several."""
+    return [name] if count == 1 else [f"{name} {k + 1}" for k in range(count)]
+
+
 def delete_person(path: str | Path, name: str) -> None:
     """Takes a person out.
 

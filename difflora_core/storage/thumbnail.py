@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import LibraryError
-from ..vision.preprocess import as_picture
+from ..errors import ImageError, LibraryError
+from ..vision.preprocess import as_picture, as_pictures
 
 SIDE = 96
 QUALITY = 80
@@ -37,12 +37,36 @@ def make_thumbnail(image: Tensor) -> bytes:
     return file.getvalue()
 
 
-def read_thumbnail(data: bytes) -> Tensor:
-    """Pixels (SIDE, SIDE, 3) float32 in [0, 1].
+def make_thumbnails(images: Tensor | None, count: int) -> list[bytes | None]:
+    """Thumbnails of `count` people: a picture for each, one picture for all, or none.
+
+    Args:
+        images: (count, H, W, 3) or (1, H, W, 3) in [0, 1], or None.
+        count: number of people.
+
+    Raises:
+        ImageError: another number of pictures, or one that cannot be used.
+    """
+    if images is None:
+        return [None] * count
+    pictures = as_pictures(images)
+    if len(pictures) not in (1, count):
+        raise ImageError(
+            f"There are {len(pictures)} thumbnails for {count} identities: give one for each, or "
+            "one for all."
+        )
+    made = [make_thumbnail(picture) for picture in pictures]
+    return [*made] if len(made) == count else made * count
+
+
+def read_thumbnail(data: bytes | None) -> Tensor:
+    """Pixels (SIDE, SIDE, 3) float32 in [0, 1]; grey when there is no picture.
 
     Raises:
         LibraryError: not a JPEG of that size, or damaged.
     """
+    if data is None:
+        return torch.full((SIDE, SIDE, 3), 0.5)
     if len(data) > MAX_PICTURE_BYTES:
         raise LibraryError(f"A thumbnail has at most {MAX_PICTURE_BYTES} bytes; got {len(data)}.")
     try:

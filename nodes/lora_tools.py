@@ -1,0 +1,53 @@
+"""Existing LoRAs as identities."""
+
+from comfy_api.latest import io, ui
+
+from ..difflora_core.lora.keys import from_state_dict
+from ..difflora_core.training.latent_fit import fit_latent
+from . import bridge, sockets
+
+
+class EncodeLoRA(io.ComfyNode):
+    """A LoRA to a latent."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DiffLoRA_EncodeLoRA",
+            display_name="Encode LoRA",
+            category="DiffLoRA/identities",
+            description="Turns an existing LoRA of a person into an identity of a few hundred "
+            "numbers, to blend, vary or keep it; says how much of the LoRA is left.",
+            search_aliases=["lae", "lora to latent", "compress lora", "import lora", "invert"],
+            inputs=[
+                sockets.difflora_model(),
+                sockets.lora_socket(),
+                io.Int.Input(
+                    "refine_steps",
+                    default=100,
+                    min=0,
+                    max=2000,
+                    tooltip="After the encoder, steps that bring the decoded LoRA closer to the "
+                    "original; 0 takes the encoder's answer.",
+                ),
+            ],
+            outputs=[
+                sockets.Latent.Output(display_name="identity"),
+                io.Float.Output(
+                    display_name="kept",
+                    tooltip="Agreement of the decoded LoRA with the original: 1 the same, 0 "
+                    "nothing in common.",
+                ),
+                io.String.Output(
+                    display_name="report", tooltip="What was read, what was lost, in words."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, difflora_model, lora, refine_steps):
+        network = difflora_model.ready()
+        read = from_state_dict(lora, network.layout)
+        fitted = fit_latent(network, read.weights, refine_steps, bridge.progress(refine_steps))
+        report = f"{read.report.summary()}\nKept in the identity: {fitted.kept:.0%}."
+        return io.NodeOutput(fitted.latent, fitted.kept, report, ui=ui.PreviewText(report))
