@@ -45,7 +45,8 @@ STAGES = (
     Stage("vae", 15, stages.vae),
     Stage("base", 45, stages.base),
     Stage("features", 9, stages_lora.features),
-    Stage("functional", 25, stages_lora.functional),
+    Stage("reader", 4, stages_lora.reader),
+    Stage("functional", 60, stages_lora.functional),
     Stage("distribution", 3, stages_lora.distribution),
     Stage("encoder", 16, stages_lora.encoder),
     Stage("paper", 6, stages_lora.paper),
@@ -80,7 +81,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def write_manifest() -> None:
-    """Hashes of the artefacts with the figures of every finished stage."""
+    """Hashes of the artefacts with the figures of every finished stage.
+
+    A stage that was not run here keeps the record of the run that made its artefacts.
+    """
+    before = json.loads(paths.MANIFEST.read_text())["stages"] if paths.MANIFEST.exists() else {}
     files = sorted(p for p in paths.ARTEFACTS.rglob("*") if p.is_file() and p != paths.MANIFEST)
     manifest = {
         "files": {
@@ -91,7 +96,9 @@ def write_manifest() -> None:
             for path in files
         },
         "stages": {
-            s.name: json.loads(_marker(s.name).read_text()) for s in STAGES if _done(s.name)
+            s.name: json.loads(_marker(s.name).read_text()) if _done(s.name) else before[s.name]
+            for s in STAGES
+            if _done(s.name) or s.name in before
         },
     }
     temporary = paths.MANIFEST.with_suffix(".part")

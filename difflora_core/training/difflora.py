@@ -3,6 +3,10 @@
 Each sample is conditioned on one or more photos of a person and denoises *another* picture of the
 same person, so what the LoRA learns to carry is the person and not the photo (ours; close in
 spirit to HyperLoRA, arXiv:2503.16944, and LoFA, arXiv:2512.08785). No corpus of LoRAs is needed.
+
+The denoising loss alone ends in a cautious LoRA, the mean over all that the photo leaves open. With
+a FaceReader a likeness loss on the base's estimate of the clean picture makes it commit (ours,
+after the identity loss of PuLID, arXiv:2404.16022).
 """
 
 from __future__ import annotations
@@ -17,13 +21,16 @@ from torch import Tensor, nn
 
 from ..adapters.attach import attach
 from ..adapters.lora import lora_adapter_set
+from ..diffusion.objective import loss_weight
 from ..errors import ConfigError
 from ..methods.difflora import DiffLoRAModel
+from ..models.face_reader import FaceReader
 from ..models.mif import IdentityCondition, balance_loss
 from ..vision.features import ImageFeatures
 from .base_model import DiffusersBase, TextCondition, stratified_timesteps
+from .face_reader import face_centroids, likeness_error
 from .loop import LoopConfig, Progress, train
-from .losses import NoisedBatch, denoising_error
+from .losses import Denoised, NoisedBatch, denoise
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,8 @@ class FunctionalConfig:
     `batch`: identities per step, each with its own LoRA; `photos`: most photos of a person per
     condition; `feature_noise`: noise on the standardised condition; `latent_noise`: noise on the
     latent, which gives it a scale together with `latent_weight` (of its mean square);
-    `balance`: weight of the gate's load balance; `weighting`: of the denoising loss.
+    `balance`: weight of the gate's load balance; `weighting`: of the denoising loss; `likeness`:
+    weight of the likeness loss, which counts an estimate from noise level abar sqrt(abar) times.
     """
 
     batch: int = 64
@@ -43,10 +51,13 @@ class FunctionalConfig:
     latent_weight: float = 1e-4
     balance: float = 1e-3
     weighting: str = "uniform"
+    likeness: float = 1.0
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.photos < 1:
             raise ConfigError("batch and photos must be at least 1")
+        if self.likeness < 0:
+            raise ConfigError("likeness must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -70,11 +81,25 @@ class PersonPictures:
 
 
 class FunctionalObjective(nn.Module):
-    """Denoising loss of the base under the LoRA predicted from other photos."""
+    """Denoising loss of the base under the LoRA predicted from other photos.
 
-    def __init__(self, model: DiffLoRAModel, base: DiffusersBase, config: FunctionalConfig) -> None:
+    Args:
+        model: MIF, predictor and decoder are trained; DiT and LAE encoder are left alone.
+        base: frozen base model.
+        config: settings.
+        reader: frozen reader of the likeness loss; None leaves that loss out.
+    """
+
+    def __init__(
+        self,
+        model: DiffLoRAModel,
+        base: DiffusersBase,
+        config: FunctionalConfig,
+        reader: FaceReader | None = None,
+    ) -> None:
         super().__init__()
         self.model, self.config = model, config
+        self.reader = None if reader is None else reader.requires_grad_(False)
         self.unet = base.unet
         self.base = base
         model.dit.requires_grad_(False)
@@ -100,21 +125,28 @@ class FunctionalObjective(nn.Module):
         weights = self.model.lae.decode_weights(z)
         names = self.model.layout.module_names
         with attach(self.unet, lora_adapter_set(weights), names=names):
-            errors = self._errors(batch)
+            made = self._denoise(batch)
+        weight = loss_weight(self.config.weighting, made.abar, self.base.prediction_type)
+        error = (made.error * weight).mean()
         spread = mean.float().pow(2).mean()
-        loss = errors.mean() + self.config.latent_weight * spread
+        loss = error + self.config.latent_weight * spread
         loss = loss + self.config.balance * balance_loss(condition.gate.float())
-        metrics = {"denoising": errors.mean().detach(), "latent": spread.detach()}
+        metrics = {"denoising": error.detach(), "latent": spread.detach()}
+        if self.reader is not None:
+            misses = likeness_error(self.reader, made.estimate, batch["centroids"])
+            unlike = (misses * made.abar.sqrt()).mean()
+            loss = loss + self.config.likeness * unlike
+            metrics["unlike"] = unlike.detach()
         return loss, metrics | {"face_gate": condition.gate[:, 0].mean().detach()}
 
     def without_lora(self, batch: Mapping[str, Any]) -> Tensor:
-        """Mean denoising loss of the same batch under the untouched base."""
-        return self._errors(batch).mean()
+        """Mean unweighted denoising loss of the same batch under the untouched base."""
+        return self._denoise(batch).error.mean()
 
-    def _errors(self, batch: Mapping[str, Any]) -> Tensor:
+    def _denoise(self, batch: Mapping[str, Any]) -> Denoised:
         text = TextCondition(batch["context"], batch["pooled"])
         pictures = NoisedBatch(batch["latents"], batch["noise"], batch["timesteps"], text)
-        return denoising_error(self.base, pictures, self.config.weighting)
+        return denoise(self.base, pictures)
 
 
 def person_batches(
@@ -124,6 +156,7 @@ def person_batches(
     count = config.batch
     width, lae = model.config.mif.width, model.config.lae
     most = min(config.photos, data.people.shape[1] - 1)
+    centroids = face_centroids(data.features, data.people)
 
     def draw(generator: torch.Generator) -> dict[str, Tensor]:
         people = torch.randint(len(data.people), (count,), generator=generator)
@@ -151,6 +184,7 @@ def person_batches(
             "latent_noise": torch.randn(
                 count, lae.latent_tokens, lae.latent_dim, generator=generator
             ),
+            "centroids": centroids[people],
             "latents": latents,
             "noise": torch.randn(latents.shape, generator=generator),
             "timesteps": stratified_timesteps(count, generator),
@@ -162,21 +196,17 @@ def person_batches(
 
 
 def fit(
-    model: DiffLoRAModel,
-    base: DiffusersBase,
+    objective: FunctionalObjective,
     data: PersonPictures,
     loop: LoopConfig,
     folder: Path,
-    config: FunctionalConfig | None = None,
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """Train MIF, predictor and decoder of `model` in place; see `loop.train` for the rest."""
-    config = config or FunctionalConfig()
-    photos = data.features
+    """Train MIF, predictor and decoder of the objective's model in place; see `loop.train`."""
+    model, photos = objective.model, data.features
     if not bool(model.mif.get_buffer("image_mean").any()):
         sample = photos.select(torch.arange(0, len(photos), max(1, len(photos) // 2000)))
         model.mif.fit_statistics(
             sample.face, sample.face_found, sample.image.float(), sample.image_tokens.float()
         )
-    objective = FunctionalObjective(model, base, config)
-    return train(objective, person_batches(data, model, config), loop, folder, progress)
+    return train(objective, person_batches(data, model, objective.config), loop, folder, progress)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..diffusion.objective import abar_at, add_noise, loss_weight, training_target
+from ..diffusion.objective import abar_at, add_noise, loss_weight, to_x0, training_target
 from ..lora.distance import cosine_similarity, squared_relative_error
 from ..lora.weights import LoRAWeights
 from .base_model import BaseModel, TextCondition
@@ -30,29 +30,65 @@ class NoisedBatch:
     text: TextCondition
 
 
-def denoising_error(base: BaseModel, batch: NoisedBatch, weighting: str = "high_noise") -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Denoised:
+    """What the base model made of a NoisedBatch.
+
+    Args:
+        error: (B,) squared error in the space that the base model predicts, weight 1.
+        estimate: (B, C, h, w) its estimate of the clean latents.
+        abar: (B,) of the timesteps.
+    """
+
+    error: Tensor
+    estimate: Tensor
+    abar: Tensor
+
+
+def denoise(base: BaseModel, batch: NoisedBatch, mask: Tensor | None = None) -> Denoised:
+    """One denoising step of the base model, with the adapters that are attached to its UNet.
+
+    Args:
+        base: the base model.
+        batch: B noised samples; floating inputs are cast to the UNet's dtype.
+        mask: (B, h, w) in [0, 1], multiplies the error before it is squared; None counts all.
+
+    Returns:
+        float32 or better.
+    """
+    dtype = next(base.unet.parameters()).dtype
+    fine = torch.promote_types(dtype, torch.float32)
+    clean, noise = batch.latents.to(dtype), batch.noise.to(dtype)
+    abar = abar_at(base.alphas_cumprod, batch.timesteps, clean)
+    text = TextCondition(batch.text.context.to(dtype), batch.text.pooled.to(dtype))
+    noisy = add_noise(clean, noise, abar)
+    prediction = base.predict(noisy, batch.timesteps, text).to(fine)
+    difference = prediction - training_target(clean, noise, abar, base.prediction_type).to(fine)
+    if mask is not None:
+        difference = difference * mask.to(difference)[:, None]
+    estimate = to_x0(prediction, noisy.to(fine), abar.to(fine), base.prediction_type)
+    return Denoised(difference.square().flatten(1).mean(1), estimate, abar.flatten().to(fine))
+
+
+def denoising_error(
+    base: BaseModel, batch: NoisedBatch, weighting: str = "high_noise", mask: Tensor | None = None
+) -> Tensor:
     """Weighted squared error of the base model's prediction, one number per sample.
 
     Eq. 14 of arXiv:2006.11239 in the space the base model predicts. With a v-predicting base
     `uniform` is plain v MSE, which is the epsilon loss weighted by 1/abar.
 
     Args:
-        base: the base model; adapters that are attached to its UNet take part.
-        batch: B noised samples; floating inputs are cast to the UNet's dtype.
+        base: the base model.
+        batch: B noised samples.
         weighting: a kind of `diffusion.objective.loss_weight`.
+        mask: as in `denoise`.
 
     Returns:
         (B,) float32 or better.
     """
-    dtype = next(base.unet.parameters()).dtype
-    clean, noise = batch.latents.to(dtype), batch.noise.to(dtype)
-    abar = abar_at(base.alphas_cumprod, batch.timesteps, clean)
-    text = TextCondition(batch.text.context.to(dtype), batch.text.pooled.to(dtype))
-    prediction = base.predict(add_noise(clean, noise, abar), batch.timesteps, text)
-    target = training_target(clean, noise, abar, base.prediction_type)
-    fine = torch.promote_types(dtype, torch.float32)
-    error = (prediction.to(fine) - target.to(fine)).square().flatten(1).mean(1)
-    return error * loss_weight(weighting, abar.flatten().to(fine), base.prediction_type)
+    made = denoise(base, batch, mask)
+    return made.error * loss_weight(weighting, made.abar, base.prediction_type)
 
 
 def weight_preserved_loss(

@@ -1,0 +1,196 @@
+"""Functional recipe and the face reader that judges it in training, on a tiny base."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from difflora_core.diffusion.objective import abar_at, add_noise, training_target
+from difflora_core.errors import ConfigError
+from difflora_core.methods.difflora import DiffLoRAConfig, DiffLoRAModel
+from difflora_core.models.dit import DiTConfig
+from difflora_core.models.face_reader import FaceReader, FaceReaderConfig
+from difflora_core.models.lae import LAEConfig
+from difflora_core.models.mif import MIFConfig
+from difflora_core.models.predictor import PredictorConfig
+from difflora_core.training import difflora, face_reader
+from difflora_core.training.loop import LoopConfig
+from difflora_core.training.losses import NoisedBatch, denoise, denoising_error
+from difflora_core.vision.features import ImageFeatures
+
+PEOPLE, PICTURES, FACE = 24, 4, 6
+CONFIG = difflora.FunctionalConfig(batch=16, photos=2)
+LOOP = LoopConfig(steps=12, learning_rate=1e-2, warmup=2, log_every=4, ema=0.5)
+
+
+@pytest.fixture
+def model(base):
+    config = DiffLoRAConfig.build(
+        MIFConfig(FACE, 5, 4, 2, width=8, tokens=2, heads=2),
+        PredictorConfig(width=16, depth=1),
+        DiTConfig(width=16, depth=1, heads=2),
+        LAEConfig(latent_tokens=2, latent_dim=4, width=8, depth=1, heads=2, basis_size=4),
+    )
+    return DiffLoRAModel(config, base.layout("tiny", 2), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def reader():
+    with torch.random.fork_rng():
+        torch.random.default_generator.manual_seed(3)
+        return FaceReader(FaceReaderConfig(channels=4, face=FACE, width=8, grid=1))
+
+
+@pytest.fixture
+def data(base):
+    """People whose face feature shifts their latents, so that there is a person to learn."""
+    g = torch.Generator().manual_seed(5)
+    who = torch.randn(PEOPLE, FACE, generator=g)
+    count = PEOPLE * PICTURES
+    seen = who.repeat_interleave(PICTURES, 0)
+    noisy = seen + 0.1 * torch.randn(count, FACE, generator=g)
+    shift = torch.randn(FACE, 4 * 4 * 4, generator=g) / FACE**0.5
+    latents = (seen @ shift).unflatten(1, (4, 4, 4)) + 0.2 * torch.randn(
+        count, 4, 4, 4, generator=g
+    )
+    features = ImageFeatures(
+        noisy, torch.ones(count, dtype=torch.bool), noisy[:, :5], noisy[:, None, :4].repeat(1, 2, 1)
+    )
+    return difflora.PersonPictures(
+        latents,
+        base.encode_prompts(["a", "b"]),
+        torch.arange(count) % 2,
+        features,
+        torch.arange(count).reshape(PEOPLE, PICTURES),
+    )
+
+
+def one_batch(data, model):
+    return difflora.person_batches(data, model, CONFIG)(torch.Generator().manual_seed(1))
+
+
+def test_an_exact_prediction_has_no_error_and_gives_back_the_clean_latents(base, monkeypatch):
+    g = torch.Generator().manual_seed(2)
+    clean, noise = torch.randn(2, 5, 4, 4, 4, generator=g)
+    timesteps = torch.tensor([0, 10, 400, 700, 990])
+    abar = abar_at(base.alphas_cumprod, timesteps, clean)
+    truth = training_target(clean, noise, abar, base.prediction_type)
+    batch = NoisedBatch(clean, noise, timesteps, base.encode_prompts(["a"] * 5))
+
+    def exact(noisy, steps, text):
+        torch.testing.assert_close(noisy, add_noise(clean, noise, abar))
+        return truth
+
+    monkeypatch.setattr(base, "predict", exact)
+    made = denoise(base, batch)
+    assert made.error.max() == 0
+    torch.testing.assert_close(made.estimate, clean, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(made.abar, base.alphas_cumprod[timesteps])
+
+
+def test_likeness_error_is_the_cosine_distance_and_silent_about_unknown_faces(reader):
+    latents = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(4))
+    seen = reader(latents)
+    torch.testing.assert_close(seen.norm(dim=-1), torch.ones(3))
+    centroids = torch.stack([seen[0], -seen[1], torch.zeros(FACE)])
+    error = face_reader.likeness_error(reader, latents, centroids)
+    torch.testing.assert_close(error, torch.tensor([0.0, 2.0, 1.0]), atol=1e-6, rtol=0)
+
+
+def test_centroids_are_unit_means_over_found_faces():
+    face = torch.tensor([[3.0, 0.0], [0.0, 5.0], [9.0, 9.0], [1.0, 1.0]])
+    found = torch.tensor([True, True, False, False])
+    nothing = torch.zeros(4, 1)
+    features = ImageFeatures(face, found, nothing, nothing[:, None])
+    centroids = face_reader.face_centroids(features, torch.tensor([[0, 1], [2, 3]]))
+    root = 0.5**0.5
+    torch.testing.assert_close(centroids, torch.tensor([[root, root], [0.0, 0.0]]))
+
+
+def test_likeness_is_added_to_the_other_losses_with_its_weight(base, model, reader, data):
+    batch = one_batch(data, model)
+    plain = difflora.FunctionalObjective(model, base, CONFIG)(batch)[0]
+    weighted = replace(CONFIG, likeness=0.25)
+    total, metrics = difflora.FunctionalObjective(model, base, weighted, reader)(batch)
+    torch.testing.assert_close(total, plain + 0.25 * metrics["unlike"])
+    # at initialisation the LoRA is zero: the estimate is the untouched base's
+    text = type(data.text)(batch["context"], batch["pooled"])
+    noised = NoisedBatch(batch["latents"], batch["noise"], batch["timesteps"], text)
+    made = denoise(base, noised)
+    cosine = (reader(made.estimate) * batch["centroids"]).sum(-1)
+    expected = ((1 - cosine) * base.alphas_cumprod[batch["timesteps"]].sqrt()).mean()
+    torch.testing.assert_close(metrics["unlike"], expected)
+    torch.testing.assert_close(
+        metrics["denoising"], denoising_error(base, noised, "uniform").mean()
+    )
+
+
+def test_only_the_road_from_photo_to_lora_is_trained(base, model, reader, data):
+    objective = difflora.FunctionalObjective(model, base, CONFIG, reader)
+    objective(one_batch(data, model))[0].backward()
+    with_gradient = {n.split(".")[0] for n, p in model.named_parameters() if p.grad is not None}
+    assert "lae" in with_gradient
+    frozen = [*reader.parameters(), *base.unet.parameters(), *model.dit.parameters()]
+    frozen += list(model.lae.encoder.parameters())
+    assert all(p.grad is None and not p.requires_grad for p in frozen)
+
+
+def test_the_person_drawn_is_never_the_photo_seen(data, model):
+    batch = one_batch(data, model)
+    faces = data.features.face
+    for row in range(CONFIG.batch):
+        drawn = (data.latents - batch["latents"][row]).abs().flatten(1).sum(1).argmin()
+        seen = [(faces - face).abs().sum(1).argmin() for face in batch["face"][row]]
+        assert drawn not in seen
+        assert {int(s) // PICTURES for s in seen} == {int(drawn) // PICTURES}
+
+
+def test_it_learns_and_a_resumed_run_is_the_same_run(base, model, reader, data, tmp_path):
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    objective = difflora.FunctionalObjective(model, base, CONFIG, reader)
+    batch = one_batch(data, model)
+
+    @torch.no_grad()
+    def losses():
+        total, metrics = objective(batch)
+        return float(total), float(metrics["denoising"]), float(metrics["unlike"])
+
+    before = losses()
+    difflora.fit(objective, data, replace(LOOP, steps=60, learning_rate=2e-2), tmp_path / "long")
+    after = losses()
+    assert all(b > 1.01 * a for b, a in zip(before, after, strict=True)), (before, after)
+
+    def run(folder, stop_at=None):
+        model.load_state_dict(start)
+
+        def stop(step, total, metrics):
+            if step == stop_at:
+                raise KeyboardInterrupt
+
+        difflora.fit(objective, data, LOOP, tmp_path / folder, stop)
+
+    run("straight")
+    straight = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(Exception, match="run it again"):
+        run("broken", stop_at=8)
+    model.load_state_dict(start)
+    difflora.fit(objective, data, LOOP, tmp_path / "broken")
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, straight[name], msg=name)
+
+
+def test_the_reader_learns_to_read_faces(reader, data, tmp_path):
+    loop = LoopConfig(steps=60, learning_rate=1e-2, warmup=5, log_every=60)
+    made = face_reader.fit(reader, data.latents, data.features, data.people, loop, tmp_path)
+    assert made["cosine"] < 1
+    centroids = face_reader.face_centroids(data.features, data.people)
+    error = face_reader.likeness_error(
+        reader, data.latents, centroids.repeat_interleave(PICTURES, 0)
+    )
+    assert error.mean() < 0.15
+
+
+@pytest.mark.parametrize("wrong", [{"batch": 0}, {"photos": 0}, {"likeness": -1.0}])
+def test_settings_out_of_range_are_refused(wrong):
+    with pytest.raises(ConfigError, match="must be"):
+        difflora.FunctionalConfig(**wrong)
