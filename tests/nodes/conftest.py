@@ -134,7 +134,9 @@ def comfy_server(
     base = tmp_path_factory.mktemp("comfyui")
     paths = base / "model_paths.yaml"
     paths.write_text(f"tests:\n  base_path: {demo_world}\n  difflora_demo: .\n")
-    with ComfyServer(base, arguments=["--extra-model-paths-config", str(paths)]) as server:
+    packs = (ROOT, Path(__file__).parent / "foreign_pack")
+    arguments = ["--extra-model-paths-config", str(paths)]
+    with ComfyServer(base, packs=packs, arguments=arguments) as server:
         yield server
 
 

@@ -1,0 +1,76 @@
+import math
+from dataclasses import fields
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from difflora_core.demo.base import demo_layout
+from difflora_core.errors import ConfigError
+from difflora_core.lora.block_groups import GroupStrengths, layer_groups, scale_groups
+from difflora_core.lora.layout import SDXL_UNET_CONFIG, sd15_layout, sdxl_layout, unet_name_map
+from difflora_core.lora.weights import LoRALayer, LoRAWeights
+
+GROUPS = [field.name for field in fields(GroupStrengths)]
+
+
+@pytest.mark.parametrize("layout", [sdxl_layout(4), sd15_layout(4), demo_layout()])
+def test_every_attention_layer_has_one_block_and_one_attention(layout):
+    for layer in layout:
+        block, attention = layer_groups(layer.name)
+        # the diffusers path is an independent witness of where the layer is
+        side = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}[
+            layer.diffusers_name.split(".")[0]
+        ]
+        assert GROUPS.index(block) == side
+        assert (attention == "cross_attention") == (".attn2." in layer.diffusers_name)
+
+
+def test_known_counts_of_sdxl():
+    counts = {group: 0 for group in GROUPS}
+    for layer in sdxl_layout(4):
+        for group in layer_groups(layer.name):
+            counts[group] += 1
+    # transformer depths: 2 x 2 + 2 x 10 in, 10 in the middle, 3 x 10 + 3 x 2 out; 8 matrices each
+    assert list(counts.values()) == [24 * 8, 10 * 8, 36 * 8, 280, 280]
+
+
+def test_layers_outside_all_groups_keep_their_strength():
+    outside = [n for n in unet_name_map(SDXL_UNET_CONFIG).values() if not layer_groups(n)]
+    assert {name.split(".")[0] for name in outside} == {"time_embed", "label_emb", "out"}
+    assert GroupStrengths(0, 0, 0, 0, 0).of("time_embed.0") == 1
+    assert GroupStrengths(0, 0, 0, 0, 0).of("te1.text_model.encoder.layers.0.mlp.fc1") == 1
+
+
+strength = st.floats(-3, 3).filter(lambda value: abs(value) > 1e-3)
+
+
+@given(st.lists(strength, min_size=5, max_size=5), st.integers(0, 99))
+def test_scaled_deltas_are_multiples(values, seed):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [s for s in demo_layout() if s.name.endswith(("to_q", "to_v"))][:12]
+    weights = LoRAWeights(
+        {
+            s.name: LoRALayer(
+                torch.randn(2, s.in_features, generator=generator, dtype=torch.float64),
+                torch.randn(s.out_features, 2, generator=generator, dtype=torch.float64),
+                1.5,
+            )
+            for s in shapes
+        }
+    )
+    strengths = GroupStrengths(*values)
+    scaled = scale_groups(weights, strengths)
+    factors = dict(zip(GROUPS, values, strict=True))
+    for name in weights:
+        block = name.split("_")[0]
+        kind = "self_attention" if "attn1" in name else "cross_attention"
+        wanted = weights[name].delta() * factors[f"{block}_block{'s' * (block != 'middle')}"]
+        torch.testing.assert_close(scaled[name].delta(), wanted * factors[kind])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_strength_must_be_finite(bad):
+    with pytest.raises(ConfigError, match="middle_block"):
+        GroupStrengths(middle_block=bad)
