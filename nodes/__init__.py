@@ -19,6 +19,7 @@ NODES: list[type[io.ComfyNode]] = [
     demo.LoadDemo,
     loaders.LoadModel,
     loaders.LoadFaceAnalysis,
+    loaders.LoadLoRAFile,
     difflora.Personalize,
     features.ExtractFeatures,
     difflora.MixFeatures,

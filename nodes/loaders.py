@@ -1,5 +1,6 @@
-"""Loaders: a DiffLoRA checkpoint and a face analysis package."""
+"""Loaders: a DiffLoRA checkpoint, a face analysis package, and a LoRA file as data."""
 
+import comfy.utils
 from comfy_api.latest import io
 
 from ..difflora_core.vision.face_encoder import InsightFaceEncoder
@@ -86,3 +87,40 @@ class LoadFaceAnalysis(io.ComfyNode):
     def execute(cls, package, provider):
         folder = model_paths.insightface_package(package)
         return io.NodeOutput(InsightFaceEncoder(folder, package, provider).analysis)
+
+
+class LoadLoRAFile(io.ComfyNode):
+    """A LoRA file as data, not applied to anything."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DiffLoRA_LoadLoRAFile",
+            display_name="Load LoRA File",
+            category=CATEGORY,
+            description="Reads a LoRA file from models/loras without applying it, for the nodes "
+            "that take a LoRA: LoRA to Hook, Encode LoRA, Apply LoRA by Part and Time.",
+            search_aliases=["load lora", "lora model", "old lora", "import lora"],
+            inputs=[
+                io.Combo.Input(
+                    "lora_name",
+                    options=model_paths.lora_files(),
+                    tooltip="A file in models/loras; press R after adding one. The demo's own "
+                    "LoRA stands last.",
+                )
+            ],
+            outputs=[io.LoraModel.Output(display_name="lora")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, lora_name):
+        return model_paths.problem(model_paths.lora_file, lora_name)
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name):
+        return model_paths.fingerprint(model_paths.lora_file(lora_name))
+
+    @classmethod
+    def execute(cls, lora_name):
+        path = model_paths.lora_file(lora_name)
+        return io.NodeOutput(comfy.utils.load_torch_file(path, safe_load=True))

@@ -21,6 +21,7 @@ DEMO = "difflora_demo"
 
 DEMO_FOLDER = paths.ARTEFACTS
 DEMO_FILES = (paths.BASE.name, paths.CLIP_VISION.name, paths.DIFFLORA.name)
+DEMO_LORAS = paths.LORAS.relative_to(paths.ARTEFACTS)
 DEMO_FACES = paths.FACES.relative_to(paths.ARTEFACTS)
 
 WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows"
@@ -70,6 +71,36 @@ def difflora_file(name: str) -> str:
             f"The DiffLoRA model '{name}' was not found. Put the file into {folders} and press R."
         )
     return path
+
+
+def lora_files() -> list[str]:
+    """The LoRA files that ComfyUI sees, and after them those of the demo world."""
+    demo = [path.name for folder in _demo_loras() for path in sorted(folder.glob("*.safetensors"))]
+    found = folder_paths.get_filename_list("loras")
+    return [*found, *(name for name in demo if name not in found)]
+
+
+def lora_file(name: str) -> str:
+    """The full path of a LoRA file.
+
+    Raises:
+        FileNotFoundError: the file is not there; the message names the folders searched.
+    """
+    path = folder_paths.get_full_path("loras", name) if name else None
+    if path is not None:
+        return path
+    for folder in _demo_loras():
+        if Path(name).name == name and (folder / name).is_file():
+            return str(folder / name)
+    folders = " or ".join(folder_paths.get_folder_paths("loras"))
+    raise FileNotFoundError(
+        f"The LoRA file '{name}' was not found. Put it into {folders} and press R."
+    )
+
+
+def _demo_loras() -> list[Path]:
+    """Where the demo world keeps LoRA files."""
+    return [Path(folder) / DEMO_LORAS for folder in folder_paths.get_folder_paths(DEMO)]
 
 
 def insightface_folders() -> list[Path]:
