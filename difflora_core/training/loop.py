@@ -214,9 +214,8 @@ class _Average:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for name, p in module.named_parameters():
             if name in self.weights:
-                self.weights[name].lerp_(
-                    p.detach().float().to(self.weights[name].device), 1 - decay
-                )
+                average = self.weights[name].to(p.device)  # moves once, with the module
+                self.weights[name] = average.lerp_(p.detach().float(), 1 - decay)
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
