@@ -9,13 +9,15 @@ scheduler's `alphas_cumprod`. Prediction names are diffusers' own: `epsilon` (th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 
 from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from diffusers import DDIMScheduler
 
 Prediction = Literal["epsilon", "sample", "v_prediction"]
 LossWeight = Literal["uniform", "min_snr", "high_noise"]
@@ -60,6 +62,8 @@ class NoiseSchedule:
         Trailing spacing starts at the noisiest step and no value is clipped, because LoRA latents
         are not pictures in [-1, 1].
         """
+        from diffusers import DDIMScheduler
+
         return DDIMScheduler(
             num_train_timesteps=self.train_steps,
             beta_schedule=self.beta_schedule,

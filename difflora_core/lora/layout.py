@@ -10,7 +10,6 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import nn
 
 from ..errors import LayoutError
@@ -171,6 +170,8 @@ class LoRALayout:
 @lru_cache(maxsize=8)
 def _meta_unet(config_text: str) -> nn.Module:
     """The UNet of a config, with shapes only (meta device); cached, treat as read-only."""
+    from diffusers import UNet2DConditionModel
+
     config = json.loads(config_text)
     with torch.device("meta"):
         unet: nn.Module = UNet2DConditionModel(**config)

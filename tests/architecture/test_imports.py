@@ -1,6 +1,7 @@
 """Imports point down the list of rooms, ComfyUI stays in nodes/, and the root imports nothing."""
 
 import ast
+import subprocess
 import sys
 
 LEVELS = {
@@ -18,6 +19,15 @@ LEVELS = {
     "cli": 7,
 }
 HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "execution", "folder_paths"}
+HEAVY = {
+    "accelerate",
+    "diffusers",
+    "insightface",
+    "onnxruntime",
+    "peft",
+    "torchmetrics",
+    "transformers",
+}
 SHARED_NODE_FILES = {"sockets", "bridge", "model_paths"}
 
 
@@ -96,3 +106,18 @@ def test_root_imports_nothing_of_ours_at_module_level(root):
     ]
     assert not any(getattr(node, "level", 0) for node in imports)
     assert set(modules) <= set(sys.stdlib_module_names)
+
+
+def test_nodes_import_nothing_heavy(sources, root):
+    """ComfyUI's start waits for our imports; what only training or a first run needs can wait."""
+    modules = {
+        target.rpartition(".")[0]
+        for source in sources
+        if not source.in_core
+        for _, target in source.imports()
+        if target.startswith("difflora_core.")
+    }
+    program = f"import sys, {', '.join(sorted(modules))}\nsys.stdout.write(' '.join(sys.modules))"
+    command = [sys.executable, "-c", program]
+    loaded = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    assert not HEAVY & set(loaded.split())
