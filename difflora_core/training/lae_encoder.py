@@ -28,6 +28,7 @@ from .dreambooth import DreamBoothExamples
 from .early_stopping import EarlyStopping, train_validated
 from .loop import LoopConfig, Progress, train
 from .losses import NoisedBatch, denoising_error
+from .synthetic_loras import SyntheticLoRAs
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,9 @@ class EncoderTrainConfig:
         loop: the run.
         batch: people per step, each with one picture.
         train_decoder: let decoder and shared `down` follow; off, the latent space stays as it is.
+        denoising: weight of the denoising loss; 0 leaves the base model out, which is fast.
         anchor: weight of the squared distance to known latents of the same people, if given.
+        synthetic: further LoRAs per step whose latent is known (see synthetic_loras.py).
         weighting: of the denoising loss.
         stopping: judgement on validation people, if some are given.
 
@@ -49,13 +52,15 @@ class EncoderTrainConfig:
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=1000, ema=0.99))
     batch: int = 32
     train_decoder: bool = False
+    denoising: float = 1.0
     anchor: float = 0.1
+    synthetic: int = 0
     weighting: str = "high_noise"
     stopping: EarlyStopping = field(default_factory=EarlyStopping)
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or self.anchor < 0:
-            raise ConfigError("Encoder: the batch must be at least 1 and the anchor 0 or more.")
+        if self.batch < 1 or min(self.denoising, self.anchor, self.synthetic) < 0:
+            raise ConfigError("Encoder: the batch must be at least 1, no weight below 0.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +71,7 @@ class EncoderExamples:
         weights: B LoRAs, batched.
         pictures: of the same B people.
         latents: (B, K, Dz) raw latents, for instance the mean prediction from their photos.
+        more_latents: (P, K, Dz) raw latents of further people, for synthetic LoRAs.
 
     Raises:
         ConfigError: the counts differ.
@@ -74,6 +80,7 @@ class EncoderExamples:
     weights: LoRAWeights
     pictures: DreamBoothExamples
     latents: Tensor | None = None
+    more_latents: Tensor | None = None
 
     def __post_init__(self) -> None:
         counts = {len(self.pictures), *self.weights.batch_shape}
@@ -96,29 +103,52 @@ class EncoderObjective(nn.Module):
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a batch of `encoder_batches`."""
         z = self.lae.encode(batch["tokens"])
+        loss, metrics = z.new_zeros(()), {}
+        if self.config.denoising:
+            metrics["denoising"] = self._denoising(z, batch)
+            loss = loss + self.config.denoising * metrics["denoising"]
+        if "anchor" in batch:
+            metrics["anchor"] = _squared_distance(z, batch["anchor"])
+            loss = loss + self.config.anchor * metrics["anchor"]
+        if "synthetic" in batch:
+            again = self.lae.encode(batch["synthetic"])
+            metrics["synthetic"] = _squared_distance(again, batch["synthetic_latents"])
+            loss = loss + self.config.anchor * metrics["synthetic"]
+        return loss, {name: value.detach() for name, value in metrics.items()}
+
+    def _denoising(self, z: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        """Mean denoising loss under the LoRAs that z decodes to."""
         weights = self.lae.decode_weights(z)
         text = TextCondition(batch["context"], batch["pooled"])
         noised = NoisedBatch(batch["latents"], batch["noise"], batch["timesteps"], text)
         names = self.lae.layout.module_names
         with attach(self.unet, lora_adapter_set(weights), names=names):
-            error = denoising_error(self.base, noised, self.config.weighting).mean()
-        loss, metrics = error, {"denoising": error.detach()}
-        if self.config.anchor and "anchor" in batch:
-            distance = (z - batch["anchor"]).float().square().mean()
-            loss = loss + self.config.anchor * distance
-            metrics["anchor"] = distance.detach()
-        return loss, metrics
+            return denoising_error(self.base, noised, self.config.weighting).mean()
+
+
+def _squared_distance(z: Tensor, target: Tensor) -> Tensor:
+    """Mean squared difference of latents."""
+    return (z - target).float().square().mean()
 
 
 class EncoderBatches:
-    """Draws people with one picture each."""
+    """Draws people with one picture each, and synthetic LoRAs if their latents are known."""
 
     def __init__(
-        self, lae: LoRAAutoencoder, base: BaseModel, examples: EncoderExamples, batch: int
+        self,
+        lae: LoRAAutoencoder,
+        base: BaseModel,
+        examples: EncoderExamples,
+        batch: int,
+        synthetic: int = 0,
     ) -> None:
         with torch.no_grad():
             self.tokens = lae.tokens(examples.weights).float()
         self.examples, self.batch, self.steps = examples, batch, len(base.alphas_cumprod)
+        self.synthetic, self.invent = synthetic, None
+        if synthetic and examples.latents is not None and examples.more_latents is not None:
+            known = (examples.latents.float(), examples.more_latents.float())
+            self.invent = SyntheticLoRAs(lae, self.tokens, *known)
         prompts = [prompt for row in examples.pictures.prompts for prompt in row]
         unique = list(dict.fromkeys(prompts))
         number = {prompt: index for index, prompt in enumerate(unique)}
@@ -142,6 +172,9 @@ class EncoderBatches:
         }
         if self.examples.latents is not None:
             made["anchor"] = self.examples.latents[people].float()
+        if self.invent is not None:
+            tokens, z = self.invent(self.synthetic, generator)
+            made |= {"synthetic": tokens, "synthetic_latents": z}
         return made
 
 
@@ -193,13 +226,13 @@ def fit(
         examples: people of the corpus.
         config: settings.
         folder: of checkpoints and log.
-        validation: other people; the weights of their lowest denoising loss are kept.
+        validation: other people; the weights of their lowest loss are kept.
         progress: as in `loop.train`.
 
     Returns:
         Metrics of the run.
     """
-    draw = EncoderBatches(lae, base, examples, config.batch)
+    draw = EncoderBatches(lae, base, examples, config.batch, config.synthetic)
     adopt_statistics(lae, draw.tokens)
     objective = EncoderObjective(lae, base, config)
     if validation is None:
@@ -211,7 +244,7 @@ def fit(
     def validate() -> float:
         device = next(lae.parameters()).device
         there = {key: value.to(device) for key, value in fixed.items()}
-        return float(objective(there)[1]["denoising"])
+        return float(objective(there)[0])
 
     return train_validated(
         objective, draw, config.loop, folder, validate, config.stopping, progress
