@@ -23,7 +23,9 @@ class MaskedScene:
     """What to draw, and how.
 
     `text`: the prompt; `seed`, `steps`, `guidance`: of the sampler; `masks`: False gives every
-    person the whole picture, for comparison; `strength`: of each LoRA.
+    person the whole picture, for comparison; `area`: "default" draws the whole picture for every
+    person and keeps what lies in the mask, "mask bounds" draws each mask as a picture of its own,
+    for more people than the base model knows to draw; `strength`: of each LoRA.
     """
 
     text: str = "photo of two people, blue background, red shirt, green shirt"
@@ -31,6 +33,7 @@ class MaskedScene:
     steps: int = 12
     guidance: float = 1.5
     masks: bool = True
+    area: str = "default"
     strength: float = 1.0
 
 
@@ -97,7 +100,7 @@ def _person(number: int, photo: str, scene: MaskedScene) -> dict[str, dict[str, 
         "positive_NEW": ["words", 0],
         "negative_NEW": ["nothing", 0],
         "strength": 1.0,
-        "set_cond_area": "default",
+        "set_cond_area": scene.area,
         "hooks": [f"hook{number}", 0],
     }
     kind = "PairConditioningSetProperties"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import NoFaceError
+from ..errors import ImageError, NoFaceError
 from ..vision.face_choice import FaceOptions, choose_face
 from ..vision.face_encoder import FaceEncoder
 from ..vision.preprocess import as_pictures
@@ -61,8 +61,11 @@ def compare_people(references: Tensor, pictures: Tensor, faces: FaceEncoder) -> 
 
     Raises:
         NoFaceError: one of the two sides shows no face at all.
-        ImageError: a picture cannot be used.
+        ImageError: a picture cannot be used, or there is none.
     """
+    for name, images in (("reference", references), ("compared", pictures)):
+        if not len(images):
+            raise ImageError(f"The batch of {name} pictures is empty. Connect at least one.")
     known, reference_found = _embeddings(references, faces)
     shown, face_found = _embeddings(pictures, faces)
     for name, found in (("reference", reference_found), ("compared", face_found)):
