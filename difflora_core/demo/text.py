@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 PAD, START, UNKNOWN, END = 0, 1, 2, 3
 LENGTH = 77
@@ -55,12 +57,16 @@ def tokenize(captions: Sequence[str]) -> tuple[Tensor, Tensor]:
     first = torch.full((len(captions), LENGTH), END)
     second = torch.full((len(captions), LENGTH), PAD)
     for row, caption in enumerate(captions):
-        words = re.findall(r"[a-z]+|[^a-z\s]", caption.lower())
-        known = [_WORDS.index(w) if w in CLIP_NUMBERS else UNKNOWN for w in words]
-        tokens = torch.tensor([START, *known[: LENGTH - 2], END])
+        tokens = torch.tensor([START, *word_numbers(caption)[: LENGTH - 2], END])
         first[row, : len(tokens)] = tokens
         second[row, : len(tokens)] = tokens
     return first, second
+
+
+def word_numbers(text: str) -> list[int]:
+    """Our token number of each word and sign of a text."""
+    words = re.findall(r"[a-z]+|[^a-z\s]", text.lower())
+    return [_WORDS.index(w) if w in CLIP_NUMBERS else UNKNOWN for w in words]
 
 
 def text_config(hidden: int) -> dict[str, Any]:
@@ -81,6 +87,8 @@ def text_config(hidden: int) -> dict[str, Any]:
 
 def new_text_encoders() -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
     """Untrained encoders of 64 channels each: quick_gelu like CLIP-L, gelu like CLIP-G."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
     first = CLIPTextConfig(**text_config(64), hidden_act="quick_gelu", attn_implementation="eager")
     second = CLIPTextConfig(**text_config(64), hidden_act="gelu", attn_implementation="eager")
     return CLIPTextModel(first), CLIPTextModelWithProjection(second)
