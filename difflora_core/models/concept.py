@@ -29,7 +29,7 @@ TEMPLATES = (
     "a cartoon of a {}",
 )
 """Prompts in which a word's encoding is averaged, unless there are better ones; ours."""
-MAX_CONTEXTS = 16
+MAX_CONTEXTS = 8
 SLOT = "{}"
 PROBE_PROMPT = "a photo of a person with a cat on a plain background"
 PROBE_SIZE = 64
