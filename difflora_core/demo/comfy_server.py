@@ -96,6 +96,11 @@ class ComfyServer:
         return self.base_directory / "input"
 
     @property
+    def process_id(self) -> int | None:
+        """ComfyUI's process; None while it does not run."""
+        return self._process.pid if self._process else None
+
+    @property
     def output_directory(self) -> Path:
         """Where save nodes write."""
         return self.base_directory / "output"
