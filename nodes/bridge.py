@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..difflora_core.diffusion.sampler import MAX_SEED, SampleSettings
-from ..difflora_core.errors import ConfigError, EncoderError, LayoutError
+from ..difflora_core.errors import ConfigError, EncoderError, LayoutError, LoRAFileError
 from ..difflora_core.lora.keys import to_state_dict
 from ..difflora_core.lora.weights import LoRAWeights
 from ..difflora_core.methods.difflora import DiffLoRAModel
@@ -244,6 +244,22 @@ def decode(hosted: HostedModel, latent: LoRALatent, base_model: Any) -> dict[str
     if base_model is not None:
         check_fits(weights, base_model, hosted.settings.layout.base)
     return to_state_dict(weights, "kohya_ldm")
+
+
+def check_lora(lora: Any) -> dict[str, Tensor]:
+    """What came through a LoRA socket, if it is one.
+
+    Raises:
+        LoRAFileError: it is empty, or something else.
+    """
+    if not isinstance(lora, dict) or not all(isinstance(v, Tensor) for v in lora.values()):
+        raise LoRAFileError(
+            f"A {type(lora).__name__} is not a LoRA. Connect a node that makes one, for example "
+            "Personalize."
+        )
+    if not lora:
+        raise LoRAFileError("This LoRA is empty: it changes no layer. Make it again.")
+    return lora
 
 
 def check_fits(weights: LoRAWeights, base_model: Any, made_for: str) -> None:

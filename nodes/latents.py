@@ -40,9 +40,16 @@ def seed_widget() -> io.Input:
     )
 
 
+def number_widget(name: str, spread: tuple[float, float, float, float], tooltip: str) -> io.Input:
+    """A number: its default, smallest, largest and step."""
+    default, low, high, step = spread
+    return io.Float.Input(name, default=default, min=low, max=high, step=step, tooltip=tooltip)
+
+
 def count_widget(name: str, default: int, tooltip: str) -> io.Input:
-    """How many."""
-    return io.Int.Input(name, default=default, min=1, max=MAX_BATCH, tooltip=tooltip)
+    """How many, or from which on when the default is 0."""
+    low = min(default, 1)
+    return io.Int.Input(name, default=default, min=low, max=MAX_BATCH, tooltip=tooltip)
 
 
 def steps_widget() -> io.Input:
@@ -69,13 +76,10 @@ class BlendIdentities(io.ComfyNode):
                     for n in range(1, 5)
                 ),
                 *(
-                    io.Float.Input(
+                    number_widget(
                         f"weight_{n}",
-                        default=1.0,
-                        min=0.0,
-                        max=10.0,
-                        step=0.01,
-                        tooltip=f"Share of person {n}; only the proportions of the weights count.",
+                        (1.0, 0.0, 10.0, 0.01),
+                        f"Share of person {n}; only the proportions of the weights count.",
                     )
                     for n in range(1, 5)
                 ),
@@ -99,8 +103,9 @@ class BlendIdentities(io.ComfyNode):
     ):
         people = (identity_1, identity_2, identity_3, identity_4)
         weights = (weight_1, weight_2, weight_3, weight_4)
-        pairs = [pair for pair in zip(people, weights, strict=True) if pair[0] is not None]
-        return io.NodeOutput(latent_math.blend(*zip(*pairs, strict=True), method))
+        there = [k for k, person in enumerate(people) if person is not None]
+        shares = [weights[k] for k in there]
+        return io.NodeOutput(latent_math.blend([people[k] for k in there], shares, method))
 
 
 class VaryIdentity(io.ComfyNode):
@@ -118,13 +123,10 @@ class VaryIdentity(io.ComfyNode):
             inputs=[
                 sockets.difflora_model(),
                 sockets.identity("identity", "One person, or a batch of as many as count."),
-                io.Float.Input(
+                number_widget(
                     "strength",
-                    default=0.3,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="How much fresh noise: 0 changes nothing, 1 is somebody else.",
+                    (0.3, 0.0, 1.0, 0.01),
+                    "How much fresh noise: 0 changes nothing, 1 is somebody else.",
                 ),
                 seed_widget(),
                 count_widget("count", 1, "How many variations."),
@@ -185,13 +187,10 @@ class AddDifference(io.ComfyNode):
                 sockets.identity("identity", "The person to change."),
                 sockets.identity("plus", "Somebody who has it."),
                 sockets.identity("minus", "Somebody alike who lacks it."),
-                io.Float.Input(
+                number_widget(
                     "amount",
-                    default=1.0,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.05,
-                    tooltip="How much of the difference is added; below 0 it is taken away.",
+                    (1.0, -10.0, 10.0, 0.05),
+                    "How much of the difference is added; below 0 it is taken away.",
                 ),
             ],
             outputs=[identity_output()],
@@ -217,9 +216,7 @@ class InterpolateIdentities(io.ComfyNode):
             inputs=[
                 sockets.identity("identity_a", "Where the way begins."),
                 sockets.identity("identity_b", "Where it ends."),
-                io.Int.Input(
-                    "steps", default=5, min=2, max=256, tooltip="How many people, A and B included."
-                ),
+                io.Int.Input("steps", default=5, min=2, max=256, tooltip="People, A and B too."),
                 method_widget(),
             ],
             outputs=[identity_output()],
@@ -291,9 +288,7 @@ class SelectIdentity(io.ComfyNode):
             search_aliases=["from batch", "index", "slice", "choose identity"],
             inputs=[
                 sockets.identity("identity", "A batch of people."),
-                io.Int.Input(
-                    "index", default=0, min=0, max=99_999, tooltip="Which person, counted from 0."
-                ),
+                count_widget("index", 0, "Which person, counted from 0."),
                 count_widget("count", 1, "How many people from there on."),
             ],
             outputs=[identity_output()],

@@ -47,7 +47,7 @@ class EncodeLoRA(io.ComfyNode):
     @classmethod
     def execute(cls, difflora_model, lora, refine_steps):
         network = difflora_model.ready()
-        read = from_state_dict(lora, network.layout)
+        read = from_state_dict(bridge.check_lora(lora), network.layout)
         fitted = fit_latent(network, read.weights, refine_steps, bridge.progress(refine_steps))
         report = f"{read.report.summary()}\nKept in the identity: {fitted.kept:.0%}."
         return io.NodeOutput(fitted.latent, fitted.kept, report, ui=ui.PreviewText(report))

@@ -69,7 +69,7 @@ class LoRAToHook(io.ComfyNode):
     @classmethod
     def execute(cls, lora, strength_model, prev_hooks=None, base_model=None):
         hooks = prev_hooks or comfy.hooks.HookGroup()
-        state = check_lora(lora)
+        state = bridge.check_lora(lora)
         if base_model is not None:
             state = to_state_dict(read_lora(state, base_model))
         if strength_model != 0:
@@ -138,7 +138,7 @@ class ApplyLoRA(io.ComfyNode):
         groups = GroupStrengths(
             input_blocks, middle_block, output_blocks, self_attention, cross_attention
         )
-        weights = scale_groups(read_lora(check_lora(lora), model), groups)
+        weights = scale_groups(read_lora(bridge.check_lora(lora), model), groups)
         scaled = weights.scaled(strength)
         if (start_percent, end_percent, positive_only) == (0.0, 1.0, False):
             patched = patch(model, weights, strength)
@@ -181,22 +181,6 @@ def _group_widget(name: str, where: str) -> io.Input:
         advanced=True,
         tooltip=f"Multiplies the strength in {where}.",
     )
-
-
-def check_lora(lora: Any) -> dict[str, Tensor]:
-    """What came through a LoRA socket, if it is one.
-
-    Raises:
-        LoRAFileError: it is empty, or something else.
-    """
-    if not isinstance(lora, dict) or not all(isinstance(v, Tensor) for v in lora.values()):
-        raise LoRAFileError(
-            f"A {type(lora).__name__} is not a LoRA. Connect a node that makes one, for example "
-            "Personalize."
-        )
-    if not lora:
-        raise LoRAFileError("This LoRA is empty: it changes no layer. Make it again.")
-    return lora
 
 
 def read_lora(state: dict[str, Tensor], model: Any) -> LoRAWeights:

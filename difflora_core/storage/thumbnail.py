@@ -55,8 +55,8 @@ def make_thumbnails(images: Tensor | None, count: int) -> list[bytes | None]:
             f"There are {len(pictures)} thumbnails for {count} identities: give one for each, or "
             "one for all."
         )
-    made = [make_thumbnail(picture) for picture in pictures]
-    return [*made] if len(made) == count else made * count
+    made: list[bytes | None] = [make_thumbnail(picture) for picture in pictures]
+    return made if len(made) == count else made * count
 
 
 def read_thumbnail(data: bytes | None) -> Tensor:
