@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from ..evaluation.grid import GridRow, draw_grid
+from ..storage.image_files import write_image
 from ..storage.lora_file import write_lora_file
 from . import paths
 from .base import demo_layout, load_base
@@ -31,6 +32,8 @@ from .workflow_api import workflow_pictures, workflow_to_prompt
 
 WORKFLOW = paths.ROOT / "workflows" / "quickstart_demo.json"
 OUTPUT = paths.ROOT / "output" / "demo"
+COLUMNS = 4
+"""Pictures in a line of the grid."""
 _DREAMBOOTH_FILE = "dreambooth.safetensors"
 
 
@@ -63,7 +66,7 @@ def main() -> int:
         similarity = likeness(judges, row.pictures, real.images)
         similarities.append(similarity)
         table.add_row(row.label, f"{similarity:.3f}", f"{row.seconds:.2f} s" if row.seconds else "")
-    _grid(rows, [None, *similarities]).save(OUTPUT / "grid.png")
+    write_image(_grid(rows, [None, *similarities]), OUTPUT / "grid.png")
     console.print(table)
     console.print(f"{OUTPUT / 'grid.png'} and the LoRA files beside it")
     console.print(f"all in all {time.monotonic() - begun:.0f} s")
@@ -166,21 +169,14 @@ class _Watch:
             self.console.print(f"  {self.node}: {self.seconds[self.node]:.2f} s      ")
 
 
-def _grid(rows: list[Row], similarities: list[float | None]) -> Image.Image:
+def _grid(rows: list[Row], similarities: list[float | None]) -> Tensor:
     """Labelled rows of up to four pictures."""
-    side, label, columns = 192, 22, 4
-    sheet = Image.new("RGB", (columns * side, len(rows) * (side + label)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for k, (row, similarity) in enumerate(zip(rows, similarities, strict=True)):
-        top = k * (side + label)
+    lines = []
+    for row, similarity in zip(rows, similarities, strict=True):
         words = row.label if similarity is None else f"{row.label}: similarity {similarity:.2f}"
         words += f", LoRA in {row.seconds:.2f} s" if row.seconds else ""
-        pen.text((6, top + 5), words, fill="black")
-        for j, picture in enumerate(row.pictures[:columns]):
-            pixels = (picture.numpy() * 255).round().astype("uint8")
-            tile = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
-            sheet.paste(tile, (j * side, top + label))
-    return sheet
+        lines.append(GridRow(list(row.pictures[:COLUMNS]), words))
+    return draw_grid(lines)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +12,11 @@ from ..errors import ImageError, NoFaceError
 from ..vision.face_choice import FaceOptions, choose_face
 from ..vision.face_encoder import FaceEncoder
 from ..vision.preprocess import as_pictures
-from .grid import GridRow, draw_grid
+from .grid import LABEL_HEIGHT, LARGEST_SIDE, GridRow, draw_grid
 from .identity import centroid, face_similarity
 
 _LARGEST = FaceOptions(on_missing="skip")
-_COLUMNS = 4
+_COLUMNS, _SIDE = 4, 192
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,16 @@ def compare_people(references: Tensor, pictures: Tensor, faces: FaceEncoder) -> 
 
 def likeness_picture(references: Tensor, pictures: Tensor, likeness: Likeness) -> Tensor:
     """References above, pictures below with their similarity: (H, W, 3) in [0, 1]."""
-    rows = [GridRow(list(references[:_COLUMNS]), "reference")]
+    columns = max(_COLUMNS, math.ceil(math.sqrt(len(pictures))))
+    rows = [GridRow(list(references[:columns]), "reference")]
     captions = likeness.captions()
-    for start in range(0, len(pictures), _COLUMNS):
-        part = slice(start, start + _COLUMNS)
+    for start in range(0, len(pictures), columns):
+        part = slice(start, start + columns)
         label = f"mean similarity {likeness.mean:.3f}" if start == 0 else ""
         rows.append(GridRow(list(pictures[part]), label, captions[part]))
-    return draw_grid(rows)
+    widest = max(1.0, *(images.shape[2] / images.shape[1] for images in (references, pictures)))
+    side = min(_SIDE, int(LARGEST_SIDE / widest) // max(columns, len(rows) + 1) - LABEL_HEIGHT)
+    return draw_grid(rows, max(side, 1))
 
 
 def _embeddings(pictures: Tensor, faces: FaceEncoder) -> tuple[Tensor, Tensor]:

@@ -63,6 +63,13 @@ def test_likeness_picture_shows_every_picture():
         assert near.sum() == 192**2
 
 
+@pytest.mark.parametrize(("count", "size"), [(500, (8, 8)), (30, (8, 40))])
+def test_likeness_picture_of_a_large_batch(count, size):
+    pictures = flat(*[RED] * count, size=size)
+    found = compare_people(pictures[:1], pictures, ColourFaces())
+    assert max(likeness_picture(pictures[:1], pictures, found).shape) <= 4096
+
+
 def test_places_have_the_widest_shape_and_pictures_keep_theirs():
     wide, tall = flat(RED, size=(10, 20))[0], flat(GREEN, size=(40, 20))[0]
     sheet = draw_grid([GridRow([wide, None, tall], "a label"), GridRow([tall])], side=40)
