@@ -137,6 +137,23 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     assert torch.equal(*grads)
 
 
+@pytest.mark.parametrize("shape", [(3, 6), (3, 4, 6)])
+def test_each_sample_its_own_strength(shape):
+    net, lora, x = Net().double(), weights(), inputs(*shape)
+    strengths = torch.tensor([0.0, 1.0, -0.5])
+    with attach(net, lora_adapter_set(lora), strengths):
+        found = net(x)
+    for row, strength in enumerate(strengths.tolist()):
+        wanted = reference(net, x[row : row + 1], lora, strength)
+        torch.testing.assert_close(found[row : row + 1], wanted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found[0], net(x)[0], rtol=0, atol=0)
+    with (
+        attach(net, lora_adapter_set(lora), strengths),
+        pytest.raises(LayoutError, match="strengths for"),
+    ):
+        net(x[:2])
+
+
 def test_wrong_batches_and_widths():
     net = Net().double()
     with (

@@ -6,6 +6,7 @@ import torch
 from difflora_core.errors import ConfigError, EncoderError, ImageError, NoFaceError
 from difflora_core.vision.face_choice import FaceOptions, choose_face
 from difflora_core.vision.features import FeatureSizes, ImageFeatures, extract_features
+from difflora_core.vision.keypoint_picture import keypoint_picture
 from difflora_core.vision.preprocess import resize_square
 
 BIG, SMALL = (54, 38, 52), (12, 52, 24)  # left, top, side; centres on the detector's grid
@@ -77,6 +78,37 @@ def test_a_photo_is_described_alike_alone_and_in_company(face_encoder, image_enc
 def test_face_choice(face_encoder, image_encoder, two_faces, options, expected):
     result = extract_features([two_faces], face_encoder, image_encoder, options)
     assert result.boxes[0, 0].item() == pytest.approx(expected[0], abs=4)
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"), [("largest", [BIG, SMALL]), ("left_to_right", [SMALL, BIG])]
+)
+def test_every_face_is_a_row(face_encoder, image_encoder, photo, two_faces, order, expected):
+    pictures = [photo(BIG), two_faces, photo()]
+    options = FaceOptions(order=order, on_missing="image_only", every=True)
+    result = extract_features(pictures, face_encoder, image_encoder, options)
+    assert result.photos == (0, 1, 1, 2)
+    assert result.features.face_found.tolist() == [True, True, True, False]
+    assert result.boxes[1:3, 0].tolist() == pytest.approx([box[0] for box in expected], abs=4)
+    for row in (1, 2):  # as if it were the one that is chosen
+        alone = FaceOptions(order=order, index=row - 1)
+        chosen = extract_features([two_faces], face_encoder, image_encoder, alone)
+        assert torch.equal(chosen.crops[0], result.crops[row])
+        assert torch.equal(chosen.features.face[0], result.features.face[row])
+    points = result.keypoint_pictures()
+    assert [picture.shape for picture in points] == [(128, 128, 3)] * 3
+    both = [keypoint_picture(result.keypoints[[row]], 128, 128) for row in (1, 2)]
+    assert torch.allclose(points[1], both[0] + both[1], atol=1e-6)  # they do not touch
+    assert not points[2].any()
+
+
+def test_mask_chooses_among_every_face(face_encoder, image_encoder, two_faces):
+    mask = torch.zeros(128, 128)
+    mask[56:72, 14:32] = 1
+    options = FaceOptions(every=True)
+    result = extract_features([two_faces], face_encoder, image_encoder, options, mask)
+    assert result.photos == (0,)
+    assert result.boxes[0, 0].item() == pytest.approx(SMALL[0], abs=4)
 
 
 def test_mask_wins_over_order(face_encoder, image_encoder, two_faces):
