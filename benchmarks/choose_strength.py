@@ -10,13 +10,14 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from .drawing import Plan
 from .experiment import Experiment, Trial, score
 from .prompts import PROMPTS
-from .rows import CONTROLS, Effort
+from .rows import Effort
 from .world import STRENGTHS, benchmark_console, load_world, set_threads
 
 GRID = (0.75, 1.0, 1.25, 1.5, 2.0)
@@ -29,25 +30,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Choose strengths on validation people.")
     parser.add_argument("--people", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=6)
+    parser.add_argument(
+        "--rows", nargs="+", metavar="TEXT", help="only rows whose name contains one of these"
+    )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = all cores")
     options = parser.parse_args(arguments)
     set_threads(options.threads)
     console = benchmark_console()
     plan = Plan(_SCENES[: options.prompts], repeats=0, seed=1)
     experiment = Experiment(load_world(say=console.print), plan, "validation", options.people)
-    write_strengths(STRENGTHS, choose(experiment, Effort(), console))
+    chosen = choose(experiment, options.rows, console)
+    kept = read_choices(STRENGTHS) if options.rows else {}
+    write_strengths(STRENGTHS, kept | chosen)
     console.print(f"wrote {STRENGTHS.name}")
     return 0
 
 
 def choose(
-    experiment: Experiment, effort: Effort, console: Console, grid: Sequence[float] = GRID
+    experiment: Experiment,
+    wanted: Sequence[str] | None,
+    console: Console,
+    grid: Sequence[float] = GRID,
 ) -> dict[str, dict[str, object]]:
-    """Best strength of each row that is not a control, with the score of every strength."""
+    """Best strength of each row that has its own, with the score of every strength.
+
+    Args:
+        experiment: validation people.
+        wanted: only rows whose name contains one of these; None takes all. DreamBooth LoRAs are
+            trained only when they are wanted.
+        console: where to tell.
+        grid: strengths.
+    """
     base, real = experiment.base(), experiment.real()[0]
     result: dict[str, dict[str, object]] = {}
+    effort = Effort() if _wanted("DreamBooth", wanted) else Effort((), ())
     for row in experiment.rows(effort):
-        if row.name in CONTROLS:
+        if row.like or not _wanted(row.name, wanted):
             continue
         trials = experiment.trials([(row, strength) for strength in grid], console)
         scores = {trial.strength: score(trial, base, real) for trial in trials}
@@ -56,6 +74,10 @@ def choose(
         told = "  ".join(f"{k:g}: {v:.3f}" for k, v in scores.items())
         console.print(f"{row.name}: strength {best:g}  ({told})")
     return result
+
+
+def _wanted(name: str, wanted: Sequence[str] | None) -> bool:
+    return wanted is None or any(text in name for text in wanted)
 
 
 def best_strength(trials: Sequence[Trial], scores: Mapping[float, float], base: Trial) -> float:
@@ -78,10 +100,13 @@ def write_strengths(path: Path, chosen: Mapping[str, Mapping[str, object]]) -> N
 
 def read_strengths(path: Path) -> dict[str, float]:
     """Row name to strength; empty when nothing was chosen yet."""
-    if not path.exists():
-        return {}
-    rows = json.loads(path.read_text())["rows"]
-    return {name: float(row["strength"]) for name, row in rows.items()}
+    return {name: float(row["strength"]) for name, row in read_choices(path).items()}
+
+
+def read_choices(path: Path) -> dict[str, dict[str, Any]]:
+    """What `write_strengths` wrote; empty when nothing was chosen yet."""
+    rows: dict[str, dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else {}
+    return rows
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ REAL, REAL_VAE = "real pictures", "real pictures through the VAE"
 ANOTHER, MEAN, WRONG = "another identity's LoRA", "mean LoRA", "wrong photo"
 CONTROLS = (ANOTHER, MEAN, WRONG)
 CORPUS_LORA = f"LoRA as in the corpus, {PHOTOS} photos"
+SOURCES = {"face": (1.0, 0.0), "picture": (0.0, 1.0)}
+"""The MIF gate held to one source, without training anew."""
 TIMED_PEOPLE = 5
 
 
@@ -59,7 +61,7 @@ def build_rows(world: World, people: People, effort: Effort) -> list[Row]:
     features = world.features(people.photos.images[:, :4])
     trained = dreambooth_rows(world, people, effort)
     original = corpus_row(world, people)
-    rows = controls(trained[-1], original)
+    rows = controls(trained[-1], original) if trained else []
     functional = world.models.get("functional")
     if functional is not None:
         guess = predict(functional, [row.select([0]) for row in features])
@@ -117,6 +119,10 @@ def predicted_rows(
         Row(f"{name}, 1 photo", predict(model, one), seconds),
         Row(f"{name}, 4 photos", predict(model, features), four_seconds),
     ]
+    if name == "functional":
+        for source, gate in SOURCES.items():
+            guess = predict(model, one, torch.tensor(gate))
+            rows.append(Row(f"{name}, 1 photo, {source} alone", guess, None, HEADLINE))
     if model.config.preset != "paper" and trained_dit(model):
         sampled = model.decode(sampled_latent(model, one)).detach()
         rows.append(Row(f"{name}, 1 photo, sampled", sampled))
@@ -124,12 +130,14 @@ def predicted_rows(
 
 
 @torch.no_grad()
-def predict(model: DiffLoRAModel, features: list) -> LoRAWeights:
+def predict(
+    model: DiffLoRAModel, features: list, gate_override: Tensor | None = None
+) -> LoRAWeights:
     """The best guess of each person, as `DiffLoRAModel.adapters` makes it."""
     if model.config.preset == "paper":
         latent = sampled_latent(model, features)
     else:
-        latent = model.mean_latent(model.condition(features))
+        latent = model.mean_latent(model.condition(features, gate_override))
     return model.decode(latent).detach()
 
 

@@ -56,7 +56,20 @@ DISTRIBUTION = latent_dit.LatentDiTConfig(
     loop=LoopConfig(steps=2000, learning_rate=1e-3, ema=0.99, weight_decay=0.1, log_every=50),
     stopping=EarlyStopping(every=250, patience=3),
 )
-CORPUS_PEOPLE, CORPUS_HELD_OUT = 96, 16
+INVERSE = lae_encoder.EncoderTrainConfig(
+    loop=LoopConfig(steps=2000, learning_rate=1e-3, ema=0.99, decay=0.5, log_every=50),
+    denoising=0.0,
+    anchor=1.0,
+    synthetic=96,
+)
+ENCODER = lae_encoder.EncoderTrainConfig(
+    loop=LoopConfig(steps=200, learning_rate=3e-4, ema=0.98, precision="bf16", log_every=25),
+    weighting="uniform",
+    anchor=0.05,
+    synthetic=32,
+    stopping=EarlyStopping(every=50, patience=3),
+)
+CORPUS_PEOPLE, CORPUS_HELD_OUT = 192, 32
 CORPUS = CorpusConfig(
     group=16,
     dreambooth=DreamBoothConfig(
@@ -131,25 +144,31 @@ def distribution(progress: Progress) -> Figures:
 
 
 def encoder(progress: Progress) -> Figures:
-    """The LAE encoder of the functional preset: existing LoRAs enter the latent space."""
+    """The LAE encoder of the functional preset: existing LoRAs enter the latent space.
+
+    First the inverse of the decoder, learned mostly from synthetic LoRAs and without the base;
+    then through the base's denoising loss on the corpus.
+    """
     model = load_model(paths.DIFFLORA)
     base, _ = base_and_latents("validation")
     corpus = corpus_of_loras(base, progress)
-    data = _dreambooth_examples(base, CORPUS_PEOPLE + CORPUS_HELD_OUT)
-    kept = CORPUS_PEOPLE
+    count = CORPUS_PEOPLE + CORPUS_HELD_OUT
+    data = _dreambooth_examples(base, count)
+    known = _latent_examples(model, "train", drawn_pool(), 3000, PICTURES).latents
+    own, more = known.mean(1)[:count], known[count:].flatten(0, 1)
     sets = [
         lae_encoder.EncoderExamples(
-            _rows(corpus, rows), DreamBoothExamples(data.latents[rows], data.prompts[rows])
+            _rows(corpus, rows), data.select(range(*rows.indices(count))), own[rows], more
         )
-        for rows in (slice(0, kept), slice(kept, None))
+        for rows in (slice(0, CORPUS_PEOPLE), slice(CORPUS_PEOPLE, None))
     ]
-    config = lae_encoder.EncoderTrainConfig(
-        loop=LoopConfig(steps=400, learning_rate=1e-3, ema=0.98, precision="bf16", log_every=25)
-    )
-    folder = paths.BUILD / "encoder"
-    figures = lae_encoder.fit(model.lae, base, sets[0], config, folder, sets[1], progress)
+    figures: Figures = {}
+    for name, config in (("inverse", INVERSE), ("functional", ENCODER)):
+        folder = paths.BUILD / "encoder" / name
+        made = lae_encoder.fit(model.lae, base, sets[0], config, folder, sets[1], progress)
+        figures |= {f"{name}_{key}": value for key, value in made.items()}
     save_model(model, paths.DIFFLORA, torch.float16, {"stage": "encoder"})
-    return dict(figures)
+    return figures
 
 
 def paper(progress: Progress) -> Figures:

@@ -18,7 +18,8 @@ def refinement_config(rank: int) -> DreamBoothConfig:
     return DreamBoothConfig(
         rank=rank,
         steps=REFINEMENT_STEPS,
-        learning_rate=1e-2,
+        samples_per_step=8,
+        learning_rate=2e-2,
         decay="linear",
         train_down=False,
     )

@@ -8,7 +8,13 @@ import torch
 from rich.console import Console
 
 from benchmarks import compression, dreambooth, rows
-from benchmarks.choose_strength import best_strength, choose, read_strengths, write_strengths
+from benchmarks.choose_strength import (
+    best_strength,
+    choose,
+    read_choices,
+    read_strengths,
+    write_strengths,
+)
 from benchmarks.drawing import select
 from benchmarks.experiment import Experiment, Trial, score
 from benchmarks.identity import conclusions, label, last, make_report, parse, run, strengths_of
@@ -182,10 +188,22 @@ def test_dreambooth_is_trained_once(world, plan, short):
 
 def test_choosing_strengths_on_a_tiny_world(world, plan, short):
     experiment = Experiment(world, replace(plan, repeats=0), "validation", 1)
-    chosen = choose(experiment, Effort((), (1,)), QUIET, grid=(1.0, 2.0))
+    chosen = choose(experiment, ["functional, 1", "wrong"], QUIET, grid=(1.0, 2.0))
     assert "wrong photo" not in chosen
+    assert "functional, 4 photos" not in chosen
+    assert not any("DreamBooth" in name for name in chosen)
     assert chosen[HEADLINE]["strength"] in (1.0, 2.0)
     assert set(chosen[HEADLINE]["scores"]) == {"1", "2"}
+
+
+def test_strengths_of_other_rows_are_kept(tmp_path):
+    path = tmp_path / "strengths.json"
+    assert read_choices(path) == {}
+    old = {"a": {"strength": 1.5, "scores": {"1.5": 0.4}}}
+    write_strengths(path, old)
+    write_strengths(path, read_choices(path) | {"b": {"strength": 1.0, "scores": {}}})
+    assert read_strengths(path) == {"a": 1.5, "b": 1.0}
+    assert read_choices(path)["a"] == old["a"]
 
 
 def test_options():
