@@ -7,7 +7,7 @@ both levels, v-prediction on SDXL's noise schedule. One file holds it all under 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +185,7 @@ def load_base(path: Path) -> DiffusersBase:
         tensors = {key: file.get_tensor(key) for key in file.keys()}
         facts = json.loads(file.metadata()["config"])
     unet = UNet2DConditionModel(**facts["unet"])
-    text = DemoText()
+    text = load_text(path)
     vae = AutoencoderKL(**facts["vae"])
     names = unet_name_map(facts["unet"])
     unet.load_state_dict(
@@ -196,15 +196,27 @@ def load_base(path: Path) -> DiffusersBase:
             for key in unet.state_dict()
         }
     )
-    parts: dict[str, nn.Module] = {"vae": vae, "text_l": text.text_l, "text_g": text.text_g}
-    for part, module in parts.items():
-        names_of = {key: _stored_name(part, key) for key in module.state_dict()}
-        module.load_state_dict(
-            {key: tensors[name] for key, name in names_of.items() if name in tensors}
-        )
-    for frozen in (unet, text, vae):
+    _load_part("vae", vae, tensors)
+    for frozen in (unet, vae):
         frozen.requires_grad_(False).eval()
     return DiffusersBase(unet, vae, text.encode_prompts, DDIMScheduler(**SCHEDULER_CONFIG))
+
+
+def load_text(path: Path) -> DemoText:
+    """The demo base's text encoders alone, frozen, float32."""
+    text = DemoText()
+    with safe_open(path, "pt") as file:
+        wanted = (_PREFIXES["text_l"], _PREFIXES["text_g"])
+        tensors = {k: file.get_tensor(k) for k in file.keys() if k.startswith(wanted)}
+    _load_part("text_l", text.text_l, tensors)
+    _load_part("text_g", text.text_g, tensors)
+    return text.requires_grad_(False).eval()
+
+
+def _load_part(part: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Fill the VAE or a text encoder."""
+    names = {key: _stored_name(part, key) for key in module.state_dict()}
+    module.load_state_dict({key: tensors[n] for key, n in names.items() if n in tensors})
 
 
 def _stored_name(part: str, key: str) -> str:

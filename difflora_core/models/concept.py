@@ -19,14 +19,10 @@ TEMPLATES = (
     "a picture of a {}",
     "photo of a {}",
     "picture of the {}",
-    "a photo of one {}",
     "a painting of a {}",
-    "the {}",
     "a {} in a photo",
-    "a portrait with a {}",
     "a photo with the {}",
     "portrait of a person with a {}",
-    "a cartoon of a {}",
 )
 """Prompts in which a word's encoding is averaged, unless there are better ones; ours."""
 MAX_CONTEXTS = 8

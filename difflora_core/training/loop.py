@@ -15,9 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -120,6 +117,10 @@ class _Run:
     """What a run holds: the module on its device, the optimisers, the average and the meter."""
 
     def __init__(self, objective: nn.Module, config: LoopConfig, folder: Path) -> None:
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
+        from accelerate.utils import DistributedDataParallelKwargs
+
         self.objective, self.config, self.folder = objective, config, folder
         # Text encoders end before their last layer, whose weights get no gradient.
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)

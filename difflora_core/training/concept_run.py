@@ -1,0 +1,179 @@
+"""One run of a concept recipe: batches, a fixed evaluation batch, the best state so far."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ..adapters.attach import attach
+from ..diffusion.objective import abar_at, add_noise, to_x0
+from ..errors import CheckpointError, InterruptedTraining
+from ..models.concept import Concept
+from ..storage.checkpoint import write_atomic
+from .base_model import TextCondition
+from .concept_task import ConceptExamples
+from .loop import LoopConfig, train
+
+EVALUATION_PICTURES = 8
+EVALUATION_SEED = 71
+PREVIEW_TIMESTEP = 600
+
+Watch = Callable[[int, int, dict[str, float], Callable[[], Tensor]], None]
+"""Called at every log as (step, steps, metrics, preview); preview() draws a (1, H, W, 3)."""
+
+
+@dataclass(frozen=True, eq=False)
+class ConceptResult:
+    """What a run left.
+
+    `concepts`: at the lowest evaluation loss; `finished`: False when it was stopped; `step`: of
+    that state; `loss`: its evaluation loss.
+    """
+
+    concepts: list[Concept]
+    finished: bool
+    step: int
+    loss: float
+
+
+class _Best:
+    """The state with the lowest loss on a fixed batch, kept on disk beside the checkpoint."""
+
+    def __init__(self, objective: nn.Module, examples: ConceptExamples, folder: Path) -> None:
+        self.objective, self.path = objective, folder / "best.safetensors"
+        generator = torch.Generator().manual_seed(EVALUATION_SEED)
+        batch = examples.draw(EVALUATION_PICTURES)(generator)
+        device = next(objective.parameters()).device
+        self.batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        self.step, self.loss = 0, float("inf")
+        if self.path.exists():
+            self.step, self.loss = self._read()
+
+    def look(self, step: int) -> float:
+        """Loss of the present state; keeps it when it is the lowest so far."""
+        self.objective.eval()
+        device = next(self.objective.parameters()).device
+        batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.batch.items()}
+        with torch.no_grad():
+            loss = float(self.objective(batch)[0])
+        self.objective.train()
+        if loss < self.loss:
+            self.step, self.loss = step, loss
+            state = {k: v.detach().cpu().contiguous() for k, v in self._state().items()}
+            write_atomic(state, {"step": str(step), "loss": repr(loss)}, self.path)
+        return loss
+
+    def restore(self) -> None:
+        """Put the best state back into the objective."""
+        with safe_open(self.path, "pt") as file, torch.no_grad():
+            for name, parameter in self._state().items():
+                parameter.copy_(file.get_tensor(name))
+
+    def _state(self) -> dict[str, Tensor]:
+        return dict(self.objective.named_parameters())
+
+    def _read(self) -> tuple[int, float]:
+        try:
+            with safe_open(self.path, "pt") as file:
+                facts = file.metadata() or {}
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            step, loss = int(facts["step"]), float(facts["loss"])
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise CheckpointError(f"{self.path} is damaged; delete it to start anew.") from error
+        if shapes != {name: tuple(p.shape) for name, p in self._state().items()}:
+            raise CheckpointError(f"{self.path} belongs to another model; move it away.")
+        return step, loss
+
+
+def run_concepts(
+    objective: Any,
+    examples: ConceptExamples,
+    batch: int,
+    loop: LoopConfig,
+    folder: Path,
+    watch: Watch | None = None,
+) -> ConceptResult:
+    """Train an objective; a stopped run returns its best state and can be taken up again.
+
+    Args:
+        objective: PerfusionObjective or InfusionObjective.
+        examples: pictures.
+        batch: pictures of a step.
+        loop: the run.
+        folder: of this run's state; taken up again when settings and pictures are the same.
+        watch: see `Watch`; `evaluation` is among the metrics. It may raise InterruptedTraining.
+
+    Raises:
+        CheckpointError: the folder holds a run with other settings or pictures.
+    """
+    _same_run(folder, objective, examples, batch, loop)
+    best = _Best(objective, examples, folder)
+    if best.step == 0 and best.loss == float("inf"):
+        best.look(0)
+
+    def report(step: int, total: int, metrics: dict[str, float]) -> None:
+        metrics = {**metrics, "evaluation": best.look(step)}
+        if watch is not None:
+            watch(step, total, metrics, lambda: preview(objective, examples))
+
+    finished = True
+    try:
+        train(objective, examples.draw(batch), loop, folder, report)
+    except InterruptedTraining:
+        finished = False
+    best.restore()
+    objective.to("cpu")
+    facts: dict[str, str | int | float] = {"steps": best.step, "pictures": len(examples)}
+    return ConceptResult(objective.concepts(facts), finished, best.step, best.loss)
+
+
+def _same_run(
+    folder: Path, objective: Any, examples: ConceptExamples, batch: int, loop: LoopConfig
+) -> None:
+    """Refuse to take up a run with other settings."""
+    latents = [*examples.latents.shape, float(examples.latents.double().sum())]
+    words = [[word.word, word.superclass] for word in objective.task.words]
+    prompts = [list(options) for options in examples.prompts]
+    text = json.dumps([repr(objective.config), words, latents, prompts, batch, repr(loop)])
+    mark = hashlib.sha256(text.encode()).hexdigest()
+    path = folder / "run.txt"
+    folder.mkdir(parents=True, exist_ok=True)
+    if path.exists() and path.read_text() != mark:
+        raise CheckpointError(
+            f"{folder} holds the state of another training (other words, pictures or settings); "
+            "delete it or take another folder."
+        )
+    path.write_text(mark)
+
+
+@torch.no_grad()
+def preview(objective: Any, examples: ConceptExamples) -> Tensor:
+    """What the model makes of the first picture under much noise, in one step: (1, H, W, 3).
+
+    The noise is always the same, so the pictures of a run can be compared.
+    """
+    base = objective.task.base
+    weight = next(base.unet.parameters())
+    clean = examples.latents[:1].to(weight.device).float()
+    generator = torch.Generator().manual_seed(EVALUATION_SEED)
+    noise = torch.randn(clean.shape, generator=generator).to(clean)
+    when = torch.tensor([PREVIEW_TIMESTEP], device=weight.device)
+    abar = abar_at(base.alphas_cumprod, when, clean)
+    noisy = add_noise(clean, noise, abar)
+    objective.eval()
+    encoded, adapters = objective.prepare([examples.prompts[0][0]])
+    objective.train()
+    text = TextCondition(encoded.context.to(weight), encoded.pooled.to(weight))
+    with attach(base.unet, adapters, names=objective.module_names):
+        prediction = base.predict(noisy.to(weight.dtype), when, text)
+    latents = to_x0(prediction.float(), noisy, abar, base.prediction_type)
+    image: Tensor = base.decode_latents(latents)
+    return image

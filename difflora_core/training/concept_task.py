@@ -1,0 +1,256 @@
+"""What the concept recipes train on: pictures of one or several new words, and their setting."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..adapters.covariance import Covariance
+from ..errors import ConfigError
+from ..models.concept import (
+    MAX_CONTEXTS,
+    TEMPLATES,
+    ConceptText,
+    WordEmbedding,
+    check_contexts,
+    check_new_word,
+    check_probe,
+    find_words,
+    superclass_token,
+    text_probe,
+    word_encoding,
+)
+from .base_model import BaseModel, stratified_timesteps
+
+logger = logging.getLogger(__name__)
+
+TRAIN_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class NewWord:
+    """A word to teach and the one-token word of its kind."""
+
+    word: str
+    superclass: str
+
+
+@dataclass(frozen=True, eq=False)
+class ConceptExamples:
+    """Training pictures.
+
+    Args:
+        latents: (N, C, h, w) clean, scaled.
+        prompts: for each picture the prompts it may be shown with, new words standing literally.
+        masks: (N, h, w) in [0, 1], largest value 1, what counts; None counts whole pictures.
+
+    Raises:
+        ConfigError: no pictures, or parts that do not fit each other.
+    """
+
+    latents: Tensor
+    prompts: Sequence[Sequence[str]]
+    masks: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.latents.shape)
+        if len(shape) != 4 or 0 in shape:
+            raise ConfigError(f"A concept needs at least one picture; got latents {shape}.")
+        if len(self.prompts) != shape[0] or not all(self.prompts):
+            raise ConfigError(
+                f"{shape[0]} pictures need prompts each, got {len(self.prompts)} lists of them."
+            )
+        if self.masks is not None and self.masks.shape != (shape[0], *shape[2:]):
+            raise ConfigError(
+                f"The masks are {tuple(self.masks.shape)}, expected {(shape[0], *shape[2:])}."
+            )
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def draw(self, count: int) -> Callable[[torch.Generator], dict[str, object]]:
+        """A function that draws a batch of `count` noised pictures from a generator."""
+
+        def batch(generator: torch.Generator) -> dict[str, object]:
+            rounds = [
+                torch.randperm(len(self), generator=generator)
+                for _ in range(-(-count // len(self)))
+            ]
+            index = torch.cat(rounds)[:count]
+            prompts = [self.prompts[k] for k in index.tolist()]
+            chosen = [p[int(torch.randint(len(p), (), generator=generator))] for p in prompts]
+            latents = self.latents[index].float()
+            parts: dict[str, object] = {
+                "latents": latents,
+                "noise": torch.randn(latents.shape, generator=generator),
+                "timesteps": stratified_timesteps(count, generator, TRAIN_STEPS),
+                "prompts": chosen,
+            }
+            return parts if self.masks is None else {**parts, "masks": self.masks[index].float()}
+
+        return batch
+
+
+def concept_examples(
+    base: BaseModel,
+    images: Tensor,
+    words: Sequence[NewWord],
+    masks: Tensor | None = None,
+    prompts: Sequence[Sequence[str]] | None = None,
+    flip: bool = True,
+) -> ConceptExamples:
+    """Training pictures from images.
+
+    Args:
+        base: encodes the images.
+        images: (N, H, W, 3) in [0, 1].
+        words: what the default prompts name.
+        masks: (N or 1, any size) of the concept; an empty mask counts the whole picture.
+        prompts: see `ConceptExamples`; the photo templates unless given.
+        flip: also train on mirrored pictures; turn it off for what is not symmetric (writing).
+
+    Raises:
+        ConfigError: no images, masks for another number of them, or prompts without the words.
+    """
+    if images.ndim != 4 or not len(images) or images.shape[-1] != 3:
+        raise ConfigError(f"A concept needs pictures (N, H, W, 3), got {tuple(images.shape)}.")
+    named = " and a ".join(word.word for word in words)
+    default = [template.format(named) for template in TEMPLATES]
+    lists = [default] * len(images) if prompts is None else list(prompts)
+    _check_prompts(lists, [word.word for word in words])
+    shaped = None if masks is None else _masks(masks, images)
+    if flip:
+        images = torch.cat([images, images.flip(2)])
+        shaped = None if shaped is None else torch.cat([shaped, shaped.flip(2)])
+        lists = [*lists, *lists]
+    latents = base.encode_images(images)
+    if shaped is not None:
+        small = F.interpolate(shaped[:, None], tuple(latents.shape[-2:]), mode="area")[:, 0]
+        shaped = small / small.flatten(1).amax(1).clamp_min(1e-6)[:, None, None]
+    return ConceptExamples(latents, lists, shaped)
+
+
+def _masks(masks: Tensor, images: Tensor) -> Tensor:
+    """One soft mask (N, H, W) for each picture, its largest value 1 over the whole picture."""
+    masks = masks[None] if masks.ndim == 2 else masks
+    if masks.ndim != 3 or len(masks) not in (1, len(images)):
+        raise ConfigError(
+            f"There are {len(images)} pictures but masks {tuple(masks.shape)}: one mask for all, "
+            "or one for each."
+        )
+    if not bool(torch.isfinite(masks).all()):
+        raise ConfigError("A mask holds values that are not finite numbers.")
+    resized = F.interpolate(
+        masks.float()[:, None], tuple(images.shape[1:3]), mode="bilinear", antialias=True
+    )[:, 0]
+    resized = resized.clamp(0, 1).expand(len(images), -1, -1)
+    largest = resized.flatten(1).amax(1)[:, None, None]
+    empty = largest[:, 0, 0] < 1e-3
+    if bool(empty.any()):
+        logger.warning("%d masks are empty: those whole pictures count", int(empty.sum()))
+    full = torch.ones_like(resized)
+    return torch.where(largest < 1e-3, full, resized / largest.clamp_min(1e-3))
+
+
+def _check_prompts(prompts: Sequence[Sequence[str]], words: Sequence[str]) -> None:
+    for options in prompts:
+        for prompt in options:
+            if not find_words(prompt, words):
+                raise ConfigError(
+                    f"The prompt {prompt!r} does not name {' or '.join(words)}: every training "
+                    "prompt must hold a new word."
+                )
+
+
+@dataclass(frozen=True, eq=False)
+class ConceptTask:
+    """Everything frozen around the training of words; made by `prepare_task`.
+
+    Args:
+        base, text, covariance: what the concept belongs to.
+        words: the words to teach.
+        embeddings: of the super-class words, one for each word.
+        superclasses: i_super (J, d). layers: value projections, layer name to module path.
+        probe: fingerprint of the text encoders. contexts: prompts in which words are averaged.
+        base_name: family.
+    """
+
+    base: BaseModel
+    text: ConceptText
+    covariance: Covariance
+    words: tuple[NewWord, ...]
+    embeddings: tuple[WordEmbedding, ...]
+    superclasses: Tensor
+    layers: Mapping[str, str]
+    probe: Tensor
+    contexts: tuple[str, ...]
+    base_name: str
+
+    @torch.no_grad()
+    def layer_output(self, path: str, rows: Tensor) -> Tensor:
+        """What a projection makes of encodings (J, d): (J, out), by calling the layer itself."""
+        layer = self.base.unet.get_submodule(path)
+        weight: Tensor = next(self.base.unet.parameters())
+        output: Tensor = layer(rows.to(weight)[:, None])
+        return output[:, 0].float()
+
+
+def prepare_task(
+    base: BaseModel,
+    text: ConceptText,
+    covariance: Covariance,
+    words: Sequence[NewWord],
+    contexts: Sequence[str] = TEMPLATES,
+    base_name: str = "sdxl",
+) -> ConceptTask:
+    """Check words and text encoders, and gather what training needs.
+
+    Args:
+        base: frozen base model.
+        text: its text encoders.
+        covariance: C of these text encoders.
+        words: what to teach.
+        contexts: prompts like those of the training pictures, `{}` for a word; at most 8 count.
+        base_name: family of the base model.
+
+    Raises:
+        ConfigError: a word or super-class cannot be used, a word occurs twice, or the covariance
+            belongs to other text encoders.
+    """
+    if not words or len({word.word for word in words}) < len(words):
+        raise ConfigError("Teach one word or several different ones.")
+    contexts = _spread(list(dict.fromkeys(contexts)))
+    check_contexts(contexts)
+    probe = text_probe(text)
+    if covariance.probe is not None:
+        check_probe(covariance.probe, probe, "The covariance")
+    embeddings = []
+    for word in words:
+        check_new_word(text, word.word)
+        embeddings.append(text.embedding(superclass_token(text, word.superclass)))
+    encodings = torch.stack([word_encoding(text, e, contexts) for e in embeddings])
+    if encodings.shape[-1] != covariance.dim:
+        raise ConfigError(
+            f"The covariance is for encodings of width {covariance.dim}, the text encoders give "
+            f"{encodings.shape[-1]}. Build one for this CLIP."
+        )
+    layers = {
+        name: path
+        for name, path in base.layout(base_name, 1).module_names.items()
+        if name.endswith("attn2.to_v")
+    }
+    return ConceptTask(
+        base, text, covariance, tuple(words), tuple(embeddings),
+        encodings, layers, probe, tuple(contexts), base_name,
+    )  # fmt: skip
+
+
+def _spread(items: list[str]) -> list[str]:
+    """At most MAX_CONTEXTS items, evenly over the list."""
+    count = min(len(items), MAX_CONTEXTS)
+    return [items[k * len(items) // count] for k in range(count)]

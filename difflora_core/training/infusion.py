@@ -1,0 +1,148 @@
+"""The Infusion recipe: a value residual at the concept's token in every cross-attention layer.
+
+arXiv 2404.14007. Nothing else is trained: the word keeps its super-class word's embedding, so all
+attention maps stay those of the original model. Residuals start at zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.attach import attach
+from ..adapters.base import AdapterEntry, AdapterSet
+from ..adapters.infusion import InfusionValueAdapter, token_concept
+from ..adapters.perfusion import ConceptMatcher
+from ..errors import ConfigError
+from ..models.concept import Concept, EncodedPrompts
+from .base_model import TextCondition
+from .concept_run import ConceptResult, Watch, run_concepts
+from .concept_task import ConceptExamples, ConceptTask
+from .loop import LoopConfig
+from .losses import NoisedBatch, denoising_error
+
+
+@dataclass(frozen=True)
+class InfusionTraining:
+    """Settings of the recipe (related.md 2): 500 steps at 0.01.
+
+    `steps`, `batch`: optimiser steps and pictures in each. `learning_rate`: of the residuals.
+    `threshold`: similarity from which a token can be the concept's. `weighting`: of the denoising
+    loss. `evaluate_every`: steps between looks at the evaluation batch. `precision`: "no", "bf16".
+    """
+
+    steps: int = 500
+    batch: int = 4
+    learning_rate: float = 0.01
+    threshold: float = 0.7
+    weighting: str = "uniform"
+    evaluate_every: int = 25
+    precision: str = "no"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch < 1 or self.evaluate_every < 1:
+            raise ConfigError("steps, batch and evaluate_every must be at least 1.")
+        if not 0 < self.learning_rate <= 10:
+            raise ConfigError(f"The learning rate must lie in 0 to 10, got {self.learning_rate}.")
+
+    @property
+    def loop(self) -> LoopConfig:
+        """The run, for `loop.train`."""
+        return LoopConfig(
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            warmup=1,
+            decay=0.3,
+            weight_decay=0.0,
+            betas=(0.9, 0.999),
+            checkpoint_every=max(self.evaluate_every, 100),
+            log_every=self.evaluate_every,
+            precision=self.precision,
+            seed=self.seed,
+        )
+
+
+class InfusionObjective(nn.Module):
+    """Residuals of J words; forward maps a batch to (loss, metrics). At the start: the base model.
+
+    Args:
+        task: the frozen setting. config: the recipe.
+    """
+
+    def __init__(self, task: ConceptTask, config: InfusionTraining) -> None:
+        super().__init__()
+        self.task, self.config = task, config
+        starts = [task.layer_output(path, task.superclasses) for path in task.layers.values()]
+        self.values = nn.ParameterList(torch.zeros_like(start) for start in starts)
+        self.covectors = torch.stack([task.covariance.covector(i) for i in task.superclasses])
+
+    def prepare(self, prompts: Sequence[str]) -> tuple[EncodedPrompts, AdapterSet]:
+        """Encoded prompts and the adapters that belong to them."""
+        words = zip(self.task.words, self.task.embeddings, strict=True)
+        with torch.no_grad():
+            encoded = self.task.text.encode(prompts, {w.word: e for w, e in words})
+        rows = zip(self.task.superclasses, self.covectors, strict=True)
+        matcher = ConceptMatcher([token_concept(i, c, self.config.threshold) for i, c in rows])
+        entries = [
+            AdapterEntry(layer, InfusionValueAdapter(matcher, value))
+            for layer, value in zip(self.task.layers, self.values, strict=True)
+        ]
+        return encoded, AdapterSet(tuple(entries))
+
+    def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Masked denoising loss."""
+        encoded, adapters = self.prepare(batch["prompts"])
+        text = TextCondition(encoded.context, encoded.pooled)
+        noised = NoisedBatch(batch["latents"], batch["noise"], batch["timesteps"], text)
+        with attach(self.task.base.unet, adapters, names=self.module_names):
+            error = denoising_error(
+                self.task.base, noised, self.config.weighting, batch.get("masks")
+            )
+        return error.mean(), {}
+
+    @property
+    def module_names(self) -> dict[str, str]:
+        """Layer name to module path of the values."""
+        return dict(self.task.layers)
+
+    @torch.no_grad()
+    def concepts(self, facts: Mapping[str, str | int | float]) -> list[Concept]:
+        """What was trained so far, one record for each word."""
+        result = []
+        for row, word in enumerate(self.task.words):
+            values = {
+                layer: value[row].detach().cpu().clone()
+                for layer, value in zip(self.task.layers, self.values, strict=True)
+            }
+            result.append(
+                Concept(
+                    "infusion", word.word, word.superclass, self.task.base_name,
+                    tuple(e.cpu() for e in self.task.embeddings[row]),
+                    self.task.superclasses[row].cpu().float(), self.covectors[row].cpu().float(),
+                    values, self.task.probe, self.task.contexts, facts,
+                )
+            )  # fmt: skip
+        return result
+
+
+def train_infusion(
+    task: ConceptTask,
+    examples: ConceptExamples,
+    config: InfusionTraining,
+    folder: Path,
+    watch: Watch | None = None,
+) -> ConceptResult:
+    """Learn value residuals for one or several words; arguments as in `train_perfusion`.
+
+    Raises:
+        ConfigError: the loss is not a finite number.
+        CheckpointError: the folder holds another run.
+    """
+    objective = InfusionObjective(task, config)
+    return run_concepts(objective, examples, config.batch, config.loop, folder, watch)

@@ -1,0 +1,270 @@
+"""The Perfusion recipe: a new word, its direction, and its value in every cross-attention layer.
+
+arXiv 2305.01644, section 4. Trained are the word's embedding in each text encoder and o* of the
+value path; keys are locked to the super-class word; i* is a moving average of the word's encoding,
+through which gradients pass straight. Text encoders and UNet stay frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.attach import attach
+from ..adapters.base import AdapterEntry, AdapterSet
+from ..adapters.perfusion import (
+    ConceptMatcher,
+    GatedConcept,
+    PerfusionKeyAdapter,
+    PerfusionValueAdapter,
+    SigmoidGate,
+)
+from ..errors import ConfigError
+from ..methods.perfusion import key_layer
+from ..models.concept import Concept, EncodedPrompts, WordEmbedding
+from .base_model import TextCondition
+from .calibration import AttentionRecord, binding_loss, record_attention, separation_loss
+from .concept_run import ConceptResult, Watch, run_concepts
+from .concept_task import ConceptExamples, ConceptTask
+from .loop import LoopConfig
+from .losses import NoisedBatch, denoising_error
+
+
+@dataclass(frozen=True)
+class PerfusionTraining:
+    """Settings of the recipe; the numbers are those of perfusion.md 4.
+
+    `steps`, `batch`: optimiser steps and pictures in each. `value_rate`, `word_rate`: learning
+    rates of o* and of the embeddings. `average`: decay of i*. `bias`, `temperature`: gate while
+    training. `weighting`: of the denoising loss. `binding`, `separation`: weights of DisenDiff's
+    losses (arXiv 2403.18551 takes 0.01 for both), for several words from one picture.
+    `evaluate_every`: steps between looks at the fixed evaluation batch. `precision`: "no", "bf16".
+    """
+
+    steps: int = 400
+    batch: int = 4
+    value_rate: float = 0.03
+    word_rate: float = 0.006
+    average: float = 0.99
+    bias: float = 0.75
+    temperature: float = 0.1
+    weighting: str = "uniform"
+    binding: float = 0.0
+    separation: float = 0.0
+    evaluate_every: int = 25
+    precision: str = "no"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        SigmoidGate(self.bias, self.temperature)
+        if self.steps < 1 or self.batch < 1 or self.evaluate_every < 1:
+            raise ConfigError("steps, batch and evaluate_every must be at least 1.")
+        if not (0 < self.value_rate <= 10 and 0 <= self.word_rate <= 10):
+            raise ConfigError("Learning rates must lie in 0 to 10, and that of the values above 0.")
+        if not 0 <= self.average < 1:
+            raise ConfigError(f"average must lie in 0 to 1, got {self.average}.")
+        if self.binding < 0 or self.separation < 0:
+            raise ConfigError("Weights of the attention losses must not be negative.")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PerfusionTraining:
+        """Settings from a table.
+
+        Raises:
+            ConfigError: an unknown field.
+        """
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ConfigError(f"Unknown training settings: {', '.join(sorted(unknown))}.")
+        return cls(**values)
+
+    @property
+    def loop(self) -> LoopConfig:
+        """The run, for `loop.train`."""
+        return LoopConfig(
+            steps=self.steps,
+            learning_rate=self.value_rate,
+            warmup=1,
+            decay=0.3,
+            weight_decay=0.0,
+            betas=(0.9, 0.999),
+            checkpoint_every=max(self.evaluate_every, 100),
+            log_every=self.evaluate_every,
+            precision=self.precision,
+            seed=self.seed,
+        )
+
+
+class PerfusionObjective(nn.Module):
+    """The trained numbers of J words; forward maps a batch to (loss, metrics).
+
+    Before training it answers like the super-class word, weakened by the gate's value at a = 1.
+
+    Args:
+        task: the frozen setting. config: the recipe.
+    """
+
+    def __init__(self, task: ConceptTask, config: PerfusionTraining) -> None:
+        super().__init__()
+        self.task, self.config = task, config
+        starts = [task.layer_output(path, task.superclasses) for path in task.layers.values()]
+        self.starts = dict(zip(task.layers, starts, strict=True))
+        self.values = nn.ParameterList(torch.zeros_like(start) for start in starts)
+        # A shift of an embedding is stored in units of the ratio of the two learning rates, so
+        # that one optimiser gives both: AdamW moves by the rate whatever the gradient's size.
+        self.shifts = nn.ParameterList(
+            torch.zeros(len(task.words), len(vector)) for vector in task.embeddings[0]
+        )
+        self.shifts.requires_grad_(config.word_rate > 0)
+        # Never gets a gradient; as a parameter it is part of the loop's checkpoints.
+        self.direction = nn.Parameter(task.superclasses.clone().float())
+        self.register_buffer("inverse", task.covariance.inverse.float(), persistent=False)
+
+    def embeddings(self) -> dict[str, WordEmbedding]:
+        """Word to its embeddings; gradients flow."""
+        unit = self.config.word_rate / self.config.value_rate
+        return {
+            word.word: tuple(
+                vector.to(shift) + unit * shift[row]
+                for vector, shift in zip(self.task.embeddings[row], self.shifts, strict=True)
+            )
+            for row, word in enumerate(self.task.words)
+        }
+
+    def directions(self, encoded: EncodedPrompts) -> Tensor:
+        """i* (J, d): updates the average and lets gradients pass to the encodings."""
+        rows = []
+        for row, word in enumerate(self.task.words):
+            seen = encoded.at(word.word).to(self.direction.dtype)
+            if not len(seen):
+                rows.append(self.direction[row].detach().clone())
+                continue
+            mean = seen.mean(0)
+            if self.training:
+                with torch.no_grad():
+                    self.direction[row].lerp_(mean.to(self.direction), 1 - self.config.average)
+            rows.append(self.direction[row].detach().clone() + mean - mean.detach())
+        return torch.stack(rows)
+
+    def adapters(self, directions: Tensor) -> AdapterSet:
+        """The adapters of one step; o* of a layer is W_V i_super plus what was learned."""
+        duals = directions @ self.get_buffer("inverse").to(directions)  # J d
+        covectors = duals / (duals * directions).sum(-1, keepdim=True)
+        gate = SigmoidGate(self.config.bias, self.config.temperature)
+        superclasses = self.task.superclasses.to(directions)
+        rows = zip(directions, covectors, superclasses, strict=True)
+        matcher = ConceptMatcher([GatedConcept(*parts, gate) for parts in rows])
+        keys, entries = PerfusionKeyAdapter(matcher), []
+        for layer, value in zip(self.task.layers, self.values, strict=True):
+            targets = self.starts[layer].to(value) + value
+            entries.append(AdapterEntry(key_layer(layer), keys))
+            entries.append(AdapterEntry(layer, PerfusionValueAdapter(matcher, targets)))
+        return AdapterSet(tuple(entries))
+
+    def prepare(self, prompts: Sequence[str]) -> tuple[EncodedPrompts, AdapterSet]:
+        """Encoded prompts and the adapters that belong to them."""
+        encoded = self.task.text.encode(prompts, self.embeddings())
+        return encoded, self.adapters(self.directions(encoded))
+
+    def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Masked denoising loss (perfusion.md 3), plus DisenDiff's losses when they are on."""
+        encoded, adapters = self.prepare(batch["prompts"])
+        text = TextCondition(encoded.context, encoded.pooled)
+        noised = NoisedBatch(batch["latents"], batch["noise"], batch["timesteps"], text)
+        base, names = self.task.base, self.module_names
+        calibrated = self.config.binding > 0 or self.config.separation > 0
+        keys = [path for name, path in names.items() if name.endswith("to_k")] if calibrated else []
+        with attach(base.unet, adapters, names=names), record_attention(base.unet, keys) as record:
+            error = denoising_error(base, noised, self.config.weighting, batch.get("masks"))
+        extra, parts = self._calibration(record, encoded, batch) if calibrated else (0.0, {})
+        return error.mean() + extra, parts
+
+    @property
+    def module_names(self) -> dict[str, str]:
+        """Layer name to module path of keys and values."""
+        values = self.task.layers
+        return {**values, **{key_layer(n): key_layer(p) for n, p in values.items()}}
+
+    def _calibration(
+        self, record: AttentionRecord, encoded: EncodedPrompts, batch: Mapping[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """DisenDiff's two losses over the prompts that hold every word.
+
+        The class word is the token after the new word where the prompt says so ("<v1> cat"),
+        else the new word stands for its class and there is nothing to bind.
+        """
+        words = self.task.words
+        places = torch.stack([encoded.positions[word.word] for word in words])  # J B
+        whole = (places >= 0).all(0).to(batch["latents"].device)
+        zero = batch["latents"].new_zeros(())
+        if not bool(whole.any()):
+            return zero, {}
+        device, size = batch["latents"].device, tuple(batch["latents"].shape[-2:])
+        follows = [all(f"{w.word} {w.superclass}" in p for p in batch["prompts"]) for w in words]
+        own = [record.maps(row.to(device), (size[0], size[1])) for row in places]
+        classes = [
+            record.maps((row + 1).to(device), (size[0], size[1])) if paired else map_
+            for row, paired, map_ in zip(places, follows, own, strict=True)
+        ]
+        bind, separate = zero, zero
+        if self.config.binding and any(follows):
+            pairs = [(o, c) for o, c, paired in zip(own, classes, follows, strict=True) if paired]
+            bind = binding_loss([o for o, _ in pairs], [c for _, c in pairs])[whole].mean()
+        if self.config.separation:
+            separate = separation_loss(classes)[whole].mean()
+        total = self.config.binding * bind + self.config.separation * separate
+        return total, {"binding": bind.detach(), "separation": separate.detach()}
+
+    @torch.no_grad()
+    def concepts(self, facts: Mapping[str, str | int | float]) -> list[Concept]:
+        """What was trained so far, one record for each word."""
+        result = []
+        for row, (word, embedding) in enumerate(self.embeddings().items()):
+            direction = self.direction[row].detach().cpu().double()
+            values = {
+                layer: (self.starts[layer][row].to(value) + value[row]).detach().cpu().clone()
+                for layer, value in zip(self.task.layers, self.values, strict=True)
+            }
+            result.append(
+                Concept(
+                    "perfusion", word, self.task.words[row].superclass, self.task.base_name,
+                    tuple(e.detach().cpu().clone() for e in embedding), direction.float(),
+                    self.task.covariance.covector(direction).float(), values,
+                    self.task.probe, self.task.contexts, facts,
+                )
+            )  # fmt: skip
+        return result
+
+
+def train_perfusion(
+    task: ConceptTask,
+    examples: ConceptExamples,
+    config: PerfusionTraining,
+    folder: Path,
+    watch: Watch | None = None,
+) -> ConceptResult:
+    """Teach one or several words.
+
+    Args:
+        task: from `prepare_task`.
+        examples: from `concept_examples`.
+        config: settings.
+        folder: keeps the state of a stopped run; the same call goes on from there.
+        watch: see `run_concepts`; it may raise InterruptedTraining.
+
+    Returns:
+        The concepts at the lowest evaluation loss, also when the run was stopped.
+
+    Raises:
+        ConfigError: the loss is not a finite number, or separation is asked for one word.
+        CheckpointError: the folder holds another run.
+    """
+    if config.separation and len(task.words) < 2:
+        raise ConfigError("Attention maps can be kept apart for two words or more; this is one.")
+    objective = PerfusionObjective(task, config)
+    return run_concepts(objective, examples, config.batch, config.loop, folder, watch)

@@ -1,0 +1,345 @@
+"""The concept recipes on a tiny base with its own text encoders: 20 CPU steps each."""
+
+import pytest
+import torch
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from difflora_core.adapters.attach import attach
+from difflora_core.adapters.covariance import Covariance
+from difflora_core.demo.text import END, LENGTH, PAD, START, UNKNOWN, text_config, word_numbers
+from difflora_core.errors import CheckpointError, ConfigError, InterruptedTraining
+from difflora_core.methods.base import AdaptationRequest
+from difflora_core.methods.infusion import Infusion, InfusionConfig
+from difflora_core.methods.perfusion import Perfusion, PerfusionConfig, PreparedConcept
+from difflora_core.models.concept import TEMPLATES, superclass_token, text_probe, word_encoding
+from difflora_core.training.base_model import TextCondition
+from difflora_core.training.captions import captions
+from difflora_core.training.clip_text import ClipPairText, TokenMarks
+from difflora_core.training.concept_task import (
+    ConceptExamples,
+    NewWord,
+    concept_examples,
+    prepare_task,
+)
+from difflora_core.training.covariance import build_covariance
+from difflora_core.training.infusion import InfusionTraining, train_infusion
+from difflora_core.training.perfusion import (
+    PerfusionObjective,
+    PerfusionTraining,
+    train_perfusion,
+)
+
+WORD = NewWord("<h1>", "hat")
+PROMPTS = ["photo of a <h1>", "a person wearing a <h1>, blue background", "the red <h1>"]
+
+
+def text_encoders(seed):
+    config = {**text_config(4), "num_attention_heads": 1, "projection_dim": 4}
+    with torch.random.fork_rng():
+        torch.random.default_generator.manual_seed(seed)
+        first = CLIPTextModel(CLIPTextConfig(**config, attn_implementation="eager"))
+        second = CLIPTextModelWithProjection(CLIPTextConfig(**config, attn_implementation="eager"))
+    for module in (first, second):
+        module.get_input_embeddings().weight.data.mul_(20)
+        module.requires_grad_(False).eval()
+    return ClipPairText(
+        (first, second), word_numbers, TokenMarks(START, END, (END, PAD), UNKNOWN, LENGTH)
+    )
+
+
+@pytest.fixture(scope="module")
+def text():
+    return text_encoders(1)
+
+
+@pytest.fixture(scope="module")
+def covariance(text):
+    return build_covariance(text, captions(300, "demo"), ridge=1e-2)
+
+
+@pytest.fixture
+def task(base, text, covariance):
+    contexts = [p.replace("<h1>", "{}") for p in PROMPTS]
+    return prepare_task(base, text, covariance, [WORD], contexts, "tiny")
+
+
+def pictures(count=3, masked=True):
+    g = torch.Generator().manual_seed(4)
+    latents = torch.randn(1, 4, 4, 4, generator=g) + 0.1 * torch.randn(count, 4, 4, 4, generator=g)
+    masks = torch.ones(count, 4, 4)
+    masks[:, :, 2:] = 0
+    return ConceptExamples(latents, [PROMPTS] * count, masks if masked else None)
+
+
+QUICK = PerfusionTraining(
+    steps=20, batch=4, evaluate_every=5, value_rate=0.3, word_rate=0.06, weighting="high_noise"
+)
+
+
+def numbers(result):
+    parts = []
+    for c in result.concepts:
+        parts += [c.direction, c.covector, *c.embeddings, *c.values.values()]
+    return torch.cat(parts)
+
+
+def test_training_lowers_the_loss_and_leaves_the_base_alone(task, tmp_path):
+    before = {k: v.clone() for k, v in task.base.unet.state_dict().items()}
+    seen = []
+    result = train_perfusion(
+        task, pictures(), QUICK, tmp_path, lambda s, n, m, preview: seen.append((s, n, m))
+    )
+    losses = [metrics["evaluation"] for _, _, metrics in seen]
+    start = PerfusionObjective(task, QUICK)
+    generator = torch.Generator().manual_seed(71)
+    first = float(start.eval()(pictures().draw(8)(generator))[0].detach())
+    assert result.loss == pytest.approx(min([first, *losses]), rel=1e-5)
+    assert result.loss < 0.98 * first
+    assert [s for s, _, _ in seen] == [5, 10, 15, 20]
+    assert result.finished
+    assert result.loss == pytest.approx(BEST, rel=2e-2)
+    assert all(torch.equal(v, before[k]) for k, v in task.base.unet.state_dict().items())
+    assert not any(m._forward_hooks for m in task.base.unet.modules())
+    (concept,) = result.concepts
+    assert len(concept.values) == 4
+    assert all("attn2.to_v" in layer for layer in concept.values)
+    assert concept.contexts == task.contexts
+
+
+BEST = 0.4209  # evaluation loss, as first measured
+
+
+def test_stopped_and_resumed_equals_straight(task, tmp_path):
+    straight = train_perfusion(task, pictures(), QUICK, tmp_path / "a")
+
+    def stop(step, total, metrics, preview):
+        if step == 10:
+            raise InterruptedTraining("stop")
+
+    half = train_perfusion(task, pictures(), QUICK, tmp_path / "b", stop)
+    assert not half.finished
+    assert half.step <= 10
+    resumed = train_perfusion(task, pictures(), QUICK, tmp_path / "b")
+    assert resumed.finished
+    assert torch.equal(numbers(resumed), numbers(straight))
+    other = PerfusionTraining(steps=20, batch=4, evaluate_every=5, bias=0.5)
+    with pytest.raises(CheckpointError, match="another training"):
+        train_perfusion(task, pictures(), other, tmp_path / "b")
+
+
+def test_trained_record_gives_the_training_adapters(task, tmp_path):
+    """Method and recipe compute the same thing from a prompt on."""
+    result = train_perfusion(task, pictures(), QUICK, tmp_path)
+    (concept,) = result.concepts
+    superclass = word_encoding(
+        task.text,
+        task.text.embedding(superclass_token(task.text, concept.superclass)),
+        concept.contexts,
+    )
+    torch.testing.assert_close(superclass, task.superclasses[0])
+    config = PerfusionConfig(bias=QUICK.bias, temperature=QUICK.temperature)
+    method = Perfusion([(PreparedConcept(concept, superclass), config)])
+    encoded = task.text.encode(PROMPTS, {concept.word: concept.embeddings})
+    condition = TextCondition(encoded.context, encoded.pooled)
+    noisy, steps = torch.randn(3, 4, 4, 4), torch.tensor([400, 500, 600])
+    objective = PerfusionObjective(task, QUICK)
+    names = objective.module_names
+    with torch.no_grad():
+        for value, layer in zip(objective.values, task.layers, strict=True):
+            value.copy_(concept.values[layer][None] - objective.starts[layer])
+        with attach(task.base.unet, method.adapters(AdaptationRequest()), names=names):
+            got = task.base.predict(noisy, steps, condition)
+        with attach(task.base.unet, objective.adapters(concept.direction[None]), names=names):
+            wanted = task.base.predict(noisy, steps, condition)
+        plain = task.base.predict(noisy, steps, condition)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    assert float((got - plain).abs().max()) > 1e-3
+
+
+def test_before_training_it_is_the_super_class_behind_a_gate(task):
+    objective = PerfusionObjective(task, QUICK).eval()
+    embedding = objective.embeddings()["<h1>"]
+    wanted = task.text.embedding(superclass_token(task.text, "hat"))
+    assert all(torch.equal(a, b) for a, b in zip(embedding, wanted, strict=True))
+    for layer, path in task.layers.items():
+        weight = task.base.unet.get_submodule(path).weight
+        torch.testing.assert_close(objective.starts[layer], task.superclasses @ weight.mT)
+
+
+def test_gradients_reach_words_values_and_pass_the_average(task):
+    objective = PerfusionObjective(task, QUICK).train()
+    loss, _ = objective(pictures().draw(4)(torch.Generator().manual_seed(0)))
+    loss.backward()
+    assert all(float(p.grad.abs().max()) > 0 for p in [*objective.values, *objective.shifts])
+    assert objective.direction.grad is None
+    moved = objective.direction.detach() - task.superclasses
+    assert 0 < float(moved.abs().max()) < 0.1 * float(task.superclasses.abs().max())
+
+
+def test_two_learning_rates(task, tmp_path):
+    """One AdamW step moves a value by its rate and an embedding by its own."""
+    config = PerfusionTraining(steps=1, batch=4, evaluate_every=1, value_rate=0.02, word_rate=0.004)
+    objective = PerfusionObjective(task, config)
+    from difflora_core.training.loop import train
+
+    train(objective, pictures().draw(4), config.loop, tmp_path)
+    assert float(objective.values[0].detach().abs().max()) == pytest.approx(0.02, rel=1e-2)
+    start = task.embeddings[0]
+    moved = [
+        float((e.detach() - s).abs().max())
+        for e, s in zip(objective.embeddings()["<h1>"], start, strict=True)
+    ]
+    assert max(moved) == pytest.approx(0.004, rel=1e-2)
+
+
+def test_masks_choose_what_is_learned(task):
+    """Where the mask is zero, the picture cannot matter."""
+    objective = PerfusionObjective(task, QUICK).eval()
+    batch = pictures().draw(4)(torch.Generator().manual_seed(0))
+    changed = {**batch, "masks": batch["masks"].clone()}
+    loss = float(objective(batch)[0].detach())
+    whole = {k: v for k, v in batch.items() if k != "masks"}
+    changed["masks"][:] = 1
+    with torch.no_grad():
+        without = float(objective(whole)[0])
+        assert without > loss
+        assert float(objective(changed)[0]) == pytest.approx(without, rel=1e-6)
+
+
+def test_disendiff_losses_take_part(base, text, covariance, tmp_path):
+    words = [WORD, NewWord("<c1>", "cup")]
+    prompts = ["photo of a <h1> hat and a <c1> cup", "the <h1> hat and the <c1> cup"]
+    contexts = ["photo of a {}", "photo of a hat and a {}"]
+    task = prepare_task(base, text, covariance, words, contexts, "tiny")
+    g = torch.Generator().manual_seed(1)
+    examples = ConceptExamples(torch.randn(1, 4, 4, 4, generator=g), [prompts])
+    config = PerfusionTraining(steps=3, batch=2, evaluate_every=1, binding=0.01, separation=0.01)
+    seen = []
+    result = train_perfusion(
+        task, examples, config, tmp_path, lambda s, n, m, preview: seen.append(m)
+    )
+    assert len(result.concepts) == 2
+    assert all(0 < metrics["separation"] <= 1 for metrics in seen)
+    assert all(0 < metrics["binding"] < 2 for metrics in seen)
+    lone = prepare_task(base, text, covariance, [WORD])
+    with pytest.raises(ConfigError, match="two words"):
+        train_perfusion(lone, pictures(), config, tmp_path / "one")
+
+
+def test_infusion_starts_at_the_base_and_learns(task, tmp_path):
+    config = InfusionTraining(steps=20, batch=4, evaluate_every=5, threshold=0.3)
+    result = train_infusion(task, pictures(), config, tmp_path)
+    (concept,) = result.concepts
+    encoded = task.text.encode(PROMPTS, {concept.word: concept.embeddings})
+    text = TextCondition(encoded.context, encoded.pooled)
+    noisy, steps = torch.randn(3, 4, 4, 4), torch.tensor([400, 500, 600])
+    method = Infusion([(concept, InfusionConfig(threshold=0.3))])
+    adapters = method.adapters(AdaptationRequest())
+    with torch.no_grad():
+        plain = task.base.predict(noisy, steps, text)
+        with attach(task.base.unet, adapters, names=task.layers):
+            tuned = task.base.predict(noisy, steps, text)
+    assert float((tuned - plain).abs().max()) > 1e-4
+    zero = type(concept)(
+        "infusion", concept.word, "hat", "tiny", concept.embeddings, concept.direction,
+        concept.covector, {k: 0 * v for k, v in concept.values.items()}, concept.probe,
+    )  # fmt: skip
+    still = Infusion([(zero, InfusionConfig(threshold=0.3))]).adapters(AdaptationRequest())
+    with torch.no_grad(), attach(task.base.unet, still, names=task.layers):
+        assert torch.equal(task.base.predict(noisy, steps, text), plain)
+    again = train_infusion(task, pictures(), config, tmp_path / "again")
+    assert torch.equal(numbers(again), numbers(result))
+
+
+def test_words_that_cannot_be_taught(base, text, covariance):
+    def bad(word, superclass):
+        return prepare_task(base, text, covariance, [NewWord(word, superclass)])
+
+    with pytest.raises(ConfigError, match="already means"):
+        bad("cat", "hat")
+    with pytest.raises(ConfigError, match="2 tokens"):
+        bad("<x>", "red hat")
+    with pytest.raises(ConfigError, match="one word that the model knows"):
+        bad("<x>", "zeppelin")
+    with pytest.raises(ConfigError, match="cannot be taught"):
+        bad("a b", "hat")
+    with pytest.raises(ConfigError, match="different ones"):
+        prepare_task(base, text, covariance, [WORD, WORD])
+    with pytest.raises(ConfigError, match="other text encoders"):
+        prepare_task(base, text_encoders(2), covariance, [WORD])
+    narrow = Covariance(torch.eye(5), 10)
+    with pytest.raises(ConfigError, match="width 5"):
+        prepare_task(base, text, narrow, [WORD])
+    with pytest.raises(ConfigError, match="once"):
+        prepare_task(base, text, covariance, [WORD], ["no slot here"])
+
+
+class Flat:
+    """Encodes pictures to their small selves."""
+
+    def encode_images(self, images):
+        return torch.nn.functional.avg_pool2d(images.permute(0, 3, 1, 2), 4)
+
+
+def test_examples_from_pictures():
+    images = torch.rand(2, 16, 16, 3)
+    masks = torch.zeros(2, 32, 32)  # another size than the pictures, and the first one is empty
+    masks[1, :, :16] = 0.5
+    examples = concept_examples(Flat(), images, [WORD], masks)
+    assert len(examples) == 4  # mirrored too
+    torch.testing.assert_close(examples.latents[2], examples.latents[0].flip(-1))
+    torch.testing.assert_close(examples.masks[3], examples.masks[1].flip(-1))
+    assert bool((examples.masks[0] == 1).all())  # an empty mask is no mask
+    assert float(examples.masks[1].max()) == 1.0  # normalised over the picture, not a row
+    assert float(examples.masks[1][:, 3].max()) < 0.05
+    assert all("<h1>" in prompt for prompt in examples.prompts[0])
+    single = concept_examples(Flat(), images[:1], [WORD], flip=False)
+    assert len(single) == 1
+    assert single.masks is None
+    both = concept_examples(Flat(), images, [WORD, NewWord("<c1>", "cup")])
+    assert "<h1> and a <c1>" in both.prompts[0][0]
+
+
+def test_bad_pictures():
+    images = torch.rand(2, 16, 16, 3)
+    with pytest.raises(ConfigError, match="pictures"):
+        concept_examples(Flat(), images[:0], [WORD])
+    with pytest.raises(ConfigError, match="one mask for all"):
+        concept_examples(Flat(), images, [WORD], torch.ones(3, 16, 16))
+    with pytest.raises(ConfigError, match="not finite"):
+        concept_examples(Flat(), images, [WORD], torch.full((2, 16, 16), torch.nan))
+    with pytest.raises(ConfigError, match="does not name"):
+        concept_examples(Flat(), images, [WORD], prompts=[["a hat"], ["a <h1>"]])
+    with pytest.raises(ConfigError, match="at least one picture"):
+        ConceptExamples(torch.zeros(0, 4, 4, 4), [])
+
+
+def test_bad_settings():
+    for bad in ({"steps": 0}, {"value_rate": 0.0}, {"average": 1.0}, {"temperature": 0.0}):
+        with pytest.raises(ConfigError):
+            PerfusionTraining(**bad)
+    with pytest.raises(ConfigError, match="Unknown training settings"):
+        PerfusionTraining.from_dict({"stepz": 3})
+    with pytest.raises(ConfigError):
+        InfusionTraining(learning_rate=0.0)
+
+
+def test_text_with_a_new_word(text):
+    """The super-class embedding under a new name changes nothing; places and masks are right."""
+    own = text.embedding(superclass_token(text, "hat"))
+    plain = text.encode(["photo of a hat, smiling", "a hat"], {})
+    renamed = text.encode(["photo of a <h1>, smiling", "a <h1>"], {"<h1>": own})
+    torch.testing.assert_close(renamed.context, plain.context)
+    torch.testing.assert_close(renamed.pooled, plain.pooled)
+    assert renamed.positions["<h1>"].tolist() == [4, 2]
+    assert plain.real.sum(1).tolist() == [6, 2]
+    assert renamed.at("<h1>").shape == (2, 8)
+    short = text.encode(["a <h1>"], {"<h1>": own}, padded=False)
+    assert short.context.shape[1] == 4
+    torch.testing.assert_close(short.context[0], plain.context[1, :4])
+    absent = text.encode(["a cat", "a <h1>x"], {"<h1>": own})
+    assert absent.positions["<h1>"].tolist() == [-1, -1]  # whole words only
+    assert text_probe(text).shape == (64,)
+    with pytest.raises(ConfigError, match="75"):
+        text.encode(["hat " * 80], {})
+    assert len(TEMPLATES) == len(set(TEMPLATES))
