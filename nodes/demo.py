@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.clip_vision
+import comfy.controlnet
 import comfy.latent_formats
 import comfy.model_detection
 import comfy.model_management
@@ -208,6 +209,14 @@ def load_demo_clip_vision(path: Path) -> Any:
     return vision
 
 
+def load_demo_controlnet(path: Path) -> Any:
+    """The ControlNet of five face points, read by core's own loader.
+
+    It is a Control-LoRA: core builds the network from the base model that is sampled with.
+    """
+    return comfy.controlnet.load_controlnet(str(path))
+
+
 class LoadDemo(io.ComfyNode):
     """The whole demo world in one node."""
 
@@ -228,6 +237,10 @@ class LoadDemo(io.ComfyNode):
                 io.ClipVision.Output(display_name="clip_vision"),
                 sockets.FaceAnalysis.Output(display_name="face_analysis"),
                 sockets.DiffLoRAModel.Output(display_name="difflora_model"),
+                io.ControlNet.Output(
+                    display_name="control_net",
+                    tooltip="Puts a face where key points from Extract Identity Features are.",
+                ),
             ],
         )
 
@@ -238,7 +251,7 @@ class LoadDemo(io.ComfyNode):
 
     @classmethod
     def execute(cls):
-        (base, vision, difflora), faces = model_paths.demo_paths()
+        (base, vision, difflora, control), faces = model_paths.demo_paths()
         return io.NodeOutput(
             load_demo_unet(base),
             load_demo_clip(base),
@@ -246,4 +259,5 @@ class LoadDemo(io.ComfyNode):
             load_demo_clip_vision(vision),
             InsightFaceEncoder(faces).analysis,
             bridge.host_model(str(difflora), difflora.name),
+            load_demo_controlnet(control),
         )

@@ -20,7 +20,9 @@ DEMO = "difflora_demo"
 """Holds the demo world; `extra_model_paths.yaml` can name another folder."""
 
 DEMO_FOLDER = paths.ARTEFACTS
-DEMO_FILES = (paths.BASE.name, paths.CLIP_VISION.name, paths.DIFFLORA.name)
+DEMO_FILES = tuple(
+    path.name for path in (paths.BASE, paths.CLIP_VISION, paths.DIFFLORA, paths.CONTROLNET)
+)
 DEMO_LORAS = paths.LORAS.relative_to(paths.ARTEFACTS)
 DEMO_FACES = paths.FACES.relative_to(paths.ARTEFACTS)
 

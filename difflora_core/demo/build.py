@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..errors import InterruptedTraining
-from . import paths, stages, stages_faces, stages_lora
+from . import controlnet, paths, stages, stages_faces, stages_lora
 
 Report = Callable[[int, int, dict[str, float]], None]
 
@@ -44,6 +44,7 @@ STAGES = (
     Stage("judges", 15, stages_faces.judges),
     Stage("vae", 15, stages.vae),
     Stage("base", 45, stages.base),
+    Stage("controlnet", 7, controlnet.controlnet),
     Stage("features", 9, stages_lora.features),
     Stage("reader", 4, stages_lora.reader),
     Stage("functional", 60, stages_lora.functional),

@@ -14,20 +14,23 @@ import pytest
 import torch
 from PIL import Image
 
-from difflora_core.demo.base import demo_layout, new_base, save_base
+from difflora_core.demo.base import demo_layout, load_base, new_base, save_base
 from difflora_core.demo.clip_vision import ClipVisionRecipe, save_clip_vision
 from difflora_core.demo.comfy_client import ComfyClient
 from difflora_core.demo.comfy_server import ComfyServer
+from difflora_core.demo.controlnet import save_controlnet
 from difflora_core.demo.vae import new_vae
 from difflora_core.lora.layout import LoRALayout
 from difflora_core.methods.difflora import DiffLoRAConfig, DiffLoRAModel
 from difflora_core.storage.checkpoint import read_info, save_model
+from difflora_core.training.controlnet import ControlLoRA
 from difflora_core.vision.features import FeatureSizes
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "difflora_core" / "demo" / "artefacts"
 PARTS = (
     *("base.safetensors", "clip_vision.safetensors", "difflora.safetensors"),
+    "controlnet.safetensors",
     "insightface/demo_faces",
 )
 
@@ -67,6 +70,11 @@ def random_world(random_difflora, tmp_path_factory: pytest.TempPathFactory) -> P
             parameter.data = parameter.data.half().float()  # exact in the file
     vae = new_vae(4)
     save_base(folder / "base.safetensors", unet, text, vae)
+    generator = torch.Generator().manual_seed(6)
+    control = ControlLoRA(load_base(folder / "base.safetensors"), 4, generator)
+    for parameter in control.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    save_controlnet(control, folder / "controlnet.safetensors")
     recipe = ClipVisionRecipe()
     with torch.random.fork_rng():
         vision = CLIPVisionModelWithProjection(CLIPVisionConfig(**recipe.network()))
@@ -134,7 +142,8 @@ def comfy_server(
     base = tmp_path_factory.mktemp("comfyui")
     paths = base / "model_paths.yaml"
     paths.write_text(f"tests:\n  base_path: {demo_world}\n  difflora_demo: .\n")
-    packs = (ROOT, Path(__file__).parent / "foreign_pack")
+    here = Path(__file__).parent
+    packs = (ROOT, here / "foreign_pack", here / "renaming_pack")
     arguments = ["--extra-model-paths-config", str(paths)]
     with ComfyServer(base, packs=packs, arguments=arguments) as server:
         yield server
