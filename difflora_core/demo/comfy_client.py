@@ -128,7 +128,7 @@ class ComfyClient:
         Raises:
             ComfyPromptError: ComfyUI has no history of it.
         """
-        entry = self._json(f"/history/{prompt_id}").get(prompt_id)
+        entry = self.get(f"/history/{prompt_id}").get(prompt_id)
         if entry is None:
             raise ComfyPromptError(f"ComfyUI has no history of prompt {prompt_id}.")
         outputs = dict(entry["outputs"])
@@ -141,11 +141,11 @@ class ComfyClient:
 
     def object_info(self, node_type: str | None = None) -> dict[str, Any]:
         """The schemas of all nodes, or of one."""
-        return self._json("/object_info" + (f"/{node_type}" if node_type else ""))
+        return self.get("/object_info" + (f"/{node_type}" if node_type else ""))
 
     def system_stats(self) -> dict[str, Any]:
         """ComfyUI's versions and devices."""
-        return self._json("/system_stats")
+        return self.get("/system_stats")
 
     def interrupt(self) -> None:
         """Stops the prompt that runs now."""
@@ -227,7 +227,7 @@ class ComfyClient:
                 event = json.loads(message)
                 return event["type"], event.get("data") or {}
 
-    def _json(self, path: str) -> dict[str, Any]:
+    def get(self, path: str) -> dict[str, Any]:
         """A GET answered in JSON."""
         return dict(json.loads(self._request(path)))
 
