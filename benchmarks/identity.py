@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan = QUICK_PLAN if options.quick else FULL_PLAN
     experiment = Experiment(world, plan, options.split, QUICK_PEOPLE if options.quick else PEOPLE)
     if options.quick:
-        console.print("left out: DreamBooth 1 photo 300 steps, 8 photos 100 steps (in the full table)")
+        console.print("left out: DreamBooth, 1 photo at 300 steps and 8 photos at 100 steps")
     strengths = read_strengths(STRENGTHS)
     if not strengths:
         console.print("no strengths chosen yet: run python -m benchmarks.choose_strength")
