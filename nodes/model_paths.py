@@ -20,9 +20,8 @@ DEMO = "difflora_demo"
 """Holds the demo world; `extra_model_paths.yaml` can name another folder."""
 
 DEMO_FOLDER = paths.ARTEFACTS
-DEMO_FILES = tuple(
-    path.name for path in (paths.BASE, paths.CLIP_VISION, paths.DIFFLORA, paths.CONTROLNET)
-)
+DEMO_PARTS = (paths.BASE, paths.CLIP_VISION, paths.DIFFLORA, paths.CONTROLNET)
+DEMO_FILES = tuple(part.name for part in DEMO_PARTS)
 DEMO_LORAS = paths.LORAS.relative_to(paths.ARTEFACTS)
 DEMO_FACES = paths.FACES.relative_to(paths.ARTEFACTS)
 
@@ -150,7 +149,7 @@ def demo_paths() -> tuple[list[Path], Path]:
         files, faces = [folder / name for name in DEMO_FILES], folder / DEMO_FACES
         if all(file.is_file() for file in files) and faces.is_dir():
             return files, faces
-    wanted = [folders[0] / name for name in (*DEMO_FILES, DEMO_FACES)]
+    wanted = [*(folders[0] / name for name in DEMO_FILES), folders[0] / DEMO_FACES]
     missing = ", ".join(path.name for path in wanted if not path.exists())
     raise FileNotFoundError(
         f"The demo world in {folders[0]} lacks {missing}. Install the node pack again, or rebuild "

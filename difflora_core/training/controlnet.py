@@ -263,11 +263,11 @@ def fit(
     return train(objective, control_batches(base, sets, config.batch), loop, folder, progress)
 
 
-def _names(config: Mapping[str, Any], net: nn.Module) -> dict[str, str]:
+def _names(config: Mapping[str, Any], net: ControlNetModel) -> dict[str, str]:
     """Diffusers module path to the name in the file."""
     names = dict(unet_name_map(config))
     names["controlnet_mid_block"] = "middle_block_out.0"
-    for number, _ in enumerate(net.controlnet_down_blocks):
+    for number in range(len(net.controlnet_down_blocks)):
         names[f"controlnet_down_blocks.{number}"] = f"zero_convs.{number}.0"
     embedding = net.controlnet_cond_embedding
     steps = ["conv_in", *(f"blocks.{k}" for k in range(len(embedding.blocks))), "conv_out"]

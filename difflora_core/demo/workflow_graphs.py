@@ -1,0 +1,307 @@
+"""The workflows of people and pictures: each function draws one graph in one world."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .workflow_builder import Graph, Out
+from .workflow_worlds import Studio, World
+
+PERSON, SECOND = "difflora_demo_person.png", "difflora_demo_second_person.png"
+MORE_PHOTOS = ("difflora_demo_person_2.png", "difflora_demo_person_3.png")
+SCENE = "difflora_demo_scene.png"
+
+Draw = Callable[[Graph, World], None]
+
+SMILING = (
+    "photo of a person, smiling, blue background, red shirt",
+    "portrait photo of a person smiling, red shirt, blue studio background, soft light",
+)
+
+
+def quickstart(graph: Graph, world: World) -> None:
+    """Photo, Personalize, apply."""
+    studio = Studio(
+        graph,
+        world,
+        """
+## A photo becomes a LoRA
+Load, **Personalize**, apply: that is all. The LoRA is made in one pass, nothing is trained.
+
+- **Another person**: another picture in *Photo of the person*. Several photos of one person work \
+better: see the workflow *several photos*.
+- **Another scene**: change the prompt.
+- **mode: sampled** draws a variant of the person for every seed.
+- **Keep it**: the saved LoRA lies in `output/loras`. Move it to `models/loras` and press R: it \
+works in any workflow.""",
+    )
+    add = graph.add
+    with graph.group("1 Load"):
+        photo = studio.photo(PERSON, "Photo of the person")
+        studio.load()
+    with graph.group("2 Personalize"):
+        lora = studio.personalize(photo)["LORA_MODEL"]
+        add("SaveLoRA", 0, title="Keep the LoRA", lora=lora, prefix="loras/difflora", steps=0)
+    with graph.group("3 Apply and draw"):
+        model = studio.dress(lora)
+        prompts = studio.prompts(0, *SMILING)
+        canvas = studio.canvas(0, batch=4)
+        pictures = studio.draw(1, "With the LoRA", model, prompts, canvas, 7)
+        studio.save(2, pictures, "personalized", "The person")
+    with graph.group("The untouched base beside it", below=True):
+        plain = studio.draw(0, "Without it, same seed", studio.model, prompts, canvas, 7)
+        studio.save(1, plain, "base", "The base model alone")
+
+
+def portrait(graph: Graph, world: World) -> None:
+    """The long path, with every knob."""
+    studio = Studio(
+        graph,
+        world,
+        """
+## A portrait by the single steps
+The same as *Personalize*, with every knob in sight.
+
+- **Mix Image Features**: gate *manual* and the slider choose between the face and the whole look.
+- **Sample LoRA Latent**: *best_guess*, or *sampled* with another seed for a variant; guidance \
+above 1 exaggerates the person.
+- **Apply LoRA by Part and Time**: strength; start_percent 0.2 leaves the layout to the base \
+model; positive_only pushes towards the person; the parts (advanced) weigh layout against texture.
+- **Compare Identities** says how alike the result is: about 1 is the same face, about 0 a \
+stranger.""",
+    )
+    add = graph.add
+    with graph.group("1 Load"):
+        photo = studio.photo(PERSON, "Photo of the person")
+        studio.load()
+    with graph.group("2 The person"):
+        latent = studio.latent(photo, "the person")
+        lora = studio.decode(latent["DIFFLORA_LATENT"])["LORA_MODEL"]
+    with graph.group("3 Apply and draw"):
+        strength = world.pick(1.3, 1.0)
+        apply = add("DiffLoRA_ApplyLoRA", 0, model=studio.model, lora=lora, strength=strength)
+        prompts = studio.prompts(
+            0,
+            "photo of a person, neutral, grey background, purple shirt",
+            "portrait photo of a person, calm expression, purple shirt, grey background, 85mm",
+        )
+        pictures = studio.draw(1, "Draw", apply["MODEL"], prompts, studio.canvas(1, batch=2))
+        studio.save(2, pictures, "portrait")
+    with graph.group("4 How alike?", width=520):
+        add(
+            "DiffLoRA_CompareIdentities",
+            0,
+            references=photo,
+            pictures=pictures,
+            face_analysis=studio.faces,
+        )
+
+
+def several_photos(graph: Graph, world: World) -> None:
+    """Three photos of one person against one."""
+    studio = Studio(
+        graph,
+        world,
+        """
+## Several photos of one person
+What all photos share is the person; what differs between them (light, mood, clothes) is not.
+
+- **More photos**: connect them to *All photos*, it grows. Their order does not matter.
+- A photo **without a face** is an error; set *on_missing_face* of Personalize to *skip* or \
+*image_only* for a folder of mixed pictures.
+- The right pictures of the grid used all photos, the left ones the first photo alone; prompt and \
+seed are the same.""",
+    )
+    with graph.group("1 Load"):
+        first = studio.photo(PERSON, "Photo 1")
+        others = [studio.photo(name, f"Photo {k + 2}") for k, name in enumerate(MORE_PHOTOS)]
+        photos = studio.batch(1, [first, *others], "All photos")
+        studio.load(1)
+    with graph.group("2 Personalize"):
+        loras = [
+            studio.personalize(pictures, 0, title)["LORA_MODEL"]
+            for pictures, title in ((first, "From one photo"), (photos, "From all photos"))
+        ]
+    with graph.group("3 Draw both"):
+        prompts = studio.prompts(
+            0,
+            "photo of a person, sad, green background, orange shirt",
+            "photo of a person in an orange shirt, sad look, green wall behind",
+        )
+        canvas = studio.canvas(0, batch=2)
+        drawn = []
+        for lora, title in zip(loras, ("one photo", "all photos"), strict=True):
+            model = studio.dress(lora, 1, world.pick(1.2, 1.0))
+            drawn.append(studio.draw(1, f"From {title}", model, prompts, canvas))
+    with graph.group("4 Compare", width=640):
+        labels = ("one photo", "one photo", "all photos", "all photos")
+        grid = studio.grid(0, studio.batch(0, drawn), labels, 4, reference=first)
+        save_grid(studio, grid, "several_photos")
+
+
+def two_people(graph: Graph, world: World) -> None:
+    """Two people side by side, each in a mask of their own."""
+    studio = Studio(
+        graph,
+        world,
+        """
+## Two people in one picture
+Each LoRA becomes a **hook** that acts only inside its mask, so nobody gets the other's face.
+
+- **Who**: the two photos.
+- **Where**: the masks. Here they are the halves of the picture; any mask of the picture's shape \
+works, one painted by hand with the mask editor too. White is where the person stands.
+- **A third person**: one more *LoRA to Hook* and one more *Cond Pair Set Props Combine* with a \
+third mask.
+- The lower row shows the same with both LoRAs on the whole picture: the faces mix.
+- Hooks switch weights at every step, so this draws slower than one LoRA on the model.""",
+    )
+    with graph.group("1 Load"):
+        photos = [studio.photo(PERSON, "Left person"), studio.photo(SECOND, "Right person")]
+        studio.load(1)
+    with graph.group("2 Two LoRAs"):
+        names = ("left", "right")
+        loras = [
+            studio.personalize(photo, 0, f"LoRA of the {name} person")["LORA_MODEL"]
+            for photo, name in zip(photos, names, strict=True)
+        ]
+    with graph.group("3 Who stands where"):
+        side = world.pick(64, 832)
+        masks = _halves(studio, side)
+        prompts = studio.prompts(
+            0,
+            "photo of two people, blue background, white shirt, green shirt",
+            "photo of two people side by side, blue background, white shirt, green shirt",
+        )
+        strength = world.pick(1.4, 1.0)
+        placed = _in_masks(studio, loras, masks, prompts, strength)
+    with graph.group("4 Draw"):
+        canvas = studio.canvas(0, wide=2)
+        picture = studio.draw(0, "Each in a mask", studio.model, placed, canvas, 7)
+        studio.save(1, picture, "two_people", "Two people")
+    with graph.group("Without masks, same seed", below=True):
+        model = studio.dress(loras[0], 0, 0.7 * strength, "Left person on the whole picture")
+        add = graph.add
+        both = add(
+            "LoraModelLoader",
+            0,
+            title="And the right one",
+            model=model,
+            lora=loras[1],
+            strength_model=round(0.7 * strength, 2),
+            bypass=False,
+        )["MODEL"]
+        mixed = studio.draw(0, "Both everywhere", both, prompts, canvas, 7)
+        studio.save(1, mixed, "two_people_without_masks", "The faces mix")
+
+
+def edit_face(graph: Graph, world: World) -> None:
+    """Image to image, and a new face in an old picture."""
+    studio = Studio(
+        graph,
+        world,
+        """
+## The person in a picture that exists
+Above: **inpainting**. The face in the picture is found, its mask grown, and only that part is \
+drawn again, as the person. Below: **image to image**, which draws the whole picture again.
+
+- **The picture**: *Picture to change*. With several faces choose one by *face_index*.
+- **How much changes**: *denoise* of the samplers; 0.5 keeps more of the old face, 1 nothing.
+- **How far around the face**: *expand* of Grow Mask: hair belongs to the person too.
+- The prompt should say what the picture shows.""",
+    )
+    add = graph.add
+    with graph.group("1 Load"):
+        person = studio.photo(PERSON, "Photo of the person")
+        old = studio.photo(SCENE, "Picture to change")
+        studio.load(1)
+    with graph.group("2 Person and prompt"):
+        lora = studio.personalize(person)["LORA_MODEL"]
+        model = studio.dress(lora, 1, world.pick(1.4, 1.0))
+        prompts = studio.prompts(
+            1,
+            "photo of a person, smiling, striped pink background, yellow shirt, holding a red "
+            "flower",
+            "photo of a person smiling, holding a red flower, pink background",
+        )
+    with graph.group("3 Only the face"):
+        found = add(
+            "DiffLoRA_ExtractFeatures",
+            0,
+            title="Find the face",
+            images=old,
+            clip_vision=studio.clip_vision,
+            face_analysis=studio.faces,
+        )
+        grow = world.pick(9, 64)
+        mask = add("GrowMask", 1, mask=found["MASK"], expand=grow, tapered_corners=True)
+        encoded = add("VAEEncode", 1, pixels=old, vae=studio.vae)["LATENT"]
+        masked = add("SetLatentNoiseMask", 1, samples=encoded, mask=mask["MASK"])["LATENT"]
+        new = studio.draw(2, "Draw the face", model, prompts, masked, denoise=0.9)
+        studio.save(3, new, "new_face", "New face, old picture")
+    with graph.group("4 The whole picture", below=True):
+        again = studio.draw(0, "Draw it all again", model, prompts, encoded, denoise=0.7)
+        studio.save(1, again, "image_to_image", "Image to image")
+
+
+def _halves(studio: Studio, side: int) -> list[Out]:
+    """Masks of the left and the right half of a picture twice as wide as high."""
+    add = studio.graph.add
+    black = add("SolidMask", 1, title="Black", value=0.0, width=2 * side, height=side)["MASK"]
+    white = add("SolidMask", 1, title="White half", value=1.0, width=side, height=side)["MASK"]
+    return [
+        add(
+            "MaskComposite",
+            1,
+            title=f"{name} half",
+            destination=black,
+            source=white,
+            x=x,
+            y=0,
+            operation="add",
+        )["MASK"]
+        for name, x in (("Left", 0), ("Right", side))
+    ]
+
+
+def _in_masks(
+    studio: Studio, loras: list[Out], masks: list[Out], prompts: tuple[Out, Out], strength: float
+) -> tuple[Out, Out]:
+    """Prompts under which each LoRA acts in its own mask."""
+    add = studio.graph.add
+    hooks = [
+        add("DiffLoRA_LoRAToHook", 2, lora=lora, base_model=studio.model, strength_model=strength)[
+            "HOOKS"
+        ]
+        for lora in loras
+    ]
+    new: dict[str, Any] = {
+        "positive_NEW": prompts[0],
+        "negative_NEW": prompts[1],
+        "set_cond_area": "default",
+    }
+    left = add(
+        "PairConditioningSetProperties",
+        2,
+        title="Left person, left half",
+        mask=masks[0],
+        hooks=hooks[0],
+        **new,
+    )
+    both = add(
+        "PairConditioningSetPropertiesAndCombine",
+        2,
+        title="Right person, right half",
+        positive=left["positive"],
+        negative=left["negative"],
+        mask=masks[1],
+        hooks=hooks[1],
+        **new,
+    )
+    return both["positive"], both["negative"]
+
+
+def save_grid(studio: Studio, grid: Out, name: str) -> None:
+    """Keep a comparison grid."""
+    studio.graph.add("SaveImage", 0, images=grid, filename_prefix=f"DiffLoRA/{name}")

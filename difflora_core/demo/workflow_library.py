@@ -1,0 +1,114 @@
+"""The workflows of keeping identities: a library of people, and old LoRAs made small."""
+
+from __future__ import annotations
+
+from .workflow_builder import Graph
+from .workflow_graphs import PERSON, SECOND, save_grid
+from .workflow_worlds import Studio, World
+
+OLD_LORA = "difflora_demo_old_lora.safetensors"
+
+
+def library(graph: Graph, world: World) -> None:
+    """Keep two people in one file, take one out."""
+    studio = Studio(
+        graph,
+        world,
+        """
+## A library of people
+Every person is a few kilobytes. Add them once, then pick them by name in any workflow: no photo, \
+no LoRA file.
+
+- **Add**: photo, name. With the same name again the old entry is replaced here (*same_name*).
+- **Where**: `models/difflora_library/people.safetensors`; *library* names the file.
+- **Use**: the right half alone is enough later: *Pick from Identity Library*, with the *library* \
+link removed and the name typed in.
+- The identities belong to one DiffLoRA model; another model asks for the photos again.""",
+    )
+    add = graph.add
+    people = (("Ada", PERSON), ("Bea", SECOND))
+    with graph.group("1 Load"):
+        photos = [studio.photo(picture, f"Photo of {name}") for name, picture in people]
+        studio.load(1)
+    with graph.group("2 Add two people"):
+        shelf = None
+        for (name, _), photo in zip(people, photos, strict=True):
+            latent = studio.latent(photo, name, (0, 0, 1))
+            kept = add(
+                "DiffLoRA_AddToLibrary",
+                1,
+                title=f"Keep {name}",
+                difflora_model=studio.difflora,
+                identity=latent["DIFFLORA_LATENT"],
+                library=shelf or world.pick("difflora_demo", "people"),
+                name=name,
+                same_name="replace",
+                thumbnail=photo,
+            )
+            shelf = kept["library"]
+    with graph.group("3 Who is there?"):
+        add("DiffLoRA_ListLibrary", 0, library=shelf)
+    with graph.group("4 Use one of them"):
+        picked = add("DiffLoRA_PickFromLibrary", 0, library=shelf, name="Bea")
+        lora = studio.decode(picked["DIFFLORA_LATENT"])["LORA_MODEL"]
+        model = studio.dress(lora, 0, world.pick(1.3, 1.0))
+        prompts = studio.prompts(
+            1,
+            "photo of a person, smiling, green background, red shirt",
+            "photo of a person smiling in a garden, red shirt",
+        )
+        pictures = studio.draw(1, "Draw", model, prompts, studio.canvas(1, batch=2))
+        studio.save(2, pictures, "from_the_library")
+
+
+def compress_lora(graph: Graph, world: World) -> None:
+    """An existing LoRA as a few hundred numbers."""
+    studio = Studio(
+        graph,
+        world,
+        """
+## An old LoRA becomes an identity
+A LoRA that was trained for one person, the slow way, goes through the encoder: what is left is a \
+few hundred numbers that can be blended, varied, or kept in a library.
+
+- **The LoRA**: another file in *Load LoRA File*. It must be of the same base model.
+- **How exactly**: *refine_steps*; more steps keep more of it.
+- **What was lost**: the grid shows the old LoRA and what came back, and *kept* says how much \
+agrees (1 = all). Compression loses detail: keep the old file if it matters.
+- **Save**: the new LoRA is saved too, and *Add to Identity Library* keeps the numbers alone.""",
+    )
+    add = graph.add
+    with graph.group("1 Load"):
+        old = add(
+            "DiffLoRA_LoadLoRAFile",
+            0,
+            title="The old LoRA",
+            lora_name=world.pick(OLD_LORA, "my_person.safetensors"),
+        )["LORA_MODEL"]
+        studio.load()
+    with graph.group("2 Encode and decode"):
+        encoded = add(
+            "DiffLoRA_EncodeLoRA", 0, difflora_model=studio.difflora, lora=old, refine_steps=200
+        )
+        new = studio.decode(encoded["DIFFLORA_LATENT"], 0, "The LoRA that came back")["LORA_MODEL"]
+        add("SaveLoRA", 0, title="Keep it", lora=new, prefix="loras/compressed", steps=0)
+    with graph.group("3 Draw three ways"):
+        prompts = studio.prompts(
+            0,
+            "photo of a person, smiling, blue background, white shirt",
+            "photo of a person smiling, white shirt, blue background",
+        )
+        canvas = studio.canvas(0)
+        models = [
+            studio.model,
+            studio.dress(old, 0, 1.0, "With the old LoRA"),
+            studio.dress(new, 0, 1.0, "With the one that came back"),
+        ]
+        titles = ("Without", "Old LoRA", "What came back")
+        drawn = [
+            studio.draw(1, title, model, prompts, canvas)
+            for title, model in zip(titles, models, strict=True)
+        ]
+    with graph.group("4 Compare", width=640):
+        labels = ("without", "old LoRA", "came back")
+        save_grid(studio, studio.grid(0, studio.batch(0, drawn), labels, 3), "compressed_lora")
