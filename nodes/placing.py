@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..difflora_core.adapters.attach import attach
 from ..difflora_core.adapters.lora import lora_adapter_set
-from ..difflora_core.errors import LayoutError, LoRAFileError
+from ..difflora_core.errors import ConfigError, LayoutError, LoRAFileError
 from ..difflora_core.lora.block_groups import GroupStrengths, scale_groups
 from ..difflora_core.lora.keys import from_state_dict, to_state_dict
 from ..difflora_core.lora.weights import LoRAWeights
@@ -231,6 +231,11 @@ class TimedLoRA:
     """
 
     def __init__(self, weights: LoRAWeights, start: float, end: float, positive: bool) -> None:
+        if start > end:
+            raise ConfigError(
+                f"The LoRA would never act: it starts at {start:g} of the steps, after its end at "
+                f"{end:g}. Choose a start before the end."
+            )
         self.weights, self.start, self.end, self.positive = weights, start, end, positive
 
     def on(self, model: Any) -> Any:

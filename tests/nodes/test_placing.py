@@ -222,3 +222,10 @@ def test_loras_that_cannot_be_used(comfy, person, kind):
         with pytest.raises(ComfyPromptError, match=BAD[kind]) as caught:
             comfy.run({**nodes, name: user, **rest, **tail})
         assert caught.value.node_id == name
+
+
+def test_start_after_the_end(comfy, person):
+    nodes = {**person, "timed": apply(start_percent=0.6, end_percent=0.4)}
+    with pytest.raises(ComfyPromptError, match="would never act") as caught:
+        comfy.run({**nodes, **picture("out", ["timed", 0])})
+    assert caught.value.node_id == "timed"
