@@ -7,7 +7,7 @@ from ..difflora_core.models import latent_math
 from . import bridge, sockets
 
 CATEGORY = "DiffLoRA/identities"
-MAX_BATCH = 64
+MAX_BATCH = 256
 
 
 def identity_output() -> io.Output:

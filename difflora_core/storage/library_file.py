@@ -154,11 +154,17 @@ def check_name(name: object) -> str:
         LibraryError: it is empty, too long, or holds characters that cannot be shown.
     """
     text = name.strip() if isinstance(name, str) else ""
-    if not text or len(text) > MAX_NAME or not text.isprintable():
+    if not _can_be_shown(text):
         raise LibraryError(
             f"A name has 1 to {MAX_NAME} visible characters in one line; got {text!r:.90}."
         )
     return text
+
+
+def _can_be_shown(name: object) -> bool:
+    """Whether a stored name is one that `check_name` gives."""
+    shown = isinstance(name, str) and 0 < len(name) <= MAX_NAME and name.isprintable()
+    return shown and name == str(name).strip()
 
 
 def _facts(path: Path, header: Header) -> dict[str, Any]:
@@ -177,7 +183,8 @@ def _facts(path: Path, header: Header) -> dict[str, Any]:
         texts = [facts[key] for key in ("layout_hash", "space", "model_name")]
         texts += [entry["added"] for entry in people]
         sound = all(isinstance(value, str) and len(value) <= 256 for value in texts)
-        names = [check_name(entry["name"]) for entry in people]
+        names = [entry["name"] for entry in people]
+        sound = sound and all(_can_be_shown(name) for name in names)
     except (ValueError, KeyError, TypeError, RecursionError, AttributeError) as error:
         raise LibraryError(f"{path.name} is damaged: its list of people makes no sense.") from error
     dtype, shape = header.tensors.get("latents", ("", ()))

@@ -30,8 +30,8 @@ def make_thumbnail(image: Tensor) -> bytes:
     picture = Image.fromarray(pixels)
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    box = (left, top, left + side, top + side)
-    small = picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS, box=box)
+    middle = picture.crop((left, top, left + side, top + side))
+    small = middle.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     small.save(file, "JPEG", quality=QUALITY)
     return file.getvalue()

@@ -56,6 +56,44 @@ def test_the_gaussian_is_recovered() -> None:
     assert abs(float(z.std()) - SPREAD) < 0.03
 
 
+@pytest.mark.parametrize("strength", [0.1, 0.4, 0.7])
+def test_varied_latents_flow_back_along_the_gaussian(strength: float) -> None:
+    """The exact flow keeps the number of deviations: z_t = a m + d sqrt(a^2 S^2 + s^2)."""
+    scheduler = NoiseSchedule().scheduler()
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    noise = initial_noise(seeded_generators(range(6)), (2, 3)).double()
+    clean = MEAN + 2 * SPREAD * torch.linspace(-1, 1, 36).double().view(6, 2, 3)
+    settings = SampleSettings(int(1000 * strength), strength=strength)
+    z = sample(gaussian_denoiser("sample", scheduler), noise, scheduler, settings, initial=clean)
+    abar = scheduler.alphas_cumprod[round(1000 * strength) - 1]
+    noisy = abar.sqrt() * clean + (1 - abar).sqrt() * noise
+    deviations = (noisy - abar.sqrt() * MEAN) / (abar * SPREAD**2 + 1 - abar).sqrt()
+    torch.testing.assert_close(z, MEAN + SPREAD * deviations, rtol=0, atol=0.02)
+
+
+def test_strength_zero_keeps_and_one_forgets() -> None:
+    scheduler = NoiseSchedule().scheduler()
+    noise = initial_noise(seeded_generators([1, 2]), (2, 3))
+    denoise = gaussian_denoiser("sample", scheduler)
+    for steps in (1, 7, 20, 2000):
+        kept = SampleSettings(steps, strength=0.0)
+        assert torch.equal(sample(denoise, noise, scheduler, kept, initial=noise + 1), noise + 1)
+    new = sample(denoise, noise, scheduler, SampleSettings(7), initial=noise + 1)
+    assert torch.equal(new, sample(denoise, noise, scheduler, SampleSettings(7)))
+    with pytest.raises(ConfigError, match="latent to vary"):
+        sample(denoise, noise, scheduler, SampleSettings(7, strength=0.5))
+
+
+@pytest.mark.parametrize("steps", [1, 3, 20, 100])
+@pytest.mark.parametrize("strength", [0.001, 0.05, 0.33, 0.999])
+def test_every_strength_takes_the_steps_asked_for(steps: int, strength: float) -> None:
+    total, count = SampleSettings(steps, strength=strength).spaced(1000)
+    assert 1 <= count <= steps
+    assert abs(count / total - strength) <= 0.5 / total + 1e-9 or count == steps
+    if steps / strength <= 1000:
+        assert count == steps
+
+
 def test_a_seed_gives_the_same_latent_in_any_batch() -> None:
     together = run("v_prediction", [5, 6, 7, 8])
     for row, seed in enumerate([5, 6, 7, 8]):
@@ -130,7 +168,7 @@ def test_bad_seeds(seeds: list[int]) -> None:
         seeded_generators(seeds)
 
 
-@pytest.mark.parametrize("settings", [{"steps": 0}, {"guidance_scale": -1.0}])
+@pytest.mark.parametrize("settings", [{"steps": 0}, {"guidance_scale": -1.0}, {"strength": 1.1}])
 def test_bad_settings(settings: dict) -> None:
     with pytest.raises(ConfigError):
         SampleSettings(**settings)

@@ -1,5 +1,6 @@
 """DiffLoRAModel: the road from photos to adapters, seeds, guidance, and a small overfit."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -89,6 +90,36 @@ def test_latent_of_another_layout_is_refused(model) -> None:
         model.decode(LoRALatent(torch.zeros(1, 3, 4), "0" * 32))
 
 
+def test_latent_of_another_model_of_this_layout_is_refused(model, person) -> None:
+    latent = model.mean_latent(model.condition(person(1)))
+    own = model.latent_space
+    half = copy.deepcopy(model).half()
+    for name in ("latent_mean", "latent_scale"):  # storage keeps them exact
+        setattr(half, name, getattr(model, name))
+    assert half.latent_space == own
+    model.fit_latent_statistics(torch.randn(20, 3, 4))
+    assert model.latent_space != own
+    for use in (model.decode, lambda x: model.sample_latent(None, [1], initial=x)):
+        with pytest.raises(LayoutError, match="another DiffLoRA model"):
+            use(latent)
+    model.decode(replace(latent, space=""))  # from before the mark: taken on trust
+
+
+def test_variations_from_the_person_to_nobody_left(model, person) -> None:
+    start = model.mean_latent(model.condition(person(1)))
+    seeds = list(range(8))
+
+    def vary(strength: float) -> torch.Tensor:
+        settings = SampleSettings(5, strength=strength)
+        return model.sample_latent(None, seeds, settings, initial=start).z
+
+    assert torch.equal(vary(0.0), start.z.expand(8, -1, -1))
+    torch.testing.assert_close(vary(1.0), model.sample_latent(None, seeds, SampleSettings(5)).z)
+    one = SampleSettings(5, strength=0.2)
+    alone = model.sample_latent(None, [seeds[3]], one, initial=start).z
+    torch.testing.assert_close(alone[0], vary(0.2)[3], rtol=0, atol=1e-5)
+
+
 def test_encode_gives_a_latent_that_decodes(model, person) -> None:
     weights = model.decode(model.mean_latent(model.condition([person(1), person(2)])))
     latent = model.encode(weights)
@@ -165,3 +196,16 @@ def test_overfits_eight_people_and_retrieves_each_from_its_photo(config, layout,
     cosine = torch.cosine_similarity(a[:, None], b[None], dim=-1)
     assert cosine.argmax(1).tolist() == list(range(8))
     assert cosine.diagonal().min() > 0.95, cosine.diagonal()
+    # a little noise is still the person, a lot is not
+    cosines = []
+    for strength in (0.1, 0.4, 0.9):
+        settings = SampleSettings(10, strength=strength)
+        varied = model.sample_latent(None, list(range(8)), settings, initial=model.latent(z))
+        cosines.append(torch.cosine_similarity(varied.z.flatten(1), clean.flatten(1)).mean())
+    assert cosines[0] > 0.95
+    assert cosines == sorted(cosines, reverse=True)
+    # the DiT alone knows whose latent it is: every photo agrees best with its own person's
+    own = torch.stack([model.agreement(model.latent(z), model.condition(p)) for p in people])
+    assert own.argmax(1).tolist() == list(range(8))
+    assert own.diagonal().min() > 0
+    assert torch.equal(own[0], model.agreement(model.latent(z), model.condition(people[0])))
