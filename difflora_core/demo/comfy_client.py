@@ -231,6 +231,10 @@ class ComfyClient:
         """A GET answered in JSON."""
         return dict(json.loads(self._request(path)))
 
+    def text(self, path: str) -> str:
+        """A GET answered in text, for example a help page."""
+        return self._request(path).decode("utf-8")
+
     def _request(
         self,
         path: str,
