@@ -23,6 +23,7 @@ import psutil
 from difflora_core.demo.comfy_client import Progress
 from difflora_core.demo.comfy_server import ComfyServer
 from difflora_core.demo.examples import reference_picture
+from difflora_core.demo.masked_people import PERSONALIZE
 from difflora_core.evaluation.report import Report
 from difflora_core.storage.image_files import write_image
 
@@ -31,7 +32,7 @@ from .world import benchmark_console, commit, machine
 STEPS, BATCH = 10, 4
 ROUNDS, QUICK_ROUNDS = 25, 5
 BASE = "base"
-_MODEL, _CLIP, _VAE, _VISION, _FACES, _DIFFLORA = (["demo", output] for output in range(6))
+_MODEL, _CLIP, _VAE = (["demo", output] for output in range(3))
 _PLAIN = (["words", 0], ["nothing", 0])
 ROWS: Mapping[str, tuple[Any, tuple[Any, Any]]] = {
     BASE: (_MODEL, _PLAIN),
@@ -122,7 +123,7 @@ def prompt(photo: str, row: str, seed: int) -> dict[str, dict[str, Any]]:
     nodes = {
         "demo": _node("DiffLoRA_LoadDemo"),
         "photo": _node("LoadImage", image=photo),
-        "lora": _node("DiffLoRA_Personalize", images=["photo", 0], **_PERSON),
+        "lora": _node("DiffLoRA_Personalize", images=["photo", 0], **PERSONALIZE),
         "patched": _node("DiffLoRA_ApplyLoRA", **_WHOLE),
         "timed": _node("DiffLoRA_ApplyLoRA", **_WHOLE | {"end_percent": 0.999}),
         "hook": _node("DiffLoRA_LoRAToHook", lora=["lora", 0], strength_model=1.0),
@@ -163,21 +164,6 @@ def _masked(x: int) -> dict[str, Any]:
     return _node("MaskComposite", **where, operation="add")
 
 
-_PERSON = {
-    "difflora_model": _DIFFLORA,
-    "clip_vision": _VISION,
-    "face_analysis": _FACES,
-    "mode": "best_guess",
-    "seed": 0,
-    "steps": 1,
-    "guidance": 1.0,
-    "on_missing_face": "error",
-    "face_order": "largest",
-    "face_index": 0,
-    "image_region": "crop",
-    "gate": "learned",
-    "face_share": 0.5,
-}
 _PARTS = ("input_blocks", "middle_block", "output_blocks", "self_attention", "cross_attention")
 _WHOLE = {
     "model": _MODEL,

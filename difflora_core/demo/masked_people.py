@@ -16,6 +16,22 @@ PICTURE = "picture"
 """Id of the node that saves the picture."""
 
 _MODEL, _CLIP, _VAE, _VISION, _FACES, _DIFFLORA = (["demo", output] for output in range(6))
+PERSONALIZE: dict[str, Any] = {
+    "difflora_model": _DIFFLORA,
+    "clip_vision": _VISION,
+    "face_analysis": _FACES,
+    "mode": "best_guess",
+    "seed": 0,
+    "steps": 1,
+    "guidance": 1.0,
+    "on_missing_face": "error",
+    "face_order": "largest",
+    "face_index": 0,
+    "image_region": "crop",
+    "gate": "learned",
+    "face_share": 0.5,
+}
+"""Inputs of Personalize beside the photo, in a graph whose node `demo` loads the demo world."""
 
 
 @dataclass(frozen=True)
@@ -79,23 +95,6 @@ def masked_people(photos: Sequence[str], scene: MaskedScene) -> dict[str, dict[s
 
 def _person(number: int, photo: str, scene: MaskedScene) -> dict[str, dict[str, Any]]:
     """One person: photo, LoRA, hook, and the prompt in that person's column."""
-    lora = _node(
-        "DiffLoRA_Personalize",
-        images=[f"photo{number}", 0],
-        difflora_model=_DIFFLORA,
-        clip_vision=_VISION,
-        face_analysis=_FACES,
-        mode="best_guess",
-        seed=0,
-        steps=1,
-        guidance=1.0,
-        on_missing_face="error",
-        face_order="largest",
-        face_index=0,
-        image_region="crop",
-        gate="learned",
-        face_share=0.5,
-    )
     place: dict[str, Any] = {
         "positive_NEW": ["words", 0],
         "negative_NEW": ["nothing", 0],
@@ -112,7 +111,7 @@ def _person(number: int, photo: str, scene: MaskedScene) -> dict[str, dict[str, 
         kind += "AndCombine"
     return {
         f"photo{number}": _node("LoadImage", image=photo),
-        f"lora{number}": lora,
+        f"lora{number}": _node("DiffLoRA_Personalize", images=[f"photo{number}", 0], **PERSONALIZE),
         f"hook{number}": _node(
             "DiffLoRA_LoRAToHook",
             lora=[f"lora{number}", 0],
