@@ -85,9 +85,11 @@ def write_photos(folder: Path) -> None:
         write_image(photo(name), folder / name)
 
 
-def dreambooth_lora(base: BaseModel, progress: Progress | None = None) -> LoRAWeights:
-    """The person's own LoRA, trained the slow way on eight pictures."""
-    pictures = other_pictures()
+def dreambooth_lora(
+    base: BaseModel, progress: Progress | None = None, person: int = PERSON
+) -> LoRAWeights:
+    """A person's own LoRA, trained the slow way on eight pictures."""
+    pictures = other_pictures(person=person)
     latents = base.encode_images(pictures.images)
     examples = DreamBoothExamples(latents[None], [pictures.captions])
     trained = train_dreambooth(base, examples, DREAMBOOTH, progress)

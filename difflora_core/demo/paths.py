@@ -14,6 +14,7 @@ DIFFLORA = ARTEFACTS / "difflora.safetensors"
 FACES = ARTEFACTS / "insightface" / "demo_faces"
 JUDGES = ARTEFACTS / "judges"
 LORAS = ARTEFACTS / "loras"
+OLD_LORA = LORAS / "difflora_demo_old_lora.safetensors"
 MANIFEST = ARTEFACTS / "manifest.json"
 
 ROOT = Path(__file__).parents[2]

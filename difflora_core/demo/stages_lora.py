@@ -16,6 +16,7 @@ from ..models.lae import LAEConfig
 from ..models.predictor import PredictorConfig
 from ..storage.checkpoint import load_model, save_model
 from ..storage.lora_corpus import LoRACorpus
+from ..storage.lora_file import write_lora_file
 from ..training import difflora, face_reader, lae, lae_encoder, latent_dit
 from ..training.base_model import DiffusersBase
 from ..training.dreambooth import DreamBoothConfig, DreamBoothExamples
@@ -196,10 +197,12 @@ def paper(progress: Progress) -> Figures:
 
 
 def example(progress: Progress) -> Figures:
-    """The photos that the workflows load."""
+    """The photos that the workflows load, and a LoRA that was trained the slow way."""
     examples.write_photos(paths.ROOT / "workflows")
-    progress(1, 1, {})
-    return {"person": examples.PERSON}
+    base, _ = base_and_latents("validation")
+    trained = examples.dreambooth_lora(base, progress, examples.SITTER)
+    write_lora_file(paths.OLD_LORA, trained, demo_layout())
+    return {"person": examples.PERSON, "old_lora": examples.SITTER}
 
 
 def people(name: str, pool: PicturePool) -> tuple[DiffusersBase, difflora.PersonPictures]:
