@@ -85,11 +85,9 @@ def write_photos(folder: Path) -> None:
         write_image(photo(name), folder / name)
 
 
-def dreambooth_lora(
-    base: BaseModel, progress: Progress | None = None, person: int = PERSON
-) -> LoRAWeights:
-    """A person's own LoRA, trained the slow way on eight pictures."""
-    pictures = other_pictures(person=person)
+def dreambooth_lora(base: BaseModel, progress: Progress | None = None) -> LoRAWeights:
+    """The person's own LoRA, trained the slow way on eight pictures."""
+    pictures = other_pictures()
     latents = base.encode_images(pictures.images)
     examples = DreamBoothExamples(latents[None], [pictures.captions])
     trained = train_dreambooth(base, examples, DREAMBOOTH, progress)

@@ -23,10 +23,11 @@ from ..training.dreambooth import DreamBoothConfig, DreamBoothExamples
 from ..training.early_stopping import EarlyStopping
 from ..training.loop import LoopConfig, Progress
 from ..training.lora_corpus import CorpusConfig, build_corpus
-from ..vision.features import FeatureSizes
+from ..vision.face_choice import FaceOptions
+from ..vision.features import FeatureSizes, extract_features
 from . import examples, paths
 from .base import LORA_RANK, demo_layout
-from .features import person_pictures, pool_features
+from .features import demo_encoders, person_pictures, pool_features
 from .pool import PicturePool
 from .stages import Figures, base_and_latents, drawn_pool, pool_latents, validation_pool
 from .vae import VAE_CONFIG
@@ -197,11 +198,15 @@ def paper(progress: Progress) -> Figures:
 
 
 def example(progress: Progress) -> Figures:
-    """The photos that the workflows load, and a LoRA that was trained the slow way."""
+    """The photos that the workflows load, and a LoRA file that the model made of other photos."""
     examples.write_photos(paths.ROOT / "workflows")
-    base, _ = base_and_latents("validation")
-    trained = examples.dreambooth_lora(base, progress, examples.SITTER)
-    write_lora_file(paths.OLD_LORA, trained, demo_layout())
+    model = load_model(paths.DIFFLORA)
+    photos = examples.other_pictures(4, examples.SITTER).images
+    found = extract_features(photos, *demo_encoders(), FaceOptions(on_missing="skip"))
+    with torch.no_grad():
+        latent = model.mean_latent(model.condition(found.features))
+        write_lora_file(paths.OLD_LORA, model.decode(latent).batch_item(0), demo_layout())
+    progress(1, 1, {})
     return {"person": examples.PERSON, "old_lora": examples.SITTER}
 
 

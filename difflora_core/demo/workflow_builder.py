@@ -29,8 +29,15 @@ SHOWS_PICTURES = {
     "PreviewImage": 300,
     "DiffLoRA_CompareGrid": 330,
     "DiffLoRA_CompareIdentities": 330,
+    "DiffLoRA_Personalize": 220,
+    "DiffLoRA_ExtractFeatures": 220,
+    "DiffLoRA_MixFeatures": 120,
+    "DiffLoRA_PickFromLibrary": 220,
+    "DiffLoRA_ListLibrary": 220,
+    "DiffLoRA_AddToLibrary": 120,
+    "DiffLoRA_EncodeLoRA": 160,
 }
-"""Height that a node's picture takes."""
+"""Height that a node's picture or answer takes."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import tomllib
+from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 
@@ -25,7 +26,7 @@ from .workflow_builder import Graph
 from .workflow_graphs import edit_face, portrait, quickstart, several_photos, two_people
 from .workflow_identities import blend, fade_in, invented, pose, prompt_grid
 from .workflow_library import compress_lora, library
-from .workflow_worlds import DEMO, SDXL, World
+from .workflow_worlds import DEMO, GRID_SIDE, SDXL, World
 from .workflows import run_workflow
 
 FOLDER = paths.ROOT / "workflows"
@@ -67,13 +68,30 @@ def to_text(workflow: Mapping[str, Any]) -> str:
 
 
 def thumbnail(workflow: Mapping[str, Any], result: PromptResult) -> Image.Image:
-    """What the first saving node made, side by side, at most 384 pixels wide or high."""
-    saved = [n["id"] for n in workflow["nodes"] if n["type"] == "SaveImage"]
-    pictures = [p[..., :3] for node in saved for p in result.pictures.get(str(node), [])[:2]]
-    shapes = {p.shape for p in pictures}
-    sheet = Image.fromarray(np.concatenate(pictures[:2], 1) if len(shapes) == 1 else pictures[0])
-    sheet.thumbnail((2 * THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    return sheet
+    """The comparison grid if there is one, else the first saved pictures; about square."""
+    kinds = {node["id"]: node["type"] for node in workflow["nodes"]}
+    sources = {link[3]: kinds[link[1]] for link in workflow["links"]}
+    saved = [number for number, kind in kinds.items() if kind == "SaveImage"]
+    grids = [number for number in saved if sources[number] == "DiffLoRA_CompareGrid"]
+    shown = [p[..., :3] for p in result.pictures[str((grids or saved)[0])][:4]]
+    if len(shown) == 4:
+        shown = [np.concatenate(shown[:2], 1), np.concatenate(shown[2:], 1)]
+        sheet = np.concatenate(shown, 0)
+    else:
+        sheet = np.concatenate(shown, 1)
+    if grids and sheet.shape[1] > 3 * sheet.shape[0]:
+        sheet = _folded(sheet)
+    picture = Image.fromarray(sheet)
+    picture.thumbnail((2 * THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    return picture
+
+
+def _folded(strip: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A long row of a grid's pictures as two rows."""
+    left = -(-strip.shape[1] // (2 * GRID_SIDE)) * GRID_SIDE
+    second = strip[:, left:]
+    gap = np.full((strip.shape[0], 2 * left - strip.shape[1], 3), 255, np.uint8)
+    return np.concatenate([strip[:, :left], np.concatenate([second, gap], 1)], 0)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -68,13 +68,14 @@ def compress_lora(graph: Graph, world: World) -> None:
         world,
         """
 ## An old LoRA becomes an identity
-A LoRA that was trained for one person, the slow way, goes through the encoder: what is left is a \
-few hundred numbers that can be blended, varied, or kept in a library.
+A LoRA file of one person goes through the encoder: what is left is a few hundred numbers that can \
+be blended, varied, or kept in a library.
 
 - **The LoRA**: another file in *Load LoRA File*. It must be of the same base model.
 - **How exactly**: *refine_steps*; more steps keep more of it.
 - **What was lost**: the grid shows the old LoRA and what came back, and *kept* says how much \
-agrees (1 = all). Compression loses detail: keep the old file if it matters.
+agrees. A LoRA that a DiffLoRA model made, as the one here, comes back whole. One that was trained \
+for itself may lose nearly all of its numbers: look at the grid before you part with the file.
 - **Save**: the new LoRA is saved too, and *Add to Identity Library* keeps the numbers alone.""",
     )
     add = graph.add
@@ -88,7 +89,7 @@ agrees (1 = all). Compression loses detail: keep the old file if it matters.
         studio.load()
     with graph.group("2 Encode and decode"):
         encoded = add(
-            "DiffLoRA_EncodeLoRA", 0, difflora_model=studio.difflora, lora=old, refine_steps=200
+            "DiffLoRA_EncodeLoRA", 0, difflora_model=studio.difflora, lora=old, refine_steps=40
         )
         new = studio.decode(encoded["DIFFLORA_LATENT"], 0, "The LoRA that came back")["LORA_MODEL"]
         add("SaveLoRA", 0, title="Keep it", lora=new, prefix="loras/compressed", steps=0)

@@ -25,6 +25,7 @@ SDXL_FILES = {
     ),
 }
 """Folder to file name and address of what others publish."""
+GRID_SIDE = 192
 SDXL_MODEL = "difflora_sdxl.safetensors"
 SDXL_FACES = "antelopev2"
 
@@ -265,7 +266,7 @@ class Studio:
             variants=variants,
             labels="\n".join(labels),
             columns=columns,
-            side=self.world.pick(192, 512),
+            side=self.world.pick(GRID_SIDE, 512),
             **rest,
         )
         return node["IMAGE"]

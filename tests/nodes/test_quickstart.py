@@ -1,7 +1,6 @@
 """workflows/quickstart_demo.json with the shipped demo world."""
 
 import json
-import re
 
 import numpy as np
 import pytest
@@ -23,38 +22,6 @@ def test_its_photo_is_the_example_person(workflow):
     (path,) = workflow_pictures(workflow)
     pixels = (reference_picture() * 255).round().byte().numpy()
     np.testing.assert_array_equal(np.asarray(Image.open(path).convert("RGB")), pixels)
-
-
-def test_links_and_nodes_agree(workflow):
-    nodes = {node["id"]: node for node in workflow["nodes"]}
-    for link, source, output, target, slot, kind in workflow["links"]:
-        assert link in nodes[source]["outputs"][output]["links"]
-        assert nodes[target]["inputs"][slot]["link"] == link
-        assert kind in nodes[target]["inputs"][slot]["type"].split(",")
-    for node in workflow["nodes"]:
-        if not node["type"].endswith("Note"):
-            assert node["properties"]["cnr_id"]
-            assert re.fullmatch(r"\d+\.\d+\.\d+", node["properties"]["ver"])
-
-
-def test_sockets_are_those_of_the_nodes(workflow, comfy):
-    info = comfy.object_info()
-    for node in workflow["nodes"]:
-        if not node["type"].startswith("DiffLoRA_"):
-            continue
-        schema = info[node["type"]]
-        assert [o["type"] for o in node["outputs"]] == schema["output"]
-        assert [o["name"] for o in node["outputs"]] == schema["output_name"]
-        known = {name for group in schema["input"].values() for name in group}
-        assert {i["name"] for i in node["inputs"]} <= known
-
-
-def test_nodes_do_not_overlap(workflow):
-    boxes = [(*node["pos"], *node["size"], node["id"]) for node in workflow["nodes"]]
-    for k, (x, y, w, h, one) in enumerate(boxes):
-        for a, b, c, d, other in boxes[k + 1 :]:
-            apart = x + w <= a or a + c <= x or y + h <= b - 30 or b + d <= y - 30
-            assert apart, (one, other)
 
 
 def test_runs_twice_with_identical_pixels(comfy_server, is_shipped, workflow):

@@ -1,18 +1,115 @@
 """Every shipped workflow against real ComfyUI's own node list, and a real run of the converter."""
 
 import json
+import re
 
 import pytest
 from PIL import Image
 
-from difflora_core.demo.workflow_api import PACK, workflow_pictures, workflow_to_prompt
+from difflora_core.demo.workflow_api import (
+    PACK,
+    WorkflowError,
+    workflow_pictures,
+    workflow_to_prompt,
+)
+from difflora_core.demo.workflow_builder import Graph
+from difflora_core.demo.workflow_files import WORKFLOWS as GRAPHS
+from difflora_core.demo.workflow_files import build, to_text
+from difflora_core.demo.workflow_worlds import DEMO, SDXL
 
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_shipped_workflow_fits_the_node_list(comfy, path):
-    workflow, info = json.loads(path.read_text("utf-8")), comfy.object_info()
+@pytest.fixture(params=WORKFLOWS, ids=lambda path: path.stem)
+def workflow(request):
+    return json.loads(request.param.read_text("utf-8"))
+
+
+def test_every_graph_comes_for_both_worlds_with_a_picture():
+    files = {world.file(name) for world in (DEMO, SDXL) for name in GRAPHS}
+    assert {path.stem for path in WORKFLOWS} == files
+    for path in WORKFLOWS:
+        with Image.open(path.with_suffix(".jpg")) as picture:
+            assert 128 <= min(picture.size) <= max(picture.size) <= 768
+        assert path.with_suffix(".jpg").stat().st_size < 60_000
+
+
+@pytest.mark.parametrize("world", [DEMO, SDXL], ids=lambda world: world.name)
+@pytest.mark.parametrize("name", GRAPHS)
+def test_file_is_what_the_builder_writes(comfy, name, world):
+    path = PACK / "workflows" / f"{world.file(name)}.json"
+    written = to_text(build(name, world, comfy.object_info()))
+    assert written == path.read_text("utf-8"), "python -m difflora_core.demo.workflow_files"
+
+
+def test_links_and_nodes_agree(workflow):
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    for link, source, output, target, slot, kind in workflow["links"]:
+        assert link in nodes[source]["outputs"][output]["links"]
+        assert nodes[target]["inputs"][slot]["link"] == link
+        accepted = nodes[target]["inputs"][slot]["type"].split(",")
+        assert kind in accepted or accepted == ["*"] or accepted[0].startswith("COMFY_MATCHTYPE")
+    for node in workflow["nodes"]:
+        if not node["type"].endswith("Note"):
+            assert node["properties"]["cnr_id"] in ("difflora", "comfy-core")
+            assert re.fullmatch(r"\d+\.\d+\.\d+", node["properties"]["ver"])
+
+
+def test_nothing_overlaps_and_groups_hold_their_nodes(workflow):
+    nodes = [(*node["pos"], *node["size"], node["id"]) for node in workflow["nodes"]]
+    groups = [(*group["bounding"], group["title"]) for group in workflow["groups"]]
+    for boxes, title in ((nodes, 30), (groups, 0)):
+        for k, (x, y, w, h, one) in enumerate(boxes):
+            for a, b, c, d, other in boxes[k + 1 :]:
+                apart = x + w <= a or a + c <= x or y + h <= b - title or b + d <= y - title
+                assert apart, (one, other)
+    for x, y, w, h, number in nodes:
+        if workflow["nodes"][number - 1]["type"] != "MarkdownNote":
+            inside = [a <= x and b <= y and x + w <= a + c and y + h <= b + d
+                      for a, b, c, d, _ in groups]  # fmt: skip
+            assert sum(inside) == 1, number
+
+
+def test_a_note_says_what_to_change(workflow):
+    (note,) = [node for node in workflow["nodes"] if node["type"] == "MarkdownNote"]
+    text = note["widgets_values"][0]
+    assert text.startswith("## ")
+    assert text.count("\n- ") >= 3
+    assert "{" not in text
+
+
+def test_full_size_workflows_name_their_files(workflow):
+    for node in workflow["nodes"]:
+        for file in node["properties"].get("models", []):
+            assert file["name"] == node["widgets_values"][0]
+            assert file["url"].startswith("https://")
+            assert file["directory"] in ("checkpoints", "clip_vision", "controlnet")
+    kinds = {node["type"] for node in workflow["nodes"]}
+    assert ("DiffLoRA_LoadDemo" in kinds) != ("CheckpointLoaderSimple" in kinds)
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs", "message"),
+    [
+        ("NoSuchNode", {}, "no node 'NoSuchNode'"),
+        ("EmptyLatentImage", {"breadth": 64}, "no input .*breadth"),
+        ("VAEDecode", {"samples": 3}, "needs a link"),
+        ("VAEDecode", {"samples": "the model"}, "takes LATENT, not MODEL"),
+    ],
+)
+def test_builder_refuses_what_comfyui_would(comfy, kind, inputs, message):
+    graph = Graph("wrong", comfy.object_info(), "0.1.0")
+    with graph.group("nodes"):
+        demo = graph.add("DiffLoRA_LoadDemo", 0)
+        given = {k: demo["MODEL"] if v == "the model" else v for k, v in inputs.items()}
+        with pytest.raises(WorkflowError, match=message):
+            graph.add(kind, 0, **given)
+        with pytest.raises(WorkflowError, match="no output 'AUDIO'"):
+            demo["AUDIO"]
+
+
+def test_shipped_workflow_fits_the_node_list(comfy, workflow):
+    info = comfy.object_info()
     prompt = workflow_to_prompt(workflow, info)
     for node_id, node in prompt.items():
         required = info[node["class_type"]]["input"].get("required") or {}
