@@ -74,8 +74,9 @@ be blended, varied, or kept in a library.
 - **The LoRA**: another file in *Load LoRA File*. It must be of the same base model.
 - **How exactly**: *refine_steps*; more steps keep more of it.
 - **What was lost**: the grid shows the old LoRA and what came back, and *kept* says how much \
-agrees. A LoRA that a DiffLoRA model made, as the one here, comes back nearly whole. One that was trained \
-for itself may lose nearly all of its numbers: look at the grid before you part with the file.
+agrees. A LoRA that a DiffLoRA model made, as the one here, comes back nearly whole. One that was \
+trained for itself may lose nearly all of its numbers: look at the grid before you part with the \
+file.
 - **Save**: the new LoRA is saved too, and *Add to Identity Library* keeps the numbers alone.""",
     )
     add = graph.add
