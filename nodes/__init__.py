@@ -3,15 +3,18 @@
 from comfy_api.latest import ComfyExtension, io
 
 from . import (
+    concepts,
     demo,
     difflora,
     evaluation,
     features,
+    infusion,
     latents,
     library,
     loaders,
     lora_tools,
     model_paths,
+    perfusion,
     placing,
 )
 
@@ -40,6 +43,12 @@ NODES: list[type[io.ComfyNode]] = [
     placing.ApplyLoRA,
     evaluation.CompareIdentities,
     evaluation.CompareGrid,
+    concepts.BuildCovariance,
+    perfusion.TrainPerfusionConcept,
+    infusion.TrainInfusionConcept,
+    concepts.LoadConcept,
+    perfusion.ApplyConcept,
+    concepts.ExportConceptLoRA,
 ]
 
 

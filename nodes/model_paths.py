@@ -16,6 +16,9 @@ DIFFLORA = "difflora"
 INSIGHTFACE = "insightface"
 LIBRARY = "difflora_library"
 """Identity libraries; `extra_model_paths.yaml` can name further folders."""
+CONCEPTS = "difflora_concepts"
+COVARIANCES = "difflora_covariance"
+"""Trained words, and what they share for each pair of text encoders."""
 DEMO = "difflora_demo"
 """Holds the demo world; `extra_model_paths.yaml` can name another folder."""
 
@@ -31,12 +34,12 @@ DEMO_PHOTOS = "difflora_demo_*.png"
 
 def register() -> None:
     """Registers our model folders with ComfyUI; twice, or beside another pack, is harmless."""
-    for folder in (DIFFLORA, INSIGHTFACE, LIBRARY):
+    for folder in (DIFFLORA, INSIGHTFACE, LIBRARY, CONCEPTS, COVARIANCES):
         path = str(Path(folder_paths.models_dir) / folder)
         folder_paths.add_model_folder_path(folder, path)
     folder_paths.add_model_folder_path(DEMO, str(DEMO_FOLDER))
     # A new folder lists every file; ours show their own only.
-    for folder in (DIFFLORA, LIBRARY):
+    for folder in (DIFFLORA, LIBRARY, CONCEPTS, COVARIANCES):
         folder_paths.folder_names_and_paths[folder][1].add(".safetensors")
 
 
@@ -102,6 +105,54 @@ def lora_file(name: str) -> str:
 def _demo_loras() -> list[Path]:
     """Where the demo world keeps LoRA files."""
     return [Path(folder) / DEMO_LORAS for folder in folder_paths.get_folder_paths(DEMO)]
+
+
+def concept_files() -> list[str]:
+    """The concepts that ComfyUI sees, for a node's list."""
+    return folder_paths.get_filename_list(CONCEPTS)
+
+
+def concept_file(name: str) -> str:
+    """The full path of a concept.
+
+    Raises:
+        FileNotFoundError: the file is not there; the message names the folders searched.
+    """
+    path = folder_paths.get_full_path(CONCEPTS, name)
+    if path is None:
+        folders = " or ".join(folder_paths.get_folder_paths(CONCEPTS))
+        raise FileNotFoundError(
+            f"The concept '{name}' was not found. Train one, or put the file into {folders}, and "
+            "press R."
+        )
+    return path
+
+
+def new_file(folder: str, name: str) -> Path:
+    """Where a new file of ours goes: the first folder of that kind.
+
+    Raises:
+        ValueError: the name is no plain file name.
+    """
+    if not re.fullmatch(r"[\w][\w .\-]{0,79}", name):
+        raise ValueError(
+            f"'{name}' cannot be a file name: use up to 80 letters, digits, spaces, . - and _."
+        )
+    return Path(folder_paths.get_folder_paths(folder)[0]) / f"{name}.safetensors"
+
+
+def unused_file(folder: str, name: str) -> Path:
+    """Like `new_file`, with a number where a file of that name is there already."""
+    path, number = new_file(folder, name), 1
+    while path.exists():
+        number += 1
+        path = new_file(folder, f"{name}_{number:03d}")
+    return path
+
+
+def run_folder(mark: str) -> Path:
+    """Where a training run keeps its state: ComfyUI's temporary folder, gone at its next start."""
+    return Path(folder_paths.get_temp_directory()) / "difflora" / mark
 
 
 def insightface_folders() -> list[Path]:

@@ -19,6 +19,10 @@ Condition = io.Custom("DIFFLORA_CONDITION")
 """models.mif.IdentityCondition"""
 Latent = io.Custom("DIFFLORA_LATENT")
 """models.lae.LoRALatent"""
+Concept = io.Custom("DIFFLORA_CONCEPT")
+"""methods.perfusion.PreparedConcept"""
+Covariance = io.Custom("DIFFLORA_COVARIANCE")
+"""adapters.covariance.Covariance"""
 FaceAnalysis = io.Custom("FACEANALYSIS")
 """An insightface FaceAnalysis, as the InstantID and PuLID packs pass it."""
 

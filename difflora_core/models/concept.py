@@ -128,15 +128,21 @@ class Concept:
         if self.covector.shape != self.direction.shape:
             raise LayoutError(f"The concept {self.word} has a direction and covector that differ.")
 
-    def to(self, dtype: torch.dtype) -> Concept:
-        """Same concept with floating tensors of another dtype."""
+    def to(self, *target: torch.dtype | torch.device | str) -> Concept:
+        """Same concept with its tensors on another device or of another dtype."""
         return Concept(
             self.method, self.word, self.superclass, self.base,
-            tuple(e.to(dtype) for e in self.embeddings),
-            self.direction.to(dtype), self.covector.to(dtype),
-            {name: value.to(dtype) for name, value in self.values.items()},
-            self.probe.to(dtype), self.contexts, self.facts,
+            tuple(_moved(e, target) for e in self.embeddings),
+            _moved(self.direction, target), _moved(self.covector, target),
+            {name: _moved(value, target) for name, value in self.values.items()},
+            _moved(self.probe, target), self.contexts, self.facts,
         )  # fmt: skip
+
+
+def _moved(tensor: Tensor, targets: Sequence[torch.dtype | torch.device | str]) -> Tensor:
+    for target in targets:
+        tensor = tensor.to(target)
+    return tensor
 
 
 def check_word(word: str) -> None:

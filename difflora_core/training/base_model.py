@@ -50,6 +50,18 @@ class BaseModel(Protocol):
         """The UNet's output for noisy latents (B, C, h, w) at timesteps (B,)."""
 
 
+def compute_dtype(base: BaseModel) -> torch.dtype:
+    """The dtype a base computes in: its own word (`dtype`), or that of its weights."""
+    own: torch.dtype | None = getattr(base, "dtype", None)
+    return own or next(base.unet.parameters()).dtype
+
+
+def compute_device(base: BaseModel) -> torch.device:
+    """The device a base computes on: its own word (`device`), or where its weights are."""
+    own: torch.device | None = getattr(base, "device", None)
+    return own or next(base.unet.parameters()).device
+
+
 class DiffusersBase:
     """SDXL's classes from diffusers, full size or tiny.
 

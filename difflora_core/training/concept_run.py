@@ -18,7 +18,7 @@ from ..diffusion.objective import abar_at, add_noise, to_x0
 from ..errors import CheckpointError, InterruptedTraining
 from ..models.concept import Concept
 from ..storage.checkpoint import write_atomic
-from .base_model import TextCondition
+from .base_model import TextCondition, compute_device, compute_dtype
 from .concept_task import ConceptExamples
 from .loop import LoopConfig, train
 
@@ -56,8 +56,10 @@ class _Best:
         self.step, self.loss = 0, float("inf")
         if self.path.exists():
             self.step, self.loss = self._read()
+        else:
+            self.look(0)
 
-    def look(self, step: int) -> float:
+    def look(self, step: int, keep: bool = True) -> float:
         """Loss of the present state; keeps it when it is the lowest so far."""
         self.objective.eval()
         device = next(self.objective.parameters()).device
@@ -65,7 +67,7 @@ class _Best:
         with torch.no_grad():
             loss = float(self.objective(batch)[0])
         self.objective.train()
-        if loss < self.loss:
+        if keep and loss < self.loss:
             self.step, self.loss = step, loss
             state = {k: v.detach().cpu().contiguous() for k, v in self._state().items()}
             write_atomic(state, {"step": str(step), "loss": repr(loss)}, self.path)
@@ -100,6 +102,7 @@ def run_concepts(
     loop: LoopConfig,
     folder: Path,
     watch: Watch | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> ConceptResult:
     """Train an objective; a stopped run returns its best state and can be taken up again.
 
@@ -110,26 +113,37 @@ def run_concepts(
         loop: the run.
         folder: of this run's state; taken up again when settings and pictures are the same.
         watch: see `Watch`; `evaluation` is among the metrics. It may raise InterruptedTraining.
+        stop: asked before every step; True stops the run.
 
     Raises:
         CheckpointError: the folder holds a run with other settings or pictures.
     """
     _same_run(folder, objective, examples, batch, loop)
     best = _Best(objective, examples, folder)
-    if best.step == 0 and best.loss == float("inf"):
-        best.look(0)
 
     def report(step: int, total: int, metrics: dict[str, float]) -> None:
         metrics = {**metrics, "evaluation": best.look(step)}
         if watch is not None:
             watch(step, total, metrics, lambda: preview(objective, examples))
 
+    drawn = examples.draw(batch)
+
+    def draw(generator: torch.Generator) -> dict[str, object]:
+        if stop is not None and stop():
+            raise InterruptedTraining("stopped between two steps")
+        return drawn(generator)
+
     finished = True
     try:
-        train(objective, examples.draw(batch), loop, folder, report)
+        train(objective, draw, loop, folder, report)
     except InterruptedTraining:
         finished = False
-    best.restore()
+    # A stopped run may be better now than at its last look; its file stays as a straight run's.
+    now = float("inf") if finished else best.look(0, keep=False)
+    if now < best.loss:
+        best.loss = now
+    else:
+        best.restore()
     objective.to("cpu")
     facts: dict[str, str | int | float] = {"steps": best.step, "pictures": len(examples)}
     return ConceptResult(objective.concepts(facts), finished, best.step, best.loss)
@@ -161,19 +175,19 @@ def preview(objective: Any, examples: ConceptExamples) -> Tensor:
     The noise is always the same, so the pictures of a run can be compared.
     """
     base = objective.task.base
-    weight = next(base.unet.parameters())
-    clean = examples.latents[:1].to(weight.device).float()
+    device, dtype = compute_device(base), compute_dtype(base)
+    clean = examples.latents[:1].to(device).float()
     generator = torch.Generator().manual_seed(EVALUATION_SEED)
     noise = torch.randn(clean.shape, generator=generator).to(clean)
-    when = torch.tensor([PREVIEW_TIMESTEP], device=weight.device)
+    when = torch.tensor([PREVIEW_TIMESTEP], device=device)
     abar = abar_at(base.alphas_cumprod, when, clean)
     noisy = add_noise(clean, noise, abar)
     objective.eval()
     encoded, adapters = objective.prepare([examples.prompts[0][0]])
     objective.train()
-    text = TextCondition(encoded.context.to(weight), encoded.pooled.to(weight))
+    text = TextCondition(encoded.context.to(device, dtype), encoded.pooled.to(device, dtype))
     with attach(base.unet, adapters, names=objective.module_names):
-        prediction = base.predict(noisy.to(weight.dtype), when, text)
+        prediction = base.predict(noisy.to(dtype), when, text)
     latents = to_x0(prediction.float(), noisy, abar, base.prediction_type)
     image: Tensor = base.decode_latents(latents)
     return image

@@ -25,7 +25,7 @@ from ..models.concept import (
     text_probe,
     word_encoding,
 )
-from .base_model import BaseModel, stratified_timesteps
+from .base_model import BaseModel, compute_device, compute_dtype, stratified_timesteps
 
 logger = logging.getLogger(__name__)
 
@@ -195,9 +195,9 @@ class ConceptTask:
     def layer_output(self, path: str, rows: Tensor) -> Tensor:
         """What a projection makes of encodings (J, d): (J, out), by calling the layer itself."""
         layer = self.base.unet.get_submodule(path)
-        weight: Tensor = next(self.base.unet.parameters())
-        output: Tensor = layer(rows.to(weight)[:, None])
-        return output[:, 0].float()
+        rows = rows.to(compute_device(self.base), compute_dtype(self.base))
+        output: Tensor = layer(rows[:, None])
+        return output[:, 0].float().cpu()
 
 
 def prepare_task(
@@ -233,7 +233,7 @@ def prepare_task(
     for word in words:
         check_new_word(text, word.word)
         embeddings.append(text.embedding(superclass_token(text, word.superclass)))
-    encodings = torch.stack([word_encoding(text, e, contexts) for e in embeddings])
+    encodings = torch.stack([word_encoding(text, e, contexts).cpu() for e in embeddings])
     if encodings.shape[-1] != covariance.dim:
         raise ConfigError(
             f"The covariance is for encodings of width {covariance.dim}, the text encoders give "

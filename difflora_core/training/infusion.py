@@ -6,7 +6,7 @@ attention maps stay those of the original model. Residuals start at zero.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,7 @@ def train_infusion(
     config: InfusionTraining,
     folder: Path,
     watch: Watch | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> ConceptResult:
     """Learn value residuals for one or several words; arguments as in `train_perfusion`.
 
@@ -145,4 +146,4 @@ def train_infusion(
         CheckpointError: the folder holds another run.
     """
     objective = InfusionObjective(task, config)
-    return run_concepts(objective, examples, config.batch, config.loop, folder, watch)
+    return run_concepts(objective, examples, config.batch, config.loop, folder, watch, stop)

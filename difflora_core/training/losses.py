@@ -10,7 +10,7 @@ from torch import Tensor
 from ..diffusion.objective import abar_at, add_noise, loss_weight, to_x0, training_target
 from ..lora.distance import cosine_similarity, squared_relative_error
 from ..lora.weights import LoRAWeights
-from .base_model import BaseModel, TextCondition
+from .base_model import BaseModel, TextCondition, compute_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ def denoise(base: BaseModel, batch: NoisedBatch, mask: Tensor | None = None) -> 
     Returns:
         float32 or better.
     """
-    dtype = next(base.unet.parameters()).dtype
+    dtype = compute_dtype(base)
     fine = torch.promote_types(dtype, torch.float32)
     clean, noise = batch.latents.to(dtype), batch.noise.to(dtype)
     abar = abar_at(base.alphas_cumprod, batch.timesteps, clean)

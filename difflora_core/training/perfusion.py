@@ -7,7 +7,7 @@ through which gradients pass straight. Text encoders and UNet stay frozen.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -140,14 +140,14 @@ class PerfusionObjective(nn.Module):
         """i* (J, d): updates the average and lets gradients pass to the encodings."""
         rows = []
         for row, word in enumerate(self.task.words):
-            seen = encoded.at(word.word).to(self.direction.dtype)
+            seen = encoded.at(word.word).to(self.direction)
             if not len(seen):
                 rows.append(self.direction[row].detach().clone())
                 continue
             mean = seen.mean(0)
             if self.training:
                 with torch.no_grad():
-                    self.direction[row].lerp_(mean.to(self.direction), 1 - self.config.average)
+                    self.direction[row].lerp_(mean, 1 - self.config.average)
             rows.append(self.direction[row].detach().clone() + mean - mean.detach())
         return torch.stack(rows)
 
@@ -247,6 +247,7 @@ def train_perfusion(
     config: PerfusionTraining,
     folder: Path,
     watch: Watch | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> ConceptResult:
     """Teach one or several words.
 
@@ -256,6 +257,7 @@ def train_perfusion(
         config: settings.
         folder: keeps the state of a stopped run; the same call goes on from there.
         watch: see `run_concepts`; it may raise InterruptedTraining.
+        stop: asked before every step; True stops the run.
 
     Returns:
         The concepts at the lowest evaluation loss, also when the run was stopped.
@@ -267,4 +269,4 @@ def train_perfusion(
     if config.separation and len(task.words) < 2:
         raise ConfigError("Attention maps can be kept apart for two words or more; this is one.")
     objective = PerfusionObjective(task, config)
-    return run_concepts(objective, examples, config.batch, config.loop, folder, watch)
+    return run_concepts(objective, examples, config.batch, config.loop, folder, watch, stop)

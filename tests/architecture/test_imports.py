@@ -28,7 +28,10 @@ HEAVY = {
     "torchmetrics",
     "transformers",
 }
-SHARED_NODE_FILES = {"sockets", "bridge", "model_paths"}
+SHARED_NODE_FILES = {
+    *("sockets", "bridge", "model_paths"),
+    *("concept_host", "concept_text", "concept_training"),
+}
 
 
 def allowed(importer: str, imported: str) -> bool:

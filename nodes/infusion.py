@@ -1,0 +1,71 @@
+"""Infusion: teach a word by value residuals alone; Load and Apply Concept take the result."""
+
+from comfy_api.latest import io
+
+from ..difflora_core.training.infusion import InfusionTraining, train_infusion
+from . import concept_training
+
+CATEGORY = "DiffLoRA/concepts"
+
+
+class TrainInfusionConcept(io.ComfyNode):
+    """Pictures in, word out."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DiffLoRA_TrainInfusionConcept",
+            display_name="Train Infusion Concept",
+            category=CATEGORY,
+            description="Teaches a new word that leaves the layout wholly to the word of its kind "
+            "(cat, hat) and changes its look alone: less likeness than Perfusion, and least harm "
+            "to the rest of the prompt. Stopping keeps the best so far; queueing again goes on.",
+            search_aliases=["infusion", "perfusion", "train concept", "value residual"],
+            inputs=[
+                *concept_training.picture_sockets(),
+                *concept_training.word_widgets(),
+                io.Int.Input("steps", default=500, min=1, max=20_000, tooltip="Training steps."),
+                *concept_training.training_widgets(),
+                io.Float.Input(
+                    "learning_rate",
+                    default=0.01,
+                    min=0.00001,
+                    max=10.0,
+                    step=0.001,
+                    advanced=True,
+                    tooltip="Learning rate of the look.",
+                ),
+                io.Mask.Input("masks", optional=True, tooltip=concept_training.MASKS),
+            ],
+            outputs=concept_training.training_outputs(),
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        clip,
+        vae,
+        images,
+        covariance,
+        word,
+        superclass,
+        prompts,
+        steps,
+        batch_size,
+        seed,
+        file_name,
+        mirror,
+        small_file,
+        learning_rate,
+        masks=None,
+    ):
+        config = InfusionTraining(
+            steps=steps, batch=batch_size, seed=seed, learning_rate=learning_rate
+        )
+        request = concept_training.TrainingRequest(
+            word, superclass, prompts, file_name, mirror, small_file
+        )
+        parts = concept_training.Parts(model, clip, vae, images, covariance, masks)
+        trained = concept_training.train(train_infusion, config, request, parts)
+        return io.NodeOutput(*trained)

@@ -1,0 +1,285 @@
+"""Concepts in real ComfyUI: train, load, apply, chain, stop, export; and what is refused."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from difflora_core.demo.comfy_client import ComfyInterrupted, ComfyPromptError
+from difflora_core.storage.perfusion_file import read_concept
+
+MODEL, CLIP, VAE = (["demo", k] for k in range(3))
+WORD = "<my-hat>"
+
+
+def node(class_type, **inputs):
+    return {"class_type": class_type, "inputs": inputs}
+
+
+def covariance(**changes):
+    inputs = {"clip": CLIP, "captions": "demo", "count": 300, "file_name": "demo"}
+    return node(
+        "DiffLoRA_BuildCovariance", **(inputs | {"ridge": 0.01, "rebuild": False} | changes)
+    )
+
+
+def training(pictures, kind="Perfusion", **changes):
+    inputs = {
+        "model": MODEL, "clip": CLIP, "vae": VAE, "images": ["p0", 0], "covariance": ["c", 0],
+        "word": WORD, "superclass": "hat", "prompts": "photo of a person, wearing a {}",
+        "steps": 3, "batch_size": 2, "seed": 0, "file_name": "hat", "mirror": False,
+        "small_file": False,
+    }  # fmt: skip
+    rates = (
+        {"value_rate": 0.03, "word_rate": 0.006} if kind == "Perfusion" else {"learning_rate": 0.01}
+    )
+    return {
+        "demo": node("DiffLoRA_LoadDemo"),
+        "p0": node("LoadImage", image=pictures[0]),
+        "c": covariance(),
+        "train": node(f"DiffLoRA_Train{kind}Concept", **(inputs | rates | changes)),
+    }
+
+
+def apply(model=MODEL, concept=("train", 0), **changes):
+    inputs = {
+        "model": model, "concept": list(concept), "bias": 0.3, "temperature": 0.15,
+        "strength": 1.0, "lock": "local", "start_percent": 0.0, "end_percent": 1.0,
+        "combine": "approximate", "reach": -1,
+    }  # fmt: skip
+    return node("DiffLoRA_ApplyConcept", **(inputs | changes))
+
+
+def drawn(name, model, clip, text=f"photo of a person, wearing a {WORD}", cfg=1.5):
+    """Nodes that draw one picture; `name` is its node."""
+    return {
+        f"{name}_words": node("CLIPTextEncode", clip=clip, text=text),
+        "none": node("CLIPTextEncode", clip=CLIP, text=""),
+        "empty": node("EmptyLatentImage", width=64, height=64, batch_size=1),
+        f"{name}_sampler": node(
+            "KSampler", model=model, positive=[f"{name}_words", 0], negative=["none", 0],
+            latent_image=["empty", 0], seed=3, steps=2, cfg=cfg, sampler_name="euler",
+            scheduler="normal", denoise=1.0,
+        ),
+        f"{name}_decoder": node("VAEDecode", samples=[f"{name}_sampler", 0], vae=VAE),
+        name: node("PreviewImage", images=[f"{name}_decoder", 0]),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pictures(comfy, tmp_path_factory):
+    """Names of two uploaded pictures of hats, and a mask."""
+    from difflora_core.demo.scenes import render_portraits
+
+    images = render_portraits([1, 2], [5, 6]).images
+    folder = tmp_path_factory.mktemp("hats")
+    names = []
+    for k, image in enumerate(images):
+        path = folder / f"hat{k}.png"
+        Image.fromarray((image * 255).round().byte().numpy()).save(path)
+        names.append(comfy.upload_picture(path))
+    mask = np.zeros((32, 32, 3), np.uint8)
+    mask[:12] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+    return [*names, comfy.upload_picture(folder / "mask.png")]
+
+
+@pytest.fixture(scope="module")
+def trained(comfy, comfy_server, pictures):
+    """A concept file of three steps, by name, and where it lies."""
+    comfy.run({**training(pictures), "show": node("PreviewAny", source=["train", 2])})
+    folder = comfy_server.base_directory / "models" / "difflora_concepts"
+    return folder, folder / "hat.safetensors"
+
+
+def loaded(name="hat.safetensors", clip=CLIP):
+    return node("DiffLoRA_LoadConcept", concept_name=name, clip=clip)
+
+
+def test_a_trained_file_is_what_the_artist_expects(trained, comfy_server):
+    folder, path = trained
+    concept = read_concept(path)
+    assert (concept.word, concept.superclass, concept.method) == (WORD, "hat", "perfusion")
+    assert concept.contexts == ("photo of a person, wearing a {}",)
+    assert path.stat().st_size < 20_000
+    assert (folder.parent / "difflora_covariance" / "demo.safetensors").exists()
+
+
+def test_the_word_changes_the_picture_and_only_with_the_concept(comfy, trained):
+    nodes = {"demo": node("DiffLoRA_LoadDemo"), "load": loaded()}
+    nodes["on"] = apply(concept=("load", 0))
+    nodes["off"] = apply(concept=("load", 0), strength=0.0)
+    nodes["late"] = apply(concept=("load", 0), start_percent=1.0)
+    nodes |= drawn("base", MODEL, ["load", 1]) | drawn("with", ["on", 0], ["load", 1])
+    nodes |= drawn("without", ["off", 0], ["load", 1]) | drawn("never", ["late", 0], ["load", 1])
+    nodes |= drawn("again", MODEL, ["load", 1])
+    shown = comfy.run(nodes).pictures
+    difference = np.abs(np.subtract(shown["with"], shown["base"], dtype=int)).max()
+    assert difference > 4
+    for name in ("never", "again"):
+        np.testing.assert_array_equal(shown[name], shown["base"])
+    assert np.abs(np.subtract(shown["without"], shown["base"], dtype=int)).max() <= 1
+    comfy.free()
+    np.testing.assert_array_equal(comfy.run(nodes).pictures["with"], shown["with"])
+
+
+def test_word_in_prompts_of_every_kind(comfy, trained):
+    """Weights, repeats and punctuation; a plain prompt is what it was before."""
+    plain = "photo of a person, smiling"
+    nodes = {"demo": node("DiffLoRA_LoadDemo"), "load": loaded()}
+    nodes |= drawn("plain", MODEL, CLIP, plain) | drawn("taught", MODEL, ["load", 1], plain)
+    for k, text in enumerate((f"({WORD}:1.3), smiling", f"{WORD}", f"a {WORD}, the {WORD}.")):
+        nodes |= drawn(f"t{k}", MODEL, ["load", 1], text)
+    shown = comfy.run(nodes).pictures
+    np.testing.assert_array_equal(shown["taught"], shown["plain"])
+    assert {f"t{k}" for k in range(3)} <= set(shown)
+
+
+@pytest.mark.parametrize("lock", ["none", "local", "global"])
+def test_locks(comfy, trained, lock):
+    nodes = {"demo": node("DiffLoRA_LoadDemo"), "load": loaded()}
+    prompt = node("CLIPTextEncode", clip=CLIP, text="photo of a person, wearing a hat")
+    more = {"superclass_prompt": ["super", 0]} if lock == "global" else {}
+    nodes |= {"super": prompt, "on": apply(concept=("load", 0), lock=lock, **more)}
+    nodes |= drawn("base", MODEL, ["load", 1]) | drawn("with", ["on", 0], ["load", 1])
+    shown = comfy.run(nodes).pictures
+    assert np.abs(np.subtract(shown["with"], shown["base"], dtype=int)).max() > 4
+
+
+def test_two_concepts_chain_with_a_lora(comfy, comfy_server, trained, pictures):
+    """Two words, a LoRA on the model, another pack's attention patch: all act together."""
+    nodes = training(
+        pictures, "Infusion", word="<my-cup>", superclass="cup", file_name="cup", steps=2
+    )
+    nodes |= {
+        "load": loaded(),
+        "second": loaded("cup.safetensors", ["load", 1]),
+        "first": apply(concept=("load", 0)),
+        "both": apply(model=["first", 0], concept=("second", 0), combine="exact"),
+        "lora": node(
+            "DiffLoRA_ExportConceptLoRA", model=MODEL, concept=["load", 0], lock_keys=True
+        ),
+        "tuned": node(
+            "LoraModelLoader", model=["both", 0], lora=["lora", 0], strength_model=1.0, bypass=False
+        ),
+        "patched": node("PerturbedAttentionGuidance", model=["tuned", 0], scale=2.0),
+    }
+    train_only = {k: nodes.pop(k) for k in ("p0", "c", "train")}
+    comfy.run({"demo": nodes["demo"], **train_only, "s": node("PreviewAny", source=["train", 2])})
+    text = f"photo of a person, wearing a {WORD}, holding a <my-cup>"
+    for name in ("first", "both", "tuned", "patched"):
+        nodes |= drawn(f"p_{name}", [name, 0], ["second", 1], text)
+    shown = comfy.run(nodes).pictures
+    order = ["p_first", "p_both", "p_tuned", "p_patched"]
+    for before, after in itertools.pairwise(order[1:]):
+        assert np.abs(np.subtract(shown[after], shown[before], dtype=int)).max() > 2
+
+
+def test_export_is_an_ordinary_lora(comfy, comfy_server, trained):
+    nodes = {"demo": node("DiffLoRA_LoadDemo"), "load": loaded()}
+    nodes["lora"] = node(
+        "DiffLoRA_ExportConceptLoRA", model=MODEL, concept=["load", 0], lock_keys=True
+    )
+    nodes["save"] = node("SaveLoRA", lora=["lora", 0], prefix="loras/concept", steps=0)
+    comfy.run(nodes)
+    state = load_file(max(comfy_server.output_directory.glob("loras/concept*")))
+    concept = read_concept(trained[1])
+    assert len(state) == 6 * len(concept.values)
+    downs = [v for k, v in state.items() if k.endswith("lora_down.weight")]
+    assert all(tuple(d.shape) == (1, len(concept.direction)) for d in downs)
+
+
+def test_training_stops_and_keeps_the_best(comfy, comfy_server, pictures):
+    folder = comfy_server.base_directory / "models" / "difflora_concepts"
+
+    def stop(step):
+        if step.node_type == "DiffLoRA_TrainPerfusionConcept" and step.value >= 25:
+            comfy.interrupt()
+
+    nodes = training(pictures, steps=5000, file_name="stopped", batch_size=1)
+    nodes["show"] = node("PreviewAny", source=["train", 2])
+    with pytest.raises(ComfyInterrupted):
+        comfy.run(nodes, on_progress=stop)
+    assert read_concept(folder / "stopped.safetensors").word == WORD
+
+
+def test_masks_of_another_size_and_files_that_are_there(comfy, comfy_server, trained, pictures):
+    folder, path = trained
+    before = path.read_bytes()
+    nodes = training(pictures, masks=["m", 0], seed=5, small_file=True)
+    nodes["m"] = node("LoadImageMask", image=pictures[2], channel="red")
+    nodes["show"] = node("PreviewAny", source=["train", 2])
+    comfy.run(nodes)
+    assert path.read_bytes() == before  # nothing is replaced
+    assert (folder / "hat_002.safetensors").stat().st_size < path.stat().st_size
+
+
+REFUSED = {
+    "several tokens": ({"superclass": "red hat"}, "must be one word"),
+    "a word that exists": ({"word": "cat"}, "already means something"),
+    "a word with a space": ({"word": "my hat"}, "cannot be taught"),
+    "a prompt without a slot": ({"prompts": "a hat"}, "must hold"),
+    "a path for a name": ({"file_name": "../../hat"}, "cannot be a file name"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_training_refuses(comfy, comfy_server, pictures, name):
+    changes, message = REFUSED[name]
+    nodes = {**training(pictures, **changes), "show": node("PreviewAny", source=["train", 2])}
+    with pytest.raises(ComfyPromptError, match=message):
+        comfy.run(nodes)
+
+
+def test_applying_refuses(comfy, comfy_server, trained):
+    base = {"demo": node("DiffLoRA_LoadDemo"), "load": loaded()}
+    cases = [
+        ({"on": apply(concept=("load", 0), lock="global")}, "superclass_prompt"),
+        (
+            {"one": apply(concept=("load", 0)), "on": apply(["one", 0], concept=("load", 0))},
+            "on this model already",
+        ),
+        ({"twice": loaded(clip=["load", 1]), "on": apply(concept=("twice", 0))}, "already means"),
+        ({"on": apply(concept=("load", 0), start_percent=0.9, end_percent=0.1)}, "before it"),
+        ({"on": apply(concept=("load", 0), bias=17.0)}, "bias"),
+        ({"on": apply(concept=("load", 0), temperature=0.0)}, "temperature"),
+        ({"load": loaded("nothing.safetensors"), "on": apply(concept=("load", 0))}, "nothing"),
+    ]
+    for nodes, message in cases:
+        with pytest.raises(ComfyPromptError, match=message):
+            comfy.run({**base, **nodes, **drawn("p", ["on", 0], ["load", 1])})
+
+
+def test_a_concept_of_other_text_encoders_is_refused(comfy, trained):
+    from difflora_core.models.concept import Concept
+    from difflora_core.storage.perfusion_file import write_concept
+
+    folder, path = trained
+    concept = read_concept(path)
+    strange = {**concept.__dict__, "probe": torch.randn(64), "word": "<strange>"}
+    write_concept(folder / "strange.safetensors", Concept(**strange))
+    layers = {f"input_blocks.9.{k}.attn2.to_v": v for k, v in enumerate(concept.values.values())}
+    other = {**concept.__dict__, "values": layers, "word": "<other>", "base": "sdxl"}
+    write_concept(folder / "other.safetensors", Concept(**other))
+    base = {"demo": node("DiffLoRA_LoadDemo")}
+    for name, message in (("strange", "other text encoders"), ("other", "made for sdxl")):
+        nodes = {**base, "load": loaded(f"{name}.safetensors"), "on": apply(concept=("load", 0))}
+        with pytest.raises(ComfyPromptError, match=message):
+            comfy.run({**nodes, **drawn("p", ["on", 0], CLIP)})
+
+
+def test_covariance_is_read_again_and_guarded(comfy, comfy_server, trained):
+    folder = comfy_server.base_directory / "models" / "difflora_covariance"
+    before = (folder / "demo.safetensors").stat().st_mtime_ns
+    show = {"show": node("PreviewAny", source=["c", 1])}
+    comfy.run({"demo": node("DiffLoRA_LoadDemo"), "c": covariance(count=500), **show})
+    assert (folder / "demo.safetensors").stat().st_mtime_ns == before
+    (folder / "broken.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(ComfyPromptError, match="not a safetensors"):
+        comfy.run({"demo": node("DiffLoRA_LoadDemo"), "c": covariance(file_name="broken"), **show})
+    nodes = {"demo": node("DiffLoRA_LoadDemo"), "c": covariance(file_name="n", ridge=0.0)}
+    with pytest.raises(ComfyPromptError, match="ridge"):
+        comfy.run({**nodes, **show})
