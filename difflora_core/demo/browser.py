@@ -32,8 +32,6 @@ SWITCHES = (
 )
 WINDOW = (2560, 1440)
 """Large enough that a whole workflow is drawn with its titles and widgets."""
-SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}
-"""Without them a first visit opens the template browser over the graph."""
 HOST_NOISE = (
     "Failed to load resource",
     "ComfyApp graph accessed before initialization",
@@ -50,8 +48,9 @@ LISTEN = """() => {
         app.api.addEventListener(kind, event => difflora.ends.push([kind, event.detail]));
     app.api.addEventListener("progress", event => difflora.progress.push(event.detail));
 }"""
-FAULTY = """() => app.graph.nodes
-    .filter(node => node.has_errors || !(node.type in LiteGraph.registered_node_types))
+FAULTY = """complete => app.graph.nodes
+    .filter(node => complete && node.has_errors
+        || !(node.type in LiteGraph.registered_node_types))
     .map(node => node.type)"""
 SHOWN = """() => app.graph.nodes.every(node => {
     const images = app.nodeOutputs[node.id]?.images ?? [];
@@ -70,43 +69,70 @@ def find_chromium() -> str | None:
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
+class Chromium:
+    """A running headless Chromium, for one `FrontEnd` or several; use it as a context manager."""
+
+    def __init__(self) -> None:
+        """Starts it.
+
+        Raises:
+            BrowserError: no Chromium was found, or it did not start.
+        """
+        path = find_chromium()
+        if path is None:
+            raise BrowserError(HOW_TO_INSTALL)
+        self._driver = sync_playwright().start()
+        try:
+            self._browser = self._driver.chromium.launch(
+                executable_path=path, args=list(SWITCHES), timeout=120_000
+            )
+        except Error as error:
+            self._driver.stop()
+            raise BrowserError(f"{path} did not start: {error.message}") from error
+
+    def __enter__(self) -> "Chromium":
+        """Itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends it with all its pages."""
+        self._browser.close()
+        self._driver.stop()
+
+    def page(self, language: str) -> Page:
+        """An empty page with cookies and storage of its own."""
+        size = {"width": WINDOW[0], "height": WINDOW[1]}
+        page = self._browser.new_page(viewport=size, locale=language)
+        page.set_default_timeout(60_000)
+        return page
+
+
 class FrontEnd:
-    """ComfyUI's page in a browser of its own; use it as a context manager.
+    """ComfyUI's page; use it as a context manager.
 
     `page` is the driver's page. `problems` lists what it complained about since the last `load`:
     every error but the host's own, and every error that names this pack.
     """
 
     def __init__(
-        self, client: ComfyClient, language: str = "en-US", first_visit: bool = False
+        self,
+        chromium: Chromium,
+        client: ComfyClient,
+        language: str = "en-US",
+        first_visit: bool = False,
     ) -> None:
-        """Starts the browser.
+        """Makes an empty page.
 
         Args:
+            chromium: the browser.
             client: the running ComfyUI.
             language: of the browser; the front end follows it.
-            first_visit: leave the settings as ComfyUI has them; True opens the template browser.
-
-        Raises:
-            BrowserError: no Chromium was found, or it did not start.
+            first_visit: True opens the template browser, as for an artist who is new here.
         """
-        chromium = find_chromium()
-        if chromium is None:
-            raise BrowserError(HOW_TO_INSTALL)
         self.client = client
         self.problems: list[str] = []
-        self._settings = {} if first_visit else SETTINGS
-        self._driver = sync_playwright().start()
-        try:
-            self._browser = self._driver.chromium.launch(
-                executable_path=chromium, args=list(SWITCHES), timeout=120_000
-            )
-        except Error as error:
-            self._driver.stop()
-            raise BrowserError(f"{chromium} did not start: {error.message}") from error
-        size = {"width": WINDOW[0], "height": WINDOW[1]}
-        self.page: Page = self._browser.new_page(viewport=size, locale=language)
-        self.page.set_default_timeout(60_000)
+        self._settings = {"TutorialCompleted": not first_visit, "Minimap.Visible": False}
+        self.page = chromium.page(language)
         self.page.on("console", self._listen)
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
 
@@ -114,36 +140,35 @@ class FrontEnd:
         """Opens the page and waits until it can load workflows."""
         try:
             for name, value in self._settings.items():
-                url = f"{self.client.url}/settings/{name}"
+                url = f"{self.client.url}/settings/Comfy.{name}"
                 self.page.request.post(url, data=json.dumps(value))
             self.page.goto(self.client.url)
             self.page.wait_for_function(READY, timeout=180_000)
             self.page.evaluate(LISTEN)
         except Error as error:
-            self.close()
+            self.page.close()
             raise BrowserError(f"ComfyUI's page did not come up: {error.message}") from error
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Closes the browser."""
-        self.close()
+        """Closes the page."""
+        self.page.close()
 
-    def close(self) -> None:
-        """Closes the browser."""
-        self._browser.close()
-        self._driver.stop()
-
-    def load(self, workflow: Mapping[str, Any], name: str) -> None:
+    def load(self, workflow: Mapping[str, Any], name: str, complete: bool = True) -> None:
         """Loads a workflow as if its file were dropped on the page, and shows all of it.
 
+        Args:
+            workflow: the file's content.
+            name: shown on the tab.
+            complete: False when model files that it names need not be there.
+
         Raises:
-            BrowserError: the front end does not know one of its nodes or a file that it names, or
-                lost a node.
+            BrowserError: the front end does not know one of its nodes, lost one, or misses a file.
         """
         self.problems.clear()
         load = "([graph, name]) => app.loadGraphData(graph, true, true, name)"
         self.page.evaluate(load, [workflow, name])
-        faulty = self.page.evaluate(FAULTY)
+        faulty = self.page.evaluate(FAULTY, complete)
         if faulty:
             names = ", ".join(sorted(set(faulty)))
             raise BrowserError(f"Drawn in red, the node or a file of it is missing: {names}.")

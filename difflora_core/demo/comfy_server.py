@@ -105,6 +105,11 @@ class ComfyServer:
         """Where save nodes write."""
         return self.base_directory / "output"
 
+    @property
+    def pid(self) -> int | None:
+        """Its process, None while it does not run."""
+        return self._process.pid if self._process else None
+
     def start(self, timeout: float = 300.0) -> "ComfyServer":
         """Starts ComfyUI and returns when it answers.
 

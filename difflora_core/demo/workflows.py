@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from ..errors import DiffLoRAError
-from .browser import FrontEnd
+from .browser import Chromium, FrontEnd
 from .comfy_client import PromptResult
 from .comfy_server import ComfyServer
 from .workflow_api import PACK, WorkflowError, workflow_to_prompt
@@ -45,7 +45,7 @@ def check_workflow(server: ComfyServer, front_end: FrontEnd, path: Path) -> str:
     """
     workflow = read_workflow(path)
     full_size = path.name.startswith(FULL_SIZE)
-    front_end.load(workflow, path.stem)
+    front_end.load(workflow, path.stem, complete=not full_size)
     prompt = workflow_to_prompt(workflow, server.client.object_info())
     if front_end.prompt() != prompt:
         raise WorkflowError("The front end converts it to another prompt than we do.")
@@ -89,7 +89,8 @@ def main(names: list[str]) -> int:
     try:
         with (
             ComfyServer(OUTPUT / "comfyui") as server,
-            FrontEnd(server.client) as front_end,
+            Chromium() as chromium,
+            FrontEnd(chromium, server.client) as front_end,
         ):
             for path in paths:
                 begun = time.monotonic()
