@@ -1,8 +1,9 @@
 """An existing LoRA to the latent whose LoRA is nearest to it in delta W (ours).
 
-The encoder gives the start; a few Adam steps through the decoder go on from there, as
-weights2weights (arXiv:2406.09413) inverts by optimising coefficients. The better of the two ends
-is kept, so refining never makes it worse.
+Adam steps through the decoder, as weights2weights (arXiv:2406.09413) inverts by optimising
+coefficients. They start twice, from the encoder's answer and from the average person: the decoder
+hears some directions of the latent hardly at all, and what a poor encoder puts there would stay.
+The prior of the latents, a standard normal one, weighs just enough to tell equal LoRAs apart.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ..methods.difflora import DiffLoRAModel
 from ..models.lae import LoRALatent
 
 LEARNING_RATE = 0.1  # latents have unit spread
+PRIOR_WEIGHT = 1e-5  # of |z|^2 beside the squared relative error of delta W
 
 Progress = Callable[[int, int, Tensor], None]
 
@@ -46,7 +48,7 @@ def fit_latent(
     Args:
         model: its autoencoder; it may have been loaded in inference mode.
         weights: one LoRA of the model's layout.
-        steps: Adam steps after the encoder, 0 takes its answer.
+        steps: Adam steps, 0 takes the encoder's answer.
         progress: called as `progress(step, total, z)`; may raise to interrupt.
 
     Raises:
@@ -63,16 +65,18 @@ def fit_latent(
         if not bool(squared_norm(target) > 0):
             raise LayoutError("This LoRA changes nothing: there is no identity in it.")
 
-        def decode(z: Tensor) -> LoRAWeights:
-            return lae.decode_weights(z * scale + mean).batch_item(0)
+        def loss(z: Tensor) -> Tensor:
+            error = squared_relative_error(lae.decode_weights(z * scale + mean), target)
+            return error + PRIOR_WEIGHT * z.square().sum((1, 2))
 
         with torch.no_grad():
-            start = (lae.encode_weights(target) - mean) / scale
-        ends = (start, _descend(decode, start, target, steps, progress))
+            found = (lae.encode_weights(target) - mean) / scale
+        if steps:
+            ends = _descend(loss, torch.cat([found, torch.zeros_like(found)]), steps, progress)
+            found = ends[loss(ends).argmin()][None]
     with torch.no_grad():
-        kept = [float(cosine_similarity(decode(end), target)) for end in ends]
-    best = int(kept[1] > kept[0])
-    return FittedLatent(model.wrap(ends[best]), kept[best])
+        again = lae.decode_weights(found * scale + mean).batch_item(0)
+        return FittedLatent(model.wrap(found), float(cosine_similarity(again, target)))
 
 
 def _copy(weights: LoRAWeights, device: torch.device) -> LoRAWeights:
@@ -90,19 +94,15 @@ def _copy(weights: LoRAWeights, device: torch.device) -> LoRAWeights:
 
 
 def _descend(
-    decode: Callable[[Tensor], LoRAWeights],
-    start: Tensor,
-    target: LoRAWeights,
-    steps: int,
-    progress: Progress | None,
+    loss: Callable[[Tensor], Tensor], start: Tensor, steps: int, progress: Progress | None
 ) -> Tensor:
-    """Adam on the squared relative error of delta W, with a falling rate."""
+    """Adam from B starts (B, K, Dz) with a falling rate; `loss` gives (B,)."""
     z = start.clone().requires_grad_(True)
     optimizer = torch.optim.Adam([z], LEARNING_RATE)
-    falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, max(steps, 1))
+    falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, steps)
     for step in range(steps):
         optimizer.zero_grad()
-        squared_relative_error(decode(z), target).backward()
+        loss(z).sum().backward()
         optimizer.step()
         falling.step()
         if progress is not None:

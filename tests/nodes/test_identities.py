@@ -143,7 +143,7 @@ def test_encoded_lora_is_the_identity_again(comfy, loras):
     nodes = people(
         a_lora=decode("a"),
         encoded=node(
-            "DiffLoRA_EncodeLoRA", difflora_model=DIFFLORA, lora=["a_lora", 0], refine_steps=150
+            "DiffLoRA_EncodeLoRA", difflora_model=DIFFLORA, lora=["a_lora", 0], refine_steps=60
         ),
         kept=node("PreviewAny", source=["encoded", 1]),
     )

@@ -56,7 +56,22 @@ def test_factors_are_a_matter_of_taste():
     torch.testing.assert_close(plain.latent.z, other.latent.z, rtol=1e-3, atol=1e-3)
 
 
-def test_a_foreign_lora_keeps_only_a_part_and_refining_never_harms():
+def test_a_poor_encoder_does_not_spoil_the_latent():
+    """Directions that the decoder does not hear stay at the average."""
+    model = network()
+    with torch.no_grad():
+        model.lae.decoder.latent_in.weight[:, 6:] *= 1e-4
+    target = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(2))
+    target.flatten()[6:] = 0.0
+    with torch.no_grad():
+        weights = model.decode(model.latent(target)).batch_item(0)
+    assert model.encode(weights).z.flatten()[6:].norm() > 0.5  # what the encoder makes up
+    fitted = fit_latent(model, weights, 150)
+    assert fitted.kept > 0.98
+    assert fitted.latent.z.flatten()[6:].norm() < 0.1
+
+
+def test_a_foreign_lora_keeps_only_a_part():
     model, g = network(), torch.Generator().manual_seed(7)
     foreign = LoRAWeights(
         {
@@ -64,9 +79,8 @@ def test_a_foreign_lora_keeps_only_a_part_and_refining_never_harms():
             for s in LAYOUT
         }
     )
-    kept = [fit_latent(model, foreign, steps).kept for steps in (0, 1, 100)]
-    assert kept[0] <= min(kept[1:])
-    assert kept[2] < 0.9
+    kept = [fit_latent(model, foreign, steps).kept for steps in (0, 100)]
+    assert kept[0] < kept[1] < 0.9
 
 
 def test_works_in_inference_mode_and_reports_steps():
