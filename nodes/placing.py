@@ -201,8 +201,8 @@ def read_lora(state: dict[str, Tensor], model: Any) -> LoRAWeights:
     if found.report.skipped:
         stem, reason = next(iter(found.report.skipped.items()))
         raise LoRAFileError(
-            f"{len(found.report.skipped)} layers of this LoRA cannot be weighed by part ({stem}: "
-            f"{reason}). Apply it with Load LoRA Model, which takes it as a whole."
+            f"{len(found.report.skipped)} layers of this LoRA are no plain low-rank edits ({stem}: "
+            f"{reason}). Use ComfyUI's own nodes for it: Load LoRA Model, or Create Hook LoRA."
         )
     if found.report.unused:
         raise LayoutError(
@@ -210,6 +210,8 @@ def read_lora(state: dict[str, Tensor], model: Any) -> LoRAWeights:
             f"that is connected (for example {found.report.unused[0]}). Use a LoRA made for it."
         )
     layers = {name: x for name, x in found.weights.layers.items() if not name.startswith("te")}
+    if not layers:
+        raise LayoutError("This LoRA edits text encoders only; connect one that edits the model.")
     weights = LoRAWeights(layers)
     bridge.check_fits(weights, model, "another base model")
     return weights
@@ -246,9 +248,9 @@ class TimedLoRA:
         return clone
 
     def __call__(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """One call of the network on x (B, ...) at noise t; ComfyUI's options come last."""
+        """One call of the network on x (B, ...) at noise t, as BaseModel.apply_model is called."""
         base = executor.class_obj
-        rows = self._rows(x, args[-1])
+        rows = self._rows(x, args[3] if len(args) > 3 else kwargs["transformer_options"])
         percent = base.model_sampling.percent_to_sigma
         first, last = percent(self.start), percent(self.end)
         if not last <= float(t.max()) <= first or not rows.any():

@@ -207,6 +207,9 @@ BAD = {
     "another base": "do not fit the base model",
     "half of another base": "do not fit the base model",
     "text": "A str is not a LoRA",
+    "text encoder": "edits text encoders only",
+    "convolution": "no plain low-rank edits.*Load LoRA Model",
+    "more layers": "belong to no layer",
 }
 
 

@@ -11,6 +11,7 @@ class HyperLoRA:
     @classmethod
     def INPUT_TYPES(cls):  # noqa: N802
         kinds = ["same", "empty", "peft", "another base", "half of another base", "text"]
+        kinds += ["text encoder", "convolution", "more layers"]
         return {"required": {"lora": ("LORA_MODEL",), "kind": (kinds,)}}
 
     def run(self, lora, kind):
@@ -18,6 +19,18 @@ class HyperLoRA:
             return ({},)
         if kind == "text":
             return ("loras/person.safetensors",)
+        factors = {"lora_down.weight": torch.ones(2, 64), "lora_up.weight": torch.ones(64, 2)}
+        if kind == "text encoder":
+            stem = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"
+            return ({f"{stem}.{part}": value for part, value in factors.items()},)
+        if kind == "convolution":
+            kernel = torch.ones(2, 32, 3, 3)
+            stem = "lora_unet_input_blocks_1_0_in_layers_2"
+            parts = {"lora_down.weight": kernel, "lora_up.weight": torch.ones(32, 2, 1, 1)}
+            return ({**lora, **{f"{stem}.{part}": value for part, value in parts.items()}},)
+        if kind == "more layers":
+            stem = "lora_unet_input_blocks_99_1_proj_in"
+            return ({**lora, **{f"{stem}.{part}": value for part, value in factors.items()}},)
         stems = {key.split(".")[0] for key in lora}
         if kind == "same":
             return (dict(lora),)
