@@ -16,9 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..difflora_core.adapters.covariance import Covariance
-from ..difflora_core.diffusion.sampler import MAX_SEED
 from ..difflora_core.errors import ConfigError
-from ..difflora_core.models.concept import SLOT, TEMPLATES, check_probe, text_probe
+from ..difflora_core.models.concept import SLOT, TEMPLATES, check_probe, find_words, text_probe
 from ..difflora_core.storage.covariance_file import read_covariance, write_covariance
 from ..difflora_core.storage.perfusion_file import write_concept
 from ..difflora_core.training.captions import WORLDS, captions
@@ -34,6 +33,7 @@ MASKS = (
     "node. An empty mask, or none, counts the whole picture."
 )
 PREVIEW_SIZE = 512
+MAX_SEED = 2**31 - 1  # the training loop mixes it with the step in 64 bits
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ def word_widgets() -> list[io.Input]:
             "prompts",
             default="",
             multiline=True,
-            tooltip="Prompts to train in, one a line, {} standing for the word; they should say "
-            "what else is in the pictures. Empty: a photo of a {}, and the like.",
+            tooltip="Prompts to train in, one a line, each with the new word in it; they should "
+            "say what else is in the pictures. Empty: a photo of it, and the like.",
         ),
     ]
 
@@ -129,7 +129,7 @@ def training_widgets() -> list[io.Input]:
             tooltip="Pictures in each step. Fewer need less memory.",
         ),
         io.Int.Input(
-            "seed", default=0, min=0, max=MAX_SEED >> 24, tooltip="Of noise and order of pictures."
+            "seed", default=0, min=0, max=MAX_SEED, tooltip="Of noise and order of pictures."
         ),
         io.String.Input(
             "file_name",
@@ -174,18 +174,21 @@ class TrainingRequest:
 
     @property
     def contexts(self) -> tuple[str, ...]:
-        """Prompts with a slot.
+        """Prompts with a slot for the word.
 
         Raises:
-            ConfigError: a line has no slot, or several.
+            ConfigError: a line does not hold the word, or several times.
         """
-        lines = tuple(line.strip() for line in self.prompts.split("\n") if line.strip())
+        lines = [line.strip() for line in self.prompts.split("\n") if line.strip()]
+        contexts = []
         for line in lines:
-            if line.count(SLOT) != 1:
+            found = find_words(line, [self.word.strip()])
+            if len(found) != 1:
                 raise ConfigError(
-                    f"The training prompt {line!r} must hold {SLOT} once, where the word stands."
+                    f"The training prompt {line!r} must hold the new word {self.word.strip()} once."
                 )
-        return lines or TEMPLATES
+            contexts.append(line[: found[0][0]] + SLOT + line[found[0][1] :])
+        return tuple(contexts) or TEMPLATES
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,18 +29,20 @@ def covariance(**changes):
 def training(pictures, kind="Perfusion", **changes):
     inputs = {
         "model": MODEL, "clip": CLIP, "vae": VAE, "images": ["p0", 0], "covariance": ["c", 0],
-        "word": WORD, "superclass": "hat", "prompts": "photo of a person, wearing a {}",
+        "word": WORD, "superclass": "hat", "prompts": "",
         "steps": 3, "batch_size": 2, "seed": 0, "file_name": "hat", "mirror": False,
         "small_file": False,
     }  # fmt: skip
     rates = (
         {"value_rate": 0.03, "word_rate": 0.006} if kind == "Perfusion" else {"learning_rate": 0.01}
     )
+    inputs |= rates | changes
+    inputs["prompts"] = inputs["prompts"] or f"photo of a person, wearing a {inputs['word']}"
     return {
         "demo": node("DiffLoRA_LoadDemo"),
         "p0": node("LoadImage", image=pictures[0]),
         "c": covariance(),
-        "train": node(f"DiffLoRA_Train{kind}Concept", **(inputs | rates | changes)),
+        "train": node(f"DiffLoRA_Train{kind}Concept", **inputs),
     }
 
 
@@ -221,7 +223,7 @@ REFUSED = {
     "several tokens": ({"superclass": "red hat"}, "must be one word"),
     "a word that exists": ({"word": "cat"}, "already means something"),
     "a word with a space": ({"word": "my hat"}, "cannot be taught"),
-    "a prompt without a slot": ({"prompts": "a hat"}, "must hold"),
+    "a prompt without the word": ({"prompts": "a hat"}, "must hold the new word"),
     "a path for a name": ({"file_name": "../../hat"}, "cannot be a file name"),
 }
 
