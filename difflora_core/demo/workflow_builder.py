@@ -155,13 +155,7 @@ class Graph:
         }
         if models:
             properties["models"] = [dict(model) for model in models]
-        names, kinds = schema["output_name"], schema["output"]
-        linked = next((s["type"] for s in sockets if s["link"]), "*")
-        outputs = [
-            # What a matching output carries is what its node is given.
-            {"name": name, "type": linked if output == MATCHES else output, "links": []}
-            for name, output in zip(names, kinds, strict=True)
-        ]
+        outputs = _outputs(schema, sockets)
         height = 20 + 20 * max(len(sockets), len(outputs)) + self._widget_height(schema)
         height += SHOWS_PICTURES.get(kind, 0)
         entry = {
@@ -255,6 +249,15 @@ class Graph:
                 height += 100 if options.get("multiline") else 26
                 height += 26 * (name in ("seed", "noise_seed"))
         return height
+
+
+def _outputs(schema: Info, sockets: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A node's outputs; what a matching one carries is what the node is given."""
+    given = next((socket["type"] for socket in sockets if socket["link"]), "*")
+    return [
+        {"name": name, "type": given if kind == MATCHES else kind, "links": []}
+        for name, kind in zip(schema["output_name"], schema["output"], strict=True)
+    ]
 
 
 def _growing_names(name: str, options: Mapping[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .workflow_builder import Graph, Out
+from .workflow_notes import NOTES
 from .workflow_worlds import Studio, World
 
 PERSON, SECOND = "difflora_demo_person.png", "difflora_demo_second_person.png"
@@ -22,20 +23,7 @@ SMILING = (
 
 def quickstart(graph: Graph, world: World) -> None:
     """Photo, Personalize, apply."""
-    studio = Studio(
-        graph,
-        world,
-        """
-## A photo becomes a LoRA
-Load, **Personalize**, apply: that is all. The LoRA is made in one pass, nothing is trained.
-
-- **Another person**: another picture in *Photo of the person*. Several photos of one person work \
-better: see the workflow *several photos*.
-- **Another scene**: change the prompt.
-- **mode: sampled** draws a variant of the person for every seed.
-- **Keep it**: the saved LoRA lies in `output/loras`. Move it to `models/loras` and press R: it \
-works in any workflow.""",
-    )
+    studio = Studio(graph, world, NOTES["quickstart"])
     add = graph.add
     with graph.group("1 Load"):
         photo = studio.photo(PERSON, "Photo of the person")
@@ -56,21 +44,7 @@ works in any workflow.""",
 
 def portrait(graph: Graph, world: World) -> None:
     """The long path, with every knob."""
-    studio = Studio(
-        graph,
-        world,
-        """
-## A portrait by the single steps
-The same as *Personalize*, with every knob in sight.
-
-- **Mix Image Features**: gate *manual* and the slider choose between the face and the whole look.
-- **Sample LoRA Latent**: *best_guess*, or *sampled* with another seed for a variant; guidance \
-above 1 exaggerates the person.
-- **Apply LoRA by Part and Time**: strength; start_percent 0.2 leaves the layout to the base \
-model; positive_only pushes towards the person; the parts (advanced) weigh layout against texture.
-- **Compare Identities** says how alike the result is: about 1 is the same face, about 0 a \
-stranger.""",
-    )
+    studio = Studio(graph, world, NOTES["portrait"])
     add = graph.add
     with graph.group("1 Load"):
         photo = studio.photo(PERSON, "Photo of the person")
@@ -100,19 +74,7 @@ stranger.""",
 
 def several_photos(graph: Graph, world: World) -> None:
     """Three photos of one person against one."""
-    studio = Studio(
-        graph,
-        world,
-        """
-## Several photos of one person
-What all photos share is the person; what differs between them (light, mood, clothes) is not.
-
-- **More photos**: connect them to *All photos*, it grows. Their order does not matter.
-- A photo **without a face** is an error; set *on_missing_face* of Personalize to *skip* or \
-*image_only* for a folder of mixed pictures.
-- The right pictures of the grid used all photos, the left ones the first photo alone; prompt and \
-seed are the same.""",
-    )
+    studio = Studio(graph, world, NOTES["several_photos"])
     with graph.group("1 Load"):
         first = studio.photo(PERSON, "Photo 1")
         others = [studio.photo(name, f"Photo {k + 2}") for k, name in enumerate(MORE_PHOTOS)]
@@ -142,21 +104,7 @@ seed are the same.""",
 
 def two_people(graph: Graph, world: World) -> None:
     """Two people side by side, each in a mask of their own."""
-    studio = Studio(
-        graph,
-        world,
-        """
-## Two people in one picture
-Each LoRA becomes a **hook** that acts only inside its mask, so nobody gets the other's face.
-
-- **Who**: the two photos.
-- **Where**: the masks. Here they are the halves of the picture; any mask of the picture's shape \
-works, one painted by hand with the mask editor too. White is where the person stands.
-- **A third person**: one more *LoRA to Hook* and one more *Cond Pair Set Props Combine* with a \
-third mask.
-- The lower row shows the same with both LoRAs on the whole picture: the faces mix.
-- Hooks switch weights at every step, so this draws slower than one LoRA on the model.""",
-    )
+    studio = Studio(graph, world, NOTES["two_people"])
     with graph.group("1 Load"):
         photos = [studio.photo(PERSON, "Left person"), studio.photo(SECOND, "Right person")]
         studio.load(1)
@@ -198,19 +146,7 @@ third mask.
 
 def edit_face(graph: Graph, world: World) -> None:
     """Image to image, and a new face in an old picture."""
-    studio = Studio(
-        graph,
-        world,
-        """
-## The person in a picture that exists
-Above: **inpainting**. The face in the picture is found, its mask grown, and only that part is \
-drawn again, as the person. Below: **image to image**, which draws the whole picture again.
-
-- **The picture**: *Picture to change*. With several faces choose one by *face_index*.
-- **How much changes**: *denoise* of the samplers; 0.5 keeps more of the old face, 1 nothing.
-- **How far around the face**: *expand* of Grow Mask: hair belongs to the person too.
-- The prompt should say what the picture shows.""",
-    )
+    studio = Studio(graph, world, NOTES["inpaint_face"])
     add = graph.add
     with graph.group("1 Load"):
         person = studio.photo(PERSON, "Photo of the person")

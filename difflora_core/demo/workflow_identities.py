@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .workflow_builder import Graph, Out
 from .workflow_graphs import PERSON, SECOND, save_grid
+from .workflow_notes import NOTES
 from .workflow_worlds import Studio, World
 
 POSE = "difflora_demo_pose.png"
@@ -11,20 +12,7 @@ POSE = "difflora_demo_pose.png"
 
 def blend(graph: Graph, world: World) -> None:
     """One person becomes another in five steps."""
-    studio = Studio(
-        graph,
-        world,
-        """
-## Blend two people
-Two photos become two identities, a blend of them is somebody in between. The grid walks from one \
-to the other with the same prompt and seed.
-
-- **Who**: the two photos.
-- **One blend**: *weight_1* and *weight_2* of Blend Identities; only their proportion counts. Up \
-to four people, and blends can be blended.
-- **The way from A to B**: *steps* of Interpolate Identities.
-- *slerp* keeps everybody distinct; *linear* passes closer to an average face.""",
-    )
+    studio = Studio(graph, world, NOTES["blend"])
     add = graph.add
     with graph.group("1 Load"):
         photos = [studio.photo(PERSON, "Person A"), studio.photo(SECOND, "Person B")]
@@ -68,20 +56,7 @@ to four people, and blends can be blended.
 
 def invented(graph: Graph, world: World) -> None:
     """A person who does not exist, the same in every picture."""
-    studio = Studio(
-        graph,
-        world,
-        """
-## A person who does not exist
-No photo at all: *Invent Identity* draws a person from a seed. The same person then appears in \
-every picture, whatever the prompt says.
-
-- **Somebody else**: another *seed* in Invent Identity.
-- **The scenes**: one text box for each line of pictures; add a box and connect it to *All \
-scenes*.
-- **Relatives**: put *Vary Identity* between Invent Identity and Decode LoRA.
-- **Keep the person**: *Add to Identity Library*, or Save LoRA Weights after Decode LoRA.""",
-    )
+    studio = Studio(graph, world, NOTES["invented_person"])
     with graph.group("1 Load and invent"):
         studio.load()
         identity = graph.add(
@@ -112,21 +87,7 @@ scenes*.
 
 def fade_in(graph: Graph, world: World) -> None:
     """The LoRA fades in while the picture is drawn."""
-    studio = Studio(
-        graph,
-        world,
-        """
-## The identity fades in
-The LoRA as a **hook** with keyframes: its strength follows the steps. The first steps decide \
-layout and pose, so a LoRA that comes late keeps the picture of the base model and changes who is \
-in it.
-
-- **When**: *start_percent* and *end_percent* of the keyframes node: from 0 to full strength.
-- **How**: its *interpolation*.
-- The grid shows, with one seed: without the LoRA, fading in, all the time.
-- Hooks draw slower than a LoRA on the model. For a hard start without fading *Apply LoRA by Part \
-and Time* is simpler.""",
-    )
+    studio = Studio(graph, world, NOTES["fade_in"])
     add = graph.add
     with graph.group("1 Load"):
         photo = studio.photo(PERSON, "Photo of the person")
@@ -142,12 +103,9 @@ and Time* is simpler.""",
             1,
             title="Strength over the steps",
             strength_start=0.0,
-            strength_end=1.0,
             interpolation="linear",
             start_percent=0.15,
             end_percent=0.6,
-            keyframes_count=5,
-            print_keyframes=False,
         )["HOOK_KEYFRAMES"]
         timed = add("SetHookKeyframes", 1, hooks=hook, hook_kf=keyframes)["HOOKS"]
         prompts = studio.prompts(
@@ -165,37 +123,23 @@ and Time* is simpler.""",
             set_cond_area="default",
             hooks=timed,
         )
-        scheduled = (fading["positive"], fading["negative"])
         model = studio.dress(lora, 0, strength)
         canvas = studio.canvas(0)
         drawn = [
             studio.draw(1, "Without the LoRA", studio.model, prompts, canvas),
-            studio.draw(1, "Fading in", studio.model, scheduled, canvas),
+            studio.draw(
+                1, "Fading in", studio.model, (fading["positive"], fading["negative"]), canvas
+            ),
             studio.draw(1, "All the time", model, prompts, canvas),
         ]
     with graph.group("4 Compare", width=640):
-        labels = ("without", "fading in", "all the time")
-        grid = studio.grid(0, studio.batch(0, drawn), labels, 3, reference=photo)
-        save_grid(studio, grid, "fade_in")
+        variants, labels = studio.batch(0, drawn), ("without", "fading in", "all the time")
+        save_grid(studio, studio.grid(0, variants, labels, 3, reference=photo), "fade_in")
 
 
 def pose(graph: Graph, world: World) -> None:
     """Who from one photo, how from another."""
-    studio = Studio(
-        graph,
-        world,
-        """
-## Who from one photo, pose from another
-*Extract Identity Features* draws the five face points of the pose photo (eyes, nose, corners of \
-the mouth); a **ControlNet** puts the face there. The LoRA says whose face it is.
-
-- **The pose**: another *Pose photo*; it need not show the same person, or any style in \
-particular.
-- **How strictly**: *strength* of Apply ControlNet; *end_percent* 0.6 lets the last steps run \
-free.
-- The grid: the pose, its points, the person without and with the ControlNet, one seed.""",
-        control=True,
-    )
+    studio = Studio(graph, world, NOTES["controlnet_pose"], control=True)
     add = graph.add
     with graph.group("1 Load"):
         photo = studio.photo(PERSON, "Photo of the person")
@@ -243,19 +187,7 @@ free.
 
 def prompt_grid(graph: Graph, world: World) -> None:
     """Many prompts at once, with and without the LoRA."""
-    studio = Studio(
-        graph,
-        world,
-        """
-## Many prompts, one grid
-Every text box is a prompt; one sampler draws them all, first with the base model, then with the \
-person.
-
-- **More prompts**: add a text box (*String (Multiline)*) and connect it to *All prompts*, which \
-grows.
-- Seed, steps and size are the same everywhere, so the rows differ by the LoRA alone.
-- Labels of the grid: one line each, in the order of the pictures.""",
-    )
+    studio = Studio(graph, world, NOTES["prompt_grid"])
     with graph.group("1 Load"):
         photo = studio.photo(PERSON, "Photo of the person")
         studio.load()

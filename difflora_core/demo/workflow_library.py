@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .workflow_builder import Graph
 from .workflow_graphs import PERSON, SECOND, save_grid
+from .workflow_notes import NOTES
 from .workflow_worlds import Studio, World
 
 OLD_LORA = "difflora_demo_old_lora.safetensors"
@@ -11,20 +12,7 @@ OLD_LORA = "difflora_demo_old_lora.safetensors"
 
 def library(graph: Graph, world: World) -> None:
     """Keep two people in one file, take one out."""
-    studio = Studio(
-        graph,
-        world,
-        """
-## A library of people
-Every person is a few kilobytes. Add them once, then pick them by name in any workflow: no photo, \
-no LoRA file.
-
-- **Add**: photo, name. With the same name again the old entry is replaced here (*same_name*).
-- **Where**: `models/difflora_library/people.safetensors`; *library* names the file.
-- **Use**: the right half alone is enough later: *Pick from Identity Library*, with the *library* \
-link removed and the name typed in.
-- The identities belong to one DiffLoRA model; another model asks for the photos again.""",
-    )
+    studio = Studio(graph, world, NOTES["library"])
     add = graph.add
     people = (("Ada", PERSON), ("Bea", SECOND))
     with graph.group("1 Load"):
@@ -63,22 +51,7 @@ link removed and the name typed in.
 
 def compress_lora(graph: Graph, world: World) -> None:
     """An existing LoRA as a few hundred numbers."""
-    studio = Studio(
-        graph,
-        world,
-        """
-## An old LoRA becomes an identity
-A LoRA file of one person goes through the encoder: what is left is a few hundred numbers that can \
-be blended, varied, or kept in a library.
-
-- **The LoRA**: another file in *Load LoRA File*. It must be of the same base model.
-- **How exactly**: *refine_steps*; more steps keep more of it.
-- **What was lost**: the grid shows the old LoRA and what came back, and *kept* says how much \
-agrees. A LoRA that a DiffLoRA model made, as the one here, comes back nearly whole. One that was \
-trained for itself may lose nearly all of its numbers: look at the grid before you part with the \
-file.
-- **Save**: the new LoRA is saved too, and *Add to Identity Library* keeps the numbers alone.""",
-    )
+    studio = Studio(graph, world, NOTES["compress_lora"])
     add = graph.add
     with graph.group("1 Load"):
         old = add(
