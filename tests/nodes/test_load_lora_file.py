@@ -1,0 +1,42 @@
+"""Load LoRA File: what is in the file comes out, and only files of the lists are read."""
+
+import pytest
+from safetensors.torch import load_file
+
+from difflora_core.demo import paths
+from difflora_core.demo.comfy_client import ComfyPromptError
+
+
+def graph(name):
+    return {
+        "load": {"class_type": "DiffLoRA_LoadLoRAFile", "inputs": {"lora_name": name}},
+        "save": {
+            "class_type": "SaveLoRA",
+            "inputs": {"lora": ["load", 0], "prefix": "loras/again", "steps": 0},
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def listed(comfy_server):
+    """A file in models/loras with a name of its own."""
+    folder = comfy_server.base_directory / "models" / "loras"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "listed.safetensors").write_bytes(paths.OLD_LORA.read_bytes())
+    return "listed.safetensors"
+
+
+def test_every_tensor_comes_out(comfy, comfy_server, listed):
+    comfy.run(graph(listed))
+    (saved,) = (comfy_server.output_directory / "loras").glob("again*.safetensors")
+    expected, found = load_file(paths.OLD_LORA), load_file(saved)
+    assert expected.keys() == found.keys()
+    assert all(expected[key].equal(found[key]) for key in expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "missing.safetensors", "../listed.safetensors", "/etc/passwd"]
+)
+def test_other_files_are_refused_in_words(comfy, listed, name):
+    with pytest.raises(ComfyPromptError, match=r"was not found\. Put it into .*loras.* press R"):
+        comfy.run(graph(name))
