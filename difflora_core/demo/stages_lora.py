@@ -37,8 +37,8 @@ PICTURES = 10
 VALIDATION_PICTURES = 12
 
 SIZES = FeatureSizes(face=128, image=64, tokens=65, token_dim=128)
-LAE = LAEConfig(latent_tokens=8, latent_dim=16, basis_size=40, learn_down=True)
-PAPER_LAE = replace(LAE, basis_size=32, learn_down=False)
+LAE = LAEConfig(latent_tokens=8, latent_dim=16, basis_size=40, learn_down=True, encoder="mirror")
+PAPER_LAE = replace(LAE, basis_size=32, learn_down=False, encoder="own")
 READER = FaceReaderConfig(channels=VAE_CONFIG["latent_channels"], face=SIZES.face)
 READER_LOOP = LoopConfig(steps=700, learning_rate=2e-3, decay=0.6, precision="bf16", seed=5)
 FUNCTIONAL_LOOP = LoopConfig(
@@ -58,17 +58,10 @@ DISTRIBUTION = latent_dit.LatentDiTConfig(
     loop=LoopConfig(steps=2000, learning_rate=1e-3, ema=0.99, weight_decay=0.1, log_every=50),
     stopping=EarlyStopping(every=250, patience=3),
 )
-INVERSE = lae_encoder.EncoderTrainConfig(
-    loop=LoopConfig(steps=2000, learning_rate=1e-3, ema=0.99, decay=0.5, log_every=50),
-    denoising=0.0,
-    anchor=1.0,
-    synthetic=96,
-)
 ENCODER = lae_encoder.EncoderTrainConfig(
     loop=LoopConfig(steps=200, learning_rate=3e-4, ema=0.98, precision="bf16", log_every=25),
     weighting="uniform",
     anchor=0.05,
-    synthetic=32,
     stopping=EarlyStopping(every=50, patience=3),
 )
 CORPUS_PEOPLE, CORPUS_HELD_OUT = 192, 32
@@ -148,29 +141,27 @@ def distribution(progress: Progress) -> Figures:
 def encoder(progress: Progress) -> Figures:
     """The LAE encoder of the functional preset: existing LoRAs enter the latent space.
 
-    First the inverse of the decoder, learned mostly from synthetic LoRAs and without the base;
-    then through the base's denoising loss on the corpus.
+    First in closed form, towards the latents of the people's photos; then through the base's
+    denoising loss.
     """
     model = load_model(paths.DIFFLORA)
     base, _ = base_and_latents("validation")
     corpus = corpus_of_loras(base, progress)
     count = CORPUS_PEOPLE + CORPUS_HELD_OUT
     data = _dreambooth_examples(base, count)
-    known = _latent_examples(model, "train", drawn_pool(), 3000, PICTURES).latents
-    own, more = known.mean(1)[:count], known[count:].flatten(0, 1)
-    sets = [
+    photos = _latent_examples(model, "train", drawn_pool(), count, PICTURES)
+    known = photos.latents.mean(1)
+    train, held_out = (
         lae_encoder.EncoderExamples(
-            _rows(corpus, rows), data.select(range(*rows.indices(count))), own[rows], more
+            _rows(corpus, rows), data.select(range(*rows.indices(count))), known[rows]
         )
         for rows in (slice(0, CORPUS_PEOPLE), slice(CORPUS_PEOPLE, None))
-    ]
-    figures: Figures = {}
-    for name, config in (("inverse", INVERSE), ("functional", ENCODER)):
-        folder = paths.BUILD / "encoder" / name
-        made = lae_encoder.fit(model.lae, base, sets[0], config, folder, sets[1], progress)
-        figures |= {f"{name}_{key}": value for key, value in made.items()}
+    )
+    figures = lae_encoder.fit_mirror(model.lae, train, held_out)
+    folder = paths.BUILD / "encoder"
+    made = lae_encoder.fit(model.lae, base, train, ENCODER, folder, held_out, progress)
     save_model(model, paths.DIFFLORA, torch.float16, {"stage": "encoder"})
-    return figures
+    return {**figures, **made}
 
 
 def paper(progress: Progress) -> Figures:

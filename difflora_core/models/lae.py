@@ -2,7 +2,8 @@
 
 Source: DiffLoRA (arXiv:2408.06740): an autoencoder with 1-D convolutions that compresses a LoRA
 nearly 300 times. Its layers are not public. Two encoder/decoder pairs stand behind one class:
-`conv1d` (the paper's, lae_conv1d.py) and `structured` (ours, lae_structured.py).
+`conv1d` (the paper's, lae_conv1d.py) and `structured` (ours, lae_structured.py); the structured
+decoder may also have an encoder that mirrors it (lae_mirror.py).
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from ..lora.layout import LoRALayout
 from ..lora.weights import LoRALayer, LoRAWeights
 from .config import Config, check_range
 from .lae_conv1d import Conv1dDecoder, Conv1dEncoder
+from .lae_mirror import MirrorEncoder
 from .lae_structured import StructuredDecoder, StructuredEncoder
 from .lae_tokens import TokenGroups
 
 KINDS = ("structured", "conv1d")
+ENCODERS = ("own", "mirror")
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,10 @@ class LAEConfig(Config):
         decoder_depth: residual blocks of that trunk.
         conv_channels: channels inside the convolutions.
         conv_fold: stride of one convolution level.
+        encoder: `own`, the one that goes with the kind, or `mirror` of the structured decoder.
 
     Raises:
-        ConfigError: a value out of range or an unknown kind.
+        ConfigError: a value out of range, or kinds that are unknown or do not fit together.
     """
 
     kind: str = "structured"
@@ -62,10 +66,17 @@ class LAEConfig(Config):
     decoder_depth: int = 1
     conv_channels: int = 16
     conv_fold: int = 5
+    encoder: str = "own"
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ConfigError(f"Unknown LAE kind {self.kind!r}; use one of {', '.join(KINDS)}.")
+        mirrors = self.encoder == "mirror"
+        if self.encoder not in ENCODERS or (mirrors and self.kind != "structured"):
+            raise ConfigError(
+                f"LAE: encoder {self.encoder!r} with kind {self.kind!r}; use `own`, or `mirror` "
+                "with `structured`."
+            )
         for name in ("latent_tokens", "latent_dim", "width", "basis_size", "decoder_width"):
             check_range("LAE", name, getattr(self, name), 1, 16_384)
         check_range("LAE", "conv_channels", self.conv_channels, 1, 4096)
@@ -118,10 +129,13 @@ class LoRAAutoencoder(nn.Module):
         super().__init__()
         self.config, self.layout = config, layout
         self.groups = groups = TokenGroups(layout, config.parts)
-        self.encoder: StructuredEncoder | Conv1dEncoder
+        self.encoder: StructuredEncoder | Conv1dEncoder | MirrorEncoder
         self.decoder: StructuredDecoder | Conv1dDecoder
         if config.kind == "structured":
-            self.encoder = StructuredEncoder(config, groups, operations, generator)
+            if config.encoder == "mirror":
+                self.encoder = MirrorEncoder(config, groups, operations)
+            else:
+                self.encoder = StructuredEncoder(config, groups, operations, generator)
             self.decoder = StructuredDecoder(config, groups, operations, generator)
         else:
             self.encoder = Conv1dEncoder(config, groups, operations, generator)
@@ -143,7 +157,10 @@ class LoRAAutoencoder(nn.Module):
 
     def posterior(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Gaussian posterior of raw tokens (B, T, L): mean and log variance, (B, K, Dz) each."""
-        mean, log_variance = self.encoder(self.normalise(tokens)).chunk(2, dim=-1)
+        seen = self.normalise(tokens)
+        if self.config.encoder == "mirror" and isinstance(self.decoder, StructuredDecoder):
+            seen = self.decoder.readings(seen)
+        mean, log_variance = self.encoder(seen).chunk(2, dim=-1)
         return mean, log_variance.clamp(-20.0, 4.0)
 
     def encode(self, tokens: Tensor) -> Tensor:

@@ -128,3 +128,14 @@ class StructuredDecoder(nn.Module):
             out.append(values.transpose(0, 1))  # B T_g L_g
             first += count
         return out
+
+    def readings(self, tokens: Tensor) -> Tensor:
+        """Inner products of normalised tokens (B, T, L) with the basis, (B, T*Kb), without offset.
+
+        The adjoint of `forward`'s last product, up to the factor 1 / sqrt(Kb).
+        """
+        parts = []
+        for n, values in zip(self.groups.lengths, self.groups.split(tokens), strict=True):
+            rest = values - self.offset[str(n)].to(values)
+            parts.append(torch.einsum("btn,tkn->btk", rest, self.basis[str(n)].to(values)))
+        return torch.cat(parts, dim=1).flatten(1)

@@ -20,6 +20,7 @@ from ..lora.distance import squared_relative_error
 from ..lora.statistics import WeightStatistics
 from ..lora.weights import LoRALayer, LoRAWeights
 from ..models.lae import LoRAAutoencoder
+from ..models.lae_mirror import MirrorEncoder
 from ..models.lae_structured import StructuredEncoder
 from .early_stopping import EarlyStopping, train_validated
 from .loop import LoopConfig, Progress, train, write_config
@@ -229,6 +230,8 @@ def reconstruction_error(lae: LoRAAutoencoder, weights: LoRAWeights) -> float:
 def _quiet_posterior(lae: LoRAAutoencoder) -> None:
     """Starts an untrained posterior at a small variance: unit noise would drown the latent."""
     encoder = lae.encoder
+    if isinstance(encoder, MirrorEncoder):
+        return  # its variance is fixed, and small
     if isinstance(encoder, StructuredEncoder):
         last = "latent_out.bias"
     else:

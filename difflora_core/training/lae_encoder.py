@@ -22,13 +22,16 @@ from ..errors import ConfigError
 from ..lora.statistics import WeightStatistics
 from ..lora.weights import LoRAWeights
 from ..models.lae import LoRAAutoencoder
+from ..models.lae_mirror import MirrorEncoder
 from ..models.lae_structured import StructuredDecoder
 from .base_model import BaseModel, TextCondition, stratified_timesteps
 from .dreambooth import DreamBoothExamples
 from .early_stopping import EarlyStopping, train_validated
+from .linear_baselines import best_ridge
 from .loop import LoopConfig, Progress, train
 from .losses import NoisedBatch, denoising_error
-from .synthetic_loras import SyntheticLoRAs
+
+MIRROR_RIDGES = tuple(10.0**k for k in range(-3, 5))
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,6 @@ class EncoderTrainConfig:
         train_decoder: let decoder and shared `down` follow; off, the latent space stays as it is.
         denoising: weight of the denoising loss; 0 leaves the base model out, which is fast.
         anchor: weight of the squared distance to known latents of the same people, if given.
-        synthetic: further LoRAs per step whose latent is known (see synthetic_loras.py).
         weighting: of the denoising loss.
         stopping: judgement on validation people, if some are given.
 
@@ -54,12 +56,11 @@ class EncoderTrainConfig:
     train_decoder: bool = False
     denoising: float = 1.0
     anchor: float = 0.1
-    synthetic: int = 0
     weighting: str = "high_noise"
     stopping: EarlyStopping = field(default_factory=EarlyStopping)
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or min(self.denoising, self.anchor, self.synthetic) < 0:
+        if self.batch < 1 or min(self.denoising, self.anchor) < 0:
             raise ConfigError("Encoder: the batch must be at least 1, no weight below 0.")
 
 
@@ -71,7 +72,6 @@ class EncoderExamples:
         weights: B LoRAs, batched.
         pictures: of the same B people.
         latents: (B, K, Dz) raw latents, for instance the mean prediction from their photos.
-        more_latents: (P, K, Dz) raw latents of further people, for synthetic LoRAs.
 
     Raises:
         ConfigError: the counts differ.
@@ -80,7 +80,6 @@ class EncoderExamples:
     weights: LoRAWeights
     pictures: DreamBoothExamples
     latents: Tensor | None = None
-    more_latents: Tensor | None = None
 
     def __post_init__(self) -> None:
         counts = {len(self.pictures), *self.weights.batch_shape}
@@ -108,12 +107,8 @@ class EncoderObjective(nn.Module):
             metrics["denoising"] = self._denoising(z, batch)
             loss = loss + self.config.denoising * metrics["denoising"]
         if "anchor" in batch:
-            metrics["anchor"] = _squared_distance(z, batch["anchor"])
+            metrics["anchor"] = (z - batch["anchor"]).float().square().mean()
             loss = loss + self.config.anchor * metrics["anchor"]
-        if "synthetic" in batch:
-            again = self.lae.encode(batch["synthetic"])
-            metrics["synthetic"] = _squared_distance(again, batch["synthetic_latents"])
-            loss = loss + self.config.anchor * metrics["synthetic"]
         return loss, {name: value.detach() for name, value in metrics.items()}
 
     def _denoising(self, z: Tensor, batch: Mapping[str, Any]) -> Tensor:
@@ -126,29 +121,15 @@ class EncoderObjective(nn.Module):
             return denoising_error(self.base, noised, self.config.weighting).mean()
 
 
-def _squared_distance(z: Tensor, target: Tensor) -> Tensor:
-    """Mean squared difference of latents."""
-    return (z - target).float().square().mean()
-
-
 class EncoderBatches:
-    """Draws people with one picture each, and synthetic LoRAs if their latents are known."""
+    """Draws people with one picture each."""
 
     def __init__(
-        self,
-        lae: LoRAAutoencoder,
-        base: BaseModel,
-        examples: EncoderExamples,
-        batch: int,
-        synthetic: int = 0,
+        self, lae: LoRAAutoencoder, base: BaseModel, examples: EncoderExamples, batch: int
     ) -> None:
         with torch.no_grad():
             self.tokens = lae.tokens(examples.weights).float()
         self.examples, self.batch, self.steps = examples, batch, len(base.alphas_cumprod)
-        self.synthetic, self.invent = synthetic, None
-        if synthetic and examples.latents is not None and examples.more_latents is not None:
-            known = (examples.latents.float(), examples.more_latents.float())
-            self.invent = SyntheticLoRAs(lae, self.tokens, *known)
         prompts = [prompt for row in examples.pictures.prompts for prompt in row]
         unique = list(dict.fromkeys(prompts))
         number = {prompt: index for index, prompt in enumerate(unique)}
@@ -172,9 +153,6 @@ class EncoderBatches:
         }
         if self.examples.latents is not None:
             made["anchor"] = self.examples.latents[people].float()
-        if self.invent is not None:
-            tokens, z = self.invent(self.synthetic, generator)
-            made |= {"synthetic": tokens, "synthetic_latents": z}
         return made
 
 
@@ -209,6 +187,42 @@ def adopt_statistics(lae: LoRAAutoencoder, tokens: Tensor) -> None:
         basis.mul_((scale / new_scale)[..., None])
 
 
+@torch.no_grad()
+def fit_mirror(
+    lae: LoRAAutoencoder, examples: EncoderExamples, validation: EncoderExamples
+) -> dict[str, float]:
+    """Fit a mirror encoder in closed form: ridge regression from readings to known latents.
+
+    Args:
+        lae: with `encoder="mirror"` and a trained decoder; changed in place.
+        examples: people of the corpus, with latents.
+        validation: other people, with latents; they choose the strength of the ridge.
+
+    Returns:
+        `ridge`, the chosen strength, and `unexplained`, the share of the validation latents'
+        variance that the encoder misses.
+
+    Raises:
+        ConfigError: another encoder, or examples without latents.
+    """
+    if not isinstance(lae.encoder, MirrorEncoder) or not isinstance(lae.decoder, StructuredDecoder):
+        raise ConfigError("Only a mirror encoder can be fitted in closed form.")
+    if examples.latents is None or validation.latents is None:
+        raise ConfigError("A mirror encoder is fitted to known latents; the examples have none.")
+    tokens = [lae.tokens(people.weights).float() for people in (examples, validation)]
+    adopt_statistics(lae, tokens[0])
+    readings = [lae.decoder.readings(lae.normalise(values)).double() for values in tokens]
+    latents = [z.double().flatten(1) for z in (examples.latents, validation.latents)]
+    ridge, strength = best_ridge(
+        (readings[0], latents[0]), (readings[1], latents[1]), MIRROR_RIDGES
+    )
+    weight = ridge.weight / ridge.spread[:, None]
+    lae.encoder.mean_out.weight.copy_(weight.mT)
+    lae.encoder.mean_out.bias.copy_(ridge.bias - ridge.mean @ weight)
+    missed = (ridge.predict(readings[1]) - latents[1]).square().mean()
+    return {"ridge": strength, "unexplained": float(missed / latents[1].var(0).mean())}
+
+
 def fit(
     lae: LoRAAutoencoder,
     base: BaseModel,
@@ -232,7 +246,7 @@ def fit(
     Returns:
         Metrics of the run.
     """
-    draw = EncoderBatches(lae, base, examples, config.batch, config.synthetic)
+    draw = EncoderBatches(lae, base, examples, config.batch)
     adopt_statistics(lae, draw.tokens)
     objective = EncoderObjective(lae, base, config)
     if validation is None:

@@ -13,10 +13,10 @@ from difflora_core.training.lae_encoder import (
     EncoderExamples,
     EncoderTrainConfig,
     adopt_statistics,
+    fit_mirror,
 )
 from difflora_core.training.lae_encoder import fit as fit_encoder
 from difflora_core.training.loop import LoopConfig
-from difflora_core.training.synthetic_loras import SyntheticLoRAs
 
 LOOP = LoopConfig(steps=40, learning_rate=5e-3, warmup=5, log_every=10, checkpoint_every=60)
 
@@ -148,9 +148,9 @@ def test_judged_on_other_people(layout, weights_of, tmp_path):
     assert result["validation"] < 0.8 * untrained
 
 
-def functional_lae(layout):
+def functional_lae(layout, **settings):
     """An autoencoder whose decoder is not zero, as after functional training."""
-    lae = tiny(layout)
+    lae = tiny(layout, **settings)
     g = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for name, p in lae.decoder.named_parameters():
@@ -214,42 +214,23 @@ def trained_loras(lae, count, seed):
     return 0.7 * drawn + 0.3 * noise, latents
 
 
-def test_synthetic_loras_take_a_corpus_apart_and_put_it_together(layout):
-    lae = functional_lae(layout)
-    tokens, own = trained_loras(lae, 5, 1)
-    made = SyntheticLoRAs(lae, tokens, own, own)
-    drawn = lae.decode(own)
-    again = made.amplitude[:, None, None] * drawn + made.common + made.noise
-    torch.testing.assert_close(again, tokens)
-    fit = (made.common + made.noise).flatten(1)
-    cosine = torch.nn.functional.cosine_similarity(fit, drawn.flatten(1))
-    torch.testing.assert_close(cosine, torch.zeros(5), atol=1e-5, rtol=0)  # least squares
-    quiet = SyntheticLoRAs(lae, 2 * drawn.detach(), own, torch.randn(7, 2, 4))
-    examples, z = quiet(9, torch.Generator().manual_seed(3))
-    torch.testing.assert_close(examples, 2 * lae.decode(z), atol=1e-5, rtol=1e-4)
-
-
-def test_synthetic_loras_teach_an_encoder_what_a_small_corpus_cannot(
-    base, layout, people, tmp_path
-):
-    @torch.no_grad()
-    def error(lae, unseen, theirs):
-        return float((lae.encode(unseen) - theirs).square().mean())
-
-    def distance(synthetic):
-        lae = functional_lae(layout)
-        (few, own), (unseen, theirs) = trained_loras(lae, 6, 1), trained_loras(lae, 64, 2)
-        weights = lae.groups.grid.decode(few, lae.down_factors())
-        more = torch.randn(500, 2, 4, generator=torch.Generator().manual_seed(8))
-        examples = EncoderExamples(weights, people(range(6)), own, more)
-        config = EncoderTrainConfig(
-            loop=LoopConfig(steps=150, learning_rate=1e-2, warmup=5, ema=0.9),
-            batch=6,
-            denoising=0.0,
-            anchor=1.0,
-            synthetic=synthetic,
-        )
-        fit_encoder(lae, base, examples, config, tmp_path / str(synthetic))
-        return error(lae, unseen, theirs)
-
-    assert distance(48) < 0.8 * distance(0)
+def test_a_mirror_encoder_reads_people_it_was_not_fitted_to(base, layout, people):
+    lae = functional_lae(layout, encoder="mirror")
+    sets = []
+    for count, seed in ((48, 1), (16, 2), (32, 3)):
+        tokens, own = trained_loras(lae, count, seed)
+        weights = lae.groups.grid.decode(tokens, lae.down_factors())
+        sets.append(EncoderExamples(weights, people(range(count)), own))
+    z = sets[2].latents
+    drawn = lae.decode(z)
+    assert lae.encode_weights(sets[2].weights).abs().max() == 0  # before: nothing
+    made = fit_mirror(lae, *sets[:2])
+    torch.testing.assert_close(lae.decode(z), drawn, atol=1e-5, rtol=1e-4)
+    assert made["unexplained"] < 0.3
+    with torch.no_grad():
+        missed = (lae.encode_weights(sets[2].weights) - z).square().mean() / z.var()
+    assert missed < 0.3
+    with pytest.raises(ConfigError, match="known latents"):
+        fit_mirror(lae, sets[0], EncoderExamples(sets[1].weights, sets[1].pictures))
+    with pytest.raises(ConfigError, match="mirror encoder"):
+        fit_mirror(functional_lae(layout), *sets[:2])
