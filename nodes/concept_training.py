@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..difflora_core.adapters.covariance import Covariance
-from ..difflora_core.errors import ConfigError
+from ..difflora_core.errors import ConfigError, InterruptedTraining
 from ..difflora_core.models.concept import SLOT, TEMPLATES, check_probe, find_words, text_probe
 from ..difflora_core.storage.covariance_file import read_covariance, write_covariance
 from ..difflora_core.storage.perfusion_file import write_concept
@@ -252,7 +252,10 @@ def _run(recipe: Callable[..., Any], config: Any, request: TrainingRequest, part
     bar = comfy.utils.ProgressBar(config.steps)
 
     def watch(step: int, total: int, metrics: dict[str, float], preview: Any) -> None:
-        bar.update_absolute(step, total, ("JPEG", _picture(preview()), PREVIEW_SIZE))
+        try:
+            bar.update_absolute(step, total, ("JPEG", _picture(preview()), PREVIEW_SIZE))
+        except comfy.model_management.InterruptProcessingException as stop:
+            raise InterruptedTraining(f"stopped after step {step}") from stop
 
     return recipe(task, examples, config, folder, watch, _interrupted)
 

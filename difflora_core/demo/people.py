@@ -221,14 +221,29 @@ def _glasses(painter: Painter, p: dict[str, Tensor], yaw: Tensor) -> None:
 
 def draw_item(painter: Painter, pose: Pose) -> None:
     """Paint what the person wears or holds: hat, cup, cat or flower (index in `pose.item`)."""
-    colour = palette(COLOURS, pose.item_colour)
+    paint = pose.item_paint
+    colour = palette(COLOURS, pose.item_colour) if paint is None else paint[:, 0]
     shape = pose.item_shape[:, None, None]
     for index, draw in enumerate((_hat, _cup, _cat, _flower), start=1):
         kept = painter.visible
         painter.visible = kept * (pose.item == index).float()[:, None, None]
         if bool(painter.visible.any()):
             draw(painter, colour, shape)
+            if paint is not None:
+                painter.fill(painter.cover(_mark(painter, index)), paint[:, 1])
         painter.visible = kept
+
+
+def _mark(painter: Painter, index: int) -> Tensor:
+    """Distance to the mark on an item: hat band, cup stripe, cat's bib, heart of a flower."""
+    u, v = painter.u, painter.v
+    if index == 1:
+        return torch.maximum(u.abs() - 0.8, (v + 0.86).abs() - 0.11)
+    if index == 2:
+        return torch.maximum((u - 1.02).abs() - 0.26, (v - 1.14).abs() - 0.11)
+    if index == 3:
+        return ellipse(u + 1.02, v - 1.52, 0.26, 0.30)
+    return torch.sqrt((u - 1.12) ** 2 + (v - 0.86) ** 2 + 1e-9) - 0.16
 
 
 def _hat(painter: Painter, colour: Tensor, shape: Tensor) -> None:

@@ -49,7 +49,8 @@ class Pose:
 
     `x`, `y`: centre in pixels; `scale`: pixels per head unit; `roll`: radians; `yaw` in [-1, 1];
     `expression`: index into EXPRESSIONS; `shirt`: index into COLOURS; `visible`: bool;
-    `item`: index into OBJECTS, `item_colour`: index into COLOURS, `item_shape` in [-1, 1].
+    `item`: index into OBJECTS, `item_colour`: index into COLOURS, `item_shape` in [-1, 1];
+    `item_paint`: (B, 2, 3) colours of the item and of a mark on it, instead of `item_colour`.
     """
 
     x: Tensor
@@ -63,6 +64,7 @@ class Pose:
     item: Tensor
     item_colour: Tensor
     item_shape: Tensor
+    item_paint: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ A picture is named by (identity seed, picture number); the same name always give
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -108,6 +108,7 @@ def render_portraits(
     looks: Sequence[str] = LOOKS,
     describe: float = 0.0,
     spread: float = 1.0,
+    item_paint: Tensor | None = None,
 ) -> Pictures:
     """Render one portrait for each (identity seed, picture number).
 
@@ -118,11 +119,13 @@ def render_portraits(
         looks: looks to draw from.
         describe: share of captions that also describe the person.
         spread: how much more place, size and roll of the head vary than in a usual portrait.
+        item_paint: (B, 2, 3) own colours of the items, see `Pose`.
     """
     draws = _draws(identities, pictures)
     scenes = random_scenes(draws, looks) if scenes is None else list(scenes)
     parameters = identity_parameters(identities)
     pose = _pose(draws[:, 8:], scenes, PICTURE_SIZE / 2, 20.0, spread)
+    pose = replace(pose, item_paint=item_paint)
     images = _paint([(parameters, pose)], scenes, draws, PICTURE_SIZE)
     captions = []
     for k, scene in enumerate(scenes):

@@ -151,8 +151,8 @@ def test_locks(comfy, trained, lock):
     assert np.abs(np.subtract(shown["with"], shown["base"], dtype=int)).max() > 4
 
 
-def test_two_concepts_chain_with_a_lora(comfy, comfy_server, trained, pictures):
-    """Two words, a LoRA on the model, another pack's attention patch: all act together."""
+def test_two_concepts_chain_with_a_person(comfy, comfy_server, trained, pictures):
+    """Two words, a DiffLoRA person, another node's attention patch: all act together."""
     nodes = training(
         pictures, "Infusion", word="<my-cup>", superclass="cup", file_name="cup", steps=2
     )
@@ -161,9 +161,15 @@ def test_two_concepts_chain_with_a_lora(comfy, comfy_server, trained, pictures):
         "second": loaded("cup.safetensors", ["load", 1]),
         "first": apply(concept=("load", 0)),
         "both": apply(model=["first", 0], concept=("second", 0), combine="exact"),
-        "lora": node(
-            "DiffLoRA_ExportConceptLoRA", model=MODEL, concept=["load", 0], lock_keys=True
+        "person": node(
+            "DiffLoRA_SampleLatent",
+            difflora_model=["demo", 5],
+            mode="sampled",
+            seed=3,
+            steps=4,
+            guidance=1.0,
         ),
+        "lora": node("DiffLoRA_DecodeLoRA", difflora_model=["demo", 5], lora_latent=["person", 0]),
         "tuned": node(
             "LoraModelLoader", model=["both", 0], lora=["lora", 0], strength_model=1.0, bypass=False
         ),
@@ -282,6 +288,3 @@ def test_covariance_is_read_again_and_guarded(comfy, comfy_server, trained):
     (folder / "broken.safetensors").write_bytes(b"nonsense")
     with pytest.raises(ComfyPromptError, match="not a safetensors"):
         comfy.run({"demo": node("DiffLoRA_LoadDemo"), "c": covariance(file_name="broken"), **show})
-    nodes = {"demo": node("DiffLoRA_LoadDemo"), "c": covariance(file_name="n", ridge=0.0)}
-    with pytest.raises(ComfyPromptError, match="ridge"):
-        comfy.run({**nodes, **show})
