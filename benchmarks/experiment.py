@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from difflora_core.lora.weights import LoRAWeights
 
 from .drawing import Artist, Plan, unseen_latents
 from .measure import Bench, file_kilobytes
 from .people import People, benchmark_people
 from .rows import BASE, REAL, REAL_VAE, Effort, Row, build_rows
 from .world import World
+
+PROTOCOL = 1
+"""To be raised with every change of drawing or judging: it makes kept trials invalid."""
 
 Columns = dict[str, Tensor]
 
@@ -68,13 +76,34 @@ class Experiment:
         return Trial(BASE, 0.0, columns, {})
 
     def trial(self, row: Row, strength: float) -> Trial:
-        """A row at a strength."""
-        columns = self.bench.columns(self.artist.pictures(row.weights, strength))
-        columns["denoising_loss"] = self.artist.losses(self.unseen, row.weights, strength)
+        """A row at a strength; what was measured before is read from the cache."""
+        path = self.world.cache / "trials" / f"{self._key(row.weights, strength)}.safetensors"
+        if path.exists():
+            columns = load_file(path)
+        else:
+            columns = self.bench.columns(self.artist.pictures(row.weights, strength))
+            columns["denoising_loss"] = self.artist.losses(self.unseen, row.weights, strength)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(columns, part := path.with_suffix(f".{os.getpid()}.part"))
+            part.replace(path)
         facts = {"strength": strength, "file_kb": file_kilobytes(row.weights)}
         if row.seconds is not None:
             facts["seconds"] = row.seconds
         return Trial(row.name, strength, columns, facts)
+
+    def _key(self, weights: LoRAWeights, strength: float) -> str:
+        """Digest of all that a trial's columns depend on, but the benchmark's own code."""
+        digest = hashlib.sha256()
+        facts = (self.world.base_hash, self.plan, self.people.seeds, strength, PROTOCOL)
+        digest.update(repr(facts).encode())
+        for judge in self.world.judges.networks.values():
+            for tensor in judge.state_dict().values():
+                digest.update(tensor.numpy().tobytes())
+        for name, layer in weights.layers.items():
+            digest.update(f"{name} {layer.alpha}".encode())
+            for factor in (layer.down, layer.up):
+                digest.update(factor.detach().float().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:32]
 
     def trials(self, wanted: list[tuple[Row, float]], console: Console) -> list[Trial]:
         """All of these, with a progress bar."""

@@ -186,6 +186,24 @@ def test_dreambooth_is_trained_once(world, plan, short):
             torch.testing.assert_close(one.weights[name].up, two.weights[name].up, atol=0, rtol=0)
 
 
+def test_a_trial_is_drawn_once_for_the_same_weights_and_strength(world, plan, monkeypatch):
+    kept = replace(world, cache=world.cache / "kept")
+    experiment = Experiment(kept, replace(plan, repeats=0), "validation", 1)
+    features = kept.features(experiment.people.photos.images[:, :1])
+    row = Row("some", rows.predict(kept.models["functional"], features))
+    first = experiment.trial(row, 1.0)
+    drawn = []
+    monkeypatch.setattr(experiment.artist, "pictures", lambda *a: drawn.append(a) or 1 / 0)
+    again = experiment.trial(replace(row, name="other"), 1.0)
+    assert again.row == "other"
+    for name, column in first.columns.items():
+        torch.testing.assert_close(again.columns[name], column, atol=0, rtol=0)
+    for changed, strength in ((row, 1.5), (replace(row, weights=row.weights.scaled(1.01)), 1.0)):
+        with pytest.raises(ZeroDivisionError):
+            experiment.trial(changed, strength)
+    assert len(drawn) == 2
+
+
 def test_choosing_strengths_on_a_tiny_world(world, plan, short):
     experiment = Experiment(world, replace(plan, repeats=0), "validation", 1)
     chosen = choose(experiment, ["functional, 1", "wrong"], QUIET, grid=(1.0, 2.0))
