@@ -17,7 +17,7 @@ from rich.console import Console
 from .drawing import Plan
 from .experiment import Experiment, Trial, score
 from .prompts import PROMPTS
-from .rows import Effort
+from .rows import Effort, wanted_row
 from .world import STRENGTHS, benchmark_console, load_world, set_threads
 
 GRID = (0.75, 1.0, 1.25, 1.5, 2.0)
@@ -63,9 +63,8 @@ def choose(
     """
     base, real = experiment.base(), experiment.real()[0]
     result: dict[str, dict[str, object]] = {}
-    effort = Effort() if _wanted("DreamBooth", wanted) else Effort((), ())
-    for row in experiment.rows(effort):
-        if row.like or not _wanted(row.name, wanted):
+    for row in experiment.rows(Effort().only(wanted)):
+        if row.like or not wanted_row(row.name, wanted):
             continue
         trials = experiment.trials([(row, strength) for strength in grid], console)
         scores = {trial.strength: score(trial, base, real) for trial in trials}
@@ -74,10 +73,6 @@ def choose(
         told = "  ".join(f"{k:g}: {v:.3f}" for k, v in scores.items())
         console.print(f"{row.name}: strength {best:g}  ({told})")
     return result
-
-
-def _wanted(name: str, wanted: Sequence[str] | None) -> bool:
-    return wanted is None or any(text in name for text in wanted)
 
 
 def best_strength(trials: Sequence[Trial], scores: Mapping[float, float], base: Trial) -> float:

@@ -22,7 +22,7 @@ from .experiment import Experiment, Trial
 from .measure import COLUMNS
 from .people import PHOTOS
 from .prompts import PROMPTS, QUICK
-from .rows import BASE, CONTROLS, HEADLINE, Effort, Row
+from .rows import BASE, CONTROLS, HEADLINE, Effort, Row, wanted_row
 from .world import STRENGTHS, benchmark_console, commit, load_world, machine, set_threads
 
 FULL_PLAN = Plan(PROMPTS, repeats=6, noises=4)
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not strengths:
         console.print("no strengths chosen yet: run python -m benchmarks.choose_strength")
     effort = QUICK_EFFORT if options.quick else Effort()
-    trials = run(experiment, effort, strengths, console)
+    trials = run(experiment, effort.only(options.rows), strengths, console, options.rows)
     minutes = (time.perf_counter() - started) / 60
     facts = {"split": options.split, "quick": options.quick, "minutes": minutes}
     report = make_report(trials, experiment, facts)
@@ -78,15 +78,22 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="NAME=FILE",
         help="a further DiffLoRA model as rows of its own (ablations, other seeds)",
     )
+    parser.add_argument(
+        "--rows", nargs="+", metavar="TEXT", help="only rows whose name contains one of these"
+    )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = all cores")
     return parser.parse_args(arguments)
 
 
 def run(
-    experiment: Experiment, effort: Effort, strengths: Mapping[str, float], console: Console
+    experiment: Experiment,
+    effort: Effort,
+    strengths: Mapping[str, float],
+    console: Console,
+    only: Sequence[str] | None = None,
 ) -> list[Trial]:
-    """Real pictures, base, and every row at strength 1 and at the chosen one."""
-    rows = experiment.rows(effort)
+    """Real pictures, base, and every row (or `only` some) at strength 1 and at the chosen one."""
+    rows = [row for row in experiment.rows(effort) if wanted_row(row.name, only)]
     wanted = [(row, strength) for row in rows for strength in strengths_of(row, strengths)]
     return [*experiment.real(), experiment.base(), *experiment.trials(wanted, console)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -25,6 +26,7 @@ REAL, REAL_VAE = "real pictures", "real pictures through the VAE"
 ANOTHER, MEAN, WRONG = "another identity's LoRA", "mean LoRA", "wrong photo"
 CONTROLS = (ANOTHER, MEAN, WRONG)
 CORPUS_LORA = f"LoRA as in the corpus, {PHOTOS} photos"
+ONE, ALL = "1 photo", f"{PHOTOS} photos"
 SOURCES = {"face": (1.0, 0.0), "picture": (0.0, 1.0)}
 """The MIF gate held to one source, without training anew."""
 TIMED_PEOPLE = 5
@@ -54,6 +56,24 @@ class Effort:
 
     one_photo: tuple[int, ...] = (100, 300)
     all_photos: tuple[int, ...] = (100, 300)
+
+    def only(self, wanted: Sequence[str] | None) -> Effort:
+        """The runs whose rows are wanted."""
+
+        def kept(photos: str, lengths: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(n for n in lengths if wanted_row(dreambooth_name(photos, n), wanted))
+
+        return Effort(kept(ONE, self.one_photo), kept(ALL, self.all_photos))
+
+
+def wanted_row(name: str, wanted: Sequence[str] | None) -> bool:
+    """Whether a row is wanted: all are, unless some texts are given that names must contain."""
+    return wanted is None or any(text in name for text in wanted)
+
+
+def dreambooth_name(photos: str, steps: int) -> str:
+    """Name of a DreamBooth row."""
+    return f"DreamBooth, {photos}, {steps} steps"
 
 
 def build_rows(world: World, people: People, effort: Effort) -> list[Row]:
@@ -165,11 +185,11 @@ def dreambooth_rows(world: World, people: People, effort: Effort) -> list[Row]:
     for count, lengths in ((1, effort.one_photo), (PHOTOS, effort.all_photos)):
         pictures = first_photos(people, count)
         per_step = world.workshop.seconds_alone(pictures, SETTINGS) if lengths else 0.0
-        photos = "1 photo" if count == 1 else f"{count} photos"
+        photos = ONE if count == 1 else ALL
         for steps in lengths:
             config = replace(SETTINGS, steps=steps)
             weights = world.workshop.train(pictures, people.seeds, config)
-            rows.append(Row(f"DreamBooth, {photos}, {steps} steps", weights, per_step * steps))
+            rows.append(Row(dreambooth_name(photos, steps), weights, per_step * steps))
     return rows
 
 
