@@ -19,7 +19,7 @@ def refinement_config(rank: int) -> DreamBoothConfig:
         rank=rank,
         steps=REFINEMENT_STEPS,
         samples_per_step=8,
-        learning_rate=2e-2,
+        learning_rate=2e-3,
         decay="linear",
         train_down=False,
     )
