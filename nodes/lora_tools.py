@@ -27,16 +27,16 @@ class EncodeLoRA(io.ComfyNode):
                     default=100,
                     min=0,
                     max=2000,
-                    tooltip="After the encoder, steps that bring the decoded LoRA closer to the "
-                    "original; 0 takes the encoder's answer.",
+                    tooltip="Steps that look for the nearest LoRA that the model can make; a LoRA "
+                    "that was trained elsewhere keeps the encoder's answer, and so does 0.",
                 ),
             ],
             outputs=[
                 sockets.Latent.Output(display_name="identity"),
                 io.Float.Output(
                     display_name="kept",
-                    tooltip="Agreement of the decoded LoRA with the original: 1 the same, 0 "
-                    "nothing in common.",
+                    tooltip="Agreement of the weights, 1 the same, 0 nothing in common. A trained "
+                    "LoRA agrees little even where the person is kept.",
                 ),
                 io.String.Output(
                     display_name="report", tooltip="What was read, what was lost, in words."
@@ -49,5 +49,5 @@ class EncodeLoRA(io.ComfyNode):
         network = difflora_model.ready()
         read = from_state_dict(bridge.check_lora(lora), network.layout)
         fitted = fit_latent(network, read.weights, refine_steps, bridge.progress(refine_steps))
-        report = f"{read.report.summary()}\nKept in the identity: {fitted.kept:.0%}."
+        report = f"{read.report.summary()}\nAgreement of the weights: {fitted.kept:.0%}."
         return io.NodeOutput(fitted.latent, fitted.kept, report, ui=ui.PreviewText(report))

@@ -4,6 +4,10 @@ Adam steps through the decoder, as weights2weights (arXiv:2406.09413) inverts by
 coefficients. They start twice, from the encoder's answer and from the average person: the decoder
 hears some directions of the latent hardly at all, and what a poor encoder puts there would stay.
 The prior of the latents, a standard normal one, weighs just enough to tell equal LoRAs apart.
+
+Nearest in delta W is the right answer for a LoRA that the decoder can make. In a LoRA that was
+trained on pictures most of delta W is a fit to those pictures, and what is nearest to that is
+nobody; a mirror encoder, fitted on such LoRAs, reads the person out of it.
 """
 
 from __future__ import annotations
@@ -20,8 +24,10 @@ from ..lora.distance import cosine_similarity, squared_norm, squared_relative_er
 from ..lora.weights import LoRALayer, LoRAWeights
 from ..methods.difflora import DiffLoRAModel
 from ..models.lae import LoRALatent
+from ..models.lae_mirror import MirrorEncoder
 
 LEARNING_RATE = 0.1  # latents have unit spread
+NATIVE = 0.8  # agreement from which a LoRA counts as one that the decoder can make
 PRIOR_WEIGHT = 1e-5  # of |z|^2 beside the squared relative error of delta W
 
 Progress = Callable[[int, int, Tensor], None]
@@ -43,7 +49,7 @@ class FittedLatent:
 def fit_latent(
     model: DiffLoRAModel, weights: LoRAWeights, steps: int = 100, progress: Progress | None = None
 ) -> FittedLatent:
-    """Finds the latent of one LoRA.
+    """Finds the latent of one LoRA: the nearest in delta W, or what a mirror encoder reads.
 
     Args:
         model: its autoencoder; it may have been loaded in inference mode.
@@ -69,14 +75,19 @@ def fit_latent(
             error = squared_relative_error(lae.decode_weights(z * scale + mean), target)
             return error + PRIOR_WEIGHT * z.square().sum((1, 2))
 
+        @torch.no_grad()
+        def fitted(z: Tensor) -> FittedLatent:
+            again = lae.decode_weights(z * scale + mean).batch_item(0)
+            return FittedLatent(model.wrap(z), float(cosine_similarity(again, target)))
+
         with torch.no_grad():
-            found = (lae.encode_weights(target) - mean) / scale
-        if steps:
-            ends = _descend(loss, torch.cat([found, torch.zeros_like(found)]), steps, progress)
-            found = ends[loss(ends).argmin()][None]
-    with torch.no_grad():
-        again = lae.decode_weights(found * scale + mean).batch_item(0)
-        return FittedLatent(model.wrap(found), float(cosine_similarity(again, target)))
+            read = (lae.encode_weights(target) - mean) / scale
+        if not steps:
+            return fitted(read)
+        ends = _descend(loss, torch.cat([read, torch.zeros_like(read)]), steps, progress)
+        nearest = fitted(ends[loss(ends).argmin()][None])
+        foreign = isinstance(lae.encoder, MirrorEncoder) and nearest.kept < NATIVE
+        return fitted(read) if foreign else nearest
 
 
 def _copy(weights: LoRAWeights, device: torch.device) -> LoRAWeights:

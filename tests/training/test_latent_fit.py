@@ -85,6 +85,24 @@ def test_a_foreign_lora_keeps_only_a_part():
     assert kept[0] < kept[1] < 0.9
 
 
+def test_a_mirror_encoder_is_believed_about_trained_loras_alone():
+    model, g = network(encoder="mirror"), torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        model.lae.encoder.mean_out.weight.normal_(0, 0.1, generator=g)
+    made = fit_latent(model, lora_of(model), 150)
+    assert made.kept > 0.98
+    trained = LoRAWeights(
+        {
+            name: LoRALayer(
+                layer.down, layer.up + 9 * torch.randn(layer.up.shape, generator=g), layer.alpha
+            )
+            for name, layer in lora_of(model).layers.items()
+        }
+    )
+    found = fit_latent(model, trained, 20)
+    torch.testing.assert_close(found.latent.z, model.encode(trained).z)
+
+
 def test_works_in_inference_mode_and_reports_steps():
     """ComfyUI loads and runs everything in it."""
     seen = []
