@@ -22,7 +22,7 @@ from ..difflora_core.methods.infusion import Infusion, InfusionConfig
 from ..difflora_core.methods.perfusion import Perfusion, PerfusionConfig, PreparedConcept
 from ..difflora_core.models.concept import Concept
 from ..difflora_core.training.base_model import TextCondition
-from .concept_text import leave_inference
+from .concept_text import leave_inference, stopping
 
 TRAINING_BYTES = 4 * 2**30  # activations of a training step; ComfyUI knows the weights
 WRAPPER = "difflora_concepts"
@@ -229,6 +229,7 @@ class ComfyBase:
         """The UNet's output, conditioned on the picture's size as ComfyUI does."""
         height, width = (8 * side for side in noisy.shape[-2:])
         sizes = self.patcher.model.encode_adm(pooled_output=text.pooled, width=width, height=height)
-        return self.unet(
-            noisy, timesteps.to(noisy.device), context=text.context.to(noisy), y=sizes.to(noisy)
-        )
+        with stopping():
+            return self.unet(
+                noisy, timesteps.to(noisy.device), context=text.context.to(noisy), y=sizes.to(noisy)
+            )

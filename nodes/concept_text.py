@@ -9,7 +9,7 @@ import comfy.model_management
 import torch
 from torch import Tensor, nn
 
-from ..difflora_core.errors import ConfigError, LayoutError
+from ..difflora_core.errors import ConfigError, InterruptedTraining, LayoutError
 from ..difflora_core.methods.perfusion import PreparedConcept
 from ..difflora_core.models.concept import (
     Concept,
@@ -57,6 +57,17 @@ def gradients_kept(encoder: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def stopping() -> Iterator[None]:
+    """Turns ComfyUI's interrupt, which any of its layers may raise, into that of a recipe."""
+    try:
+        yield
+    except comfy.model_management.InterruptProcessingException as stop:
+        if torch.is_inference_mode_enabled():  # no recipe is running
+            raise
+        raise InterruptedTraining("stopped inside a step") from stop
 
 
 class ComfyText:
@@ -112,8 +123,9 @@ class ComfyText:
             own = {word: vectors[k] for word, vectors in words.items()}
             rows = [_row(getattr(self.clip.tokenizer, name), piece, own) for piece in pieces]
             encoder = getattr(self.clip.cond_stage_model, name)
-            with comfy.model_management.cuda_device_context(device), gradients_kept(encoder):
-                state, pooled = encoder(rows)[:2]
+            with stopping(), gradients_kept(encoder):
+                with comfy.model_management.cuda_device_context(device):
+                    state, pooled = encoder(rows)[:2]
             states.append(state)
         context = torch.cat(states, -1)
         index = torch.arange(context.shape[1], device=context.device)[None]

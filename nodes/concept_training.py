@@ -213,7 +213,10 @@ def train(
     """
     # ComfyUI runs nodes in inference mode, whose tensors cannot take part in training.
     with torch.inference_mode(False), torch.enable_grad():
-        result = _run(recipe, config, request, parts)
+        try:
+            result = _run(recipe, config, request, parts)
+        except InterruptedTraining as early:  # before the first step there is nothing to keep
+            raise comfy.model_management.InterruptProcessingException from early
     path = model_paths.unused_file(model_paths.CONCEPTS, request.file_name)
     (concept,) = result.concepts
     written = write_concept(path, concept, request.small_file)
