@@ -1,0 +1,99 @@
+"""Composition on a tiny random world: pictures to numbers, and the arithmetic by hand."""
+
+import json
+import math
+
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from benchmarks import composition
+from benchmarks.composition import (
+    Cast,
+    Size,
+    between,
+    distribution,
+    make_cast,
+    measure_blend,
+    measure_invented,
+    placed_right,
+    rank_correlation,
+    tell,
+    within,
+)
+from benchmarks.world import benchmark_console
+from difflora_core.evaluation.report import Report
+
+SMALL = Size(pairs=2, ways=3, prompts=1, invented=2, training=3, training_pictures=2)
+
+
+@pytest.fixture
+def few_pictures(monkeypatch):
+    monkeypatch.setattr(composition, "INVENTED_PROMPTS", 2)
+    monkeypatch.setattr(composition, "KNOWN_PICTURES", range(40, 42))
+
+
+def test_everything_is_measured(world, few_pictures, capsys):
+    cast = make_cast(world.judges, "validation", SMALL.pairs)
+    assert len(cast.seeds) == len(cast.photos) == len(cast.centroids) == 4
+    results = {
+        "blend": measure_blend(world, cast, SMALL),
+        "invented": measure_invented(world, cast, SMALL),
+        "two_people": {"pairs": 2}
+        | {
+            f"{w}_{n}": 1.0 for w in ("masked", "unmasked") for n in ("correct", "regions", "rank1")
+        },
+    }
+    tell(results, benchmark_console())
+    said = capsys.readouterr().out
+    assert "Spearman" in said
+    assert "nearest_training" in said
+    told = json.loads(Report({}, results).to_json())
+    assert -1 <= told["blend"]["spearman"] <= 1
+    assert len(told["blend"]["likeness_to_a"]) == 3
+    assert told["invented"]["consistency"]["min"] <= told["invented"]["consistency"]["max"]
+
+
+def test_ends_of_the_blend_are_the_people_themselves(world, few_pictures):
+    cast = make_cast(world.judges, "validation", SMALL.pairs)
+    model = world.models["functional"]
+    pictures = composition.artist(world, cast.seeds[:2], composition.PLAIN_PROMPTS[:1])(
+        model, composition.photo_latents(world, model, Cast(cast.seeds[:2], cast.photos[:2], None))
+    )
+    faces = world.judges.embed(pictures.flatten(0, 1))
+    likeness = float((faces * cast.centroids[:2]).sum(1).mean())
+    found = measure_blend(world, cast, SMALL)["likeness_to_a"]
+    assert math.isclose(found[0], likeness, abs_tol=2e-3)  # bfloat16
+
+
+def test_rank_correlation_is_spearmans():
+    g = torch.Generator().manual_seed(0)
+    values = torch.randn(4, 9, generator=g)
+    values[3, 2:5] = 1.0  # ties
+    expected = [spearmanr(row, range(9)).statistic for row in values.tolist()]
+    assert rank_correlation(values).tolist() == pytest.approx(expected)
+    rising = torch.arange(6.0)[None]
+    assert rank_correlation(torch.cat([rising, -rising, 0 * rising])).tolist() == pytest.approx(
+        [1.0, -1.0, 0.0]
+    )
+
+
+def test_cosines_between_and_within():
+    people = torch.eye(3)
+    assert between(people).tolist() == [0.0, 0.0, 0.0]
+    same = people[:2, None].expand(-1, 4, -1)
+    assert within(same).tolist() == [1.0] * 12
+    assert distribution(torch.arange(101.0))["p5"] == pytest.approx(5.0)
+
+
+def test_a_pair_is_right_when_both_halves_are():
+    cast = Cast((1, 2, 3, 4), torch.zeros(4, 1), torch.eye(4))
+    assert cast.pairs == [(0, 2), (1, 3)]
+    right, swapped = torch.eye(4)[[0, 2]], torch.eye(4)[[3, 1]]
+    found = placed_right(torch.stack([right, swapped]), cast)
+    assert found["correct"].tolist() == [True, False]
+    blended = torch.stack([torch.eye(4)[[0, 0]], torch.tensor([[0.0, 0.5, 0.8, 0.3]] * 2)])
+    found = placed_right(blended, cast)
+    assert found["correct"].tolist() == [False, False]
+    assert found["regions"].tolist() == [[True, False], [True, False]]
+    assert found["rank1"].tolist() == [[True, False], [False, False]]
