@@ -5,16 +5,20 @@ from pathlib import Path
 
 import torch
 
+from difflora_core.adapters.covariance import Covariance
 from difflora_core.lora.layout import LayerShape, LoRALayout
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.methods.difflora import DiffLoRAConfig, DiffLoRAModel
+from difflora_core.models.concept import Concept
 from difflora_core.models.dit import DiTConfig
 from difflora_core.models.lae import LAEConfig, LoRALatent
 from difflora_core.models.mif import MIFConfig
 from difflora_core.models.predictor import PredictorConfig
 from difflora_core.storage.checkpoint import save_model
+from difflora_core.storage.covariance_file import write_covariance
 from difflora_core.storage.identity_library import add_people
 from difflora_core.storage.lora_file import LoRAInfo, write_lora_file
+from difflora_core.storage.perfusion_file import write_concept
 from difflora_core.storage.thumbnail import make_thumbnail
 from difflora_core.vision.features import FeatureSizes
 
@@ -73,8 +77,28 @@ def write_lora(path: Path) -> Path:
     return path
 
 
+def write_small_concept(path: Path) -> Path:
+    """A concept of one layer, with contexts of its own."""
+    layer = "middle_block.1.transformer_blocks.0.attn2.to_v"
+    direction = torch.arange(1.0, 9.0)
+    concept = Concept(
+        "perfusion", "<hat>", "hat", "demo", (torch.ones(4), torch.arange(4.0)), direction,
+        direction / direction.square().sum(), {layer: torch.arange(16.0) / 8},
+        torch.arange(64.0), ("a {}", "photo of a {}"), {"steps": 1, "pictures": 2},
+    )  # fmt: skip
+    return write_concept(path, concept).path
+
+
+def write_small_covariance(path: Path) -> Path:
+    """C of three directions."""
+    covariance = Covariance(torch.diag(torch.arange(1.0, 4.0)), 10, 1e-3, torch.arange(64.0))
+    return write_covariance(path, covariance)
+
+
 WRITERS: dict[str, Callable[[Path], Path]] = {
     "checkpoint": write_checkpoint,
+    "concept": write_small_concept,
+    "covariance": write_small_covariance,
     "library": write_library,
     "lora": write_lora,
 }

@@ -1,6 +1,7 @@
 """Concept and covariance files: sizes, rounding, round trips, and files that mean harm."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -232,3 +233,17 @@ def test_hostile_covariances(tmp_path, change):
     save_file(tensors, path, metadata={"difflora_covariance": text})
     with pytest.raises(CheckpointError):
         read_covariance(path)
+
+
+def test_files_of_the_first_version_are_read_as_they_were_meant():
+    folder = Path(__file__).parents[1] / "contracts" / "0.1.0"
+    kept = read_concept(folder / "concept.safetensors")
+    assert (kept.word, kept.superclass, kept.contexts) == (
+        "<hat>",
+        "hat",
+        ("a {}", "photo of a {}"),
+    )
+    (values,) = kept.values.values()
+    assert torch.equal(values, torch.arange(16.0) / 8)
+    c = read_covariance(folder / "covariance.safetensors")
+    assert torch.equal(c.matrix, torch.diag(torch.arange(1.0, 4.0)))
