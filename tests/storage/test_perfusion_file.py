@@ -43,7 +43,7 @@ def sdxl():
     assert len(layers) == 70
     assert sum(layers.values()) == 83_200
     contexts = tuple(
-        f"photo number {k} of a person, smiling, striped blue background, red shirt, wearing an old {{}} on the head"
+        f"photo number {k} of a person, smiling, striped blue background, red shirt, wearing {{}}"
         for k in range(8)
     )
     return concept(layers, 2048, (768, 1280), contexts)
