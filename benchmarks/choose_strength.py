@@ -31,7 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--people", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=6)
     parser.add_argument(
-        "--rows", nargs="+", metavar="TEXT", help="only rows whose name contains one of these"
+        "--rows",
+        nargs="+",
+        metavar="TEXT",
+        help="only rows whose name contains one of these; =TEXT: is TEXT",
     )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = all cores")
     options = parser.parse_args(arguments)

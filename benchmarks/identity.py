@@ -79,7 +79,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="a further DiffLoRA model as rows of its own (ablations, other seeds)",
     )
     parser.add_argument(
-        "--rows", nargs="+", metavar="TEXT", help="only rows whose name contains one of these"
+        "--rows",
+        nargs="+",
+        metavar="TEXT",
+        help="only rows whose name contains one of these; =TEXT: is TEXT",
     )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = all cores")
     return parser.parse_args(arguments)

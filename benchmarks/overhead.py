@@ -3,9 +3,8 @@
 Real ComfyUI, one server, the demo world's base on the CPU. Every round samples once in each way,
 in an order that rotates, so that a machine that gets slower slows every row; ratios to the plain
 base are taken within a round. Only the steps are timed: loading and patching come before them.
-`ratio` is wall time, `cpu_ratio` the server's own processor time, `fastest_ratio` compares the
-fastest rounds; other programs on the machine disturb the last two less. `base_again` is the base a
-second time: the noise of the measurement.
+`ratio` is wall time, `cpu_ratio` the server's own processor time, which other programs on the
+machine disturb less. `base_again` is the base a second time: the noise of the measurement.
 """
 
 from __future__ import annotations
@@ -113,7 +112,6 @@ def table(times: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, dict[
             "seconds_per_step": statistics.median(wall for wall, _ in values),
             "ratio": statistics.median(own[0] / base[0] for own, base in pairs),
             "cpu_ratio": statistics.median(own[1] / base[1] for own, base in pairs),
-            "fastest_ratio": min(values)[0] / min(times[BASE])[0],
         }
     return rows
 

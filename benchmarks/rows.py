@@ -67,8 +67,13 @@ class Effort:
 
 
 def wanted_row(name: str, wanted: Sequence[str] | None) -> bool:
-    """Whether a row is wanted: all are, unless some texts are given that names must contain."""
-    return wanted is None or any(text in name for text in wanted)
+    """Whether a row is wanted: all are, unless texts are given, of which its name must contain one.
+
+    A text that starts with = must be the whole name.
+    """
+    return wanted is None or any(
+        text[1:] == name if text.startswith("=") else text in name for text in wanted
+    )
 
 
 def dreambooth_name(photos: str, steps: int) -> str:

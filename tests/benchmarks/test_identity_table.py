@@ -224,6 +224,15 @@ def test_strengths_of_other_rows_are_kept(tmp_path):
     assert read_choices(path)["a"] == old["a"]
 
 
+def test_rows_are_chosen_by_what_their_name_contains_or_is():
+    assert rows.wanted_row("functional, 1 photo, sampled", None)
+    assert rows.wanted_row("functional, 1 photo, sampled", ["sampled", "ridge"])
+    assert not rows.wanted_row("functional, 1 photo, sampled", ["=functional, 1 photo"])
+    assert rows.wanted_row("functional, 1 photo", ["=functional, 1 photo"])
+    assert Effort().only(["8 photos, 300"]) == Effort((), (300,))
+    assert Effort().only(["1 photo, 100", "100 steps"]) == Effort((100,), (100,))
+
+
 def test_options():
     options = parse(["--quick", "--split", "validation", "--model", "no gate=a.safetensors"])
     assert options.quick
