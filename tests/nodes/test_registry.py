@@ -1,0 +1,132 @@
+"""The pack as the registry takes it: valid, packed by ComfyUI's own tool, laid out, started.
+
+Its workflows go through comfy-test's converter and validator too.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from comfy_test.comfyui.validator import WorkflowValidation
+from comfy_test.comfyui.workflow_converter import WorkflowConverter, set_object_info
+
+from difflora_core.demo.comfy_server import ComfyServer
+from difflora_core.demo.workflow_api import PACK, workflow_to_prompt
+from difflora_core.demo.workflows import read_workflow
+
+SHIPPED = {"README.md", "LICENSE", "__init__.py", "pyproject.toml", "requirements.txt"}
+FOLDERS = {"difflora_core", "locales", "nodes", "web", "workflows"}
+MAX_BYTES = 60 * 2**20
+WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
+
+
+def git(*arguments, folder):
+    """Runs git and returns what it wrote."""
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def comfy_cli(*arguments, folder, home):
+    """Runs ComfyUI's command line tool without its questions and reports."""
+    command = [sys.executable, "-m", "comfy_cli", "--skip-prompt", "--no-enable-telemetry"]
+    environment = {**os.environ, "HOME": str(home), "DO_NOT_TRACK": "1"}
+    return subprocess.run(
+        [*command, *arguments], cwd=folder, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """The files of the pack that git keeps, as a repository of its own."""
+    if not (PACK / ".git").exists():
+        pytest.skip("the registry's tool packs what git keeps, and this is no git checkout")
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in git("ls-files", "-z", folder=PACK).split("\0")[:-1]:
+        if (PACK / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(PACK / name, folder / name)
+    git("init", "--quiet", folder=folder)
+    git("add", "--all", folder=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(checkout, tmp_path_factory):
+    """The archive that would be uploaded."""
+    result = comfy_cli("node", "pack", folder=checkout, home=tmp_path_factory.mktemp("home"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    return checkout / "node.zip"
+
+
+@pytest.fixture(scope="module")
+def installed(packed, tmp_path_factory):
+    """ComfyUI with the archive laid out as `comfy node install difflora` does."""
+    base = tmp_path_factory.mktemp("installed")
+    with zipfile.ZipFile(packed) as archive:
+        archive.extractall(base / "custom_nodes" / "difflora")
+    with ComfyServer(base, packs=()) as server:
+        yield server
+
+
+def test_registry_accepts_the_pack(checkout, tmp_path):
+    result = comfy_cli("node", "validate", folder=checkout, home=tmp_path)
+    said = result.stdout + result.stderr
+    assert result.returncode == 0, said
+    assert "All validation checks passed" in said
+    assert "warning" not in said.lower()
+
+
+def test_pack_holds_what_runs_and_nothing_else(packed):
+    with zipfile.ZipFile(packed) as archive:
+        names = [Path(name) for name in archive.namelist()]
+        size = sum(item.compress_size for item in archive.infolist())
+    assert {path.parts[0] for path in names if len(path.parts) > 1} == FOLDERS
+    assert {path.name for path in names if len(path.parts) == 1} == SHIPPED
+    assert not [path for path in names if path.suffix == ".pyc" or "__pycache__" in path.parts]
+    assert size < MAX_BYTES
+
+
+def test_installed_pack_is_complete(installed, comfy):
+    info, expected = installed.client.object_info(), comfy.object_info()
+    ours = {node for node in expected if node.startswith("DiffLoRA_")}
+    assert {node for node in info if node.startswith("DiffLoRA_")} == ours
+    assert {info[node]["python_module"] for node in ours} == {"custom_nodes.difflora"}
+    for node in ours:
+        assert installed.client.text(f"/extensions/difflora/docs/{node}.md")
+    templates = installed.client.get("/workflow_templates")["difflora"]
+    assert set(templates) == {path.stem for path in WORKFLOWS}
+    photos = {path.name for path in (PACK / "workflows").glob("difflora_demo_*.png")}
+    assert photos <= {path.name for path in installed.input_directory.iterdir()}
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_another_converter_and_validator_agree(comfy, path):
+    """comfy-test leaves out nodes that nothing follows.
+
+    Its validator's first level puts widget values on the wrong widgets, of core's KSampler too: it
+    knows neither seed controls nor combos of today's schemas, nor the second level types that
+    follow what is connected. ComfyUI checks both.
+    """
+    info, workflow = comfy.object_info(), read_workflow(path)
+    set_object_info(info)
+    theirs = WorkflowConverter.convert_to_api(read_workflow(path))
+    ours = workflow_to_prompt(workflow, info)
+    assert {node: theirs[node]["inputs"] for node in theirs} == {
+        node: ours[node]["inputs"] for node in theirs
+    }
+    followed = {
+        value[0] for entry in ours.values() for value in entry["inputs"].values() if is_link(value)
+    }
+    assert not (set(ours) - set(theirs)) & followed
+    errors = WorkflowValidation(info).validate(workflow).errors
+    known = [e for e in errors if e.level == "schema" or "COMFY_MATCHTYPE" in e.message]
+    assert [str(error) for error in errors if error not in known] == []
+
+
+def is_link(value):
+    """True for [node id, output]."""
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
