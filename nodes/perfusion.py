@@ -108,6 +108,7 @@ class ApplyConcept(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model; it stays as it is for other nodes."),
                 sockets.Concept.Input("concept", tooltip="From Load Concept or a training node."),
                 *_knobs(),
+                *_span(),
                 *_long_tail(),
                 io.Conditioning.Input(
                     "superclass_prompt",
@@ -179,6 +180,12 @@ def _knobs() -> list[io.Input]:
             "connected as superclass_prompt; none: as the new word likes. "
             "(Perfusion only.)",
         ),
+    ]
+
+
+def _span() -> list[io.Input]:
+    """When the concept acts."""
+    return [
         io.Float.Input(
             "start_percent",
             default=0.0,

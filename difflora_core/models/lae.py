@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, LayoutError
 from ..lora.layout import LoRALayout
-from ..lora.weights import LoRALayer, LoRAWeights
+from ..lora.weights import LoRAWeights
 from .config import Config, check_range
 from .lae_conv1d import Conv1dDecoder, Conv1dEncoder
+from .lae_down import project, random_down
 from .lae_mirror import MirrorEncoder
 from .lae_structured import StructuredDecoder, StructuredEncoder
 from .lae_tokens import TokenGroups
@@ -144,7 +145,7 @@ class LoRAAutoencoder(nn.Module):
             count = len(groups.members[n])
             self.register_buffer(f"mean_{n}", torch.zeros(count, n))
             self.register_buffer(f"scale_{n}", torch.ones(count, 1))
-        self.shared_down = _random_down(layout, config.learn_down, generator)
+        self.shared_down = random_down(layout, config.learn_down, generator)
         if config.parts == ("down", "up"):
             # an all-zero LoRA has no gradient: the mean `down` starts random, as LoRA's own does
             self._start_mean(self.down_factors())
@@ -192,7 +193,7 @@ class LoRAAutoencoder(nn.Module):
         shared = self.down_factors()
         if shared:
             self.layout.check(weights)
-            weights = LoRAWeights({name: _project(weights[name], shared[name]) for name in weights})
+            weights = LoRAWeights({name: project(weights[name], shared[name]) for name in weights})
         return self.groups.grid.encode(weights)[0]
 
     def normalise(self, tokens: Tensor) -> Tensor:
@@ -287,27 +288,3 @@ class LoRAAutoencoder(nn.Module):
                 f"The LoRA latent has size {tuple(z.shape[1:])}; this model decodes {expected}."
             )
         return self.decoder(z, self._statistics(z))
-
-
-def _project(layer: LoRALayer, shared: Tensor) -> LoRALayer:
-    """Least-squares fit of a layer's delta W by `up @ shared`."""
-    inverse = torch.linalg.pinv(shared.detach().float()).to(layer.down)  # in r
-    up = layer.scaling * layer.up @ (layer.down @ inverse)
-    down = shared.to(layer.down).expand(*layer.batch_shape, -1, -1)
-    return LoRALayer(down, up, float(layer.rank))
-
-
-def _random_down(
-    layout: LoRALayout, learned: bool, generator: torch.Generator | None
-) -> nn.ParameterDict:
-    """Row-orthonormal random `down` per layer, stacked by input size: (layers, r, in)."""
-    stacks = nn.ParameterDict()
-    for size in sorted({shape.in_features for shape in layout.layers}):
-        count = sum(shape.in_features == size for shape in layout.layers)
-        value = torch.empty(count, layout.rank, size)
-        if not value.is_meta:
-            value.normal_(generator=generator)
-            if size >= layout.rank:
-                value = torch.linalg.qr(value.mT)[0].mT.contiguous()
-        stacks[str(size)] = nn.Parameter(value, requires_grad=learned)
-    return stacks

@@ -59,18 +59,33 @@ class _Best:
         else:
             self.look(0)
 
-    def look(self, step: int, keep: bool = True) -> float:
+    def look(self, step: int) -> float:
         """Loss of the present state; keeps it when it is the lowest so far."""
+        loss = self._measure()
+        if loss < self.loss:
+            self.step, self.loss = step, loss
+            state = {k: v.detach().cpu().contiguous() for k, v in self._state().items()}
+            write_atomic(state, {"step": str(step), "loss": repr(loss)}, self.path)
+        return loss
+
+    def beaten(self) -> bool:
+        """Whether the present state is better still, as a run stopped between looks may be.
+
+        The file stays as a straight run's, so that the run can be taken up.
+        """
+        loss = self._measure()
+        if loss >= self.loss:
+            return False
+        self.loss = loss
+        return True
+
+    def _measure(self) -> float:
         self.objective.eval()
         device = next(self.objective.parameters()).device
         batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.batch.items()}
         with torch.no_grad():
             loss = float(self.objective(batch)[0])
         self.objective.train()
-        if keep and loss < self.loss:
-            self.step, self.loss = step, loss
-            state = {k: v.detach().cpu().contiguous() for k, v in self._state().items()}
-            write_atomic(state, {"step": str(step), "loss": repr(loss)}, self.path)
         return loss
 
     def restore(self) -> None:
@@ -138,11 +153,7 @@ def run_concepts(
         train(objective, draw, loop, folder, report)
     except InterruptedTraining:
         finished = False
-    # A stopped run may be better now than at its last look; its file stays as a straight run's.
-    now = float("inf") if finished else best.look(0, keep=False)
-    if now < best.loss:
-        best.loss = now
-    else:
+    if finished or not best.beaten():
         best.restore()
     objective.to("cpu")
     facts: dict[str, str | int | float] = {"steps": best.step, "pictures": len(examples)}

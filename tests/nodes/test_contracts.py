@@ -144,7 +144,7 @@ def test_files_of_every_version_are_read_as_they_were_meant(folder):
     assert library.names == ["Ada", "Ben"]
     assert library.people[0].picture is not None
     torch.testing.assert_close(library.latents.z, torch.arange(12.0).reshape(2, 2, 3))
-    read = load_lora(folder / "lora.safetensors", "ldm")
+    read = load_lora(folder / "lora.safetensors", contract_files.tiny_layout())
     for name, layer in contract_files.tiny_lora().layers.items():
         np.testing.assert_allclose(read.weights.layers[name].down, layer.down, atol=1e-3)
         np.testing.assert_allclose(read.weights.layers[name].up, layer.up, atol=1e-3)

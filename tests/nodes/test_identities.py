@@ -271,7 +271,7 @@ def test_encode_takes_hyperlora_and_says_what_is_missing(comfy):
             kind: node("PreviewAny", source=[f"encoded {kind}", 2]),
         }  # fmt: skip
     shown = comfy.run(nodes).outputs
-    assert "Kept in the identity" in shown["same"]["text"][0]
+    assert "Agreement of the weights" in shown["same"]["text"][0]
     assert "layers are not in the file" not in shown["same"]["text"][0]
     assert "1 layers read" in shown["peft"]["text"][0]
     assert "layers are not in the file and stay at zero" in shown["peft"]["text"][0]

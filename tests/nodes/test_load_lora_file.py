@@ -34,9 +34,7 @@ def test_every_tensor_comes_out(comfy, comfy_server, listed):
     assert all(expected[key].equal(found[key]) for key in expected)
 
 
-@pytest.mark.parametrize(
-    "name", ["", "missing.safetensors", "../../comfyui.log", "/etc/passwd"]
-)
+@pytest.mark.parametrize("name", ["", "missing.safetensors", "../../comfyui.log", "/etc/passwd"])
 def test_other_files_are_refused_in_words(comfy, listed, name):
     with pytest.raises(ComfyPromptError, match=r"was not found\. Put it into .*loras.* press R"):
         comfy.run(graph(name))
