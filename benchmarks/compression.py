@@ -1,15 +1,17 @@
 """`python -m benchmarks.compression`: how far a LoRA can be compressed before likeness suffers.
 
-Both encoders of the autoencoder and PCA, at several latent sizes, trained on the same corpus and
-judged on LoRAs of validation people: the share of the original LoRA's gain over the base model
-that its reconstruction keeps.
+Both kinds of the autoencoder and PCA, at several latent sizes, trained on the weights of the same
+corpus, and the functional model's autoencoder at its one size; then what the weight-preserved loss
+and the canonical form do. All are judged on LoRAs of validation people: the share of the original
+LoRA's gain over the base model that its reconstruction keeps.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,8 +21,8 @@ from difflora_core.demo import stages_lora
 from difflora_core.evaluation.report import Report
 from difflora_core.evaluation.weight_space import reconstruction
 from difflora_core.lora.tokens import TokenGrid
-from difflora_core.lora.weights import LoRAWeights
-from difflora_core.models.lae import LoRAAutoencoder
+from difflora_core.lora.weights import LoRALayer, LoRAWeights
+from difflora_core.models.lae import LAEConfig, LoRAAutoencoder
 from difflora_core.storage.lora_corpus import LoRACorpus
 from difflora_core.training import lae
 from difflora_core.training.early_stopping import EarlyStopping
@@ -35,6 +37,39 @@ from .world import World, benchmark_console, commit, load_world, machine, set_th
 
 LATENT_TOKENS = (2, 4, 8, 16)
 KINDS = ("structured", "conv1d")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an autoencoder is trained on weights.
+
+    `preserve`: strength of the weight-preserved term; `both_factors`: `down` is generated too;
+    `turned`: every LoRA by other factors of the same delta W; `canonical`: brought to the canonical
+    form; `steps`: training steps.
+    """
+
+    preserve: float = 1.0
+    both_factors: bool = False
+    turned: bool = False
+    canonical: bool = False
+    steps: int = 800
+
+    def key(self, config: LAEConfig, corpus: LoRAWeights) -> str:
+        """Name of the folder of such a run."""
+        digest = hashlib.sha256(f"{self}{config.to_json()}".encode())
+        for layer in corpus.layers.values():
+            digest.update(layer.up.detach().float().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+ABLATIONS = {
+    "plain MSE": Recipe(preserve=0.0),
+    "both factors": Recipe(both_factors=True),
+    "both factors, turned at random": Recipe(both_factors=True, turned=True),
+    "both factors, turned, canonical form": Recipe(both_factors=True, turned=True, canonical=True),
+}
+"""Changes to `structured` at the paper preset's size. The corpus shares one `down`, so its LoRAs
+are turned (other factors of the same delta W) to stand for LoRAs that were trained apart."""
 _JUDGES = ("face_similarity", "parameter_error")
 
 
@@ -67,48 +102,89 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def curve(
     experiment: Experiment, original: Row, corpus: LoRACorpus, steps: int, console: Console
 ) -> dict[str, dict[str, float]]:
-    """Rows of the curve, the smallest ratio last for each kind."""
+    """Rows of the curve, the smallest ratio last for each kind; then the ablations."""
     kept = round(len(corpus) * 6 / 7)
-    train = corpus.select(corpus.identities[:kept]).weights
-    held_out = corpus.select(corpus.identities[kept:]).weights
-    base, whole = experiment.base(), experiment.trial(original, 1.0)
+    halves = tuple(
+        corpus.select(names).weights
+        for names in (corpus.identities[:kept], corpus.identities[kept:])
+    )
+    world, size = experiment.world, stages_lora.LAE.latent_dim
+    ends = experiment.base(), experiment.trial(original, 1.0)
     rows = {}
-    for kind in (*KINDS, "pca"):
+
+    def judge(name: str, again: LoRAWeights, numbers: int) -> None:
+        rows[name] = columns(experiment, again, original.weights, ends, numbers)
+        told = "  ".join(f"{key} {value:.3g}" for key, value in rows[name].items())
+        console.print(f"{name}: {told}")
+
+    def trained(kind: str, tokens: int, recipe: Recipe) -> LoRAWeights:
+        config = replace(stages_lora.PAPER_LAE, kind=kind, latent_tokens=tokens)
+        return through_autoencoder(world, config, replace(recipe, steps=steps), halves, original)
+
+    for kind in KINDS:
         for tokens in LATENT_TOKENS:
-            numbers = tokens * stages_lora.LAE.latent_dim
-            if kind == "pca":
-                if numbers >= kept:
-                    continue
-                again = through_pca(experiment.world, original.weights, train, numbers)
-            else:
-                name = f"{experiment.world.base_hash[:8]}-{kind}-{tokens}-{steps}"
-                folder = experiment.world.cache / "compression" / name
-                halves = (train, held_out)
-                model = trained_lae(experiment.world, kind, tokens, folder, steps, halves)
-                with torch.no_grad():
-                    again = model.decode_weights(model.encode_weights(original.weights))
-            name = f"{kind}, {numbers} numbers"
-            rows[name] = columns(experiment, again, original.weights, (base, whole), numbers)
-            told = "  ".join(f"{key} {value:.3g}" for key, value in rows[name].items())
-            console.print(f"{name}: {told}")
+            judge(
+                f"{kind}, {tokens * size} numbers", trained(kind, tokens, Recipe()), tokens * size
+            )
+    for numbers in (tokens * size for tokens in LATENT_TOKENS if tokens * size < kept):
+        again = through_pca(world, original.weights, halves[0], numbers)
+        judge(f"pca, {numbers} numbers", again, numbers)
+    usual = stages_lora.LAE.latent_tokens
+    model = world.models["functional"]
+    with torch.no_grad():
+        again = model.decode(model.encode(original.weights))
+    judge(f"functional, {usual * size} numbers", again, usual * size)
+    for change, recipe in ABLATIONS.items():
+        again = trained("structured", usual, recipe)
+        judge(f"structured, {usual * size} numbers, {change}", again, usual * size)
     return rows
 
 
-def trained_lae(
+def through_autoencoder(
     world: World,
-    kind: str,
-    tokens: int,
-    folder: Path,
-    steps: int,
+    config: LAEConfig,
+    recipe: Recipe,
     corpus: tuple[LoRAWeights, LoRAWeights],
-) -> LoRAAutoencoder:
-    """An autoencoder of one kind and size, trained on weights alone as the paper does."""
-    config = replace(stages_lora.PAPER_LAE, kind=kind, latent_tokens=tokens)
-    model = LoRAAutoencoder(config, world.layout, generator=torch.Generator().manual_seed(tokens))
-    loop = LoopConfig(steps=steps, learning_rate=2e-3, ema=0.99, log_every=50)
-    settings = lae.LAETrainConfig(loop=loop, stopping=EarlyStopping(every=100, patience=4))
-    lae.fit(model, corpus[0], settings, folder, corpus[1])
-    return model.eval().requires_grad_(False)
+    original: Row,
+) -> LoRAWeights:
+    """LoRAs through an autoencoder that was trained on weights alone, as the paper does."""
+    seed = config.latent_tokens
+    learn, held_out, seen = (*corpus, original.weights)
+    if recipe.both_factors:
+        config = replace(config, parts=("down", "up"))
+    if recipe.turned:
+        learn, held_out, seen = (
+            turned(weights, torch.Generator().manual_seed(number))
+            for number, weights in enumerate((learn, held_out, seen))
+        )
+    if recipe.canonical:
+        learn, reference = lae.standard_form(learn, world.layout.rank)
+        held_out, seen = (
+            lae.standard_form(weights, world.layout.rank, reference)[0]
+            for weights in (held_out, seen)
+        )
+    model = LoRAAutoencoder(config, world.layout, generator=torch.Generator().manual_seed(seed))
+    loop = LoopConfig(steps=recipe.steps, learning_rate=2e-3, ema=0.99, log_every=50)
+    settings = lae.LAETrainConfig(
+        loop=loop,
+        canonical=False,
+        preserve=recipe.preserve,
+        stopping=EarlyStopping(every=100, patience=4),
+    )
+    folder = world.cache / "compression" / recipe.key(config, learn)
+    lae.fit(model, learn, settings, folder, held_out)
+    with torch.no_grad():
+        return model.eval().decode_weights(model.encode_weights(seen))
+
+
+def turned(weights: LoRAWeights, generator: torch.Generator) -> LoRAWeights:
+    """Other factors of the same delta W: every layer's r components rotated at random."""
+    layers = {}
+    for name, layer in weights.layers.items():
+        shape = (*layer.batch_shape, layer.rank, layer.rank)
+        turn = torch.linalg.qr(torch.randn(shape, generator=generator))[0]
+        layers[name] = LoRALayer(turn @ layer.down, layer.up @ turn.mT, layer.alpha)
+    return LoRAWeights(layers)
 
 
 def through_pca(

@@ -94,7 +94,7 @@ def measure(server: ComfyServer, rounds: int) -> dict[str, list[tuple[float, flo
     for number in range(rounds + 1):
         turn = number % len(names)
         for name in (*names[turn:], *names[:turn]):
-            watch = Watch(psutil.Process(server.process_id))
+            watch = Watch(psutil.Process(server.pid))
             # A seed of its own, or equal rows would come out of ComfyUI's cache.
             seed = number * len(names) + names.index(name)
             server.client.run(prompt(photo, name, seed), on_progress=watch)

@@ -178,6 +178,17 @@ class FrontEnd:
         fit = "() => app.extensionManager.command.execute('Comfy.Canvas.FitView')"
         self.page.evaluate(fit)
 
+    def find_template(self, pack: str, name: str) -> None:
+        """Waits until a template of a pack is shown in the template browser of a first visit."""
+        self.page.get_by_text(pack, exact=True).click()
+        self.page.get_by_test_id(f"template-workflow-{name}").wait_for()
+
+    def open_template(self, name: str) -> None:
+        """Clicks on a template and waits until its nodes are there."""
+        self.page.evaluate("() => app.graph.clear()")
+        self.page.get_by_test_id(f"template-workflow-{name}").click()
+        self.page.wait_for_function("() => app.graph.nodes.length > 0")
+
     def prompt(self) -> dict[str, Any]:
         """What the front end would queue, in API form."""
         return dict(self.page.evaluate("async () => (await app.graphToPrompt()).output"))

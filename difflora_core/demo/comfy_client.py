@@ -120,6 +120,16 @@ class ComfyClient:
             events.close()
         return self.result(prompt_id, cached, time.monotonic() - begun)
 
+    def run_fresh(self, prompt: Prompt, timeout: float = 600.0) -> PromptResult:
+        """Runs a prompt with nothing taken from the cache, see `run`.
+
+        ComfyUI empties its cache when its worker wakes, which may be after this prompt; then it is
+        empty for the next.
+        """
+        self.free()
+        result = self.run(prompt, timeout=timeout)
+        return self.run(prompt, timeout=timeout) if result.cached else result
+
     def result(
         self, prompt_id: str, cached: frozenset[str] = frozenset(), seconds: float = 0.0
     ) -> PromptResult:

@@ -14,6 +14,7 @@ import urllib.error
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import psutil
 from rich.console import Console
 
 from ..errors import DiffLoRAError
@@ -96,11 +97,6 @@ class ComfyServer:
         return self.base_directory / "input"
 
     @property
-    def process_id(self) -> int | None:
-        """ComfyUI's process; None while it does not run."""
-        return self._process.pid if self._process else None
-
-    @property
     def output_directory(self) -> Path:
         """Where save nodes write."""
         return self.base_directory / "output"
@@ -109,6 +105,17 @@ class ComfyServer:
     def pid(self) -> int | None:
         """Its process, None while it does not run."""
         return self._process.pid if self._process else None
+
+    def cpu_seconds(self) -> float:
+        """Processor time that ComfyUI has taken, which other work on the machine does not stretch.
+
+        Raises:
+            ComfyServerError: it does not run.
+        """
+        if self.pid is None:
+            raise ComfyServerError("ComfyUI does not run.")
+        times = psutil.Process(self.pid).cpu_times()
+        return float(times.user + times.system)
 
     def start(self, timeout: float = 300.0) -> "ComfyServer":
         """Starts ComfyUI and returns when it answers.

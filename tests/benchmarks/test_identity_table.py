@@ -23,6 +23,7 @@ from benchmarks.people import benchmark_people
 from benchmarks.rows import BASE, HEADLINE, Effort, Row
 from difflora_core.demo import stages_lora
 from difflora_core.lora.tokens import TokenGrid
+from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.storage.lora_corpus import LoRACorpus
 
 QUIET = Console(quiet=True)
@@ -243,10 +244,19 @@ def test_options():
         parse(["--split", "train"])
 
 
+def test_turned_factors_make_the_same_lora():
+    g = torch.Generator().manual_seed(0)
+    layer = LoRALayer(torch.randn(3, 4, 6, generator=g), torch.randn(3, 5, 4, generator=g), 4.0)
+    again = compression.turned(LoRAWeights({"a": layer}), g)["a"]
+    torch.testing.assert_close(again.up @ again.down, layer.up @ layer.down)
+    assert not torch.allclose(again.down, layer.down, atol=0.1)
+
+
 def test_compression_curve_on_a_tiny_world(world, plan, short, monkeypatch):
-    """PCA and both encoders give a row each; a PCA larger than the corpus is left out."""
-    monkeypatch.setattr(compression, "LATENT_TOKENS", (1,))
-    monkeypatch.setattr(compression.stages_lora, "LAE", replace(stages_lora.LAE, latent_dim=2))
+    """PCA and both kinds give a row each; a PCA larger than the corpus is left out."""
+    monkeypatch.setattr(compression, "LATENT_TOKENS", (1, 8))
+    sizes = replace(stages_lora.LAE, latent_tokens=1, latent_dim=2)
+    monkeypatch.setattr(compression.stages_lora, "LAE", sizes)
     small = replace(stages_lora.PAPER_LAE, latent_dim=2, basis_size=3)
     monkeypatch.setattr(compression.stages_lora, "PAPER_LAE", small)
     weights = rows.predict(
@@ -257,7 +267,9 @@ def test_compression_curve_on_a_tiny_world(world, plan, short, monkeypatch):
     experiment = Experiment(world, replace(plan, repeats=0), "validation", 1)
     original = Row("original", select(weights, [0]))
     table = compression.curve(experiment, original, corpus, 2, QUIET)
-    assert set(table) == {f"{kind}, 2 numbers" for kind in ("structured", "conv1d", "pca")}
+    trained = {f"{kind}, {n} numbers" for kind in ("structured", "conv1d") for n in (2, 16)}
+    changed = {f"structured, 2 numbers, {change}" for change in compression.ABLATIONS}
+    assert set(table) == trained | changed | {"pca, 2 numbers", "functional, 2 numbers"}
     exact = compression.columns(
         experiment,
         original.weights,

@@ -124,8 +124,7 @@ def test_the_word_changes_the_picture_and_only_with_the_concept(comfy, trained):
     for name in ("never", "again"):
         np.testing.assert_array_equal(shown[name], shown["base"])
     assert np.abs(np.subtract(shown["without"], shown["base"], dtype=int)).max() <= 1
-    comfy.free()
-    np.testing.assert_array_equal(comfy.run(nodes).pictures["with"], shown["with"])
+    np.testing.assert_array_equal(comfy.run_fresh(nodes).pictures["with"], shown["with"])
 
 
 def test_word_in_prompts_of_every_kind(comfy, trained):

@@ -109,8 +109,7 @@ def test_lora_changes_its_picture_and_leaves_the_base_alone(comfy, comfy_server,
     assert first.pictures["base"][0].shape == (64, 64, 3)
     difference = np.abs(first.pictures["personal"][0] - first.pictures["base"][0].astype(int))
     assert difference.max() > 8
-    comfy.free()  # or the second run would only show the cache
-    again = comfy.run(both)
+    again = comfy.run_fresh(both)
     assert "demo" not in again.cached
     for name in ("base", "personal"):
         np.testing.assert_array_equal(again.pictures[name], first.pictures[name])
