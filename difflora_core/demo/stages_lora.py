@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -112,13 +113,22 @@ def reader(progress: Progress) -> Figures:
 
 def functional(progress: Progress) -> Figures:
     """The functional preset: photo to LoRA through the base's denoising loss."""
-    base, data = people("train", drawn_pool())
-    model, judge = new_model(3), FaceReader(READER)
-    judge.load_state_dict(load_file(paths.FACE_READER))
-    objective = difflora.FunctionalObjective(model, base, FUNCTIONAL, judge)
-    difflora.fit(objective, data, FUNCTIONAL_LOOP, paths.BUILD / "functional", progress)
+    model = new_model(3)
+    base = train_functional(model, FUNCTIONAL_LOOP, paths.BUILD / "functional", progress)
     save_model(model, paths.DIFFLORA, torch.float16, {"stage": "functional"})
     return validation_losses(model, base)
+
+
+def train_functional(
+    model: DiffLoRAModel, loop: LoopConfig, folder: Path, progress: Progress
+) -> DiffusersBase:
+    """Train MIF, predictor and decoder on the people of the `train` pool; gives back the base."""
+    base, data = people("train", drawn_pool())
+    judge = FaceReader(READER)
+    judge.load_state_dict(load_file(paths.FACE_READER))
+    objective = difflora.FunctionalObjective(model, base, FUNCTIONAL, judge)
+    difflora.fit(objective, data, loop, folder, progress)
+    return base
 
 
 def distribution(progress: Progress) -> Figures:
