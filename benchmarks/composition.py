@@ -35,6 +35,7 @@ from difflora_core.models.latent_math import blend
 from difflora_core.storage.image_files import write_image
 
 from .drawing import Artist, Plan
+from .likeness import rank_correlation, three_distributions
 from .prompts import PROMPTS
 from .world import World, benchmark_console, commit, load_world, machine, set_threads
 
@@ -159,19 +160,6 @@ def measure_blend(world: World, cast: Cast, size: Size) -> dict[str, object]:
     }
 
 
-def rank_correlation(values: Tensor) -> Tensor:
-    """Spearman's correlation of each row (P, W) with its column numbers: (P,).
-
-    Equal values share the mean of their ranks, so a row that does not change gives 0.
-    """
-    below = (values[:, :, None] > values[:, None]).sum(2)
-    equal = (values[:, :, None] == values[:, None]).sum(2)
-    ranks = below + (equal - 1) / 2
-    steps = torch.arange(values.shape[1]).double()
-    ranks, steps = ranks.double() - ranks.double().mean(1, keepdim=True), steps - steps.mean()
-    return (ranks @ steps) / (ranks.norm(dim=1) * steps.norm()).clamp_min(1e-12)
-
-
 def measure_invented(world: World, cast: Cast, size: Size) -> dict[str, object]:
     """How much invented people are themselves, each other, and somebody of the training."""
     model = world.models["functional"]
@@ -187,33 +175,12 @@ def measure_invented(world: World, cast: Cast, size: Size) -> dict[str, object]:
         world.judges, split_seeds("train", size.training), range(size.training_pictures)
     )
     return {
-        "consistency": distribution(within(own)),
-        "between": distribution(between(centroid(own))),
-        "nearest_training": distribution((centroid(own) @ training.T).amax(1)),
-        "photo_consistency": distribution(within(real)),
-        "photo_between": distribution(between(centroid(real))),
-        "photo_nearest_training": distribution((centroid(real) @ training.T).amax(1)),
+        **three_distributions(own, training, ""),
+        **three_distributions(real, training, "photo_"),
         "people": size.invented,
         "prompts": len(scenes),
         "training_people": size.training,
     }
-
-
-def within(faces: Tensor) -> Tensor:
-    """Cosines between different pictures (I, C, E) of the same person."""
-    return torch.cat([between(person) for person in faces])
-
-
-def between(people: Tensor) -> Tensor:
-    """Cosines between different people (I, E)."""
-    return (people @ people.T)[tuple(torch.triu_indices(len(people), len(people), 1))]
-
-
-def distribution(values: Tensor) -> dict[str, float]:
-    """Mean and quantiles."""
-    levels = {"min": 0.0, "p5": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
-    quantiles = {name: float(values.quantile(level)) for name, level in levels.items()}
-    return {"mean": float(values.mean()), **quantiles}
 
 
 def measure_two_people(server: ComfyServer, judges: Judges, cast: Cast) -> dict[str, object]:
@@ -285,6 +252,11 @@ def tell(results: Mapping[str, Mapping[str, object]], console: Console) -> None:
     console.print(f"blend: Spearman {blended['spearman']:.3f} over {blended['pairs']} pairs")
     rows = {name: value for name, value in invented.items() if isinstance(value, dict)}
     console.print(Report(rows).to_markdown())
+    console.print(
+        f"invented: {invented['distinct']:.0%} of {invented['people']} people are nearer to "
+        f"themselves than to any of {invented['training_people']} training people (people with a "
+        f"photo: {invented['photo_distinct']:.0%})"
+    )
     for word in ("masked", "unmasked"):
         console.print(
             f"two people, {word}: {two[f'{word}_correct']:.0%} of {two['pairs']} pairs right, "

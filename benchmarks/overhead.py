@@ -1,10 +1,11 @@
-"""`python -m benchmarks.overhead [--quick] [--json FILE]`: what a predicted LoRA costs in sampling.
+"""`python -m benchmarks.overhead [--quick] [--perfusion] [--json FILE]`: the price in sampling.
 
 Real ComfyUI, one server, the demo world's base on the CPU. Every round samples once in each way,
 in an order that rotates, so that a machine that gets slower slows every row; ratios to the plain
 base are taken within a round. Only the steps are timed: loading and patching come before them.
 `ratio` is wall time, `cpu_ratio` the server's own processor time, which other programs on the
 machine disturb less. `base_again` is the base a second time: the noise of the measurement.
+--perfusion measures taught words instead, on a full-size SDXL UNet (concept_price.py).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from rich.console import Console
 
 from difflora_core.demo.comfy_client import Progress
 from difflora_core.demo.comfy_server import ComfyServer
@@ -27,7 +29,8 @@ from difflora_core.demo.masked_people import PERSONALIZE
 from difflora_core.evaluation.report import Report
 from difflora_core.storage.image_files import write_image
 
-from .world import benchmark_console, commit, machine
+from .concept_price import price
+from .world import benchmark_console, commit, machine, set_threads
 
 STEPS, BATCH = 10, 2
 ROUNDS, QUICK_ROUNDS = 25, 7
@@ -51,17 +54,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="The price of a LoRA while sampling.")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds")
     parser.add_argument("--json", type=Path, help="write the table to this file")
+    parser.add_argument(
+        "--perfusion", action="store_true", help="concepts on full-size SDXL instead"
+    )
     options = parser.parse_args(arguments)
     console, rounds = benchmark_console(), QUICK_ROUNDS if options.quick else ROUNDS
+    if options.perfusion:
+        set_threads(1)
+        report = Report(price(rounds), {"rounds": rounds, "commit": commit(), "machine": machine()})
+        return finish(report, options.json, console)
     with tempfile.TemporaryDirectory() as folder, ComfyServer(Path(folder)) as server:
         times = measure(server, rounds)
     facts = {"rounds": rounds, "steps": STEPS, "batch": BATCH, "quick": options.quick}
     facts |= {"commit": commit(), "machine": machine()}
-    report = Report(table(times), facts)
-    console.print(report.to_markdown({"seconds_per_step": 4}))
-    if options.json:
-        options.json.write_text(report.to_json() + "\n")
-        console.print(f"wrote {options.json}")
+    return finish(Report(table(times), facts), options.json, console)
+
+
+def finish(report: Report, path: Path | None, console: Console) -> int:
+    """Print the table, and write it where asked to."""
+    console.print(report.to_markdown({"seconds_per_step": 4, "projections": 0}))
+    if path:
+        path.write_text(report.to_json() + "\n")
+        console.print(f"wrote {path}")
     return 0
 
 

@@ -11,14 +11,17 @@ from benchmarks import composition
 from benchmarks.composition import (
     Cast,
     Size,
-    between,
-    distribution,
     make_cast,
     measure_blend,
     measure_invented,
     placed_right,
-    rank_correlation,
     tell,
+)
+from benchmarks.likeness import (
+    between,
+    distribution,
+    rank_correlation,
+    three_distributions,
     within,
 )
 from benchmarks.world import benchmark_console
@@ -84,6 +87,18 @@ def test_cosines_between_and_within():
     same = people[:2, None].expand(-1, 4, -1)
     assert within(same).tolist() == [1.0] * 12
     assert distribution(torch.arange(101.0))["p5"] == pytest.approx(5.0)
+
+
+def test_a_person_is_distinct_who_is_nearer_to_themselves_than_to_the_training():
+    faces = torch.eye(4)[[0, 1]][:, None].repeat(1, 4, 1)  # two people, four pictures each
+    faces[1, 2:] = torch.tensor([0.0, 0.6, 0.8, 0.0])  # the second one changes
+    training = torch.stack([torch.tensor([0.6, 0.0, 0.0, 0.8]), torch.eye(4)[1]])
+    found = three_distributions(faces, training, "photo_")
+    assert found["photo_own"]["min"] == pytest.approx(0.6)
+    assert found["photo_own"]["max"] == pytest.approx(1.0)
+    assert found["photo_nearest_training"]["min"] == pytest.approx(0.6)
+    assert found["photo_nearest_training"]["max"] > 0.85
+    assert found["photo_distinct"] == 0.5
 
 
 def test_a_pair_is_right_when_both_halves_are():

@@ -1,0 +1,171 @@
+"""Pictures of taught words, and what the judges make of them."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from difflora_core.adapters.attach import attach
+from difflora_core.adapters.base import AdapterSet
+from difflora_core.demo.concept_judge import ConceptJudge
+from difflora_core.demo.concepts import DemoConcept
+from difflora_core.demo.judges import Judges
+from difflora_core.demo.scenes import Scene
+from difflora_core.diffusion.sampler import (
+    SampleSettings,
+    initial_noise,
+    sample,
+    seeded_generators,
+)
+from difflora_core.evaluation.text_alignment import attribute_agreement
+from difflora_core.models.concept import WordEmbedding
+from difflora_core.training.base_model import TextCondition
+
+from .prompts import asked
+from .words import School, Taught
+
+STEPS, GUIDANCE = 10, 1.0
+PROTOCOL = 1
+"""To be raised with every change of drawing or judging: it makes kept columns invalid."""
+
+Words = Mapping[str, WordEmbedding]
+Columns = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """One picture that is asked for: the scene, the concepts in it, and the seed of its noise."""
+
+    scene: Scene
+    concepts: tuple[DemoConcept, ...]
+    seed: int
+
+    def prompt(self, plain: bool = False) -> str:
+        """Its prompt, with the new words or with the plain words of their kinds."""
+        scene, text = replace(self.scene, item="none"), ""
+        for concept in self.concepts:
+            said = concept.prompt(scene, concept.kind if plain else None)
+            text += said.removeprefix(scene.caption()) if text else said
+        return text
+
+
+def wishes(
+    concepts: Sequence[DemoConcept], scenes: Sequence[Scene], number: int, seed: int = 0
+) -> list[Wish]:
+    """One picture of these concepts for each scene; `number` names them among others."""
+    start = 10**9 * (seed + 1) + 1000 * number
+    return [Wish(scene, tuple(concepts), start + k) for k, scene in enumerate(scenes)]
+
+
+class Gallery:
+    """Draws and judges.
+
+    Args:
+        school: base and text encoders.
+        judges: of prompts. judge: of concepts.
+        cache: folder of kept columns.
+    """
+
+    def __init__(self, school: School, judges: Judges, judge: ConceptJudge, cache: Path) -> None:
+        self.school, self.judges, self.judge, self.cache = school, judges, judge, cache
+
+    def columns(self, wanted: Sequence[Wish], taught: Sequence[Taught], knob: float) -> Columns:
+        """Every column (N,) of pictures under taught words; kept on disk."""
+        marks = [t.mark for t in taught]
+        plan = [(w.prompt(), w.seed) for w in wanted]
+        facts = repr((PROTOCOL, STEPS, GUIDANCE, marks, knob, plan, self._judges_mark()))
+        name = hashlib.sha256(facts.encode()).hexdigest()[:32]
+        path = self.cache / f"{name}.safetensors"
+        if not path.exists():
+            columns = self.judged(self.draw(wanted, *self.school.dress(taught, knob)), wanted)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(columns, part := path.with_suffix(".part"))
+            part.replace(path)
+        return load_file(path)
+
+    @torch.no_grad()
+    def draw(
+        self,
+        wanted: Sequence[Wish],
+        words: Words | None = None,
+        adapters: AdapterSet | None = None,
+    ) -> Tensor:
+        """Pictures (N, H, W, 3); without words by the plain words of their kinds."""
+        base = self.school.base
+        text = self._encoded([w.prompt(plain=words is None) for w in wanted], words or {})
+        config = base.unet.config
+        shape = (config.in_channels, config.sample_size, config.sample_size)
+        noise = initial_noise(seeded_generators([w.seed for w in wanted]), shape)
+        null = self._encoded([""], {}).select(torch.zeros(len(wanted), dtype=torch.long))
+
+        def denoise(z: Tensor, timestep: Tensor, conditional: bool) -> Tensor:
+            return base.predict(z, timestep, text if conditional else null).float()
+
+        scheduler = DDIMScheduler.from_config(base.scheduler.config, timestep_spacing="trailing")
+        worn = adapters is not None and len(adapters) > 0
+        with attach(base.unet, adapters, names=self.school.names) if worn else nullcontext():
+            z = sample(denoise, noise, scheduler, SampleSettings(STEPS, GUIDANCE))
+        return base.decode_latents(z)
+
+    def judged(self, images: Tensor, wanted: Sequence[Wish]) -> Columns:
+        """Columns (N,): likeness and recognition averaged over the concepts of a picture."""
+        seen = self.judge.look(images)
+        like, known = [], []
+        for number in range(max(len(w.concepts) for w in wanted)):
+            each = [w.concepts[number] for w in wanted]
+            like.append(torch.stack([seen.likeness(c)[k] for k, c in enumerate(each)]))
+            known.append(torch.stack([seen.recognised(c)[k] for k, c in enumerate(each)]))
+        scenes = [replace(w.scene, item=w.concepts[0].kind) for w in wanted]
+        goals = [asked(scene) for scene in scenes]
+        if len(like) > 1:  # the classifier names one thing alone
+            goals = [{k: v for k, v in goal.items() if k != "item"} for goal in goals]
+        read = self.judges.attributes(images)
+        recognised = torch.stack(known).float()
+        return {
+            "concept_similarity": torch.stack(like).mean(0),
+            "recognised": recognised.mean(0),
+            "all_recognised": recognised.amin(0),
+            "prompt_agreement": attribute_agreement(read, goals),
+        }
+
+    def step_milliseconds(self, taught: Sequence[Taught], knob: float, rounds: int = 15) -> float:
+        """Median extra processor time of a UNet step (batch 2) over the bare base."""
+        base, (words, adapters) = self.school.base, self.school.dress(taught, knob)
+        prompt = "photo of a person, " + " ".join(t.concept.word for t in taught)
+        text = self._encoded([prompt, ""], words)
+        z = torch.randn(2, base.unet.config.in_channels, 16, 16)
+        when = torch.full((2,), 500)
+
+        def seconds(worn: AdapterSet) -> float:
+            with attach(base.unet, worn, names=self.school.names):
+                started = time.process_time()
+                base.predict(z, when, text)
+                return time.process_time() - started
+
+        with torch.no_grad():
+            pairs = [(seconds(AdapterSet(())), seconds(adapters)) for _ in range(rounds + 1)]
+        apart = torch.tensor([own - bare for bare, own in pairs[1:]])
+        return 1000 * float(apart.median())
+
+    def _encoded(self, prompts: Sequence[str], words: Words) -> TextCondition:
+        unique = list(dict.fromkeys(prompts))
+        with torch.no_grad():
+            encoded = self.school.text.encode(unique, words)
+        both = TextCondition(encoded.context, encoded.pooled)
+        return both.select(torch.tensor([unique.index(p) for p in prompts]))
+
+    def _judges_mark(self) -> str:
+        digest = hashlib.sha256()
+        for network in (*self.judges.networks.values(), self.judge.network):
+            for tensor in network.state_dict().values():
+                digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()
