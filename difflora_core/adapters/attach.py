@@ -166,8 +166,11 @@ def attach(
     """
     modules = _modules(module, adapters, names)
     handle = AttachHandle(strength, adapters.layers)
+    entries: dict[str, list[AdapterEntry]] = {layer: [] for layer in modules}
+    for entry in adapters:
+        entries[entry.layer].append(entry)
     for layer, target in modules.items():
-        hook = _LayerHook([e for e in adapters if e.layer == layer], handle)
+        hook = _LayerHook(entries[layer], handle)
         handle.hold(target.register_forward_pre_hook(hook.before))
         handle.hold(target.register_forward_hook(hook.after))
     return handle

@@ -71,8 +71,7 @@ class InfusionValueAdapter(LayerAdapter):
                 f"This concept has residuals of width {self.residuals.shape[-1]}, but the layer "
                 f"gives {y.shape[-1]}. Use the base model it was trained on."
             )
-        gate = self.matcher(x).gate
-        return y + (gate @ self.residuals.to(gate)).to(y.dtype)
+        return self.matcher(x).added(y, self.residuals)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors of the concepts and the ``residuals`` of this layer."""

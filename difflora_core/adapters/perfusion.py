@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -78,13 +78,28 @@ class GatedConcept:
 class Match:
     """What concepts find in encodings (B, L, in).
 
-    `share`: (B, L, J) how much of each direction is taken out; `gate`: (B, L, J), strength
-    included; `rest`: (B, L, in) encodings without the concepts.
+    `gate`: (B, L, J), strength included; `rest`: (B, L, in) encodings without the concepts;
+    `locked`: (B, L, in) encodings with the concepts replaced by their super-class words.
     """
 
-    share: Tensor
     gate: Tensor
     rest: Tensor
+    locked: Tensor
+
+    def added(self, y: Tensor, rows: Tensor) -> Tensor:
+        """y + sum of g o* for y (B, L, out) and one row o* (J, out) for each concept."""
+        gate = self._gate_like(y).flatten(0, -2)
+        return torch.addmm(y.flatten(0, -2), gate, rows.to(y)).view_as(y)
+
+    def _gate_like(self, y: Tensor) -> Tensor:
+        """The gate in the dtype of y, cast once for all layers."""
+        if self.gate.dtype == y.dtype:
+            return self.gate
+        if y.dtype not in self._casts:
+            self._casts[y.dtype] = self.gate.to(y.dtype)
+        return self._casts[y.dtype]
+
+    _casts: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
 
 
 class ConceptMatcher:
@@ -140,9 +155,9 @@ class ConceptMatcher:
             gram = covectors @ directions.mT  # J J
             share = torch.linalg.solve(gram, similarity.mT).mT
         weight = self._weights(similarity)
-        share, gate = share * weight, gate * weight
-        rest = (fine - share @ directions).to(x.dtype)
-        return Match(share, gate, rest)
+        gate, rest = gate * weight, fine - (share * weight) @ directions
+        anchors = torch.stack([c.superclass for c in self.concepts]).to(device, dtype)  # J in
+        return Match(gate, rest.to(x.dtype), (rest + gate @ anchors).to(x.dtype))
 
     def _weights(self, similarity: Tensor) -> Tensor:
         """Strength of each concept at each token of each row, broadcastable to (B, L, J)."""
@@ -171,9 +186,7 @@ class PerfusionKeyAdapter(LayerAdapter):
 
     def substitute(self, x: Tensor) -> Tensor:
         """Encodings (B, L, in) with the concepts replaced by their super-class words."""
-        match = self.matcher(x)
-        anchors = torch.stack([c.superclass for c in self.matcher.concepts]).to(match.gate)
-        return match.rest + (match.gate @ anchors).to(x.dtype)
+        return self.matcher(x).locked
 
     def state_dict(self) -> dict[str, Tensor]:
         """The concepts, see `concept_state`."""
@@ -212,8 +225,7 @@ class PerfusionValueAdapter(LayerAdapter):
                 f"This concept has values of width {self.targets.shape[-1]}, but the layer gives "
                 f"{y.shape[-1]}. Use the base model it was trained on."
             )
-        gate = self.matcher(x).gate
-        return y + (gate @ self.targets.to(gate)).to(y.dtype)
+        return self.matcher(x).added(y, self.targets)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The concepts and the ``targets`` of this layer."""
