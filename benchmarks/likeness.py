@@ -24,8 +24,8 @@ def rank_correlation(values: Tensor) -> Tensor:
 def three_distributions(faces: Tensor, training: Tensor, prefix: str) -> dict[str, object]:
     """Of people (I, C, E): the same in every picture, distinct, and nobody of the training (T, E).
 
-    `own` compares two halves of a person's pictures with each other, as `nearest_training` compares
-    all of them with somebody else's; `distinct` is the share of people who are nearer to themselves.
+    `own` compares two halves of a person's pictures, as `nearest_training` compares all of them
+    with somebody else's; `distinct` is the share of people who are nearer to themselves.
     """
     half = faces.shape[1] // 2
     own = (centroid(faces[:, :half]) * centroid(faces[:, half:])).sum(1)
