@@ -1,4 +1,4 @@
-"""Between ComfyUI's objects and the library's: models under its memory management, encoders, LoRA.
+"""Between ComfyUI's objects and the library's: models under its memory management, and LoRA.
 
 Nothing here decides anything about DiffLoRA; it hands tensors over and checks that both sides fit.
 """
@@ -23,10 +23,7 @@ from ..difflora_core.methods.difflora import DiffLoRAModel
 from ..difflora_core.models.lae import LoRALatent
 from ..difflora_core.models.mif import IdentityCondition
 from ..difflora_core.storage.checkpoint import load_model
-from ..difflora_core.vision.face_choice import FaceOptions
-from ..difflora_core.vision.face_encoder import DetectedFace, FaceEncoder, InsightFaceEncoder
-from ..difflora_core.vision.features import ExtractedFeatures, ImageFeatures, extract_features
-from ..difflora_core.vision.image_encoder import ImageEncoder
+from ..difflora_core.vision.features import ImageFeatures
 from .sockets import BEST_GUESS, MANUAL
 
 # Activations only; ComfyUI knows the weights. Covers a full-size model reading 16 photos.
@@ -77,71 +74,6 @@ def host_model(path: str, name: str) -> HostedModel:
         offload_device=comfy.model_management.unet_offload_device(),
     )
     return HostedModel(patcher, name)
-
-
-class ComfyImageEncoder:
-    """ImageEncoder over ComfyUI's CLIP_VISION."""
-
-    def __init__(self, clip_vision: Any) -> None:
-        if not callable(getattr(clip_vision, "encode_image", None)):
-            raise EncoderError(
-                f"A {type(clip_vision).__name__} is not a CLIP vision. Connect Load CLIP Vision."
-            )
-        self.clip_vision = clip_vision
-
-    @property
-    def image_size(self) -> int:
-        """Side in pixels of the square that the network sees."""
-        return int(self.clip_vision.image_size)
-
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures (N, H, W, 3) in [0, 1] to embeddings (N, Di) and token states (N, L, Dt)."""
-        output = self.clip_vision.encode_image(images)
-        return output.image_embeds.float().cpu(), output.penultimate_hidden_states.float().cpu()
-
-
-class _NoImageEncoder:
-    """Stands in when no CLIP vision is connected: features of size 0."""
-
-    image_size = 224
-
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Nothing about N pictures."""
-        return torch.zeros(len(images), 0), torch.zeros(len(images), 0, 0)
-
-
-class _NoFaceEncoder:
-    """Stands in when no face analysis is connected: finds nothing, features of size 0."""
-
-    embedding_dim = 0
-
-    def detect(self, image: Tensor) -> list[DetectedFace]:
-        """No face."""
-        return []
-
-
-def read_photos(
-    images: Tensor, clip_vision: Any, face_analysis: Any, mask: Tensor | None, options: FaceOptions
-) -> ExtractedFeatures:
-    """Features of photos with whichever encoders are connected.
-
-    Raises:
-        EncoderError: neither is connected, or one of them is something else.
-        NoFaceError, ImageError: see extract_features.
-    """
-    if clip_vision is None and face_analysis is None:
-        raise EncoderError(
-            "Nothing looks at the photos: connect a CLIP vision, a face analysis, or both."
-        )
-    faces: FaceEncoder = _NoFaceEncoder()
-    pictures: ImageEncoder = _NoImageEncoder()
-    if face_analysis is not None:
-        faces = InsightFaceEncoder.wrap(face_analysis)
-    else:
-        options = FaceOptions(on_missing="image_only", image_region=options.image_region)
-    if clip_vision is not None:
-        pictures = ComfyImageEncoder(clip_vision)
-    return extract_features(images, faces, pictures, options, mask)
 
 
 def complete_features(features: ImageFeatures, network: DiffLoRAModel) -> ImageFeatures:
@@ -231,11 +163,19 @@ def progress(total: int) -> Any:
     """A step callback that moves ComfyUI's progress bar and stops when the user asks."""
     bar = comfy.utils.ProgressBar(total)
 
-    def step(done: int, total: int, _: Tensor) -> None:
+    def step(done: int, total: int, *_: Tensor) -> None:
         bar.update_absolute(done, total)
         comfy.model_management.throw_exception_if_processing_interrupted()
 
     return step
+
+
+def tell(node: Any, text: str) -> None:
+    """Shows a line on the running node in the browser, as core's Get Image Size does."""
+    from server import PromptServer  # noqa: PLC0415  there is none before ComfyUI runs
+
+    if node.hidden.unique_id:
+        PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
 
 
 def decode(hosted: HostedModel, latent: LoRALatent, base_model: Any) -> dict[str, Tensor]:

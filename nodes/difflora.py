@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 from ..difflora_core.diffusion.sampler import SampleSettings
 from ..difflora_core.models import latent_math
 from ..difflora_core.vision.face_choice import FaceOptions
-from . import bridge, sockets
+from . import bridge, encoders, sockets
 
 CATEGORY = "DiffLoRA/steps"
 
@@ -134,7 +134,10 @@ class DecodeLoRA(io.ComfyNode):
     def execute(cls, difflora_model, lora_latent, base_model=None, index=0):
         wanted = range(len(lora_latent)) if index < 0 else (index,)
         chosen = [latent_math.select(lora_latent, number) for number in wanted]
-        loras = [bridge.decode(difflora_model, latent, base_model) for latent in chosen]
+        loras, step = [], bridge.progress(len(chosen))
+        for latent in chosen:
+            loras.append(bridge.decode(difflora_model, latent, base_model))
+            step(len(loras), len(chosen))
         return io.NodeOutput(loras)
 
 
@@ -163,6 +166,7 @@ class Personalize(io.ComfyNode):
                 io.LoraModel.Output(display_name="lora"),
                 io.Image.Output(display_name="crops", tooltip="What CLIP vision saw."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -186,7 +190,7 @@ class Personalize(io.ComfyNode):
         base_model=None,
     ):
         options = FaceOptions(face_order, face_index, on_missing_face, image_region)
-        found = bridge.read_photos(images, clip_vision, face_analysis, mask, options)
+        found = encoders.read_photos(cls, images, clip_vision, face_analysis, mask, options)
         override = bridge.gate_override(gate, face_share)
         condition = bridge.mix(difflora_model, found.features, override)
         settings = SampleSettings(steps, guidance)

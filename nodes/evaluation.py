@@ -4,8 +4,7 @@ from comfy_api.latest import io, ui
 
 from ..difflora_core.evaluation.grid import compare_grid
 from ..difflora_core.evaluation.people import compare_people, likeness_picture
-from ..difflora_core.vision.face_encoder import InsightFaceEncoder
-from . import sockets
+from . import encoders, sockets
 
 CATEGORY = "DiffLoRA/compare"
 
@@ -42,7 +41,7 @@ class CompareIdentities(io.ComfyNode):
 
     @classmethod
     def execute(cls, references, pictures, face_analysis):
-        faces = InsightFaceEncoder.wrap(face_analysis)
+        faces = encoders.watched_faces(face_analysis, len(references) + len(pictures))
         likeness = compare_people(references, pictures, faces)
         picture = likeness_picture(references, pictures, likeness)[None]
         shown = ui.PreviewImage(picture, cls=cls)

@@ -5,7 +5,7 @@ from comfy_api.latest import io, ui
 
 from ..difflora_core.vision.face_choice import FaceOptions
 from ..difflora_core.vision.features import ImageFeatures
-from . import bridge, sockets
+from . import encoders, sockets
 
 CATEGORY = "DiffLoRA/steps"
 CHOSEN, EVERY = "chosen", "all"
@@ -63,6 +63,7 @@ class ExtractFeatures(io.ComfyNode):
                     "black, for a face ControlNet such as InstantID's.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -82,7 +83,7 @@ class ExtractFeatures(io.ComfyNode):
     ):
         choice = (face_order, face_index, on_missing_face, image_region, region_factor)
         options = FaceOptions(*choice, every=faces == EVERY)
-        found = bridge.read_photos(images, clip_vision, face_analysis, mask, options)
+        found = encoders.read_photos(cls, images, clip_vision, face_analysis, mask, options)
         record = found.features
         if features is not None:
             record = ImageFeatures.cat([features, record])

@@ -247,15 +247,7 @@ class BestOfN(io.ComfyNode):
                 count_widget("count", 8, "How many samples to choose from."),
                 seed_widget(),
                 steps_widget(),
-                io.Float.Input(
-                    "guidance",
-                    default=1.0,
-                    min=0.0,
-                    max=20.0,
-                    step=0.1,
-                    advanced=True,
-                    tooltip="1 follows the photos, above 1 exaggerates, 0 ignores them.",
-                ),
+                sockets.guidance_widget(),
             ],
             outputs=[
                 identity_output(),
@@ -263,6 +255,7 @@ class BestOfN(io.ComfyNode):
                     display_name="agreement", tooltip="How well it agrees with the features."
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -272,6 +265,7 @@ class BestOfN(io.ComfyNode):
         samples = bridge.sample_batch(difflora_model, condition, seeds, settings)
         agreement = difflora_model.ready().agreement(samples, condition)
         best = int(agreement.argmax())
+        bridge.tell(cls, f"number {best + 1} of {count}, agreement {float(agreement[best]):.3g}")
         return io.NodeOutput(latent_math.select(samples, best), float(agreement[best]))
 
 

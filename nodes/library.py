@@ -6,7 +6,7 @@ from ..difflora_core.evaluation.contact_sheet import contact_sheet
 from ..difflora_core.storage.identity_library import SAME_NAME, add_people, numbered
 from ..difflora_core.storage.library_file import read_library
 from ..difflora_core.storage.thumbnail import make_thumbnails, read_thumbnail
-from . import model_paths, sockets
+from . import bridge, model_paths, sockets
 
 CATEGORY = "DiffLoRA/library"
 
@@ -60,6 +60,7 @@ class AddToLibrary(io.ComfyNode):
                     display_name="name", tooltip="The name given; one line for each of a batch."
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -74,7 +75,9 @@ class AddToLibrary(io.ComfyNode):
             same_name=same_name,
         )
         names = "\n".join(given)
-        return io.NodeOutput(library, names, ui=ui.PreviewText(f"Added to {library}:\n{names}"))
+        told = f"Added to {library}:\n{names}"
+        bridge.tell(cls, told)
+        return io.NodeOutput(library, names, ui=ui.PreviewText(told))
 
 
 class ListLibrary(io.ComfyNode):

@@ -42,6 +42,7 @@ class EncodeLoRA(io.ComfyNode):
                     display_name="report", tooltip="What was read, what was lost, in words."
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -50,4 +51,5 @@ class EncodeLoRA(io.ComfyNode):
         read = from_state_dict(bridge.check_lora(lora), network.layout)
         fitted = fit_latent(network, read.weights, refine_steps, bridge.progress(refine_steps))
         report = f"{read.report.summary()}\nAgreement of the weights: {fitted.kept:.0%}."
+        bridge.tell(cls, report)
         return io.NodeOutput(fitted.latent, fitted.kept, report, ui=ui.PreviewText(report))

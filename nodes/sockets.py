@@ -172,13 +172,18 @@ def sampling_widgets() -> list[io.Input]:
             advanced=True,
             tooltip="Sampling steps (sampled only).",
         ),
-        io.Float.Input(
-            "guidance",
-            default=1.0,
-            min=0.0,
-            max=20.0,
-            step=0.1,
-            advanced=True,
-            tooltip="1 follows the photos, above 1 exaggerates, 0 ignores them (sampled only).",
-        ),
+        guidance_widget(" (sampled only)"),
     ]
+
+
+def guidance_widget(when: str = "") -> io.Input:
+    """How strictly a sample follows the photos."""
+    return io.Float.Input(
+        "guidance",
+        default=1.0,
+        min=0.0,
+        max=20.0,
+        step=0.1,
+        advanced=True,
+        tooltip=f"1 follows the photos, above 1 exaggerates, 0 ignores them{when}.",
+    )

@@ -2,12 +2,13 @@
 
 import io
 import json
+import struct
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ from PIL import Image
 from ..errors import DiffLoRAError
 
 Prompt = Mapping[str, Mapping[str, Any]]
+
+WANTS_PREVIEWS = {"type": "feature_flags", "data": {"supports_preview_metadata": True}}
+TEXT, PREVIEW = 3, 4
+"""ComfyUI's numbers of binary events: a node's id or a picture's facts, then the thing itself."""
 
 
 class ComfyPromptError(DiffLoRAError):
@@ -97,6 +102,7 @@ class ComfyClient:
         prompt: Prompt,
         on_progress: Callable[[Progress], None] | None = None,
         timeout: float = 600.0,
+        shown: list[Image.Image | str] | None = None,
     ) -> PromptResult:
         """Queues a prompt in API form and waits for its end.
 
@@ -104,6 +110,7 @@ class ComfyClient:
             prompt: node id to {class_type, inputs}.
             on_progress: called with every step that ComfyUI reports; may call `interrupt`.
             timeout: seconds for the whole run.
+            shown: gets what nodes show on their way: previews, and lines "node: text".
 
         Raises:
             ComfyPromptError: a node refused its input or failed, or the time is over.
@@ -114,8 +121,11 @@ class ComfyClient:
         address = self.url.replace("http", "ws", 1) + f"/ws?clientId={client_id}"
         events = websocket.create_connection(address, timeout=30)
         try:
-            prompt_id = self._queue(prompt, client_id)
-            cached = self._follow(events, prompt_id, prompt, on_progress, begun + timeout)
+            if shown is not None:
+                events.send(json.dumps(WANTS_PREVIEWS))
+            prompt_id = self._queue(prompt, client_id, "none" if shown is None else "auto")
+            stream = self._events(events, begun + timeout, shown)
+            cached = self._follow(stream, prompt_id, prompt, on_progress)
         finally:
             events.close()
         return self.result(prompt_id, cached, time.monotonic() - begun)
@@ -185,26 +195,26 @@ class ComfyClient:
         answer = json.loads(self._request("/upload/image", body, kind))
         return str(answer["name"])
 
-    def _queue(self, prompt: Prompt, client_id: str) -> str:
+    def _queue(self, prompt: Prompt, client_id: str, preview_method: str) -> str:
         """Posts the prompt; a refusal names the node and the input."""
+        more = {"preview_method": preview_method}
+        body = {"prompt": prompt, "client_id": client_id, "extra_data": more}
         try:
-            answer = self._request("/prompt", {"prompt": prompt, "client_id": client_id})
+            answer = self._request("/prompt", body)
         except urllib.error.HTTPError as refusal:
             raise _refusal(refusal.read(), prompt) from refusal
         return str(json.loads(answer)["prompt_id"])
 
     def _follow(
         self,
-        events: websocket.WebSocket,
+        events: Iterable[tuple[str, Mapping[str, Any]]],
         prompt_id: str,
         prompt: Prompt,
         on_progress: Callable[[Progress], None] | None,
-        deadline: float,
     ) -> frozenset[str]:
         """Reads events until the run is over; returns the ids of cached nodes."""
         cached: frozenset[str] = frozenset()
-        while True:
-            kind, data = self._next_event(events, deadline)
+        for kind, data in events:
             if data.get("prompt_id") != prompt_id:
                 continue
             if kind == "execution_cached":
@@ -215,16 +225,17 @@ class ComfyClient:
             elif kind == "execution_interrupted":
                 raise ComfyInterrupted(f"The run was stopped in node {data.get('node_id')}.")
             elif kind == "executing" and data["node"] is None:
-                return cached  # execution_success comes before the history is written
+                break  # execution_success comes before the history is written
             elif kind in ("executing", "progress") and on_progress is not None:
                 node = str(data["node"])
                 name = str(prompt.get(node, {}).get("class_type", ""))
                 on_progress(Progress(node, name, data.get("value", 0), data.get("max", 1)))
+        return cached
 
-    def _next_event(
-        self, events: websocket.WebSocket, deadline: float
-    ) -> tuple[str, Mapping[str, Any]]:
-        """The next event in JSON; previews, which are binary, are passed over."""
+    def _events(
+        self, events: websocket.WebSocket, deadline: float, shown: list[Image.Image | str] | None
+    ) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """All events in JSON; pictures and texts, which are binary, go to `shown`."""
         while True:
             events.settimeout(max(deadline - time.monotonic(), 0.01))
             try:
@@ -235,7 +246,14 @@ class ComfyClient:
                 raise ComfyPromptError("ComfyUI ended while running the prompt.") from gone
             if isinstance(message, str) and message:
                 event = json.loads(message)
-                return event["type"], event.get("data") or {}
+                yield event["type"], event.get("data") or {}
+            elif isinstance(message, bytes) and shown is not None:
+                kind, size = struct.unpack_from(">II", message)
+                about, content = message[8 : 8 + size], message[8 + size :]
+                if kind == PREVIEW:
+                    shown.append(Image.open(io.BytesIO(content)))
+                elif kind == TEXT:
+                    shown.append(f"{about.decode()}: {content.decode()}")
 
     def get(self, path: str) -> dict[str, Any]:
         """A GET answered in JSON."""

@@ -29,8 +29,8 @@ HEAVY = {
     "transformers",
 }
 SHARED_NODE_FILES = {
-    *("sockets", "bridge", "model_paths"),
-    *("concept_host", "concept_text", "concept_training"),
+    *("sockets", "bridge", "encoders", "model_paths"),
+    *("concept_host", "concept_text", "concept_training", "concept_request"),
 }
 
 
