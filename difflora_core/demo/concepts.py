@@ -24,8 +24,8 @@ ITEM_PHRASES = {
     "cat": "with a {}",
     "flower": "holding a {}",
 }
-MAIN_PIXELS, MARK_PIXELS = 60, 24
-COLOUR_DISTANCE = 0.16
+SEEN = 0.04
+"""By how much a pixel changes where a thing is drawn."""
 
 
 @dataclass(frozen=True)
@@ -87,26 +87,40 @@ def render_concept(
     shown = render_portraits(people, pictures, scenes, item_paint=paint).images
     bare = [replace(scene, item="none") for scene in scenes]
     hidden = render_portraits(people, pictures, bare).images
-    masks = ((shown - hidden).abs().amax(-1) > 0.04).float()
+    masks = ((shown - hidden).abs().amax(-1) > SEEN).float()
     return ConceptPictures(shown, masks, scenes, [concept.prompt(scene) for scene in scenes])
 
 
-def colour_presence(images: Tensor, concept: DemoConcept) -> Tensor:
-    """How much of a concept's two colours pictures hold: (N,) in [0, 1] (ours, needs no network).
-
-    Each colour counts by its nearest pixels, by exp(-(distance / COLOUR_DISTANCE)^2 / 2) in RGB;
-    the two are multiplied, so one colour alone is little.
+def render_items(
+    people: Sequence[int],
+    pictures: Sequence[int],
+    scenes: Sequence[Scene],
+    things: Sequence[Sequence[DemoConcept]],
+) -> Tensor:
+    """People with any number of things that do not cover each other: (N, H, W, 3).
 
     Args:
-        images: (N, H, W, 3) in [0, 1].
-        concept: whose colours.
+        people: identity seeds.
+        pictures: picture numbers.
+        scenes: what else is shown; their own items do not count.
+        things: what each of them has, in any order.
     """
-    parts = []
-    for colour, count in ((concept.main, MAIN_PIXELS), (concept.mark, MARK_PIXELS)):
-        distance = (images - torch.tensor(colour)).norm(dim=-1).flatten(1)
-        nearest = distance.topk(count, largest=False).values
-        parts.append(torch.exp(-((nearest / COLOUR_DISTANCE) ** 2) / 2).mean(1))
-    return parts[0] * parts[1]
+    bare = render_portraits(people, pictures, [replace(s, item="none") for s in scenes]).images
+    images = bare.clone()
+    for number in range(max(map(len, things), default=0)):
+        own = [several[number] if number < len(several) else None for several in things]
+        shown = [
+            replace(scene, item="none" if one is None else one.kind)
+            for scene, one in zip(scenes, own, strict=True)
+        ]
+        black = (0.0, 0.0, 0.0)
+        paint = torch.tensor(
+            [(black, black) if one is None else (one.main, one.mark) for one in own]
+        )
+        drawn = render_portraits(people, pictures, shown, item_paint=paint).images
+        there = (drawn - bare).abs().amax(-1, keepdim=True) > SEEN
+        images = torch.where(there, drawn, images)
+    return images
 
 
 def demo_concept_text(path: Path) -> ClipPairText:

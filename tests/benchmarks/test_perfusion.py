@@ -1,0 +1,197 @@
+"""The table of taught words on a tiny random world: from pictures to the JSON, and its sums."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import concept_price, covariance, perfusion
+from benchmarks.perfusion import BASE_TWO, KNOBS, REAL, Size, conclusions, label, measure
+from benchmarks.word_pictures import Gallery, Wish, wishes
+from benchmarks.words import (
+    DREAMBOOTH,
+    INVERSION,
+    METHODS,
+    PERFUSION,
+    Recipes,
+    School,
+    training_photos,
+)
+from difflora_core.adapters.attach import attach
+from difflora_core.demo.concept_judge import KINDS, ConceptJudge, Sighting
+from difflora_core.demo.concepts import CONCEPTS
+from difflora_core.demo.judges import JudgeNetwork
+from difflora_core.demo.text import END, LENGTH, PAD, START, UNKNOWN, word_numbers
+from difflora_core.demo.views import initialise
+from difflora_core.training.captions import captions
+from difflora_core.training.clip_text import ClipPairText, TokenMarks
+from difflora_core.training.covariance import build_covariance
+
+HAT, CAT = CONCEPTS[0], CONCEPTS[4]
+TINY = Size((0, 4), perfusion.SCENES[:2], ((0, 4),), 1, Recipes(steps=2, batch=1))
+
+
+@pytest.fixture(scope="module")
+def text():
+    from difflora_core.demo.text import new_text_encoders
+
+    with torch.random.fork_rng():
+        torch.random.default_generator.manual_seed(3)
+        encoders = new_text_encoders()
+    for encoder in encoders:
+        encoder.get_input_embeddings().weight.data.mul_(20)
+        encoder.requires_grad_(False).eval()
+    return ClipPairText(encoders, word_numbers, TokenMarks(START, END, (END, PAD), UNKNOWN, LENGTH))
+
+
+@pytest.fixture(scope="module")
+def gallery(world, text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("words")
+    c = build_covariance(text, captions(200, "demo"), ridge=1e-2)
+    school = School(world.base, text, c, "tiny", folder / "words")
+    network = JudgeNetwork((4, 4, 8, 8), 7 * len(KINDS))
+    initialise(network, 6)
+    judge = ConceptJudge(network.eval().requires_grad_(False))
+    return Gallery(school, world.judges, judge, folder / "trials")
+
+
+@pytest.fixture(scope="module")
+def report(gallery):
+    return measure(gallery, TINY)
+
+
+def test_every_row_and_conclusion_is_there(report, gallery):
+    rows = report.rows
+    for method in METHODS:
+        for knob in KNOBS[method]:
+            row = rows[label(method, knob)]
+            assert {
+                "concept_similarity",
+                "prompt_agreement",
+                "seconds",
+                "file_kb",
+                "step_ms",
+            } <= set(row)
+            assert 0 <= row["prompt_agreement"] <= 1
+    assert REAL in rows
+    assert "both_recognised" in rows[BASE_TWO]
+    facts = json.loads(report.to_json())
+    assert isinstance(facts["front_dominates"], bool)
+    assert 0 <= facts["two_concepts_both"] <= 1
+    assert 0 <= facts["two_concepts_both_lora"] <= 1
+    assert facts["hypervolume"].keys() == set(METHODS)
+    small, large = rows[label(PERFUSION, 0.6)], rows[label(DREAMBOOTH, 1.0)]
+    assert small["file_kb"] < large["file_kb"]
+
+
+def test_a_second_table_takes_everything_from_disk(report, gallery, monkeypatch):
+    monkeypatch.setattr("benchmarks.words.run_concepts", None)
+    monkeypatch.setattr("benchmarks.perfusion.costs", lambda *_: {})
+    again = measure(gallery, TINY)
+    for name, row in again.rows.items():
+        assert row == {k: report.rows[name][k] for k in row}
+
+
+def test_all_methods_learn_from_the_same_batches(gallery):
+    """One lesson, one seed: what a step sees does not depend on the method."""
+    seen = {}
+    for method in METHODS:
+        _, examples = gallery.school.lesson(HAT, training_photos(HAT))
+        config = TINY.recipes.config(method)
+        batch = examples.draw(config.batch)(torch.Generator().manual_seed(config.loop.seed))
+        seen[method] = (batch["latents"], batch["noise"], batch["timesteps"], batch["masks"])
+        assert config.loop.steps == TINY.recipes.steps
+    for parts in seen.values():
+        for own, first in zip(parts, seen[PERFUSION], strict=True):
+            torch.testing.assert_close(own, first)
+
+
+def test_knob_at_zero_is_the_base(gallery):
+    wanted = wishes([HAT], perfusion.SCENES[:2], 0)
+    plain = gallery.draw(wanted)
+    for method in (DREAMBOOTH, INVERSION):
+        taught = gallery.school.teach(HAT, method, TINY.recipes)
+        words, adapters = gallery.school.dress([taught], 0.0)
+        torch.testing.assert_close(gallery.draw(wanted, words, adapters), plain, atol=1e-4, rtol=0)
+
+
+def test_two_loras_are_their_sum(gallery):
+    """The pair's change of one layer's output is the sum of the two changes."""
+    taught = [gallery.school.teach(c, DREAMBOOTH, TINY.recipes) for c in (HAT, CAT)]
+    layer = gallery.school.names[next(iter(taught[0].trained))]
+    module = gallery.school.base.unet.get_submodule(layer)
+    x = torch.randn(1, 3, module.in_features)
+    outputs = []
+    for chosen in (taught[:1], taught[1:], taught):
+        _, adapters = gallery.school.dress(chosen, 1.0)
+        with attach(gallery.school.base.unet, adapters, names=gallery.school.names):
+            outputs.append(module(x) - 0)
+    bare = module(x)
+    both = (outputs[0] - bare) + (outputs[1] - bare)
+    torch.testing.assert_close(outputs[2] - bare, both, atol=1e-6, rtol=1e-5)
+
+
+def test_prompts():
+    wish = Wish(perfusion.SCENES[0], (HAT, CAT), 1)
+    assert wish.prompt().endswith("white shirt, wearing a <hat-a>, with a <cat-a>")
+    assert wish.prompt(plain=True).endswith("white shirt, wearing a hat, with a cat")
+    assert len(perfusion.SCENES) == 20
+    seeds = [w.seed for k in range(8) for w in wishes([HAT], perfusion.SCENES, k)]
+    assert len(set(seeds)) == 160
+    hands = {"cup", "flower"}
+    for a, b in perfusion.PAIRS:
+        assert CONCEPTS[a].kind != CONCEPTS[b].kind
+        assert {CONCEPTS[a].kind, CONCEPTS[b].kind} != hands
+
+
+def test_likeness_and_recognition_by_hand():
+    colours = torch.zeros(3, 4, 6)
+    colours[:, 0] = torch.tensor([*HAT.main, *HAT.mark])
+    colours[2, 0] = torch.tensor([*CONCEPTS[1].main, *CONCEPTS[1].mark])
+    seen = Sighting(torch.tensor([[0.9, 0, 0, 0], [0.2, 0, 0, 0], [0.9, 0, 0, 0]]), colours)
+    assert seen.recognised(HAT).tolist() == [True, False, False]
+    assert seen.recognised(CONCEPTS[1]).tolist() == [False, False, True]
+    assert seen.likeness(HAT).tolist() == pytest.approx([0.9, 0.2, 0.0], abs=2e-2)
+    assert not seen.recognised(CAT).any()
+
+
+def test_conclusions_by_hand():
+    """Two concepts; the yardsticks are under Perfusion's line until one of them leaves it."""
+    line = torch.tensor([[0.2, 0.9], [0.6, 0.8]])[:, None].expand(-1, 2, -1)
+    sweeps = {method: line - 0.1 for method in METHODS} | {PERFUSION: line}
+    reference = torch.zeros(2, dtype=torch.float64)
+    facts = conclusions(sweeps, reference)
+    assert facts["front_dominates"] is True
+    assert facts["front_dominates_share"] == 1.0
+    assert facts["hypervolume"][PERFUSION] == pytest.approx(0.2 * 0.9 + 0.4 * 0.8)
+    better = {**sweeps, DREAMBOOTH: torch.full((1, 2, 2), 0.85)}
+    facts = conclusions(better, reference)
+    assert facts["front_dominates"] is False
+    assert facts["hypervolume_gain_ci95"][DREAMBOOTH][0] < 0
+
+
+def test_more_captions_come_closer(text):
+    rows = covariance.table(text, (50, 400))
+    few, many = rows["50 captions"], rows["400 captions"]
+    assert many["covector_error"] < few["covector_error"]
+    assert many["gate_error_mean"] < few["gate_error_mean"]
+    assert many["tokens"] > few["tokens"]
+
+
+def test_price_on_a_narrow_unet():
+    config = {**concept_price.SDXL_UNET_CONFIG, "block_out_channels": [32, 64, 64]}
+    config |= {"attention_head_dim": [2, 4, 4], "cross_attention_dim": 32}
+    rows = concept_price.price(2, config, side=8)
+    assert rows["base"]["cpu_ratio"] == 1.0
+    assert rows["perfusion"]["projections"] == 140
+    assert rows["infusion"]["projections"] == 70
+    assert all(row["cpu_seconds_per_step"] > 0 for row in rows.values())
+
+
+def test_equal_shapes_share_their_memory():
+    config = {**concept_price.SDXL_UNET_CONFIG, "block_out_channels": [32, 64, 64]}
+    config |= {"attention_head_dim": [2, 4, 4], "cross_attention_dim": 32}
+    unet = concept_price.small_memory_unet(config)
+    parameters = [p for m in unet.modules() for p in m.parameters(recurse=False)]
+    shapes = {tuple(p.shape) for p in parameters}
+    assert len({p.data_ptr() for p in parameters}) == len(shapes) < len(parameters) / 10
