@@ -43,7 +43,7 @@ PAPER_LAE = replace(LAE, basis_size=32, learn_down=False, encoder="own")
 READER = FaceReaderConfig(channels=VAE_CONFIG["latent_channels"], face=SIZES.face)
 READER_LOOP = LoopConfig(steps=700, learning_rate=2e-3, decay=0.6, precision="bf16", seed=5)
 FUNCTIONAL_LOOP = LoopConfig(
-    steps=3200,
+    steps=2400,
     learning_rate=2e-3,
     matrix_rate=0.01,
     warmup=50,
@@ -54,7 +54,7 @@ FUNCTIONAL_LOOP = LoopConfig(
     log_every=25,
     seed=2,
 )
-FUNCTIONAL = difflora.FunctionalConfig(batch=32)
+FUNCTIONAL = difflora.FunctionalConfig(batch=64, likeness=2.0)
 DISTRIBUTION = latent_dit.LatentDiTConfig(
     loop=LoopConfig(steps=2000, learning_rate=1e-3, ema=0.99, weight_decay=0.1, log_every=50),
     stopping=EarlyStopping(every=250, patience=3),
