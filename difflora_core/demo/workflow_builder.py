@@ -19,25 +19,26 @@ Info = Mapping[str, Any]
 
 GAP, TITLE, TOP = 40, 30, 50
 """Pixels between nodes, of a node's title, and of a group's."""
-COLUMN = 320
+COLUMN, GRID_COLUMN = 300, 560
+"""Widths of a column of nodes, and of one that shows a grid of pictures."""
 MATCHES = "COMFY_MATCHTYPE_V3"
 GROUP_COLOURS = ("#3f789e", "#3f9e56", "#8a5ba8", "#88885b", "#a1693b")
 OURS = {"color": "#232", "bgcolor": "#353"}
 SHOWS_PICTURES = {
     "LoadImage": 240,
-    "SaveImage": 330,
+    "SaveImage": 320,
     "PreviewImage": 300,
-    "DiffLoRA_CompareGrid": 330,
+    "DiffLoRA_CompareGrid": 260,
     "DiffLoRA_CompareIdentities": 330,
-    "DiffLoRA_Personalize": 220,
-    "DiffLoRA_ExtractFeatures": 220,
-    "DiffLoRA_MixFeatures": 120,
-    "DiffLoRA_PickFromLibrary": 220,
-    "DiffLoRA_ListLibrary": 220,
-    "DiffLoRA_AddToLibrary": 120,
-    "DiffLoRA_EncodeLoRA": 160,
+    "DiffLoRA_Personalize": 230,
+    "DiffLoRA_ExtractFeatures": 230,
+    "DiffLoRA_MixFeatures": 230,
+    "DiffLoRA_PickFromLibrary": 230,
+    "DiffLoRA_ListLibrary": 230,
+    "DiffLoRA_AddToLibrary": 90,
+    "DiffLoRA_EncodeLoRA": 100,
 }
-"""Height that a node's picture or answer takes."""
+"""Height that a node's picture or answer takes; the front end gives a picture 220 at least."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,12 @@ class Graph:
         self._cursor: dict[int, int] = {}
         self._width = COLUMN
 
-    def note(self, text: str, width: int = 460) -> None:
+    def note(self, text: str, width: int = 400) -> None:
         """The note at the far left that says what this is and what to change."""
-        lines = sum(1 + len(line) // (width // 7) for line in text.splitlines())
+        lines = sum(1 + len(line) // (width // 6) for line in text.splitlines())
         self._append(
             {"type": "MarkdownNote", "title": "Read me", "pos": [40, 40 + TITLE]},
-            {"size": [width, 60 + 20 * lines], "properties": {}, "widgets_values": [text]},
+            {"size": [width, 60 + 14 * lines], "properties": {}, "widgets_values": [text]},
         )
         self._left = self._right = 40 + width + GAP
 

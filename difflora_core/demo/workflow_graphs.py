@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .workflow_builder import Graph, Out
+from .workflow_builder import GRID_COLUMN, Graph, Out
 from .workflow_notes import NOTES
 from .workflow_worlds import Studio, World
 
@@ -62,7 +62,7 @@ def portrait(graph: Graph, world: World) -> None:
         )
         pictures = studio.draw(1, "Draw", apply["MODEL"], prompts, studio.canvas(1, batch=2))
         studio.save(2, pictures, "portrait")
-    with graph.group("4 How alike?", width=520):
+    with graph.group("4 How alike?", width=GRID_COLUMN):
         add(
             "DiffLoRA_CompareIdentities",
             0,
@@ -96,7 +96,7 @@ def several_photos(graph: Graph, world: World) -> None:
         for lora, title in zip(loras, ("one photo", "all photos"), strict=True):
             model = studio.dress(lora, 1, world.pick(1.2, 1.0))
             drawn.append(studio.draw(1, f"From {title}", model, prompts, canvas))
-    with graph.group("4 Compare", width=640):
+    with graph.group("4 Compare", width=GRID_COLUMN):
         labels = ("one photo", "one photo", "all photos", "all photos")
         grid = studio.grid(0, studio.batch(0, drawn), labels, 4, reference=first)
         save_grid(studio, grid, "several_photos")

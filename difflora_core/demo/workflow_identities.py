@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .workflow_builder import Graph, Out
+from .workflow_builder import GRID_COLUMN, Graph, Out
 from .workflow_graphs import PERSON, SECOND, save_grid
 from .workflow_notes import NOTES
 from .workflow_worlds import Studio, World
@@ -17,6 +17,12 @@ def blend(graph: Graph, world: World) -> None:
     with graph.group("1 Load"):
         photos = [studio.photo(PERSON, "Person A"), studio.photo(SECOND, "Person B")]
         studio.load(1)
+        prompts = studio.prompts(
+            1,
+            "photo of a person, neutral, blue background, white shirt",
+            "portrait photo of a person, white shirt, blue studio background",
+        )
+        canvas = studio.canvas(1)
     with graph.group("2 Two identities"):
         latents = [
             studio.latent(photo, f"person {name}", (0, 1, 1))["DIFFLORA_LATENT"]
@@ -33,15 +39,9 @@ def blend(graph: Graph, world: World) -> None:
         )["DIFFLORA_LATENT"]
         lora = studio.decode(mixed)["LORA_MODEL"]
         model = studio.dress(lora, 0, world.pick(1.3, 1.0))
-        prompts = studio.prompts(
-            0,
-            "photo of a person, neutral, blue background, white shirt",
-            "portrait photo of a person, white shirt, blue studio background",
-        )
-        canvas = studio.canvas(1)
-        picture = studio.draw(1, "Draw the blend", model, prompts, canvas)
-        studio.save(1, picture, "blend", "Half A, half B")
-    with graph.group("4 From A to B", width=640):
+        picture = studio.draw(0, "Draw the blend", model, prompts, canvas)
+        studio.save(0, picture, "blend", "Half A, half B")
+    with graph.group("4 From A to B"):
         way = add(
             "DiffLoRA_InterpolateIdentities",
             0,
@@ -50,6 +50,7 @@ def blend(graph: Graph, world: World) -> None:
             steps=5,
         )["DIFFLORA_LATENT"]
         steps = _everybody(studio, way, prompts, canvas, world.pick(1.3, 1.0))
+    with graph.group("5 The way", width=GRID_COLUMN):
         labels = ("A", "3/4 A", "half", "3/4 B", "B")
         save_grid(studio, studio.grid(0, steps, labels, 5), "from_a_to_b")
 
@@ -80,7 +81,7 @@ def invented(graph: Graph, world: World) -> None:
     )
     with graph.group("2 Four scenes"):
         pictures = _scenes(studio, scenes, [model])[0]
-    with graph.group("3 The same person", width=640):
+    with graph.group("3 The same person", width=GRID_COLUMN):
         labels = ("scene 1", "scene 2", "scene 3", "scene 4")
         save_grid(studio, studio.grid(0, pictures, labels, 4), "invented")
 
@@ -132,7 +133,7 @@ def fade_in(graph: Graph, world: World) -> None:
             ),
             studio.draw(1, "All the time", model, prompts, canvas),
         ]
-    with graph.group("4 Compare", width=640):
+    with graph.group("4 Compare", width=GRID_COLUMN):
         variants, labels = studio.batch(0, drawn), ("without", "fading in", "all the time")
         save_grid(studio, studio.grid(0, variants, labels, 3, reference=photo), "fade_in")
 
@@ -178,7 +179,7 @@ def pose(graph: Graph, world: World) -> None:
         controlled = (steered["positive"], steered["negative"])
         drawn = studio.draw(1, "In that pose", model, controlled, canvas)
         studio.save(1, drawn, "pose", "The person in that pose")
-    with graph.group("4 Compare", width=640):
+    with graph.group("4 Compare", width=GRID_COLUMN):
         pictures = studio.batch(0, [points, free, drawn])
         labels = ("its points", "free", "in that pose")
         grid = studio.grid(0, pictures, labels, 3, reference=posed)
@@ -210,7 +211,7 @@ def prompt_grid(graph: Graph, world: World) -> None:
     )
     with graph.group("3 The prompts"):
         rows = _scenes(studio, texts, [studio.model, model])
-    with graph.group("4 Compare", width=640):
+    with graph.group("4 Compare", width=GRID_COLUMN):
         pictures = studio.batch(0, rows)
         labels = ["base: prompt 1", *(f"prompt {k}" for k in (2, 3, 4))]
         labels += ["person: prompt 1", *(f"prompt {k}" for k in (2, 3, 4))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .workflow_builder import Graph
+from .workflow_builder import GRID_COLUMN, Graph
 from .workflow_graphs import PERSON, SECOND, save_grid
 from .workflow_notes import NOTES
 from .workflow_worlds import Studio, World
@@ -17,14 +17,14 @@ def library(graph: Graph, world: World) -> None:
     people = (("Ada", PERSON), ("Bea", SECOND))
     with graph.group("1 Load"):
         photos = [studio.photo(picture, f"Photo of {name}") for name, picture in people]
-        studio.load(1)
+        studio.load()
     with graph.group("2 Add two people"):
         shelf = None
         for (name, _), photo in zip(people, photos, strict=True):
-            latent = studio.latent(photo, name, (0, 0, 1))
+            latent = studio.latent(photo, name, (0, 1, 2))
             kept = add(
                 "DiffLoRA_AddToLibrary",
-                1,
+                2,
                 title=f"Keep {name}",
                 difflora_model=studio.difflora,
                 identity=latent["DIFFLORA_LATENT"],
@@ -81,9 +81,9 @@ def compress_lora(graph: Graph, world: World) -> None:
         ]
         titles = ("Without", "Old LoRA", "What came back")
         drawn = [
-            studio.draw(1, title, model, prompts, canvas)
+            studio.draw(1, title, model, prompts, canvas, 7)
             for title, model in zip(titles, models, strict=True)
         ]
-    with graph.group("4 Compare", width=640):
+    with graph.group("4 Compare", width=GRID_COLUMN):
         labels = ("without", "old LoRA", "came back")
         save_grid(studio, studio.grid(0, studio.batch(0, drawn), labels, 3), "compressed_lora")

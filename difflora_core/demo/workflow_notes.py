@@ -69,8 +69,8 @@ No photo at all: *Invent Identity* draws a person from a seed. The same person t
 every picture, whatever the prompt says.
 
 - **Somebody else**: another *seed* in Invent Identity.
-- **The scenes**: one text box for each line of pictures; add a box and connect it to *All \
-scenes*.
+- **The scenes**: one text box for each picture; add a box (*String (Multiline)*) and connect it \
+to *All prompts*, which grows.
 - **Relatives**: put *Vary Identity* between Invent Identity and Decode LoRA.
 - **Keep the person**: *Add to Identity Library*, or Save LoRA Weights after Decode LoRA.""",
     "fade_in": """
@@ -109,7 +109,7 @@ Every person is a few kilobytes. Add them once, then pick them by name in any wo
 no LoRA file.
 
 - **Add**: photo, name. With the same name again the old entry is replaced here (*same_name*).
-- **Where**: `models/difflora_library/people.safetensors`; *library* names the file.
+- **Where**: in `models/difflora_library`; *library* names the file.
 - **Use**: the right half alone is enough later: *Pick from Identity Library*, with the *library* \
 link removed and the name typed in.
 - The identities belong to one DiffLoRA model; another model asks for the photos again.""",
@@ -119,11 +119,11 @@ A LoRA file of one person goes through the encoder: what is left is a few hundre
 be blended, varied, or kept in a library.
 
 - **The LoRA**: another file in *Load LoRA File*. It must be of the same base model.
-- **How exactly**: *refine_steps*; more steps keep more of it.
-- **What was lost**: the grid shows the old LoRA and what came back, and *kept* says how much \
-agrees. A LoRA that a DiffLoRA model made, as the one here, comes back nearly whole. One that was \
-trained for itself may lose nearly all of its numbers: look at the grid before you part with the \
-file.
+- **How exactly**: *refine_steps*; more steps keep more of a LoRA that such a model made.
+- **What was lost**: the grid shows the old LoRA and what came back, and *Encode LoRA* says how \
+much of the weights agrees. A LoRA that a DiffLoRA model made, as the one here, comes back nearly \
+whole. Of one that was trained by itself the person stays, while most of its numbers, which only \
+repeat the photos it was trained on, do not: judge it by the grid.
 - **Save**: the new LoRA is saved too, and *Add to Identity Library* keeps the numbers alone.""",
 }
 """By the workflow's name; what the world needs is added below it (workflow_worlds.py)."""

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,12 @@ def main(names: list[str]) -> int:
     paths = [path for path in paths if not names or path.stem in names]
     done = 0
     try:
-        with ComfyServer(OUTPUT / "comfyui") as server, Chromium() as chromium:
+        # A library that an earlier run left could be of an earlier model.
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            ComfyServer(Path(folder)) as server,
+            Chromium() as chromium,
+        ):
             if not names:
                 _, seconds, taken = first_picture(server, chromium)
                 console.print(
