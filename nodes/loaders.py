@@ -1,8 +1,12 @@
 """Loaders: a DiffLoRA checkpoint, a face analysis package, and a LoRA file as data."""
 
+from pathlib import Path
+
 import comfy.utils
 from comfy_api.latest import io
 
+from ..difflora_core.errors import LoRAFileError
+from ..difflora_core.storage.safetensors_header import read_header
 from ..difflora_core.vision.face_encoder import InsightFaceEncoder
 from ..difflora_core.vision.face_providers import PROVIDERS
 from . import bridge, model_paths, sockets
@@ -122,5 +126,7 @@ class LoadLoRAFile(io.ComfyNode):
 
     @classmethod
     def execute(cls, lora_name):
-        path = model_paths.lora_file(lora_name)
-        return io.NodeOutput(comfy.utils.load_torch_file(path, safe_load=True))
+        path = Path(model_paths.lora_file(lora_name))
+        if path.suffix == ".safetensors":
+            read_header(path, "LoRA file", LoRAFileError)  # says in words what is wrong
+        return io.NodeOutput(comfy.utils.load_torch_file(str(path), safe_load=True))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from difflora_core.demo.comfy_client import ComfyPromptError
 from difflora_core.models.lae import LoRALatent
-from difflora_core.storage.identity_library import add_people
+from difflora_core.storage.identity_library import add_people, delete_person
 from difflora_core.storage.library_file import read_library
 
 DIFFLORA = ["demo", 5]
@@ -160,6 +160,16 @@ def test_what_is_not_there_is_named(comfy, folder):
     refused(comfy, shown, "pick", "no number 2: this library holds 1")
     refused(comfy, {"list": listed("there", first=5)}, "list", "nobody to show from number 5")
     refused(comfy, start() | {"add": add("there", "two\nlines")}, "add", "visible characters")
+
+
+def test_library_that_nobody_is_left_in(comfy, folder):
+    comfy.run(start(seed=79) | {"add": add("empty again", "Ada")})
+    delete_person(folder / "empty again.safetensors", "Ada")
+    refused(comfy, {"list": listed("empty again")}, "list", "nobody to show.*holds 0")
+    shown = {"pick": picked("empty again"), "show": node("PreviewAny", source=["pick", 1])}
+    refused(comfy, shown, "pick", "no number 1: this library holds 0")
+    comfy.run(start(seed=79) | {"add": add("empty again", "Eve")})
+    assert read_library(folder / "empty again.safetensors").names == ["Eve"]
 
 
 def test_thumbnails_that_do_not_fit(comfy, plain_picture):

@@ -38,3 +38,22 @@ def test_every_tensor_comes_out(comfy, comfy_server, listed):
 def test_other_files_are_refused_in_words(comfy, listed, name):
     with pytest.raises(ComfyPromptError, match=r"was not found\. Put it into .*loras.* press R"):
         comfy.run(graph(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("cut", lambda data: data[:-1000], "damaged; download it again"),
+        ("page", lambda data: b"<html>not found</html>", "not a safetensors file"),
+        ("pickle", lambda data: b"\x80\x04N." + bytes(20), "pickle"),
+    ],
+)
+def test_damaged_file_is_one_sentence_on_the_node(
+    comfy, listed, comfy_server, name, damage, message
+):
+    path = comfy_server.base_directory / "models" / "loras" / f"{name}.safetensors"
+    path.write_bytes(damage(paths.OLD_LORA.read_bytes()))
+    with pytest.raises(ComfyPromptError, match=message) as caught:
+        comfy.run(graph(path.name))
+    assert caught.value.node_id == "load"
+    assert "\n" not in caught.value.message

@@ -4,6 +4,7 @@ import os
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 
@@ -86,6 +87,29 @@ def test_no_face(comfy, plain):
 def test_photo_without_a_face_can_be_used_by_its_look(comfy, plain):
     comfy.run(personalize(plain, on_missing_face="image_only"))
     comfy.run(personalize(plain, face_analysis=None))
+
+
+def test_no_photos_at_all(comfy, face):
+    nodes = personalize(face, images=["nothing", 0]) | {"nothing": node("TestNoPictures")}
+    refused(comfy, nodes, "lora", "no reference picture. Connect at least one photo")
+
+
+def test_masks_of_other_sizes(comfy, face):
+    """A mask is scaled to its photo; one for all is enough, but two for one photo are too many."""
+    nodes = personalize(face, mask=["mask", 0])
+    nodes["mask"] = node("SolidMask", value=1.0, width=48, height=200)
+    nodes["crops"] = node("PreviewImage", images=["lora", 1])
+    marked = comfy.run(nodes).picture("crops")
+    nodes["mask"]["inputs"]["value"] = 0.0  # an empty mask is no mask
+    np.testing.assert_array_equal(comfy.run(nodes).picture("crops"), marked)
+    nodes["corner"] = node("SolidMask", value=1.0, width=2, height=2)
+    nodes["mask"] = node(
+        "MaskComposite", destination=["black", 0], source=["corner", 0], x=0, y=0, operation="add"
+    )
+    nodes["black"] = node("SolidMask", value=0.0, width=100, height=50)
+    refused(comfy, nodes, "lora", "lies under the mask")
+    nodes["mask"] = node("TestTwoMasks")
+    refused(comfy, nodes, "lora", "2 face masks for 1 pictures")
 
 
 def test_face_number_that_is_not_there(comfy, face):

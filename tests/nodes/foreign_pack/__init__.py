@@ -81,8 +81,22 @@ class NoPictures:
         return (torch.zeros(0, 64, 64, 3),)
 
 
+class TwoMasks:
+    """A batch of two masks."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "tests", "run", ("MASK",)
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {}}
+
+    def run(self):
+        return (torch.ones(2, 64, 64),)
+
+
 NODE_CLASS_MAPPINGS = {
     "TestHyperLoRA": HyperLoRA,
     "TestFaceSockets": FaceSockets,
     "TestNoPictures": NoPictures,
+    "TestTwoMasks": TwoMasks,
 }
