@@ -16,14 +16,15 @@ from PIL import Image
 from torch import Tensor
 
 from ..difflora_core.adapters.covariance import Covariance
-from ..difflora_core.errors import ConfigError, InterruptedTraining
-from ..difflora_core.models.concept import SLOT, TEMPLATES, check_probe, find_words, text_probe
+from ..difflora_core.errors import InterruptedTraining
+from ..difflora_core.models.concept import check_probe, text_probe
 from ..difflora_core.storage.covariance_file import read_covariance, write_covariance
 from ..difflora_core.storage.perfusion_file import write_concept
 from ..difflora_core.training.captions import WORLDS, captions
-from ..difflora_core.training.concept_task import NewWord, concept_examples, prepare_task
+from ..difflora_core.training.concept_task import concept_examples, prepare_task
 from ..difflora_core.training.covariance import build_covariance
 from . import concept_host, concept_text, model_paths, sockets
+from .concept_request import TrainingRequest
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ MASKS = (
     "Where the concept is: one mask for all pictures or one each, for example from a segmentation "
     "node. An empty mask, or none, counts the whole picture."
 )
+NO_MASKS = "no masks: the whole pictures counted"
 PREVIEW_SIZE = 512
 MAX_SEED = 2**31 - 1  # the training loop mixes it with the step in 64 bits
 
@@ -161,36 +163,6 @@ def training_outputs() -> list[io.Output]:
     ]
 
 
-@dataclass(frozen=True)
-class TrainingRequest:
-    """What to teach, in which prompts, and where to keep it."""
-
-    word: str
-    superclass: str
-    prompts: str
-    file_name: str
-    mirror: bool
-    small_file: bool
-
-    @property
-    def contexts(self) -> tuple[str, ...]:
-        """Prompts with a slot for the word.
-
-        Raises:
-            ConfigError: a line does not hold the word, or several times.
-        """
-        lines = [line.strip() for line in self.prompts.split("\n") if line.strip()]
-        contexts = []
-        for line in lines:
-            found = find_words(line, [self.word.strip()])
-            if len(found) != 1:
-                raise ConfigError(
-                    f"The training prompt {line!r} must hold the new word {self.word.strip()} once."
-                )
-            contexts.append(line[: found[0][0]] + SLOT + line[found[0][1] :])
-        return tuple(contexts) or TEMPLATES
-
-
 @dataclass(frozen=True, eq=False)
 class Parts:
     """What is connected to a training node."""
@@ -205,8 +177,8 @@ class Parts:
 
 def train(
     recipe: Callable[..., Any], config: Any, request: TrainingRequest, parts: Parts
-) -> tuple[Any, Any, str]:
-    """Trains, writes the file, and returns concept, taught CLIP and report.
+) -> tuple[list[Any], Any, str]:
+    """Trains, writes a file for each word, and returns concepts, taught CLIP and report.
 
     Raises:
         InterruptProcessingException: ComfyUI's, when the user stopped; the best so far is kept.
@@ -217,40 +189,37 @@ def train(
             result = _run(recipe, config, request, parts)
         except InterruptedTraining as early:  # before the first step there is nothing to keep
             raise comfy.model_management.InterruptProcessingException from early
-    path = model_paths.unused_file(model_paths.CONCEPTS, request.file_name)
-    (concept,) = result.concepts
-    written = write_concept(path, concept, request.small_file)
-    report = (
-        f"{path.name}: {written.size / 1024:.1f} KiB, best at step {result.step} of "
-        f"{config.steps}, evaluation loss {result.loss:.4f}, rounding error {written.error:.1e}"
-    )
+    files, clip = [], parts.clip
+    for concept in result.concepts:
+        path = model_paths.unused_file(model_paths.CONCEPTS, request.file_name)
+        written = write_concept(path, concept, request.small_file)
+        files.append(
+            f"{path.name}: {concept.word}, {written.size / 1024:.1f} KiB, rounding error "
+            f"{written.error:.1e}"
+        )
+        clip = concept_text.teach(clip, concept)
+    best = f"best at step {result.step} of {config.steps}, evaluation loss {result.loss:.4f}"
+    report = "\n".join([*files, best, NO_MASKS] if parts.masks is None else [*files, best])
     if not result.finished:
-        logger.info("Training stopped; the best so far is kept in %s", report)
+        logger.info("Training stopped; the best so far is kept. %s", report)
         raise comfy.model_management.InterruptProcessingException
-    return (
-        concept_text.prepare(concept, parts.clip),
-        concept_text.teach(parts.clip, concept),
-        report,
-    )
+    return [concept_text.prepare(c, parts.clip) for c in result.concepts], clip, report
 
 
 def _run(recipe: Callable[..., Any], config: Any, request: TrainingRequest, parts: Parts) -> Any:
     """The recipe over ComfyUI's models, with its progress bar."""
-    words = [NewWord(request.word.strip(), request.superclass.strip())]
+    words = request.new_words()
     model_paths.new_file(model_paths.CONCEPTS, request.file_name)  # refuse before training
     text = concept_text.ComfyText(parts.clip)
-    contexts = request.contexts
     base = concept_host.ComfyBase(parts.model, parts.vae)
     masks = None if parts.masks is None else parts.masks.clone()
     if masks is None:
-        logger.info("No masks: the whole pictures count for %s", words[0].word)
+        logger.info(NO_MASKS)
     name = type(parts.model.model).__name__.lower()
-    task = prepare_task(base, text, parts.covariance, words, contexts, name)
-    prompts = [c.replace(SLOT, words[0].word) for c in contexts]
-    examples = concept_examples(
-        base, parts.images.clone()[..., :3], words, masks, [prompts] * len(parts.images),
-        request.mirror,
-    )  # fmt: skip
+    task = prepare_task(base, text, parts.covariance, words, base_name=name)
+    prompts = [request.lines] * len(parts.images)
+    images = parts.images.clone()[..., :3]
+    examples = concept_examples(base, images, words, masks, prompts, request.mirror)
     folder = model_paths.run_folder(_mark(config, request, examples.latents))
     bar = comfy.utils.ProgressBar(config.steps)
 

@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..difflora_core.training.infusion import InfusionTraining, train_infusion
 from . import concept_training
+from .concept_request import TrainingRequest
 
 CATEGORY = "DiffLoRA/concepts"
 
@@ -63,9 +64,7 @@ class TrainInfusionConcept(io.ComfyNode):
         config = InfusionTraining(
             steps=steps, batch=batch_size, seed=seed, learning_rate=learning_rate
         )
-        request = concept_training.TrainingRequest(
-            word, superclass, prompts, file_name, mirror, small_file
-        )
+        request = TrainingRequest(word, superclass, prompts, file_name, mirror, small_file)
         parts = concept_training.Parts(model, clip, vae, images, covariance, masks)
-        trained = concept_training.train(train_infusion, config, request, parts)
-        return io.NodeOutput(*trained)
+        concepts, clip, report = concept_training.train(train_infusion, config, request, parts)
+        return io.NodeOutput(concepts[0], clip, report)

@@ -3,12 +3,16 @@
 from typing import get_args
 
 from comfy_api.latest import io
+from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..difflora_core.methods.perfusion import Lock, PerfusionConfig
 from ..difflora_core.training.perfusion import PerfusionTraining, train_perfusion
 from . import concept_host, concept_training, sockets
+from .concept_request import TrainingRequest
 
 CATEGORY = "DiffLoRA/concepts"
+CALIBRATION = 0.01  # as arXiv 2403.18551 weighs its two losses
+NO_SECOND = "Train Perfusion Concept learned one word only: fill in second_word for another."
 
 
 class TrainPerfusionConcept(io.ComfyNode):
@@ -55,8 +59,14 @@ class TrainPerfusionConcept(io.ComfyNode):
                     tooltip="Learning rate of the word; 0 leaves it at its kind.",
                 ),
                 io.Mask.Input("masks", optional=True, tooltip=concept_training.MASKS),
+                *_second_word(),
             ],
-            outputs=concept_training.training_outputs(),
+            outputs=[
+                *concept_training.training_outputs(),
+                sockets.Concept.Output(
+                    display_name="second_concept", tooltip="Of second_word, when there is one."
+                ),
+            ],
         )
 
     @classmethod
@@ -79,16 +89,64 @@ class TrainPerfusionConcept(io.ComfyNode):
         value_rate,
         word_rate,
         masks=None,
+        second_word="",
+        second_superclass="",
+        separation=CALIBRATION,
+        binding=CALIBRATION,
     ):
-        config = PerfusionTraining(
-            steps=steps, batch=batch_size, seed=seed, value_rate=value_rate, word_rate=word_rate
-        )
-        request = concept_training.TrainingRequest(
-            word, superclass, prompts, file_name, mirror, small_file
+        rates = {"value_rate": value_rate, "word_rate": word_rate}
+        if second_word.strip():
+            rates |= {"separation": separation, "binding": binding}
+        config = PerfusionTraining(steps=steps, batch=batch_size, seed=seed, **rates)
+        request = TrainingRequest(
+            word, superclass, prompts, file_name, mirror, small_file, second_word, second_superclass
         )
         parts = concept_training.Parts(model, clip, vae, images, covariance, masks)
-        trained = concept_training.train(train_perfusion, config, request, parts)
-        return io.NodeOutput(*trained)
+        concepts, clip, report = concept_training.train(train_perfusion, config, request, parts)
+        second = concepts[1] if len(concepts) > 1 else ExecutionBlocker(NO_SECOND)
+        return io.NodeOutput(concepts[0], clip, report, second)
+
+
+def _second_word() -> list[io.Input]:
+    """Two things from the same pictures, kept apart by DisenDiff's losses."""
+    return [
+        io.String.Input(
+            "second_word",
+            default="",
+            optional=True,
+            advanced=True,
+            tooltip="A second new word, for another thing on the same pictures, one picture is "
+            "enough. The prompts name both; masks, if any, cover both.",
+        ),
+        io.String.Input(
+            "second_superclass",
+            default="",
+            optional=True,
+            advanced=True,
+            tooltip="One plain word for the kind of the second thing.",
+        ),
+        io.Float.Input(
+            "separation",
+            default=CALIBRATION,
+            min=0.0,
+            max=10.0,
+            step=0.001,
+            optional=True,
+            advanced=True,
+            tooltip="Two words: how hard their places in the picture are pushed apart; 0 is off.",
+        ),
+        io.Float.Input(
+            "binding",
+            default=CALIBRATION,
+            min=0.0,
+            max=10.0,
+            step=0.001,
+            optional=True,
+            advanced=True,
+            tooltip="Two words, in prompts that say the kind after the word (<my-hat> hat): how "
+            "hard each word is drawn to the place of its kind; 0 is off.",
+        ),
+    ]
 
 
 class ApplyConcept(io.ComfyNode):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -88,18 +88,8 @@ class Match:
 
     def added(self, y: Tensor, rows: Tensor) -> Tensor:
         """y + sum of g o* for y (B, L, out) and one row o* (J, out) for each concept."""
-        gate = self._gate_like(y).flatten(0, -2)
+        gate = self.gate.to(y.dtype).flatten(0, -2)
         return torch.addmm(y.flatten(0, -2), gate, rows.to(y)).view_as(y)
-
-    def _gate_like(self, y: Tensor) -> Tensor:
-        """The gate in the dtype of y, cast once for all layers."""
-        if self.gate.dtype == y.dtype:
-            return self.gate
-        if y.dtype not in self._casts:
-            self._casts[y.dtype] = self.gate.to(y.dtype)
-        return self._casts[y.dtype]
-
-    _casts: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
 
 
 class ConceptMatcher:
@@ -157,7 +147,8 @@ class ConceptMatcher:
         weight = self._weights(similarity)
         gate, rest = gate * weight, fine - (share * weight) @ directions
         anchors = torch.stack([c.superclass for c in self.concepts]).to(device, dtype)  # J in
-        return Match(gate, rest.to(x.dtype), (rest + gate @ anchors).to(x.dtype))
+        locked = rest + gate @ anchors
+        return Match(gate.to(x.dtype), rest.to(x.dtype), locked.to(x.dtype))
 
     def _weights(self, similarity: Tensor) -> Tensor:
         """Strength of each concept at each token of each row, broadcastable to (B, L, J)."""

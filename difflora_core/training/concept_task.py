@@ -34,10 +34,15 @@ TRAIN_STEPS = 1000
 
 @dataclass(frozen=True)
 class NewWord:
-    """A word to teach and the one-token word of its kind."""
+    """A word to teach, the one-token word of its kind, and the prompts it is averaged in.
+
+    `contexts`: as those of `prepare_task`, which count when this is empty. Words that share
+    pictures need their own: "a photo of a {} and a cat" for one, "a hat and a {}" for the other.
+    """
 
     word: str
     superclass: str
+    contexts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +115,8 @@ def concept_examples(
         base: encodes the images.
         images: (N, H, W, 3) in [0, 1].
         words: what the default prompts name.
-        masks: (N or 1, any size) of the concept; an empty mask counts the whole picture.
+        masks: (N or 1, any size), also (N or 1, 1, any size), of the concept; an empty mask
+            counts the whole picture.
         prompts: see `ConceptExamples`; the photo templates unless given.
         flip: also train on mirrored pictures; turn it off for what is not symmetric (writing).
 
@@ -138,6 +144,7 @@ def concept_examples(
 def _masks(masks: Tensor, images: Tensor) -> Tensor:
     """One soft mask (N, H, W) for each picture, its largest value 1 over the whole picture."""
     masks = masks[None] if masks.ndim == 2 else masks
+    masks = masks[:, 0] if masks.ndim == 4 and masks.shape[1] == 1 else masks
     if masks.ndim != 3 or len(masks) not in (1, len(images)):
         raise ConfigError(
             f"There are {len(images)} pictures but masks {tuple(masks.shape)}: one mask for all, "
@@ -176,8 +183,8 @@ class ConceptTask:
         words: the words to teach.
         embeddings: of the super-class words, one for each word.
         superclasses: i_super (J, d). layers: value projections, layer name to module path.
-        probe: fingerprint of the text encoders. contexts: prompts in which words are averaged.
-        base_name: family.
+        probe: fingerprint of the text encoders. contexts: of each word, prompts in which it is
+            averaged. base_name: family.
     """
 
     base: BaseModel
@@ -188,7 +195,7 @@ class ConceptTask:
     superclasses: Tensor
     layers: Mapping[str, str]
     probe: Tensor
-    contexts: tuple[str, ...]
+    contexts: tuple[tuple[str, ...], ...]
     base_name: str
 
     @torch.no_grad()
@@ -224,8 +231,7 @@ def prepare_task(
     """
     if not words or len({word.word for word in words}) < len(words):
         raise ConfigError("Teach one word or several different ones.")
-    contexts = _spread(list(dict.fromkeys(contexts)))
-    check_contexts(contexts)
+    own = tuple(_contexts(word.contexts or contexts) for word in words)
     probe = text_probe(text)
     if covariance.probe is not None:
         check_probe(covariance.probe, probe, "The covariance")
@@ -233,7 +239,8 @@ def prepare_task(
     for word in words:
         check_new_word(text, word.word)
         embeddings.append(text.embedding(superclass_token(text, word.superclass)))
-    encodings = torch.stack([word_encoding(text, e, contexts).cpu() for e in embeddings])
+    rows = zip(embeddings, own, strict=True)
+    encodings = torch.stack([word_encoding(text, e, several).cpu() for e, several in rows])
     if encodings.shape[-1] != covariance.dim:
         raise ConfigError(
             f"The covariance is for encodings of width {covariance.dim}, the text encoders give "
@@ -246,11 +253,14 @@ def prepare_task(
     }
     return ConceptTask(
         base, text, covariance, tuple(words), tuple(embeddings),
-        encodings, layers, probe, tuple(contexts), base_name,
+        encodings, layers, probe, own, base_name,
     )  # fmt: skip
 
 
-def _spread(items: list[str]) -> list[str]:
-    """At most MAX_CONTEXTS items, evenly over the list."""
-    count = min(len(items), MAX_CONTEXTS)
-    return [items[k * len(items) // count] for k in range(count)]
+def _contexts(items: Sequence[str]) -> tuple[str, ...]:
+    """At most MAX_CONTEXTS different ones, evenly over the list, checked."""
+    different = list(dict.fromkeys(items))
+    count = min(len(different), MAX_CONTEXTS)
+    chosen = [different[k * len(different) // count] for k in range(count)]
+    check_contexts(chosen)
+    return tuple(chosen)

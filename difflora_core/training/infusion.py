@@ -125,7 +125,7 @@ class InfusionObjective(nn.Module):
                     "infusion", word.word, word.superclass, self.task.base_name,
                     tuple(e.cpu() for e in self.task.embeddings[row]),
                     self.task.superclasses[row].cpu().float(), self.covectors[row].cpu().float(),
-                    values, self.task.probe, self.task.contexts, facts,
+                    values, self.task.probe, self.task.contexts[row], facts,
                 )
             )  # fmt: skip
         return result

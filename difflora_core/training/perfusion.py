@@ -235,7 +235,7 @@ class PerfusionObjective(nn.Module):
                     "perfusion", word, self.task.words[row].superclass, self.task.base_name,
                     tuple(e.detach().cpu().clone() for e in embedding), direction.float(),
                     self.task.covariance.covector(direction).float(), values,
-                    self.task.probe, self.task.contexts, facts,
+                    self.task.probe, self.task.contexts[row], facts,
                 )
             )  # fmt: skip
         return result

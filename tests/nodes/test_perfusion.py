@@ -224,11 +224,64 @@ def test_masks_of_another_size_and_files_that_are_there(comfy, comfy_server, tra
     assert (folder / "hat_002.safetensors").stat().st_size < path.stat().st_size
 
 
+def test_two_words_from_one_picture(comfy, comfy_server, pictures):
+    """Two files, one CLIP that knows both, and the attention losses take part."""
+    folder = comfy_server.base_directory / "models" / "difflora_concepts"
+    text = "photo of a person, wearing a <p-hat> hat, holding a <p-cup> cup"
+    nodes = training(
+        pictures, word="<p-hat>", second_word="<p-cup>", second_superclass="cup", prompts=text,
+        file_name="pair", separation=0.02, binding=0.02,
+    )  # fmt: skip
+    nodes["show"] = node("PreviewAny", source=["train", 2])
+    nodes["one"] = apply(concept=("train", 0))
+    nodes["both"] = apply(["one", 0], concept=("train", 3))
+    nodes |= drawn("base", MODEL, ["train", 1], text) | drawn(
+        "with", ["both", 0], ["train", 1], text
+    )
+    shown = comfy.run(nodes)
+    assert np.abs(np.subtract(shown.pictures["with"], shown.pictures["base"], dtype=int)).max() > 4
+    words = [read_concept(folder / f"pair{k}.safetensors") for k in ("", "_002")]
+    assert [c.word for c in words] == ["<p-hat>", "<p-cup>"]
+    assert words[0].contexts == ("photo of a person, wearing a {} hat, holding a cup cup",)
+    assert words[1].contexts == ("photo of a person, wearing a hat hat, holding a {} cup",)
+
+
+def test_masks_as_segmentation_nodes_give_them(comfy, comfy_server, pictures):
+    """One mask for each picture of a batch, as SAM3 Detect or Batch Masks make them."""
+    nodes = training(pictures, masks=["masks", 0], file_name="segmented", images=["photos", 0])
+    nodes["p1"] = node("LoadImage", image=pictures[1])
+    nodes["photos"] = node(
+        "BatchImagesNode", **{"images.image0": ["p0", 0], "images.image1": ["p1", 0]}
+    )
+    nodes["m"] = node("LoadImageMask", image=pictures[2], channel="red")
+    nodes["masks"] = node("BatchMasksNode", **{"masks.mask0": ["m", 0], "masks.mask1": ["m", 0]})
+    nodes["show"] = node("PreviewAny", source=["train", 2])
+    assert "segmented.safetensors" in str(comfy.run(nodes).outputs["show"])
+    three = {
+        **nodes,
+        "masks": node("BatchMasksNode", **{f"masks.mask{k}": ["m", 0] for k in range(3)}),
+    }
+    with pytest.raises(ComfyPromptError, match="one mask for all"):
+        comfy.run(three)
+
+
 REFUSED = {
     "several tokens": ({"superclass": "red hat"}, "must be one word"),
     "a word that exists": ({"word": "cat"}, "already means something"),
     "a word with a space": ({"word": "my hat"}, "cannot be taught"),
     "a prompt without the word": ({"prompts": "a hat"}, "must hold the new word"),
+    "one word twice": (
+        {"second_word": "<my-hat>", "second_superclass": "cup"},
+        "choose different ones",
+    ),
+    "a second word of several tokens": (
+        {"second_word": "<c>", "second_superclass": "red cup", "prompts": "a <my-hat>, a <c>"},
+        "must be one word",
+    ),
+    "a second word in no prompt": (
+        {"second_word": "<c>", "second_superclass": "cup", "prompts": "a <my-hat>"},
+        "No training prompt holds the new word <c>",
+    ),
     "a path for a name": ({"file_name": "../../hat"}, "cannot be a file name"),
 }
 

@@ -103,7 +103,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(task, tmp_path):
     (concept,) = result.concepts
     assert len(concept.values) == 4
     assert all("attn2.to_v" in layer for layer in concept.values)
-    assert concept.contexts == task.contexts
+    assert (concept.contexts,) == task.contexts
 
 
 BEST = 0.4209  # evaluation loss, as first measured

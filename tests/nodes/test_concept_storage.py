@@ -1,0 +1,92 @@
+"""Concepts on models as artists keep them: fp8 weights, and weights that stay off the device."""
+
+from importlib import import_module
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def parts(pack):
+    """The pack's own modules, by their names."""
+
+    def module(name):
+        return import_module(f".{name}", pack.__name__)
+
+    return module
+
+
+@pytest.fixture
+def unet(parts):
+    """A fresh demo UNet in a ModelPatcher that puts weight patches into the weights."""
+    model_paths = parts("nodes.model_paths")
+    (base, *_), _ = model_paths.demo_paths()
+    return lambda: parts("nodes.demo").load_demo_unet(base, disable_dynamic=True)
+
+
+def with_concept(parts, model):
+    """A clone of the model that wears a random concept."""
+    host, records = parts("nodes.concept_host"), parts("difflora_core.models.concept")
+    perfusion = parts("difflora_core.methods.perfusion")
+    generator = torch.Generator().manual_seed(1)
+    layers = [s for s in host.unet_layout(model, "demo", 1) if s.name.endswith("attn2.to_v")]
+    direction = torch.randn(layers[0].in_features, generator=generator)
+    values = {s.name: torch.randn(s.out_features, generator=generator) for s in layers}
+    concept = records.Concept(
+        "perfusion", "<w>", "hat", "demo", (torch.ones(4), torch.ones(4)), direction,
+        direction / direction.square().sum(), values, torch.ones(4),
+    )  # fmt: skip
+    prepared = perfusion.PreparedConcept(concept, direction.flip(0))
+    applied = host.applied(prepared, perfusion.PerfusionConfig(), (0.0, 1.0), None)
+    return host.apply_concept(model, applied, False), direction
+
+
+@torch.no_grad()
+def call(model, word):
+    """One call of a loaded model on a prompt whose third token is the word."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(1, 8, 16, 16, generator=generator)
+    context = torch.randn(1, 7, len(word), generator=generator)
+    context[:, 2] = word
+    options = {"wrappers": model.wrappers, "cond_or_uncond": [0]}  # as ComfyUI's sampler does
+    pooled = torch.zeros(1, 1600)
+    return model.model.apply_model(
+        x, torch.tensor([5.0]), c_crossattn=context, y=pooled, transformer_options=options
+    )
+
+
+def test_fp8_weights(parts, unet, monkeypatch):
+    """The same as on a plain model whose weights hold the rounded numbers."""
+    import comfy.model_management as management
+
+    plain = unet()
+    for parameter in plain.model.diffusion_model.parameters():
+        parameter.data = parameter.data.to(torch.float8_e4m3fn).to(parameter.dtype)
+    worn, word = with_concept(parts, plain)
+    expected, bare = call(worn, word), call(plain, word)
+    monkeypatch.setattr(management, "unet_dtype", lambda *_, **__: torch.float8_e4m3fn)
+    small = unet()
+    linear = small.model.diffusion_model.middle_block[1].transformer_blocks[0].attn2.to_v
+    assert linear.weight.dtype == torch.float8_e4m3fn
+    worn, _ = with_concept(parts, small)
+    got = call(worn, word)
+    assert float((expected - bare).abs().max()) > 0.05
+    assert float((got - expected).norm() / (expected - bare).norm()) < 0.05
+    torch.testing.assert_close(call(small, word), bare, atol=0.02, rtol=0.02)
+
+
+def test_weights_off_the_device(parts, unet):
+    """Partly loaded, as with little video memory, under a LoRA: the same as fully loaded."""
+    name = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_v.weight"
+    outputs = []
+    for memory in (0, 1):
+        model, word = with_concept(parts, unet())
+        shape = model.model.state_dict()[name].shape
+        change = torch.full(shape, 0.01)
+        assert model.add_patches({name: ("diff", (change,))}, 1.0)
+        model.load(torch.device("cpu"), lowvram_model_memory=memory, full_load=memory == 0)
+        cast = [m for m in model.model.modules() if getattr(m, "weight_function", None)]
+        assert bool(cast) == bool(memory)  # the LoRA waits beside the weight until it is used
+        outputs.append(call(model, word))
+    torch.testing.assert_close(outputs[1], outputs[0], atol=1e-4, rtol=1e-4)
+    assert float((outputs[0] - call(unet(), word)).abs().max()) > 0.05
