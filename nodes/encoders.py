@@ -102,7 +102,7 @@ def read_photos(
     mask: Tensor | None,
     options: FaceOptions,
 ) -> ExtractedFeatures:
-    """Features of photos with whichever encoders are connected; the node tells what it left out.
+    """Features of photos with whichever encoders are connected; the node tells what it found.
 
     Raises:
         EncoderError: neither is connected, or one of them is something else.
@@ -122,6 +122,8 @@ def read_photos(
         pictures = ComfyImageEncoder(clip_vision)
     watched = _Watched(faces, pictures, 2 * len(images))
     found = extract_features(images, watched, watched, options, mask)
-    if found.notes and face_analysis is not None:
-        bridge.tell(node, " ".join([*found.notes, WHAT_THEN[options.on_missing]]))
+    if face_analysis is not None:
+        then = [*found.notes, WHAT_THEN[options.on_missing]] if found.notes else []
+        with_face = len(images) - len(found.notes)
+        bridge.tell(node, " ".join([f"A face in {with_face} of {len(images)} photos.", *then]))
     return found

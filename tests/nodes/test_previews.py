@@ -120,7 +120,8 @@ def test_photos_left_out_are_told_on_the_node(comfy, face_picture, plain_picture
     nodes["show"] = node("PreviewImage", images=["features", 1])
     shown = []
     assert len(comfy.run(nodes, shown=shown).pictures["show"]) == 1
-    assert shown == ["features: Picture 2 shows no face that could be found. Left out."]
+    told = "A face in 1 of 2 photos. Picture 2 shows no face that could be found. Left out."
+    assert shown == [f"features: {told}"]
     nodes["features"] = extract(["batch", 0], "error")
     with pytest.raises(ComfyPromptError, match="Picture 2 shows no face") as caught:
         comfy.run(nodes)
