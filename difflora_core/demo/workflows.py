@@ -108,6 +108,20 @@ def read_workflow(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
+def check_all(server: ComfyServer, front_end: FrontEnd, paths: list[Path], say: Console) -> int:
+    """Checks workflow files and says what became of each; returns how many work."""
+    done = 0
+    for path in paths:
+        begun = time.monotonic()
+        try:
+            line = check_workflow(server, front_end, path)
+            done += 1
+        except DiffLoRAError as error:
+            line = f"FAILED: {error}"
+        say.print(f"{path.name} ({time.monotonic() - begun:.0f} s): {line}", markup=False)
+    return done
+
+
 def main(names: list[str]) -> int:
     """Checks the files of these names, or all; the last line counts those that work."""
     console = Console(highlight=False, soft_wrap=True)
@@ -115,7 +129,7 @@ def main(names: list[str]) -> int:
     paths = [path for path in paths if not names or path.stem in names]
     done = 0
     try:
-        # A library that an earlier run left could be of an earlier model.
+        # A base directory of its own: a library that an earlier run left could be of another model.
         with (
             tempfile.TemporaryDirectory() as folder,
             ComfyServer(Path(folder)) as server,
@@ -128,15 +142,7 @@ def main(names: list[str]) -> int:
                     f"Run, {taken:.1f} s of processor time"
                 )
             with FrontEnd(chromium, server.client) as front_end:
-                for path in paths:
-                    begun = time.monotonic()
-                    try:
-                        line = check_workflow(server, front_end, path)
-                        done += 1
-                    except DiffLoRAError as error:
-                        line = f"FAILED: {error}"
-                    seconds = time.monotonic() - begun
-                    console.print(f"{path.name} ({seconds:.0f} s): {line}", markup=False)
+                done = check_all(server, front_end, paths, console)
     except DiffLoRAError as error:
         console.print(str(error), markup=False)
     console.print(f"screenshots: {OUTPUT}/*.png", markup=False)
