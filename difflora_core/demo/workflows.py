@@ -48,6 +48,7 @@ def check_workflow(server: ComfyServer, front_end: FrontEnd, path: Path) -> str:
     """
     workflow = read_workflow(path)
     full_size = path.name.startswith(FULL_SIZE)
+    server.client.free()  # or a node that the workflow before has run as well would show nothing
     front_end.load(workflow, path.stem, complete=not full_size)
     prompt = workflow_to_prompt(workflow, server.client.object_info())
     if front_end.prompt() != prompt:
