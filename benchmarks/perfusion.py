@@ -20,7 +20,7 @@ from torch import Tensor
 
 from difflora_core.demo import paths
 from difflora_core.demo.base import load_base
-from difflora_core.demo.concept_judge import load_concept_judge
+from difflora_core.demo.concept_judge import concept_judge
 from difflora_core.demo.concepts import CONCEPTS, demo_concept_text, render_items
 from difflora_core.demo.identities import split_seeds
 from difflora_core.demo.judges import load_judges
@@ -109,7 +109,7 @@ def gallery(console: Console) -> Gallery:
     mark = hashlib.sha256(paths.BASE.read_bytes()).hexdigest()
     base, folder = load_base(paths.BASE), CACHE / "words"
     school = School(base, text, covariance, mark, folder, console.print)
-    judge = load_concept_judge(paths.CONCEPT_JUDGE)
+    judge = concept_judge(CONCEPTS, lambda images: base.decode_latents(base.encode_images(images)))
     return Gallery(school, load_judges(paths.JUDGES), judge, CACHE / "word_trials")
 
 

@@ -118,12 +118,12 @@ class Gallery:
 
     def judged(self, images: Tensor, wanted: Sequence[Wish]) -> Columns:
         """Columns (N,): likeness and recognition averaged over the concepts of a picture."""
-        seen = self.judge.look(images)
         like, known = [], []
         for number in range(max(len(w.concepts) for w in wanted)):
             each = [w.concepts[number] for w in wanted]
-            like.append(torch.stack([seen.likeness(c)[k] for k, c in enumerate(each)]))
-            known.append(torch.stack([seen.recognised(c)[k] for k, c in enumerate(each)]))
+            rows = [(images[k : k + 1], concept) for k, concept in enumerate(each)]
+            like.append(torch.cat([self.judge.likeness(*row) for row in rows]))
+            known.append(torch.cat([self.judge.recognised(*row) for row in rows]))
         scenes = [replace(w.scene, item=w.concepts[0].kind) for w in wanted]
         goals = [asked(scene) for scene in scenes]
         if len(like) > 1:  # the classifier names one thing alone
@@ -165,7 +165,8 @@ class Gallery:
 
     def _judges_mark(self) -> str:
         digest = hashlib.sha256()
-        for network in (*self.judges.networks.values(), self.judge.network):
+        for network in self.judges.networks.values():
             for tensor in network.state_dict().values():
                 digest.update(tensor.numpy().tobytes())
+        digest.update(repr(self.judge.palettes).encode())
         return digest.hexdigest()

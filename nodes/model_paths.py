@@ -26,6 +26,7 @@ DEMO_FOLDER = paths.ARTEFACTS
 DEMO_PARTS = (paths.BASE, paths.CLIP_VISION, paths.DIFFLORA, paths.CONTROLNET)
 DEMO_FILES = tuple(part.name for part in DEMO_PARTS)
 DEMO_LORAS = paths.LORAS.relative_to(paths.ARTEFACTS)
+DEMO_CONCEPTS = paths.CONCEPTS.relative_to(paths.ARTEFACTS)
 DEMO_FACES = paths.FACES.relative_to(paths.ARTEFACTS)
 
 WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows"
@@ -79,9 +80,7 @@ def difflora_file(name: str) -> str:
 
 def lora_files() -> list[str]:
     """The LoRA files that ComfyUI sees, and after them those of the demo world."""
-    demo = [path.name for folder in _demo_loras() for path in sorted(folder.glob("*.safetensors"))]
-    found = folder_paths.get_filename_list("loras")
-    return [*found, *(name for name in demo if name not in found)]
+    return _with_demo("loras", DEMO_LORAS)
 
 
 def lora_file(name: str) -> str:
@@ -90,26 +89,41 @@ def lora_file(name: str) -> str:
     Raises:
         FileNotFoundError: the file is not there; the message names the folders searched.
     """
-    path = folder_paths.get_full_path("loras", name) if name else None
+    path = _mine_or_demo("loras", DEMO_LORAS, name)
     if path is not None:
         return path
-    for folder in _demo_loras():
-        if Path(name).name == name and (folder / name).is_file():
-            return str(folder / name)
     folders = " or ".join(folder_paths.get_folder_paths("loras"))
     raise FileNotFoundError(
         f"The LoRA file '{name}' was not found. Put it into {folders} and press R."
     )
 
 
-def _demo_loras() -> list[Path]:
-    """Where the demo world keeps LoRA files."""
-    return [Path(folder) / DEMO_LORAS for folder in folder_paths.get_folder_paths(DEMO)]
+def _with_demo(kind: str, part: Path) -> list[str]:
+    """The files of a kind that ComfyUI sees, and after them those in a part of the demo world."""
+    found = folder_paths.get_filename_list(kind)
+    demo = [p.name for folder in _demo_folders(part) for p in sorted(folder.glob("*.safetensors"))]
+    return [*found, *(name for name in demo if name not in found)]
+
+
+def _mine_or_demo(kind: str, part: Path, name: str) -> str | None:
+    """The full path of such a file, or None."""
+    path = folder_paths.get_full_path(kind, name) if name else None
+    if path is not None:
+        return path
+    for folder in _demo_folders(part):
+        if name and Path(name).name == name and (folder / name).is_file():
+            return str(folder / name)
+    return None
+
+
+def _demo_folders(part: Path) -> list[Path]:
+    """Where the demo world keeps such files."""
+    return [Path(folder) / part for folder in folder_paths.get_folder_paths(DEMO)]
 
 
 def concept_files() -> list[str]:
-    """The concepts that ComfyUI sees, for a node's list."""
-    return folder_paths.get_filename_list(CONCEPTS)
+    """The concepts that ComfyUI sees, and after them those of the demo world."""
+    return _with_demo(CONCEPTS, DEMO_CONCEPTS)
 
 
 def concept_file(name: str) -> str:
@@ -118,7 +132,7 @@ def concept_file(name: str) -> str:
     Raises:
         FileNotFoundError: the file is not there; the message names the folders searched.
     """
-    path = folder_paths.get_full_path(CONCEPTS, name)
+    path = _mine_or_demo(CONCEPTS, DEMO_CONCEPTS, name)
     if path is None:
         folders = " or ".join(folder_paths.get_folder_paths(CONCEPTS))
         raise FileNotFoundError(

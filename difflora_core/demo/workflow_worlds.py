@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .workflow_builder import Graph, Node, Out
@@ -41,6 +41,13 @@ SDXL_NOTE = """
 - `models/difflora/{model}`: a DiffLoRA model for SDXL. None is published with this pack yet; it \
 has to be trained (README, For trainers).
 {more}
+Put your own picture into every **Load Image**; the drawn ones only hold the place."""
+
+SDXL_CONCEPT_NOTE = """
+**Files**
+- `models/checkpoints/{checkpoints}`, or any SDXL checkpoint
+- `models/difflora_concepts`: words that you taught with the workflow *teach a concept*
+
 Put your own picture into every **Load Image**; the drawn ones only hold the place."""
 
 
@@ -86,6 +93,11 @@ SDXL = World(
 )
 
 
+def concept_world(world: World) -> World:
+    """The same world for workflows of taught words, which need no DiffLoRA model."""
+    return world if world.name == "demo" else replace(world, about=SDXL_CONCEPT_NOTE)
+
+
 class Studio:
     """The steps that most workflows share, on one graph in one world."""
 
@@ -99,18 +111,13 @@ class Studio:
 
     def load(self, column: int = 0, control: bool = False) -> None:
         """The loaders; afterwards `model`, `clip`, `vae` and the rest are outputs."""
-        add = self.graph.add
+        add, demo = self.graph.add, self.load_base(column)
         if self.world.name == "demo":
-            demo = add("DiffLoRA_LoadDemo", column)
-            self.model, self.clip, self.vae = demo["MODEL"], demo["CLIP"], demo["VAE"]
             self.clip_vision, self.faces = demo["CLIP_VISION"], demo["FACEANALYSIS"]
             self.difflora = demo["DIFFLORA_MODEL"]
             if control:
                 self.control_net = demo["CONTROL_NET"]
             return
-        file = self._file("checkpoints")
-        checkpoint = add("CheckpointLoaderSimple", column, ckpt_name=file["name"], models=[file])
-        self.model, self.clip, self.vae = (checkpoint[k] for k in ("MODEL", "CLIP", "VAE"))
         file = self._file("clip_vision")
         vision = add("CLIPVisionLoader", column, clip_name=file["name"], models=[file])
         self.clip_vision = vision["CLIP_VISION"]
@@ -121,6 +128,18 @@ class Studio:
             file = self._file("controlnet")
             loader = add("ControlNetLoader", column, control_net_name=file["name"], models=[file])
             self.control_net = loader["CONTROL_NET"]
+
+    def load_base(self, column: int = 0) -> Node:
+        """The base model alone: `model`, `clip` and `vae`."""
+        if self.world.name == "demo":
+            base = self.graph.add("DiffLoRA_LoadDemo", column)
+        else:
+            file = self._file("checkpoints")
+            base = self.graph.add(
+                "CheckpointLoaderSimple", column, ckpt_name=file["name"], models=[file]
+            )
+        self.model, self.clip, self.vae = (base[kind] for kind in ("MODEL", "CLIP", "VAE"))
+        return base
 
     def photo(self, picture: str, title: str, column: int = 0) -> Out:
         """A photo from the input folder."""

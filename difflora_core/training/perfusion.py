@@ -24,6 +24,7 @@ from ..adapters.perfusion import (
     PerfusionValueAdapter,
     SigmoidGate,
 )
+from ..diffusion.objective import loss_weight
 from ..errors import ConfigError
 from ..methods.perfusion import key_layer
 from ..models.concept import Concept, EncodedPrompts, WordEmbedding
@@ -32,7 +33,7 @@ from .calibration import AttentionRecord, binding_loss, record_attention, separa
 from .concept_run import ConceptResult, Watch, run_concepts
 from .concept_task import ConceptExamples, ConceptTask
 from .loop import LoopConfig
-from .losses import NoisedBatch, denoising_error
+from .losses import NoisedBatch, denoise
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,10 @@ class PerfusionTraining:
     `steps`, `batch`: optimiser steps and pictures in each. `value_rate`, `word_rate`: learning
     rates of o* and of the embeddings. `average`: decay of i*. `bias`, `temperature`: gate while
     training. `weighting`: of the denoising loss. `binding`, `separation`: weights of DisenDiff's
-    losses (arXiv 2403.18551 takes 0.01 for both), for several words from one picture.
-    `evaluate_every`: steps between looks at the fixed evaluation batch. `precision`: "no", "bf16".
+    losses (arXiv 2403.18551 takes 0.01 for both), for several words from one picture. `keep`:
+    weight of staying, outside the masks, at what the base draws for the super-class word (ours).
+    `reach`: tokens from the word on which it acts while training, -1 for all. `evaluate_every`:
+    steps between looks at the fixed evaluation batch. `precision`: "no", "bf16".
     """
 
     steps: int = 400
@@ -56,6 +59,8 @@ class PerfusionTraining:
     weighting: str = "uniform"
     binding: float = 0.0
     separation: float = 0.0
+    keep: float = 1.0
+    reach: int = -1
     evaluate_every: int = 25
     precision: str = "no"
     seed: int = 0
@@ -68,8 +73,10 @@ class PerfusionTraining:
             raise ConfigError("Learning rates must lie in 0 to 10, and that of the values above 0.")
         if not 0 <= self.average < 1:
             raise ConfigError(f"average must lie in 0 to 1, got {self.average}.")
-        if self.binding < 0 or self.separation < 0:
-            raise ConfigError("Weights of the attention losses must not be negative.")
+        if self.binding < 0 or self.separation < 0 or self.keep < 0:
+            raise ConfigError("Weights of losses must not be negative.")
+        if self.reach < -1:
+            raise ConfigError(f"The reach is -1 (all tokens) or more, got {self.reach}.")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PerfusionTraining:
@@ -158,7 +165,8 @@ class PerfusionObjective(nn.Module):
         gate = SigmoidGate(self.config.bias, self.config.temperature)
         superclasses = self.task.superclasses.to(directions)
         rows = zip(directions, covectors, superclasses, strict=True)
-        matcher = ConceptMatcher([GatedConcept(*parts, gate) for parts in rows])
+        reach = None if self.config.reach < 0 else self.config.reach
+        matcher = ConceptMatcher([GatedConcept(*parts, gate, reach=reach) for parts in rows])
         keys, entries = PerfusionKeyAdapter(matcher), []
         for layer, value in zip(self.task.layers, self.values, strict=True):
             targets = self.starts[layer].to(value) + value
@@ -172,7 +180,7 @@ class PerfusionObjective(nn.Module):
         return encoded, self.adapters(self.directions(encoded))
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Masked denoising loss (perfusion.md 3), plus DisenDiff's losses when they are on."""
+        """Masked denoising loss (perfusion.md 3), plus the losses that are on."""
         encoded, adapters = self.prepare(batch["prompts"])
         text = TextCondition(encoded.context, encoded.pooled)
         noised = NoisedBatch(batch["latents"], batch["noise"], batch["timesteps"], text)
@@ -180,9 +188,28 @@ class PerfusionObjective(nn.Module):
         calibrated = self.config.binding > 0 or self.config.separation > 0
         keys = [path for name, path in names.items() if name.endswith("to_k")] if calibrated else []
         with attach(base.unet, adapters, names=names), record_attention(base.unet, keys) as record:
-            error = denoising_error(base, noised, self.config.weighting, batch.get("masks"))
+            made = denoise(base, noised, batch.get("masks"))
+        weight = loss_weight(self.config.weighting, made.abar, base.prediction_type)
+        loss = (made.error * weight).mean()
         extra, parts = self._calibration(record, encoded, batch) if calibrated else (0.0, {})
-        return error.mean() + extra, parts
+        if self.config.keep and "masks" in batch:
+            drift = self._drift(made.estimate, batch)
+            loss, parts = loss + self.config.keep * drift, {**parts, "drift": drift.detach()}
+        return loss + extra, parts
+
+    def _drift(self, estimate: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        """Squared change outside the masks against the base with the super-class words.
+
+        The masked loss says nothing about the rest of a picture, and a concept would spread there.
+        """
+        words = zip(self.task.words, self.task.embeddings, strict=True)
+        with torch.no_grad():
+            encoded = self.task.text.encode(batch["prompts"], {w.word: e for w, e in words})
+            text = TextCondition(encoded.context, encoded.pooled)
+            noised = NoisedBatch(batch["latents"], batch["noise"], batch["timesteps"], text)
+            plain = denoise(self.task.base, noised).estimate
+        outside = 1 - batch["masks"].to(estimate)[:, None]
+        return (outside * (estimate - plain)).square().mean()
 
     @property
     def module_names(self) -> dict[str, str]:

@@ -1,5 +1,7 @@
 """The concept recipes on a tiny base with its own text encoders: 20 CPU steps each."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -72,8 +74,9 @@ def pictures(count=3, masked=True):
 
 
 QUICK = PerfusionTraining(
-    steps=20, batch=4, evaluate_every=5, value_rate=0.3, word_rate=0.06, weighting="high_noise"
-)
+    steps=20, batch=4, evaluate_every=5, value_rate=0.3, word_rate=0.06, weighting="high_noise",
+    keep=0.0,
+)  # fmt: skip
 
 
 def numbers(result):
@@ -204,6 +207,26 @@ def test_masks_choose_what_is_learned(task):
         without = float(objective(whole)[0])
         assert without > loss
         assert float(objective(changed)[0]) == pytest.approx(without, rel=1e-6)
+
+
+def test_outside_the_mask_it_stays_what_it_was(task, tmp_path):
+    """Against a run without: less drift, and none at the start of a word that changes nothing."""
+    drifts = []
+    for keep in (0.0, 3.0):
+        config = replace(QUICK, keep=keep)
+        folder = tmp_path / str(keep)
+        (concept,) = train_perfusion(task, pictures(), config, folder).concepts
+        objective = PerfusionObjective(task, replace(QUICK, keep=1.0)).eval()
+        with torch.no_grad():
+            for value, layer, start in zip(
+                objective.values, concept.values, objective.starts.values(), strict=True
+            ):
+                value.copy_(concept.values[layer][None] - start)
+            batch = pictures().draw(8)(torch.Generator().manual_seed(3))
+            drifts.append(float(objective(batch)[1]["drift"]))
+    assert 0 < drifts[1] < 0.9 * drifts[0]
+    whole = pictures(masked=False).draw(4)(torch.Generator().manual_seed(3))
+    assert "drift" not in PerfusionObjective(task, replace(QUICK, keep=1.0))(whole)[1]
 
 
 def test_disendiff_losses_take_part(base, text, covariance, tmp_path):
