@@ -53,8 +53,7 @@ def portrait(graph: Graph, world: World) -> None:
         latent = studio.latent(photo, "the person")
         lora = studio.decode(latent["DIFFLORA_LATENT"])["LORA_MODEL"]
     with graph.group("3 Apply and draw"):
-        strength = world.pick(1.3, 1.0)
-        apply = add("DiffLoRA_ApplyLoRA", 0, model=studio.model, lora=lora, strength=strength)
+        apply = add("DiffLoRA_ApplyLoRA", 0, model=studio.model, lora=lora)
         prompts = studio.prompts(
             0,
             "photo of a person, neutral, grey background, purple shirt",
@@ -94,7 +93,7 @@ def several_photos(graph: Graph, world: World) -> None:
         canvas = studio.canvas(0, batch=2)
         drawn = []
         for lora, title in zip(loras, ("one photo", "all photos"), strict=True):
-            model = studio.dress(lora, 1, world.pick(1.2, 1.0))
+            model = studio.dress(lora, 1)
             drawn.append(studio.draw(1, f"From {title}", model, prompts, canvas))
     with graph.group("4 Compare", width=GRID_COLUMN):
         labels = ("one photo", "one photo", "all photos", "all photos")
@@ -122,14 +121,13 @@ def two_people(graph: Graph, world: World) -> None:
             "photo of two people, blue background, white shirt, green shirt",
             "photo of two people side by side, blue background, white shirt, green shirt",
         )
-        strength = world.pick(1.4, 1.0)
-        placed = _in_masks(studio, loras, masks, prompts, strength)
+        placed = _in_masks(studio, loras, masks, prompts)
     with graph.group("4 Draw"):
         canvas = studio.canvas(0, wide=2)
-        picture = studio.draw(0, "Each in a mask", studio.model, placed, canvas, 7)
+        picture = studio.draw(0, "Each in a mask", studio.model, placed, canvas)
         studio.save(1, picture, "two_people", "Two people")
     with graph.group("Without masks, same seed", below=True):
-        model = studio.dress(loras[0], 0, 0.7 * strength, "Left person on the whole picture")
+        model = studio.dress(loras[0], 0, 0.7, "Left person on the whole picture")
         add = graph.add
         both = add(
             "LoraModelLoader",
@@ -137,10 +135,10 @@ def two_people(graph: Graph, world: World) -> None:
             title="And the right one",
             model=model,
             lora=loras[1],
-            strength_model=round(0.7 * strength, 2),
+            strength_model=0.7,
             bypass=False,
         )["MODEL"]
-        mixed = studio.draw(0, "Both everywhere", both, prompts, canvas, 7)
+        mixed = studio.draw(0, "Both everywhere", both, prompts, canvas)
         studio.save(1, mixed, "two_people_without_masks", "The faces mix")
 
 
@@ -154,7 +152,7 @@ def edit_face(graph: Graph, world: World) -> None:
         studio.load(1)
     with graph.group("2 Person and prompt"):
         lora = studio.personalize(person)["LORA_MODEL"]
-        model = studio.dress(lora, 1, world.pick(1.4, 1.0))
+        model = studio.dress(lora, 1)
         prompts = studio.prompts(
             1,
             "photo of a person, smiling, striped pink background, yellow shirt, holding a red "
@@ -202,15 +200,12 @@ def _halves(studio: Studio, side: int) -> list[Out]:
 
 
 def _in_masks(
-    studio: Studio, loras: list[Out], masks: list[Out], prompts: tuple[Out, Out], strength: float
+    studio: Studio, loras: list[Out], masks: list[Out], prompts: tuple[Out, Out]
 ) -> tuple[Out, Out]:
     """Prompts under which each LoRA acts in its own mask."""
     add = studio.graph.add
     hooks = [
-        add("DiffLoRA_LoRAToHook", 2, lora=lora, base_model=studio.model, strength_model=strength)[
-            "HOOKS"
-        ]
-        for lora in loras
+        add("DiffLoRA_LoRAToHook", 2, lora=lora, base_model=studio.model)["HOOKS"] for lora in loras
     ]
     new: dict[str, Any] = {
         "positive_NEW": prompts[0],

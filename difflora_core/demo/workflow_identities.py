@@ -38,7 +38,7 @@ def blend(graph: Graph, world: World) -> None:
             weight_2=1.0,
         )["DIFFLORA_LATENT"]
         lora = studio.decode(mixed)["LORA_MODEL"]
-        model = studio.dress(lora, 0, world.pick(1.3, 1.0))
+        model = studio.dress(lora)
         picture = studio.draw(0, "Draw the blend", model, prompts, canvas)
         studio.save(0, picture, "blend", "Half A, half B")
     with graph.group("4 From A to B"):
@@ -49,7 +49,7 @@ def blend(graph: Graph, world: World) -> None:
             identity_b=latents[1],
             steps=5,
         )["DIFFLORA_LATENT"]
-        steps = _everybody(studio, way, prompts, canvas, world.pick(1.3, 1.0))
+        steps = _everybody(studio, way, prompts, canvas)
     with graph.group("5 The way", width=GRID_COLUMN):
         labels = ("A", "3/4 A", "half", "3/4 B", "B")
         save_grid(studio, studio.grid(0, steps, labels, 5), "from_a_to_b")
@@ -64,7 +64,7 @@ def invented(graph: Graph, world: World) -> None:
             "DiffLoRA_InventIdentity", 0, difflora_model=studio.difflora, seed=world.pick(12, 1)
         )["DIFFLORA_LATENT"]
         lora = studio.decode(identity)["LORA_MODEL"]
-        model = studio.dress(lora, 0, world.pick(1.3, 1.0))
+        model = studio.dress(lora)
     scenes = world.pick(
         (
             "photo of a person, smiling, blue background, red shirt",
@@ -95,10 +95,7 @@ def fade_in(graph: Graph, world: World) -> None:
         studio.load()
     with graph.group("2 A LoRA with a schedule"):
         lora = studio.personalize(photo)["LORA_MODEL"]
-        strength = world.pick(1.3, 1.0)
-        hook = add(
-            "DiffLoRA_LoRAToHook", 1, lora=lora, base_model=studio.model, strength_model=strength
-        )["HOOKS"]
+        hook = add("DiffLoRA_LoRAToHook", 1, lora=lora, base_model=studio.model)["HOOKS"]
         keyframes = add(
             "CreateHookKeyframesInterpolated",
             1,
@@ -124,7 +121,7 @@ def fade_in(graph: Graph, world: World) -> None:
             set_cond_area="default",
             hooks=timed,
         )
-        model = studio.dress(lora, 0, strength)
+        model = studio.dress(lora)
         canvas = studio.canvas(0)
         drawn = [
             studio.draw(1, "Without the LoRA", studio.model, prompts, canvas),
@@ -173,7 +170,7 @@ def pose(graph: Graph, world: World) -> None:
             end_percent=1.0,
         )
     with graph.group("3 Draw"):
-        model = studio.dress(lora, 0, world.pick(1.1, 1.0))
+        model = studio.dress(lora)
         canvas = studio.canvas(0)
         free = studio.draw(0, "Without the pose", model, prompts, canvas)
         controlled = (steered["positive"], steered["negative"])
@@ -194,7 +191,7 @@ def prompt_grid(graph: Graph, world: World) -> None:
         studio.load()
     with graph.group("2 Personalize"):
         lora = studio.personalize(photo)["LORA_MODEL"]
-        model = studio.dress(lora, 0, world.pick(1.2, 1.0))
+        model = studio.dress(lora)
     texts = world.pick(
         (
             "photo of a person, smiling, blue background, red shirt",
@@ -241,9 +238,7 @@ def _scenes(studio: Studio, texts: tuple[str, ...], models: list[Out]) -> list[O
     return batches
 
 
-def _everybody(
-    studio: Studio, latents: Out, prompts: tuple[Out, Out], canvas: Out, strength: float
-) -> Out:
+def _everybody(studio: Studio, latents: Out, prompts: tuple[Out, Out], canvas: Out) -> Out:
     """One picture of every person of a batch of latents."""
     add = studio.graph.add
     loras = add(
@@ -255,7 +250,7 @@ def _everybody(
         base_model=studio.model,
         index=-1,
     )["LORA_MODEL"]
-    model = studio.dress(loras, 0, strength, "Each on its own model")
+    model = studio.dress(loras, title="Each on its own model")
     drawn = studio.draw(0, "Draw each", model, prompts, canvas)
     joined = add("RebatchImages", 0, title="As one batch", images=drawn, batch_size=4096)
     return joined["IMAGE"]

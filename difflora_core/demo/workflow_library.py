@@ -39,7 +39,7 @@ def library(graph: Graph, world: World) -> None:
     with graph.group("4 Use one of them"):
         picked = add("DiffLoRA_PickFromLibrary", 0, library=shelf, name="Bea")
         lora = studio.decode(picked["DIFFLORA_LATENT"])["LORA_MODEL"]
-        model = studio.dress(lora, 0, world.pick(1.3, 1.0))
+        model = studio.dress(lora)
         prompts = studio.prompts(
             1,
             "photo of a person, smiling, green background, red shirt",
