@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
     names = parser.parse_args(arguments).names or list(WORKFLOWS)
     console = Console(highlight=False)
     write_photos(FOLDER)
-    with ComfyServer(paths.ROOT / "output" / "workflows") as server:
+    with tempfile.TemporaryDirectory() as folder, ComfyServer(Path(folder)) as server:
         for name in names:
             seconds = write(name, server)
             console.print(f"{name}: {seconds:.1f} s")
