@@ -64,6 +64,8 @@ class GatedConcept:
         strength: 0 leaves the encodings alone, 1 is the full edit.
         reach: largest distance in tokens from the best matching token at which the concept acts;
             None for every token, 0 for that token alone.
+        carry: 0 to 1, how far the tokens behind the concept's also get what was learned (ours).
+            Causal text encoders sum a prompt up there, and some base models read nothing else.
     """
 
     direction: Tensor
@@ -72,6 +74,7 @@ class GatedConcept:
     gate: GateFunction
     strength: float = 1.0
     reach: int | None = None
+    carry: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +150,11 @@ class ConceptMatcher:
         weight = self._weights(similarity)
         gate, rest = gate * weight, fine - (share * weight) @ directions
         anchors = torch.stack([c.superclass for c in self.concepts]).to(device, dtype)  # J in
+        if any(c.carry for c in self.concepts):
+            # W (e_perp - x i_super) + (g + x) o* adds x (o* - W i_super); keys stay as they are.
+            carry = gate.new_tensor([c.carry for c in self.concepts])
+            extra = carry * (gate.cummax(-2).values - gate) * (weight > 0)
+            gate, rest = gate + extra, rest - extra @ anchors
         locked = rest + gate @ anchors
         return Match(gate.to(x.dtype), rest.to(x.dtype), locked.to(x.dtype))
 
@@ -168,8 +176,7 @@ class ConceptMatcher:
 class PerfusionKeyAdapter(LayerAdapter):
     """Local key lock: the key sees e_perp + g i_super, so W_K itself makes o*_K = W_K i_super.
 
-    Args:
-        matcher: shared by all layers.
+    `matcher` is shared by all layers.
     """
 
     def __init__(self, matcher: ConceptMatcher) -> None:
@@ -199,10 +206,8 @@ class PerfusionValueAdapter(LayerAdapter):
 
     def __init__(self, matcher: ConceptMatcher, targets: Tensor) -> None:
         if targets.ndim != 2 or len(targets) != len(matcher.concepts):
-            raise LayoutError(
-                f"{len(matcher.concepts)} concepts need as many value targets, got "
-                f"{tuple(targets.shape)}."
-            )
+            count, got = len(matcher.concepts), tuple(targets.shape)
+            raise LayoutError(f"{count} concepts need as many value targets, got {got}.")
         self.matcher, self.targets = matcher, targets
 
     def substitute(self, x: Tensor) -> Tensor:
@@ -271,14 +276,12 @@ def concept_state(matcher: ConceptMatcher) -> dict[str, Tensor]:
     Raises:
         ConfigError: a gate is not a SigmoidGate.
     """
-    gates = [c.gate for c in matcher.concepts]
-    if not all(isinstance(gate, SigmoidGate) for gate in gates):
-        raise ConfigError("Only concepts with sigmoid gates can be stored.")
-    numbers = [
-        (c.gate.bias, c.gate.temperature, c.strength, -1 if c.reach is None else c.reach)
-        for c in matcher.concepts
-        if isinstance(c.gate, SigmoidGate)
-    ]
+    numbers = []
+    for c in matcher.concepts:
+        gate, reach = c.gate, -1 if c.reach is None else c.reach
+        if not isinstance(gate, SigmoidGate):
+            raise ConfigError("Only concepts with sigmoid gates can be stored.")
+        numbers.append((gate.bias, gate.temperature, c.strength, reach, c.carry))
     names = ("direction", "covector", "superclass")
     parts = {name: torch.stack([getattr(c, name) for c in matcher.concepts]) for name in names}
     settings = torch.tensor(numbers, dtype=torch.float64)
@@ -288,10 +291,10 @@ def concept_state(matcher: ConceptMatcher) -> dict[str, Tensor]:
 def matcher_from_state(state: Mapping[str, Tensor]) -> ConceptMatcher:
     """Matcher from the tensors of `concept_state`."""
     concepts = []
-    rows = zip(state["direction"], state["covector"], state["superclass"], strict=True)
-    for parts, (bias, temperature, strength, reach) in zip(
-        rows, state["settings"].tolist(), strict=True
-    ):
-        gate = SigmoidGate(bias, temperature)
-        concepts.append(GatedConcept(*parts, gate, strength, None if reach < 0 else int(reach)))
+    rows = [state[name] for name in ("direction", "covector", "superclass", "settings")]
+    for direction, covector, superclass, settings in zip(*rows, strict=True):
+        bias, temperature, strength, reach, carry = settings.tolist()
+        gate, near = SigmoidGate(bias, temperature), None if reach < 0 else int(reach)
+        parts = (direction, covector, superclass)
+        concepts.append(GatedConcept(*parts, gate, strength, near, carry))
     return ConceptMatcher(concepts, bool(state["exact"]))

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..errors import InterruptedTraining
-from . import controlnet, paths, stages, stages_concepts, stages_faces, stages_lora
+from . import controlnet, paths, stages, stages_faces, stages_lora
 
 Report = Callable[[int, int, dict[str, float]], None]
 
@@ -52,7 +52,6 @@ STAGES = (
     Stage("encoder", 16, stages_lora.encoder),
     Stage("paper", 6, stages_lora.paper),
     Stage("example", 1, stages_lora.example),
-    Stage("concepts", 2, stages_concepts.concepts),
 )
 
 

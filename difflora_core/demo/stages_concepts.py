@@ -1,4 +1,5 @@
-"""The stage that teaches the words that ship; see stages.py."""
+"""Teaches the words that are to ship; see stages.py. Not a stage of the build yet: what is learned
+in the demo world is not good enough to show."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from .concepts import DemoConcept, demo_concept_text
 from .stages import Figures
 
 CAPTIONS = 10_000
-TRAINING = PerfusionTraining(steps=400)
+TRAINING = PerfusionTraining(steps=400, value_rate=0.1, carry=1.0)
 
 
 def concepts(progress: Progress) -> Figures:

@@ -26,7 +26,7 @@ from ..adapters.perfusion import (
 )
 from ..diffusion.objective import loss_weight
 from ..errors import ConfigError
-from ..methods.perfusion import key_layer
+from ..methods.perfusion import CARRY, key_layer
 from ..models.concept import Concept, EncodedPrompts, WordEmbedding
 from .base_model import TextCondition
 from .calibration import AttentionRecord, binding_loss, record_attention, separation_loss
@@ -45,7 +45,8 @@ class PerfusionTraining:
     training. `weighting`: of the denoising loss. `binding`, `separation`: weights of DisenDiff's
     losses (arXiv 2403.18551 takes 0.01 for both), for several words from one picture. `keep`:
     weight of staying, outside the masks, at what the base draws for the super-class word (ours).
-    `reach`: tokens from the word on which it acts while training, -1 for all. `evaluate_every`:
+    `reach`: tokens from the word on which it acts while training, -1 for all. `carry`: see
+    `GatedConcept`; 1 for base models that read things in the prompt's end mark. `evaluate_every`:
     steps between looks at the fixed evaluation batch. `precision`: "no", "bf16".
     """
 
@@ -59,8 +60,9 @@ class PerfusionTraining:
     weighting: str = "uniform"
     binding: float = 0.0
     separation: float = 0.0
-    keep: float = 1.0
+    keep: float = 0.15
     reach: int = -1
+    carry: float = 0.0
     evaluate_every: int = 25
     precision: str = "no"
     seed: int = 0
@@ -77,6 +79,8 @@ class PerfusionTraining:
             raise ConfigError("Weights of losses must not be negative.")
         if self.reach < -1:
             raise ConfigError(f"The reach is -1 (all tokens) or more, got {self.reach}.")
+        if not 0 <= self.carry <= 1:
+            raise ConfigError(f"carry must lie in 0 to 1, got {self.carry}.")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PerfusionTraining:
@@ -166,7 +170,8 @@ class PerfusionObjective(nn.Module):
         superclasses = self.task.superclasses.to(directions)
         rows = zip(directions, covectors, superclasses, strict=True)
         reach = None if self.config.reach < 0 else self.config.reach
-        matcher = ConceptMatcher([GatedConcept(*parts, gate, reach=reach) for parts in rows])
+        concepts = [GatedConcept(*parts, gate, 1.0, reach, self.config.carry) for parts in rows]
+        matcher = ConceptMatcher(concepts)
         keys, entries = PerfusionKeyAdapter(matcher), []
         for layer, value in zip(self.task.layers, self.values, strict=True):
             targets = self.starts[layer].to(value) + value
@@ -198,10 +203,7 @@ class PerfusionObjective(nn.Module):
         return loss + extra, parts
 
     def _drift(self, estimate: Tensor, batch: Mapping[str, Any]) -> Tensor:
-        """Squared change outside the masks against the base with the super-class words.
-
-        The masked loss says nothing about the rest of a picture, and a concept would spread there.
-        """
+        """Squared change outside the masks, where the masked loss lets a concept spread."""
         words = zip(self.task.words, self.task.embeddings, strict=True)
         with torch.no_grad():
             encoded = self.task.text.encode(batch["prompts"], {w.word: e for w, e in words})
@@ -227,11 +229,10 @@ class PerfusionObjective(nn.Module):
         """
         words = self.task.words
         places = torch.stack([encoded.positions[word.word] for word in words])  # J B
-        whole = (places >= 0).all(0).to(batch["latents"].device)
-        zero = batch["latents"].new_zeros(())
+        device, size = batch["latents"].device, tuple(batch["latents"].shape[-2:])
+        whole, zero = (places >= 0).all(0).to(device), batch["latents"].new_zeros(())
         if not bool(whole.any()):
             return zero, {}
-        device, size = batch["latents"].device, tuple(batch["latents"].shape[-2:])
         follows = [all(f"{w.word} {w.superclass}" in p for p in batch["prompts"]) for w in words]
         own = [record.maps(row.to(device), (size[0], size[1])) for row in places]
         classes = [
@@ -250,7 +251,7 @@ class PerfusionObjective(nn.Module):
     @torch.no_grad()
     def concepts(self, facts: Mapping[str, str | int | float]) -> list[Concept]:
         """What was trained so far, one record for each word."""
-        result = []
+        facts, result = {**facts, CARRY: self.config.carry}, []
         for row, (word, embedding) in enumerate(self.embeddings().items()):
             direction = self.direction[row].detach().cpu().double()
             values = {
