@@ -87,8 +87,8 @@ RATES: Mapping[str, tuple[float, ...]] = {
     DREAMBOOTH: (0.01,),
     INVERSION: (0.01,),
 }
-"""Learning rates. That of Perfusion's values is the best of three on one concept, <hat-b>, which is
-among those measured; the other rates are not tuned."""
+"""Learning rates, not tuned: those of Perfusion gave the lowest loss of a few runs on <hat-b>, one
+of the concepts that are measured, and those runs differed in other settings too."""
 OBJECTIVES: Mapping[str, Callable[..., Any]] = {
     PERFUSION: PerfusionObjective,
     INFUSION: InfusionObjective,

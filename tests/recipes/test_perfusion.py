@@ -338,7 +338,8 @@ def test_bad_pictures():
 
 
 def test_bad_settings():
-    for bad in ({"steps": 0}, {"value_rate": 0.0}, {"average": 1.0}, {"temperature": 0.0}):
+    rates = {"value_rate": 0.0}, {"average": 1.0}, {"temperature": 0.0}, {"carry": 1.1}
+    for bad in ({"steps": 0}, *rates):
         with pytest.raises(ConfigError):
             PerfusionTraining(**bad)
     with pytest.raises(ConfigError, match="Unknown training settings"):
