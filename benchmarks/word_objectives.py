@@ -16,6 +16,7 @@ from difflora_core.adapters.lora import lora_adapter_set
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.models.concept import EncodedPrompts, WordEmbedding
 from difflora_core.training.base_model import TextCondition
+from difflora_core.training.concept_run import concept_loop
 from difflora_core.training.concept_task import ConceptTask
 from difflora_core.training.loop import LoopConfig
 from difflora_core.training.losses import NoisedBatch, denoising_error
@@ -36,17 +37,7 @@ class YardstickConfig:
     @property
     def loop(self) -> LoopConfig:
         """The run: the same course as that of the concept recipes."""
-        return LoopConfig(
-            steps=self.steps,
-            learning_rate=self.rate,
-            warmup=1,
-            decay=0.3,
-            weight_decay=0.0,
-            betas=(0.9, 0.999),
-            checkpoint_every=max(self.evaluate_every, 100),
-            log_every=self.evaluate_every,
-            seed=self.seed,
-        )
+        return concept_loop(self.steps, self.rate, self.evaluate_every, self.seed)
 
 
 class WordObjective(nn.Module):

@@ -30,6 +30,32 @@ Watch = Callable[[int, int, dict[str, float], Callable[[], Tensor]], None]
 """Called at every log as (step, steps, metrics, preview); preview() draws a (1, H, W, 3)."""
 
 
+def concept_loop(
+    steps: int, rate: float, evaluate_every: int, seed: int, precision: str = "no"
+) -> LoopConfig:
+    """The course that all concept recipes take: AdamW without decay, the rate falls at the end.
+
+    Args:
+        steps: of the optimiser.
+        rate: its learning rate.
+        evaluate_every: steps between looks at the evaluation batch.
+        seed: of batches and noise.
+        precision: "no" or "bf16".
+    """
+    return LoopConfig(
+        steps=steps,
+        learning_rate=rate,
+        warmup=1,
+        decay=0.3,
+        weight_decay=0.0,
+        betas=(0.9, 0.999),
+        checkpoint_every=max(evaluate_every, 100),
+        log_every=evaluate_every,
+        precision=precision,
+        seed=seed,
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class ConceptResult:
     """What a run left.

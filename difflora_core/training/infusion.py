@@ -21,7 +21,7 @@ from ..adapters.perfusion import ConceptMatcher
 from ..errors import ConfigError
 from ..models.concept import Concept, EncodedPrompts
 from .base_model import TextCondition
-from .concept_run import ConceptResult, Watch, run_concepts
+from .concept_run import ConceptResult, Watch, concept_loop, run_concepts
 from .concept_task import ConceptExamples, ConceptTask
 from .loop import LoopConfig
 from .losses import NoisedBatch, denoising_error
@@ -54,17 +54,8 @@ class InfusionTraining:
     @property
     def loop(self) -> LoopConfig:
         """The run, for `loop.train`."""
-        return LoopConfig(
-            steps=self.steps,
-            learning_rate=self.learning_rate,
-            warmup=1,
-            decay=0.3,
-            weight_decay=0.0,
-            betas=(0.9, 0.999),
-            checkpoint_every=max(self.evaluate_every, 100),
-            log_every=self.evaluate_every,
-            precision=self.precision,
-            seed=self.seed,
+        return concept_loop(
+            self.steps, self.learning_rate, self.evaluate_every, self.seed, self.precision
         )
 
 

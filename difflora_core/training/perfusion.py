@@ -30,7 +30,7 @@ from ..methods.perfusion import CARRY, key_layer
 from ..models.concept import Concept, EncodedPrompts, WordEmbedding
 from .base_model import TextCondition
 from .calibration import AttentionRecord, binding_loss, record_attention, separation_loss
-from .concept_run import ConceptResult, Watch, run_concepts
+from .concept_run import ConceptResult, Watch, concept_loop, run_concepts
 from .concept_task import ConceptExamples, ConceptTask
 from .loop import LoopConfig
 from .losses import NoisedBatch, denoise
@@ -97,17 +97,8 @@ class PerfusionTraining:
     @property
     def loop(self) -> LoopConfig:
         """The run, for `loop.train`."""
-        return LoopConfig(
-            steps=self.steps,
-            learning_rate=self.value_rate,
-            warmup=1,
-            decay=0.3,
-            weight_decay=0.0,
-            betas=(0.9, 0.999),
-            checkpoint_every=max(self.evaluate_every, 100),
-            log_every=self.evaluate_every,
-            precision=self.precision,
-            seed=self.seed,
+        return concept_loop(
+            self.steps, self.value_rate, self.evaluate_every, self.seed, self.precision
         )
 
 
