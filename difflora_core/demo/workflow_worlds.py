@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from .workflow_builder import Graph, Node, Out
@@ -41,13 +41,6 @@ SDXL_NOTE = """
 - `models/difflora/{model}`: a DiffLoRA model for SDXL. None is published with this pack yet; it \
 has to be trained (README, For trainers).
 {more}
-Put your own picture into every **Load Image**; the drawn ones only hold the place."""
-
-SDXL_CONCEPT_NOTE = """
-**Files**
-- `models/checkpoints/{checkpoints}`, or any SDXL checkpoint
-- `models/difflora_concepts`: words that you taught with the workflow *teach a concept*
-
 Put your own picture into every **Load Image**; the drawn ones only hold the place."""
 
 
@@ -91,11 +84,6 @@ SDXL = World(
     1,
     SDXL_NOTE,
 )
-
-
-def concept_world(world: World) -> World:
-    """The same world for workflows of taught words, which need no DiffLoRA model."""
-    return world if world.name == "demo" else replace(world, about=SDXL_CONCEPT_NOTE)
 
 
 class Studio:
