@@ -20,7 +20,7 @@ from torch import Tensor
 
 from difflora_core.demo import paths
 from difflora_core.demo.base import load_base
-from difflora_core.demo.concept_judge import concept_judge
+from difflora_core.demo.concept_judge import load_concept_judge
 from difflora_core.demo.concepts import CONCEPTS, demo_concept_text, render_items
 from difflora_core.demo.identities import split_seeds
 from difflora_core.demo.judges import load_judges
@@ -59,8 +59,8 @@ TOGETHER: Mapping[str, tuple[float, ...]] = {
     INVERSION: (1.0,),
 }
 SCENES = CONTEXT + EXPRESSION + LOOK
-PAIRS = ((0, 4), (0, 2), (1, 6), (4, 3), (5, 7), (1, 5), (4, 6), (0, 7))
-"""Concepts that stand together in one picture; no two in the same hand."""
+PAIRS = ((0, 4), (0, 2), (1, 5), (4, 3), (6, 7), (1, 7), (6, 5), (7, 2))
+"""Concepts that stand together in one picture."""
 BASE, BASE_TWO = "base, plain words", "two: base, plain words"
 REAL, REAL_VAE = "real pictures", "real pictures, through the VAE"
 GOALS = ("concept_similarity", "prompt_agreement")
@@ -78,13 +78,13 @@ class Size:
     recipes: Recipes = field(default_factory=Recipes)
 
 
-QUICK = Size((0, 4), SCENES[:6], ((0, 4),), 4, Recipes(steps=60))
+QUICK = Size((0, 4), SCENES[:6], ((0, 4),), 4, Recipes(steps=200))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description="Words taught by Perfusion and by others.")
-    parser.add_argument("--quick", action="store_true", help="2 concepts, 6 prompts, 60 steps")
+    parser.add_argument("--quick", action="store_true", help="2 concepts, 6 prompts, 200 steps")
     parser.add_argument("--json", type=Path, help="write everything to this file")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads, 0 = all cores")
     options = parser.parse_args(arguments)
@@ -104,12 +104,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def gallery(console: Console) -> Gallery:
     """The demo world as this benchmark needs it."""
-    text = demo_concept_text(paths.BASE)
+    text = demo_concept_text(paths.BASE, paths.WORDS)
     covariance = build_covariance(text, captions(CAPTIONS, "demo"))
-    mark = hashlib.sha256(paths.BASE.read_bytes()).hexdigest()
-    base, folder = load_base(paths.BASE), CACHE / "words"
+    mark = hashlib.sha256(paths.BASE.read_bytes() + paths.WORDS.read_bytes()).hexdigest()
+    base, folder = load_base(paths.BASE, paths.WORDS), CACHE / "words"
     school = School(base, text, covariance, mark, folder, console.print)
-    judge = concept_judge(CONCEPTS, lambda images: base.decode_latents(base.encode_images(images)))
+    judge = load_concept_judge(paths.CONCEPT_JUDGE)
     return Gallery(school, load_judges(paths.JUDGES), judge, CACHE / "word_trials")
 
 
@@ -124,20 +124,13 @@ def measure(gallery: Gallery, size: Size) -> Report:
     }
     sweeps: dict[str, Tensor] = {}
     for method in METHODS:
-        points = []
-        for knob in KNOBS[method]:
-            each = [gallery.columns(wanted[c.word], [taught[method][c.word]], knob) for c in chosen]
-            table = {
-                name: torch.stack([columns[name].mean() for columns in each])
-                for name in each[0]
-                if name != "all_recognised"
-            }
-            points.append(torch.stack([table[name] for name in GOALS], 1))
+        table = sweep(gallery, taught[method], wanted)
+        for knob, columns in zip(KNOBS[method], table, strict=True):
             rows[label(method, knob)] = {
-                **{name: float(values.mean()) for name, values in table.items()},
+                **{name: float(values.mean()) for name, values in columns.items()},
                 **costs(gallery, list(taught[method].values()), knob),
             }
-        sweeps[method] = torch.stack(points)  # K C 2
+        sweeps[method] = goals(table)
     together, both = two_concepts(gallery, taught, size)
     reference = torch.tensor([rows[BASE]["concept_similarity"], 0.0]).double()
     facts = {
@@ -154,6 +147,30 @@ def measure(gallery: Gallery, size: Size) -> Report:
         },
     }
     return Report({**rows, **together}, facts)
+
+
+def sweep(
+    gallery: Gallery, taught: Mapping[str, Taught], wanted: Mapping[str, Sequence[Wish]]
+) -> list[Columns]:
+    """For each setting of a method's knob the mean columns (C,) of its concepts' pictures.
+
+    Args:
+        gallery: draws and judges.
+        taught: word to what the method learned.
+        wanted: word to the pictures.
+    """
+    method = next(iter(taught.values())).method
+    table = []
+    for knob in KNOBS[method]:
+        each = [gallery.columns(wanted[word], [own], knob) for word, own in taught.items()]
+        names = [name for name in each[0] if name != "all_recognised"]
+        table.append({n: torch.stack([columns[n].mean() for columns in each]) for n in names})
+    return table
+
+
+def goals(table: Sequence[Columns]) -> Tensor:
+    """The two goals of a sweep: (knobs, concepts, 2)."""
+    return torch.stack([torch.stack([columns[n] for n in GOALS], 1) for columns in table])
 
 
 def label(method: str, knob: float) -> str:

@@ -63,15 +63,19 @@ VAE_NAMES = (
 )
 
 
-def read_demo_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and the configuration in the metadata.
+def read_demo_file(
+    path: Path, words: Path | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and the configuration in the metadata; `words` holds tensors to put in their place.
 
     Raises:
-        CheckpointError: there is none; the file is something else.
+        CheckpointError: there is no configuration; the file is something else.
     """
     tensors, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
     if not metadata or "config" not in metadata:
         raise CheckpointError(f"{path} is no file of the demo world: it holds no configuration.")
+    if words is not None:
+        tensors |= comfy.utils.load_torch_file(str(words), safe_load=True)
     return tensors, json.loads(metadata["config"])
 
 
@@ -106,9 +110,9 @@ def vae_ratio(config: Mapping[str, Any]) -> int:
     return 2 ** (len(config["block_out_channels"]) - 1)
 
 
-def load_demo_unet(path: Path, disable_dynamic: bool = False) -> Any:
+def load_demo_unet(path: Path, words: Path | None = None, disable_dynamic: bool = False) -> Any:
     """The UNet in a ModelPatcher, as ComfyUI's checkpoint loader makes one."""
-    state, facts = read_demo_file(path)
+    state, facts = read_demo_file(path, words)
     config = demo_model_config(state, facts)
     device = comfy.model_management.get_torch_device()
     dtype = comfy.model_management.unet_dtype(
@@ -125,7 +129,7 @@ def load_demo_unet(path: Path, disable_dynamic: bool = False) -> Any:
     patcher = kind(model, load_device=device, offload_device=offload)
     model.load_model_weights(state, UNET, assign=patcher.is_dynamic())
     # Hooks and copies for other devices reload the model from its file.
-    patcher.cached_patcher_init = (load_demo_unet, (path,))
+    patcher.cached_patcher_init = (load_demo_unet, (path, words))
     return patcher
 
 
@@ -171,9 +175,9 @@ def vae_state(state: Mapping[str, Tensor], levels: int) -> dict[str, Tensor]:
     return renamed
 
 
-def load_demo_clip(path: Path) -> Any:
+def load_demo_clip(path: Path, words: Path | None = None) -> Any:
     """Both text encoders behind ComfyUI's SDXL tokenizer and CLIP class."""
-    state, _ = read_demo_file(path)
+    state, _ = read_demo_file(path, words)
     weights: dict[str, Tensor] = {}
     options = {}
     for part, prefix in TEXT.items():
@@ -244,7 +248,16 @@ class LoadDemo(io.ComfyNode):
             description="A tiny base model of drawn faces (64 x 64 pixels) with its encoders and "
             "DiffLoRA model. It comes with the node pack and runs on any computer in seconds.",
             search_aliases=["difflora", "example", "tiny sdxl"],
-            inputs=[],
+            inputs=[
+                io.Boolean.Input(
+                    "word_by_word",
+                    default=False,
+                    optional=True,
+                    tooltip="On for taught words (Perfusion, Infusion): the same model, trained on "
+                    "to read a prompt word by word, as SDXL does. Off: it reads the whole prompt "
+                    "at its end.",
+                ),
+            ],
             outputs=[
                 io.Model.Output(display_name="model"),
                 io.Clip.Output(display_name="clip"),
@@ -260,16 +273,17 @@ class LoadDemo(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls):
+    def fingerprint_inputs(cls, word_by_word=False):
         files, faces = model_paths.demo_paths()
         return model_paths.fingerprint(*files, faces)
 
     @classmethod
-    def execute(cls):
-        (base, vision, difflora, control), faces = model_paths.demo_paths()
+    def execute(cls, word_by_word=False):
+        (base, words, vision, difflora, control), faces = model_paths.demo_paths()
+        taught = words if word_by_word else None
         return io.NodeOutput(
-            load_demo_unet(base),
-            load_demo_clip(base),
+            load_demo_unet(base, taught),
+            load_demo_clip(base, taught),
             load_demo_vae(base),
             load_demo_clip_vision(vision),
             InsightFaceEncoder(faces).analysis,

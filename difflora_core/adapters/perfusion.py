@@ -64,8 +64,6 @@ class GatedConcept:
         strength: 0 leaves the encodings alone, 1 is the full edit.
         reach: largest distance in tokens from the best matching token at which the concept acts;
             None for every token, 0 for that token alone.
-        carry: 0 to 1, how far the tokens behind the concept's also get what was learned (ours).
-            Causal text encoders sum a prompt up there, and some base models read nothing else.
     """
 
     direction: Tensor
@@ -74,7 +72,6 @@ class GatedConcept:
     gate: GateFunction
     strength: float = 1.0
     reach: int | None = None
-    carry: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,11 +147,6 @@ class ConceptMatcher:
         weight = self._weights(similarity)
         gate, rest = gate * weight, fine - (share * weight) @ directions
         anchors = torch.stack([c.superclass for c in self.concepts]).to(device, dtype)  # J in
-        if any(c.carry for c in self.concepts):
-            # W (e_perp - x i_super) + (g + x) o* adds x (o* - W i_super); keys stay as they are.
-            carry = gate.new_tensor([c.carry for c in self.concepts])
-            extra = carry * (gate.cummax(-2).values - gate) * (weight > 0)
-            gate, rest = gate + extra, rest - extra @ anchors
         locked = rest + gate @ anchors
         return Match(gate.to(x.dtype), rest.to(x.dtype), locked.to(x.dtype))
 
@@ -281,7 +273,7 @@ def concept_state(matcher: ConceptMatcher) -> dict[str, Tensor]:
         gate, reach = c.gate, -1 if c.reach is None else c.reach
         if not isinstance(gate, SigmoidGate):
             raise ConfigError("Only concepts with sigmoid gates can be stored.")
-        numbers.append((gate.bias, gate.temperature, c.strength, reach, c.carry))
+        numbers.append((gate.bias, gate.temperature, c.strength, reach))
     names = ("direction", "covector", "superclass")
     parts = {name: torch.stack([getattr(c, name) for c in matcher.concepts]) for name in names}
     settings = torch.tensor(numbers, dtype=torch.float64)
@@ -293,8 +285,8 @@ def matcher_from_state(state: Mapping[str, Tensor]) -> ConceptMatcher:
     concepts = []
     rows = [state[name] for name in ("direction", "covector", "superclass", "settings")]
     for direction, covector, superclass, settings in zip(*rows, strict=True):
-        bias, temperature, strength, reach, carry = settings.tolist()
+        bias, temperature, strength, reach = settings.tolist()
         gate, near = SigmoidGate(bias, temperature), None if reach < 0 else int(reach)
         parts = (direction, covector, superclass)
-        concepts.append(GatedConcept(*parts, gate, strength, near, carry))
+        concepts.append(GatedConcept(*parts, gate, strength, near))
     return ConceptMatcher(concepts, bool(state["exact"]))

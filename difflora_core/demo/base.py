@@ -91,9 +91,17 @@ class BaseObjective(nn.Module):
         self.unet, self.text = unet, text
         self.register_buffer("alphas_cumprod", DDIMScheduler(**SCHEDULER_CONFIG).alphas_cumprod)
 
+    def condition(self, batch: dict[str, Tensor]) -> TextCondition:
+        """What the UNet is told about a batch."""
+        told: TextCondition = self.text((batch["tokens_l"], batch["tokens_g"]))
+        return told
+
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of scaled `latents`, `noise` (B, 8, h, w), `timesteps` (B,), two token tensors."""
-        text = self.text((batch["tokens_l"], batch["tokens_g"]))
+        """Loss of scaled `latents`, `noise` (B, 8, h, w), `timesteps` (B,), two token tensors.
+
+        `weights` (B, 1, h, w), if there are any, say how much each place counts.
+        """
+        text = self.condition(batch)
         abar = abar_at(self.get_buffer("alphas_cumprod"), batch["timesteps"], batch["latents"])
         noisy = add_noise(batch["latents"], batch["noise"], abar)
         target = training_target(batch["latents"], batch["noise"], abar, "v_prediction")
@@ -101,7 +109,7 @@ class BaseObjective(nn.Module):
         prediction = self.unet(
             noisy, batch["timesteps"], text.context, added_cond_kwargs=added
         ).sample
-        error = ((prediction.float() - target) ** 2).mean((1, 2, 3))
+        error = (batch.get("weights", 1.0) * (prediction.float() - target) ** 2).mean((1, 2, 3))
         early = batch["timesteps"] >= 500
         return error.mean(), {"noisy_half": error[early].mean().detach().nan_to_num()}
 
@@ -156,61 +164,83 @@ def demo_layout(rank: int = LORA_RANK) -> LoRALayout:
 
 def save_base(path: Path, unet: UNet2DConditionModel, text: DemoText, vae: AutoencoderKL) -> None:
     """Write one float16 file: LDM names for the UNet, CLIP numbers of the vocabulary rows."""
-    names = unet_name_map(UNET_CONFIG)
-    tensors = {}
+    tensors = stored_tensors(unet, text)
+    tensors |= {_stored_name("vae", k): t for k, t in vae.state_dict().items()}
+    tensors |= {"vocabulary": clip_numbers(), "v_pred": torch.ones(1)}
+    facts = {"unet": UNET_CONFIG, "vae": {**VAE_CONFIG, "scaling_factor": 1.0}}
+    write_half(path, tensors, {"config": json.dumps(facts), "format": "difflora-demo-base-1"})
+
+
+def stored_tensors(unet: UNet2DConditionModel, text: DemoText) -> dict[str, Tensor]:
+    """Weights of the UNet and the text encoders under their names in the file."""
+    names, tensors = _unet_names(unet), {}
     for key, tensor in unet.state_dict().items():
-        module, leaf = key.rsplit(".", 1)
-        tensors[f"model.diffusion_model.{names[module]}.{leaf}"] = tensor
-    parts: dict[str, nn.Module] = {"vae": vae, "text_l": text.text_l, "text_g": text.text_g}
-    for part, module in parts.items():
+        tensors[names[key]] = tensor
+    for part, module in (("text_l", text.text_l), ("text_g", text.text_g)):
         tensors |= {_stored_name(part, k): t for k, t in module.state_dict().items()}
+    return tensors
+
+
+def write_half(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
+    """Write one file, its float numbers in float16."""
     stored = {
         k: t.detach().cpu().half().contiguous() if t.is_floating_point() else t.detach().cpu()
         for k, t in tensors.items()
     }
-    stored["vocabulary"] = clip_numbers()
-    stored["v_pred"] = torch.ones(1)
-    facts = {"unet": UNET_CONFIG, "vae": {**VAE_CONFIG, "scaling_factor": 1.0}}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".part")
-    save_file(
-        stored, temporary, metadata={"config": json.dumps(facts), "format": "difflora-demo-base-1"}
-    )
+    save_file(stored, temporary, metadata=dict(facts))
     temporary.replace(path)
 
 
-def load_base(path: Path) -> DiffusersBase:
-    """The demo base as a frozen float32 model for training and evaluation."""
+def load_base(path: Path, words: Path | None = None) -> DiffusersBase:
+    """The demo base as a frozen float32 model for training and evaluation.
+
+    Args:
+        path: the base's file.
+        words: weights that replace some of it, see words.py.
+    """
+    tensors = _tensors(path, words)
     with safe_open(path, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
         facts = json.loads(file.metadata()["config"])
     unet = UNet2DConditionModel(**facts["unet"])
-    text = load_text(path)
+    text = load_text(path, words)
     vae = AutoencoderKL(**facts["vae"])
-    names = unet_name_map(facts["unet"])
-    unet.load_state_dict(
-        {
-            key: tensors[
-                f"model.diffusion_model.{names[key.rsplit('.', 1)[0]]}.{key.rsplit('.', 1)[1]}"
-            ].float()
-            for key in unet.state_dict()
-        }
-    )
+    unet.load_state_dict({key: tensors[n].float() for key, n in _unet_names(unet).items()})
     _load_part("vae", vae, tensors)
     for frozen in (unet, vae):
         frozen.requires_grad_(False).eval()
     return DiffusersBase(unet, vae, text.encode_prompts, DDIMScheduler(**SCHEDULER_CONFIG))
 
 
-def load_text(path: Path) -> DemoText:
-    """The demo base's text encoders alone, frozen, float32."""
+def load_text(path: Path, words: Path | None = None) -> DemoText:
+    """The demo base's text encoders alone, frozen, float32; `words` as for `load_base`."""
     text = DemoText()
-    with safe_open(path, "pt") as file:
-        wanted = (_PREFIXES["text_l"], _PREFIXES["text_g"])
-        tensors = {k: file.get_tensor(k) for k in file.keys() if k.startswith(wanted)}
+    tensors = _tensors(path, words, (_PREFIXES["text_l"], _PREFIXES["text_g"]))
     _load_part("text_l", text.text_l, tensors)
     _load_part("text_g", text.text_g, tensors)
     return text.requires_grad_(False).eval()
+
+
+def _tensors(
+    path: Path, words: Path | None, wanted: str | tuple[str, ...] = ""
+) -> dict[str, Tensor]:
+    """Tensors of a base file whose names begin as wanted, those of `words` in place of its own."""
+    tensors: dict[str, Tensor] = {}
+    for one in (path,) if words is None else (path, words):
+        with safe_open(one, "pt") as file:
+            tensors |= {k: file.get_tensor(k) for k in file.keys() if k.startswith(wanted)}
+    return tensors
+
+
+def _unet_names(unet: UNet2DConditionModel) -> dict[str, str]:
+    """Name in the file of every weight of the UNet."""
+    modules = unet_name_map(dict(unet.config))
+    parts = {key: key.rsplit(".", 1) for key in unet.state_dict()}
+    return {
+        key: f"model.diffusion_model.{modules[module]}.{leaf}"
+        for key, (module, leaf) in parts.items()
+    }
 
 
 def _load_part(part: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..errors import InterruptedTraining
-from . import controlnet, paths, stages, stages_faces, stages_lora
+from . import controlnet, paths, stages, stages_concepts, stages_faces, stages_lora, words
 
 Report = Callable[[int, int, dict[str, float]], None]
 
@@ -44,6 +44,9 @@ STAGES = (
     Stage("judges", 15, stages_faces.judges),
     Stage("vae", 15, stages.vae),
     Stage("base", 45, stages.base),
+    Stage("words", 18, words.words),
+    Stage("concept_judge", 14, stages_concepts.judge),
+    Stage("concepts", 4, stages_concepts.concepts),
     Stage("controlnet", 7, controlnet.controlnet),
     Stage("features", 9, stages_lora.features),
     Stage("reader", 4, stages_lora.reader),

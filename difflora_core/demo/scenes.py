@@ -30,13 +30,16 @@ from .renderer import (
 PICTURE_SIZE = 64
 """Height of every picture and width of a portrait, in pixels; wide pictures are twice as wide."""
 
-_DRAWS = 28
-_ITEM_WORDS = {
-    "hat": "wearing a {} hat",
-    "cup": "holding a {} cup",
-    "cat": "with a {} cat",
-    "flower": "holding a {} flower",
+ITEM_PHRASES = {
+    "hat": "wearing a {}",
+    "cup": "holding a {}",
+    "cat": "with a {}",
+    "flower": "holding a {}",
 }
+SEEN = 0.04
+"""By how much a pixel changes where a thing is drawn."""
+
+_DRAWS = 28
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Scene:
             words.append(f"{self.pattern} {self.background} background")
         words.append(f"{self.shirt} shirt")
         if self.item != "none":
-            words.append(_ITEM_WORDS[self.item].format(self.item_colour))
+            words.append(ITEM_PHRASES[self.item].format(f"{self.item_colour} {self.item}"))
         return ", ".join(words)
 
 
@@ -134,6 +137,32 @@ def render_portraits(
         captions.append(scene.caption(who))
     points, boxes = keypoints(parameters, pose), face_box(parameters, pose)
     return Pictures(images, scenes, captions, points[:, None], boxes[:, None])
+
+
+def render_things(
+    identities: Sequence[int],
+    pictures: Sequence[int],
+    layers: Sequence[tuple[Sequence[Scene], Tensor | None]],
+) -> tuple[Tensor, Tensor]:
+    """Portraits with several things that do not cover each other.
+
+    Args:
+        identities: B seeds.
+        pictures: B picture numbers.
+        layers: for each thing the B scenes with it as item, and its `item_paint`.
+
+    Returns:
+        pictures (B, H, W, 3), and where any of the things is (B, H, W), 0 or 1.
+    """
+    plain = [replace(scene, item="none") for scene in layers[0][0]]
+    bare = render_portraits(identities, pictures, plain).images
+    images, masks = bare.clone(), torch.zeros(bare.shape[:-1])
+    for scenes, paint in layers:
+        drawn = render_portraits(identities, pictures, scenes, item_paint=paint).images
+        there = (drawn - bare).abs().amax(-1) > SEEN
+        images = torch.where(there[..., None], drawn, images)
+        masks = torch.maximum(masks, there.float())
+    return images, masks
 
 
 def render_pairs(left: Sequence[int], right: Sequence[int], pictures: Sequence[int]) -> Pictures:

@@ -205,6 +205,7 @@ class Graph:
         """Sockets and widget values, in the schema's order."""
         sockets: list[dict[str, Any]] = []
         widgets: list[Any] = []
+        buttons: list[Any] = []  # of uploads, which the front end puts last
         for name, type_name, options in schema_inputs(schema):
             value = given.pop(name, None)
             is_widget = type_name in WIDGET_TYPES and not options.get("forceInput")
@@ -222,10 +223,10 @@ class Graph:
                 if options.get("control_after_generate") or name in ("seed", "noise_seed"):
                     widgets.append("fixed")
                 elif options.get("image_upload"):
-                    widgets.append("image")
+                    buttons.append("image")
         if given:
             raise WorkflowError(f"{kind} has no input {sorted(given)}.")
-        return sockets, widgets
+        return sockets, widgets + buttons
 
     def _socket(
         self, sockets: list[dict[str, Any]], number: int, name: str, what: tuple[str, Any]

@@ -22,8 +22,10 @@ from rich.console import Console
 from . import paths
 from .comfy_client import PromptResult
 from .comfy_server import ComfyServer
+from .concept_examples import write_concept_photos
 from .examples import write_photos
 from .workflow_builder import Graph
+from .workflow_concepts import concept_person, one_concept, teach_concept, two_concepts
 from .workflow_graphs import edit_face, portrait, quickstart, several_photos, two_people
 from .workflow_identities import blend, fade_in, invented, pose, prompt_grid
 from .workflow_library import compress_lora, library
@@ -44,6 +46,10 @@ WORKFLOWS: dict[str, Callable[[Graph, World], None]] = {
     "prompt_grid": prompt_grid,
     "library": library,
     "compress_lora": compress_lora,
+    "teach_concept": teach_concept,
+    "one_concept": one_concept,
+    "two_concepts": two_concepts,
+    "concept_person": concept_person,
 }
 """In the order in which an artist may want to meet them."""
 THUMBNAIL = 384
@@ -102,6 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     names = parser.parse_args(arguments).names or list(WORKFLOWS)
     console = Console(highlight=False)
     write_photos(FOLDER)
+    write_concept_photos(FOLDER)
     with tempfile.TemporaryDirectory() as folder, ComfyServer(Path(folder)) as server:
         for name in names:
             seconds = write(name, server)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .workflow_builder import Graph, Node, Out
@@ -41,6 +41,13 @@ SDXL_NOTE = """
 - `models/difflora/{model}`: a DiffLoRA model for SDXL. None is published with this pack yet; it \
 has to be trained (README, For trainers).
 {more}
+Put your own picture into every **Load Image**; the drawn ones only hold the place."""
+
+SDXL_CONCEPT_NOTE = """
+**Files**
+- `models/checkpoints/{checkpoints}`, or any SDXL checkpoint
+- `models/difflora_concepts`: words that you taught with the workflow *teach a concept*
+
 Put your own picture into every **Load Image**; the drawn ones only hold the place."""
 
 
@@ -86,11 +93,21 @@ SDXL = World(
 )
 
 
-class Studio:
-    """The steps that most workflows share, on one graph in one world."""
+def concept_world(world: World) -> World:
+    """The same world for workflows of taught words, which need no DiffLoRA model."""
+    return world if world.name == "demo" else replace(world, about=SDXL_CONCEPT_NOTE)
 
-    def __init__(self, graph: Graph, world: World, about: str, control: bool = False) -> None:
-        self.graph, self.world = graph, world
+
+class Studio:
+    """The steps that most workflows share, on one graph in one world.
+
+    `words`: the demo base reads word by word, as taught words need.
+    """
+
+    def __init__(
+        self, graph: Graph, world: World, about: str, control: bool = False, words: bool = False
+    ) -> None:
+        self.graph, self.world, self.words = graph, world, words
         files = {folder: name for folder, (name, _) in SDXL_FILES.items()}
         more = "- `models/controlnet/{controlnet}`\n" if control else ""
         facts = {**files, "faces": SDXL_FACES, "model": SDXL_MODEL}
@@ -120,7 +137,7 @@ class Studio:
     def load_base(self, column: int = 0) -> Node:
         """The base model alone: `model`, `clip` and `vae`."""
         if self.world.name == "demo":
-            base = self.graph.add("DiffLoRA_LoadDemo", column)
+            base = self.graph.add("DiffLoRA_LoadDemo", column, word_by_word=self.words)
         else:
             file = self._file("checkpoints")
             base = self.graph.add(

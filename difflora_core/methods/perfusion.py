@@ -28,8 +28,6 @@ from ..models.concept import Concept
 from .base import AdaptationRequest, Method
 
 Lock = Literal["none", "local", "global"]
-CARRY = "carry"
-"""Fact of a concept: the `GatedConcept.carry` with which it was trained."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +80,7 @@ class PreparedConcept:
         gate = SigmoidGate(config.bias, config.temperature)
         part = self.concept
         covector = part.covector / (part.covector * part.direction).sum()
-        carry = float(part.facts.get(CARRY, 0.0))
-        return GatedConcept(
-            part.direction, covector, self.superclass, gate, config.strength, reach, carry
-        )
+        return GatedConcept(part.direction, covector, self.superclass, gate, config.strength, reach)
 
 
 class Perfusion(Method):

@@ -22,7 +22,8 @@ from .base_model import TextCondition, compute_device, compute_dtype
 from .concept_task import ConceptExamples
 from .loop import LoopConfig, train
 
-EVALUATION_PICTURES = 8
+EVALUATION_BATCHES = 6
+"""Enough that the state that is kept was better, not luckier."""
 EVALUATION_SEED = 71
 PREVIEW_TIMESTEP = 600
 
@@ -71,14 +72,15 @@ class ConceptResult:
 
 
 class _Best:
-    """The state with the lowest loss on a fixed batch, kept on disk beside the checkpoint."""
+    """The state with the lowest loss on fixed batches, kept on disk beside the checkpoint."""
 
-    def __init__(self, objective: nn.Module, examples: ConceptExamples, folder: Path) -> None:
+    def __init__(
+        self, objective: nn.Module, examples: ConceptExamples, batch: int, folder: Path
+    ) -> None:
         self.objective, self.path = objective, folder / "best.safetensors"
         generator = torch.Generator().manual_seed(EVALUATION_SEED)
-        batch = examples.draw(EVALUATION_PICTURES)(generator)
-        device = next(objective.parameters()).device
-        self.batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        draw = examples.draw(batch)
+        self.batches = [draw(generator) for _ in range(EVALUATION_BATCHES)]
         self.step, self.loss = 0, float("inf")
         if self.path.exists():
             self.step, self.loss = self._read()
@@ -108,11 +110,13 @@ class _Best:
     def _measure(self) -> float:
         self.objective.eval()
         device = next(self.objective.parameters()).device
-        batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.batch.items()}
+        total = 0.0
         with torch.no_grad():
-            loss = float(self.objective(batch)[0])
+            for batch in self.batches:
+                here = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+                total += float(self.objective(here)[0])
         self.objective.train()
-        return loss
+        return total / len(self.batches)
 
     def restore(self) -> None:
         """Put the best state back into the objective."""
@@ -160,7 +164,7 @@ def run_concepts(
         CheckpointError: the folder holds a run with other settings or pictures.
     """
     _same_run(folder, objective, examples, batch, loop)
-    best = _Best(objective, examples, folder)
+    best = _Best(objective, examples, batch, folder)
 
     def report(step: int, total: int, metrics: dict[str, float]) -> None:
         metrics = {**metrics, "evaluation": best.look(step)}

@@ -26,7 +26,7 @@ from ..adapters.perfusion import (
 )
 from ..diffusion.objective import loss_weight
 from ..errors import ConfigError
-from ..methods.perfusion import CARRY, key_layer
+from ..methods.perfusion import key_layer
 from ..models.concept import Concept, EncodedPrompts, WordEmbedding
 from .base_model import TextCondition
 from .calibration import AttentionRecord, binding_loss, record_attention, separation_loss
@@ -45,8 +45,7 @@ class PerfusionTraining:
     training. `weighting`: of the denoising loss. `binding`, `separation`: weights of DisenDiff's
     losses (arXiv 2403.18551 takes 0.01 for both), for several words from one picture. `keep`:
     weight of staying, outside the masks, at what the base draws for the super-class word (ours).
-    `reach`: tokens from the word on which it acts while training, -1 for all. `carry`: see
-    `GatedConcept`; 1 for base models that read things in the prompt's end mark. `evaluate_every`:
+    `reach`: tokens from the word on which it acts while training, -1 for all. `evaluate_every`:
     steps between looks at the fixed evaluation batch. `precision`: "no", "bf16".
     """
 
@@ -62,7 +61,6 @@ class PerfusionTraining:
     separation: float = 0.0
     keep: float = 0.15
     reach: int = -1
-    carry: float = 0.0
     evaluate_every: int = 25
     precision: str = "no"
     seed: int = 0
@@ -79,8 +77,6 @@ class PerfusionTraining:
             raise ConfigError("Weights of losses must not be negative.")
         if self.reach < -1:
             raise ConfigError(f"The reach is -1 (all tokens) or more, got {self.reach}.")
-        if not 0 <= self.carry <= 1:
-            raise ConfigError(f"carry must lie in 0 to 1, got {self.carry}.")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PerfusionTraining:
@@ -161,7 +157,7 @@ class PerfusionObjective(nn.Module):
         superclasses = self.task.superclasses.to(directions)
         rows = zip(directions, covectors, superclasses, strict=True)
         reach = None if self.config.reach < 0 else self.config.reach
-        concepts = [GatedConcept(*parts, gate, 1.0, reach, self.config.carry) for parts in rows]
+        concepts = [GatedConcept(*parts, gate, 1.0, reach) for parts in rows]
         matcher = ConceptMatcher(concepts)
         keys, entries = PerfusionKeyAdapter(matcher), []
         for layer, value in zip(self.task.layers, self.values, strict=True):
@@ -242,7 +238,7 @@ class PerfusionObjective(nn.Module):
     @torch.no_grad()
     def concepts(self, facts: Mapping[str, str | int | float]) -> list[Concept]:
         """What was trained so far, one record for each word."""
-        facts, result = {**facts, CARRY: self.config.carry}, []
+        result = []
         for row, (word, embedding) in enumerate(self.embeddings().items()):
             direction = self.direction[row].detach().cpu().double()
             values = {

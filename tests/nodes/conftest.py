@@ -20,6 +20,7 @@ from difflora_core.demo.comfy_client import ComfyClient
 from difflora_core.demo.comfy_server import ComfyServer
 from difflora_core.demo.controlnet import save_controlnet
 from difflora_core.demo.vae import new_vae
+from difflora_core.demo.words import write_words
 from difflora_core.lora.layout import LoRALayout
 from difflora_core.methods.difflora import DiffLoRAConfig, DiffLoRAModel
 from difflora_core.storage.checkpoint import read_info, save_model
@@ -29,8 +30,8 @@ from difflora_core.vision.features import FeatureSizes
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "difflora_core" / "demo" / "artefacts"
 PARTS = (
-    *("base.safetensors", "clip_vision.safetensors", "difflora.safetensors"),
-    "controlnet.safetensors",
+    *("base.safetensors", "words.safetensors", "clip_vision.safetensors"),
+    *("difflora.safetensors", "controlnet.safetensors"),
     "insightface/demo_faces",
 )
 
@@ -71,6 +72,10 @@ def random_world(random_difflora, tmp_path_factory: pytest.TempPathFactory) -> P
     vae = new_vae(4)
     save_base(folder / "base.safetensors", unet, text, vae)
     generator = torch.Generator().manual_seed(6)
+    for name, parameter in unet.named_parameters():
+        if "attn2.to_v" in name:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator).half()
+    write_words(folder / "words.safetensors", folder / "base.safetensors", unet, text)
     control = ControlLoRA(load_base(folder / "base.safetensors"), 4, generator)
     for parameter in control.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)

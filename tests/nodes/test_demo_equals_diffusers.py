@@ -13,9 +13,14 @@ def base_file(demo_world):
     return demo_world / "base.safetensors"
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["base", "word_by_word"])
+def words(request, demo_world):
+    return demo_world / "words.safetensors" if request.param else None
+
+
 @pytest.fixture(scope="module")
-def reference(base_file):
-    return load_base(base_file)
+def reference(base_file, words):
+    return load_base(base_file, words)
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +29,8 @@ def demo(node_module):
 
 
 @pytest.fixture(scope="module")
-def text(demo, base_file):
-    clip = demo.load_demo_clip(base_file)
+def text(demo, base_file, words):
+    clip = demo.load_demo_clip(base_file, words)
 
     def encode(caption):
         return clip.encode_from_tokens(clip.tokenize(caption), return_pooled=True)
@@ -51,10 +56,10 @@ def test_word_outside_the_vocabulary_is_the_unknown_word(demo, base_file):
     torch.testing.assert_close(table[30000], state[name][unknown])
 
 
-def test_unet_is_the_same(comfyui, demo, reference, base_file, text):
+def test_unet_is_the_same(comfyui, demo, reference, base_file, words, text):
     import comfy.model_management
 
-    patcher = demo.load_demo_unet(base_file)
+    patcher = demo.load_demo_unet(base_file, words)
     comfy.model_management.load_models_gpu([patcher])
     generator = torch.Generator().manual_seed(1)
     noisy = torch.randn(3, 8, 16, 16, generator=generator)

@@ -94,8 +94,9 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(task, tmp_path):
     )
     losses = [metrics["evaluation"] for _, _, metrics in seen]
     start = PerfusionObjective(task, QUICK)
-    generator = torch.Generator().manual_seed(71)
-    first = float(start.eval()(pictures().draw(8)(generator))[0].detach())
+    generator, draw = torch.Generator().manual_seed(71), pictures().draw(QUICK.batch)
+    with torch.no_grad():
+        first = sum(float(start.eval()(draw(generator))[0]) for _ in range(6)) / 6
     assert result.loss == pytest.approx(min([first, *losses]), rel=1e-5)
     assert result.loss < 0.98 * first
     assert [s for s, _, _ in seen] == [5, 10, 15, 20]
@@ -109,7 +110,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(task, tmp_path):
     assert (concept.contexts,) == task.contexts
 
 
-BEST = 0.4209  # evaluation loss, as first measured
+BEST = 0.4373  # evaluation loss over six batches, as first measured
 
 
 def test_stopped_and_resumed_equals_straight(task, tmp_path):
@@ -338,7 +339,7 @@ def test_bad_pictures():
 
 
 def test_bad_settings():
-    rates = {"value_rate": 0.0}, {"average": 1.0}, {"temperature": 0.0}, {"carry": 1.1}
+    rates = {"value_rate": 0.0}, {"average": 1.0}, {"temperature": 0.0}
     for bad in ({"steps": 0}, *rates):
         with pytest.raises(ConfigError):
             PerfusionTraining(**bad)

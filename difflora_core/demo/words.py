@@ -1,0 +1,202 @@
+"""The demo base, trained on to read a prompt word by word, as SDXL does.
+
+Trained from nothing on short captions, a small base finds everything in the prompt's end mark,
+where causal text encoders sum it up, and looks at no word. Then nothing can be taught through a
+word either. So its cross-attention and text encoders learn on while every caption ends with the
+end mark and padding of another one: what is drawn has to come from the words themselves.
+
+Its new pictures show two things each, in one colour, in two that the caption names ("a red and
+blue hat"), or in any two that it does not name ("a hat"): a base that draws hats of one kind only
+has no look to teach a word. And mostly the words for colours are hidden once the encoders have
+read them, so that one word, the thing's own, comes to carry a whole look, as it can in SDXL.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..training.base_model import TextCondition
+from ..training.loop import LoopConfig, Progress, train
+from . import paths
+from .base import BaseObjective, DemoText, load_base, load_text, stored_tensors, write_half
+from .identities import split_seeds
+from .pool import PicturePool
+from .renderer import COLOURS
+from .stages import Figures, base_loss, drawn_pool, pool_latents, validation_pool
+from .text import END, tokenize, word_numbers
+from .things import draw_things
+from .vae import encode_pool
+
+ITEM_PAIRS = (("hat", "cup"), ("hat", "cat"), ("hat", "flower"), ("cat", "cup"), ("cat", "flower"))
+"""Things that can be together in a picture."""
+TRAINED = ("attn", ".layers.")
+"""Parts of names of what is trained: attention, and the layers of the text encoders."""
+COLOUR_WORDS = torch.tensor(word_numbers(" ".join((*COLOURS, "and"))))
+HIDDEN_SHARE = 0.7
+PAIR_PICTURES, PAIR_PEOPLE, PAIR_NUMBER, CHUNK = 12_000, 3000, 200, 250
+BATCH, PAIR_SHARE, THING_WEIGHT = 64, 0.6, 5.0
+LOOP = LoopConfig(
+    steps=1400,
+    learning_rate=1e-3,
+    matrix_rate=0.008,
+    warmup=20,
+    decay=0.4,
+    ema=0.99,
+    precision="bf16",
+    checkpoint_every=100,
+    log_every=20,
+    seed=3,
+)
+
+
+class WordsObjective(BaseObjective):
+    """The base's own loss under captions whose end marks and padding belong to other captions.
+
+    Batches also say for every caption (B, 1) whether it is `told` or empty, and whether its words
+    for colours are `hidden` from the UNet: those positions show the start mark.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, text: DemoText) -> None:
+        super().__init__(unet, text)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(any(part in name for part in TRAINED))
+
+    def condition(self, batch: dict[str, Tensor]) -> TextCondition:
+        """Encoded captions, changed as the class says."""
+        own = super().condition(batch)
+        end = (batch["tokens_l"] == END).long().argmax(1, keepdim=True)  # B 1
+        other = torch.arange(len(end), device=end.device).roll(1)[:, None]
+        index = torch.arange(own.context.shape[1], device=end.device)[None]
+        source = (end[other[:, 0]] + index - end).clamp(0, own.context.shape[1] - 1)
+        foreign = (index >= end) & batch["told"]
+        context = torch.where(foreign[..., None], own.context[other, source], own.context)
+        colour = torch.isin(batch["tokens_l"], COLOUR_WORDS.to(end.device)) & batch["hidden"]
+        context = torch.where(colour[..., None], context[:, :1], context)
+        return TextCondition(context, own.pooled)
+
+
+def word_batches(
+    portraits: tuple[Tensor, PicturePool], things: ThingLatents, batch: int
+) -> Callable[[torch.Generator], dict[str, Tensor]]:
+    """Batches for `WordsObjective`; a tenth of the captions is empty.
+
+    Args:
+        portraits: scaled latents (M, 8, h, w) and their pool.
+        things: pictures of two things.
+        batch: pictures per batch.
+    """
+    latents, pool = portraits
+    sets = (
+        (latents.float(), torch.zeros(len(latents), *latents.shape[2:]), *tokenize(pool.captions)),
+        (things.latents.float(), things.masks.float(), *tokenize(things.captions)),
+    )
+    empty, pairs = tokenize([""]), int(batch * PAIR_SHARE)
+
+    def draw(generator: torch.Generator) -> dict[str, Tensor]:
+        parts = []
+        for columns, count in zip(sets, (batch - pairs, pairs), strict=True):
+            index = torch.randint(len(columns[0]), (count,), generator=generator)
+            parts.append([column[index] for column in columns])
+        order = torch.randperm(batch, generator=generator)
+        z, masks, first, second = (torch.cat(c)[order] for c in zip(*parts, strict=True))
+        told = torch.rand(batch, 1, generator=generator) >= 0.1
+        # Stratified timesteps: same expectation, less variance.
+        strata = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
+        return {
+            "latents": z,
+            "noise": torch.randn(z.shape, generator=generator),
+            "timesteps": (strata * 1000).long().clamp(max=999),
+            "tokens_l": torch.where(told, first, empty[0]),
+            "tokens_g": torch.where(told, second, empty[1]),
+            "told": told,
+            "hidden": torch.rand(batch, 1, generator=generator) < HIDDEN_SHARE,
+            "weights": 1 + THING_WEIGHT * masks[:, None],
+        }
+
+    return draw
+
+
+@dataclass(frozen=True, eq=False)
+class ThingLatents:
+    """Latents (M, 8, h, w) of pictures of two things, where they are (M, h, w), and captions."""
+
+    latents: Tensor
+    masks: Tensor
+    captions: list[str]
+
+
+def thing_latents(vae: AutoencoderKL) -> ThingLatents:
+    """Portraits of training people with two things each, in either order; kept on disk."""
+    path = paths.BUILD / "latents" / "things.safetensors"
+    if not path.exists():
+        parts = [_draw_pairs(vae, start) for start in range(0, PAIR_PICTURES, CHUNK)]
+        tensors = {
+            "latents": torch.cat([part.latents for part in parts]),
+            "masks": torch.cat([part.masks for part in parts]),
+        }
+        captions = [caption for part in parts for caption in part.captions]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".part")
+        save_file(tensors, temporary, metadata={"captions": json.dumps(captions)})
+        temporary.replace(path)
+    with safe_open(path, "pt") as file:
+        captions = json.loads(file.metadata()["captions"])
+        return ThingLatents(file.get_tensor("latents"), file.get_tensor("masks"), captions)
+
+
+def _draw_pairs(vae: AutoencoderKL, start: int) -> ThingLatents:
+    seeds = split_seeds("train", PAIR_PEOPLE)
+    numbers = range(start, start + CHUNK)
+    people = [seeds[k % PAIR_PEOPLE] for k in numbers]
+    generator = torch.Generator().manual_seed(start)
+    pairs = torch.randint(2 * len(ITEM_PAIRS), (CHUNK,), generator=generator).tolist()
+    kinds = [ITEM_PAIRS[pair // 2][:: 1 - 2 * (pair % 2)] for pair in pairs]
+    places = [list(place) for place in zip(*kinds, strict=True)]
+    drawn = draw_things(
+        people, [PAIR_NUMBER + k // PAIR_PEOPLE for k in numbers], places, generator
+    )
+    latents = encode_pool(vae, (drawn.images * 255).round().to(torch.uint8))
+    masks = F.adaptive_avg_pool2d(drawn.masks[:, None], latents.shape[-1])[:, 0]
+    return ThingLatents(latents, masks.half(), drawn.captions)
+
+
+def words(progress: Progress) -> Figures:
+    """Train cross-attention and text encoders on; only what changed is written."""
+    base, text = load_base(paths.BASE), load_text(paths.BASE)
+    portraits = pool_latents(base.vae, "train", drawn_pool()), drawn_pool()
+    things = thing_latents(base.vae)
+    held_out = pool_latents(base.vae, "validation", validation_pool())
+    told = BaseObjective(base.unet, text)
+    before = base_loss(told, held_out, validation_pool())
+    # On a CPU plain attention trains faster than the fused kernel, whose backward is slow.
+    base.unet.set_attn_processor(AttnProcessor())
+    objective = WordsObjective(base.unet, text)
+    train(objective, word_batches(portraits, things, BATCH), LOOP, paths.BUILD / "words", progress)
+    write_words(paths.WORDS, paths.BASE, base.unet, text)
+    return {
+        "validation_loss": base_loss(told, held_out, validation_pool()),
+        "validation_loss_before": before,
+    }
+
+
+def write_words(path: Path, base: Path, unet: UNet2DConditionModel, text: DemoText) -> None:
+    """Write what differs from a base's file under its names, for `load_base(base, words)`."""
+    with safe_open(base, "pt") as file:
+        told = {key: file.get_tensor(key) for key in file.keys()}
+    tensors = {
+        key: tensor
+        for key, tensor in stored_tensors(unet, text).items()
+        if not torch.equal(tensor.half(), told[key])
+    }
+    write_half(path, tensors, {"format": "difflora-demo-words-1"})

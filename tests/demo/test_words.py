@@ -1,0 +1,137 @@
+"""The base that reads word by word: how it learns, and what the shipped one looks at."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from difflora_core.demo import paths, words
+from difflora_core.demo.base import BaseObjective, load_base, load_text, new_base
+from difflora_core.demo.concepts import CONCEPTS, VALIDATION_CONCEPTS
+from difflora_core.demo.scenes import random_scenes, render_portraits, render_things
+from difflora_core.demo.text import END, tokenize
+from difflora_core.demo.things import TAUGHT_DISTANCE, draw_things, random_looks
+from difflora_core.diffusion.objective import abar_at, add_noise
+from difflora_core.training.base_model import TextCondition
+
+CAPTIONS = ["photo of a person wearing a red hat", "cartoon of a person", "a cat", ""]
+
+
+def test_what_the_words_do_not_say_is_hidden():
+    """Word by word against a loop: the n-th token after the end is that of the row before; where
+    colours are hidden, their places show the start mark."""
+    unet, text = new_base(1)
+    objective = words.WordsObjective(unet, text)
+    first, second = tokenize(CAPTIONS)
+    told = torch.tensor([[True], [True], [True], [False]])
+    with torch.no_grad():
+        hidden = torch.tensor([[True], [True], [False], [True]])
+        batch = {"tokens_l": first, "tokens_g": second, "told": told, "hidden": hidden}
+        made = objective.condition(batch)
+        own = BaseObjective(unet, text).condition(batch)
+    ends = [row.index(END) for row in first.tolist()]
+    for row, end in enumerate(ends):
+        other = row - 1
+        for k in range(77):
+            source = own.context[row, k]
+            if hidden[row] and CAPTIONS[row].split()[k - 1 : k] == ["red"]:
+                source = own.context[row, 0]
+            if k >= end and told[row]:
+                source = own.context[other, min(76, max(0, ends[other] + k - end))]
+            assert torch.equal(made.context[row, k], source)
+    assert torch.equal(made.pooled, own.pooled)
+
+
+def test_trains_attention_and_text_layers_alone():
+    objective = words.WordsObjective(*new_base(1))
+    trained = {n for n, p in objective.named_parameters() if p.requires_grad}
+    left = {n for n, p in objective.named_parameters() if not p.requires_grad}
+    assert all(("attn" in n) or n.startswith("text.") for n in trained)
+    assert any("to_v" in n for n in trained)
+    assert any("token_embedding" in n for n in left)
+    assert not any("attn" in n for n in left)
+
+
+def test_only_what_changed_is_written(tmp_path, monkeypatch):
+    unet, text = load_base(paths.BASE).unet, load_text(paths.BASE)
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight"
+    unet.get_parameter(name).data += 0.5
+    words.write_words(tmp_path / "words.safetensors", paths.BASE, unet, text)
+    again = load_base(paths.BASE, tmp_path / "words.safetensors").unet
+    before = load_base(paths.BASE).unet.state_dict()
+    changed = [k for k, v in again.state_dict().items() if not torch.equal(v, before[k])]
+    assert changed == [name]
+    torch.testing.assert_close(
+        again.get_parameter(name), unet.get_parameter(name), atol=1e-3, rtol=0
+    )
+
+
+@pytest.mark.parametrize("kind", ["hat", "cup", "cat", "flower"])
+def test_shipped_base_draws_what_the_words_say(kind):
+    """From "red hat" to "blue hat": the words change the picture, the end mark does not.
+
+    In the base as it was before, it is the other way round.
+    """
+    shares = {}
+    for name, own in (("before", None), ("words", paths.WORDS)):
+        base, text = load_base(paths.BASE, own), load_text(paths.BASE, own)
+        shares[name] = _shares(base, text, kind)
+    assert shares["words"][0] > 0.85
+    assert abs(shares["words"][1]) < 0.1
+    assert shares["before"][0] < 0.05
+
+
+@torch.no_grad()
+def _shares(base, text, kind):
+    """Share of the change in the thing's place that the words, and what follows them, make."""
+    generator = torch.Generator().manual_seed(5)
+    plain = random_scenes(torch.rand(8, 8, generator=generator))
+    scenes = [replace(s, item=kind, item_colour="red") for s in plain]
+    images, masks = render_things(range(120_000, 120_008), range(8), [(scenes, None)])
+    masks = F.interpolate(masks[:, None], (16, 16), mode="area")
+    clean = base.encode_images(images)
+    when = torch.full((8,), 600)
+    abar = abar_at(base.alphas_cumprod, when, clean)
+    noisy = add_noise(clean, torch.randn(clean.shape, generator=generator), abar)
+    captions = [scene.caption() for scene in scenes]
+    red = text.encode_prompts(captions)
+    blue = text.encode_prompts([replace(s, item_colour="blue").caption() for s in scenes])
+    end = (tokenize(captions)[0] == END).long().argmax(1)[:, None]
+    after = (torch.arange(77)[None] >= end)[..., None]
+
+    def drawn(context):
+        return base.predict(noisy, when, TextCondition(context, red.pooled)) * masks
+
+    start = drawn(red.context)
+    whole = drawn(blue.context) - start
+    parts = [torch.where(m, blue.context, red.context) for m in (~after, after)]
+    return [float(((drawn(c) - start) * whole).sum() / whole.square().sum()) for c in parts]
+
+
+def test_looks_keep_away_from_what_is_taught():
+    """No random look, and no plain one, has both colours near a concept's."""
+    looks = random_looks(600, torch.Generator().manual_seed(1))
+    for concept in (*CONCEPTS, *VALIDATION_CONCEPTS):
+        own = torch.tensor([concept.main, concept.mark])
+        apart = (looks.paint - own).norm(dim=-1).amax(-1)
+        unnamed = torch.tensor([not said for said in looks.said])
+        assert apart[unnamed].min() >= TAUGHT_DISTANCE - 1e-6
+        assert apart.min() > 0.15
+    told = {len(said.split()) for said in looks.said}
+    assert told == {0, 1, 3}
+
+
+def test_things_are_drawn_and_told():
+    """Where a thing is drawn its colour stands, and the caption names it in the same order."""
+    kinds = [["hat"] * 4, ["cat", "cat", "cup", "none"]]
+    pictures = draw_things(range(4), range(4), kinds, torch.Generator().manual_seed(2))
+    paint = pictures.paint
+    bare = render_portraits(range(4), range(4), [replace(s, item="none") for s in pictures.scenes])
+    for row, caption in enumerate(pictures.captions):
+        second = kinds[1][row]
+        assert second == "none" or caption.index("hat") < caption.index(second)
+        near = (pictures.images[row] - paint[row, 0, 0]).norm(dim=-1) < 0.15
+        assert near.sum() > (bare.images[row] - paint[row, 0, 0]).norm(dim=-1).lt(0.15).sum()
+    assert "cat" not in pictures.captions[3]
+    assert "cup" not in pictures.captions[3]
