@@ -46,14 +46,14 @@ from .words import (
 from .world import CACHE, benchmark_console, commit, machine, set_threads
 
 KNOBS: Mapping[str, tuple[float, ...]] = {
-    PERFUSION: (0.9, 0.75, 0.6, 0.45, 0.3, 0.0),
+    PERFUSION: (0.9, 0.8, 0.75, 0.7, 0.6, 0.45),
     INFUSION: (0.5, 0.75, 1.0, 1.25),
     DREAMBOOTH: (0.25, 0.5, 0.75, 1.0),
     INVERSION: (0.5, 0.75, 1.0),
 }
 """Bias for Perfusion, strength for the others."""
 TOGETHER: Mapping[str, tuple[float, ...]] = {
-    PERFUSION: (0.6, 0.3),
+    PERFUSION: (0.9, 0.75),
     INFUSION: (1.0,),
     DREAMBOOTH: (1.0, 0.7),
     INVERSION: (1.0,),
