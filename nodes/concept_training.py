@@ -68,7 +68,7 @@ def covariance_for(clip: Any, path: Path, request: CovarianceRequest) -> Covaria
             text, captions(request.count, request.captions), request.ridge, _progress(request.count)
         )
     write_covariance(path, covariance)
-    return covariance
+    return read_covariance(path)  # as the next run will find it, to the last digit
 
 
 def _progress(total: int) -> Callable[[int, int, dict[str, float]], None]:

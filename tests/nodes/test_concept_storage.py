@@ -90,3 +90,14 @@ def test_weights_off_the_device(parts, unet):
         outputs.append(call(model, word))
     torch.testing.assert_close(outputs[1], outputs[0], atol=1e-4, rtol=1e-4)
     assert float((outputs[0] - call(unet(), word)).abs().max()) > 0.05
+
+
+def test_a_covariance_is_the_same_built_and_read(parts, tmp_path):
+    """To the last digit, or a training after the first one would end elsewhere."""
+    training = parts("nodes.concept_training")
+    (base, *_), _ = parts("nodes.model_paths").demo_paths()
+    clip = parts("nodes.demo").load_demo_clip(base)
+    request = training.CovarianceRequest("demo", 200, 0.01, False)
+    built, read = (training.covariance_for(clip, tmp_path / "c.safetensors", request) for _ in "ab")
+    assert torch.equal(built.matrix, read.matrix)
+    assert torch.equal(built.inverse, read.inverse)
