@@ -15,12 +15,12 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from ..diffusion.objective import abar_at, add_noise, training_target
 from ..lora.layout import LoRALayout, layout_from_unet_config, unet_name_map
+from ..storage.checkpoint import write_atomic
 from ..training.base_model import DiffusersBase, TextCondition, time_ids
 from .pool import PicturePool
 from .text import clip_numbers, encode, new_text_encoders, tokenize
@@ -187,10 +187,7 @@ def write_half(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, st
         k: t.detach().cpu().half().contiguous() if t.is_floating_point() else t.detach().cpu()
         for k, t in tensors.items()
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    save_file(stored, temporary, metadata=dict(facts))
-    temporary.replace(path)
+    write_atomic(stored, dict(facts), path)
 
 
 def load_base(path: Path, words: Path | None = None) -> DiffusersBase:

@@ -8,24 +8,22 @@ its two colours are nearer to what is read than those of any other concept and a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .concepts import CONCEPTS, VALIDATION_CONCEPTS, DemoConcept
+from ..storage.checkpoint import write_atomic
+from .concepts import KNOWN, DemoConcept
 from .identities import split_seeds
-from .judges import JudgeRecipe, Residual, save_judge
+from .judges import JudgeRecipe, Residual, read_judge, save_judge
 from .renderer import COLOURS
 from .things import draw_things
 from .views import Report, Schedule, as_planes, disturb, fit, initialise, lay_out
 
-KNOWN = (*CONCEPTS, *VALIDATION_CONCEPTS)
 KINDS = ("hat", "cup", "cat", "flower")
 RECIPE = JudgeRecipe(
     outputs=len(KINDS),
@@ -131,9 +129,7 @@ def judge_pictures(
             if progress is not None:
                 progress(start, PICTURES, {})
         rows = zip(("images", "there", "paint"), zip(*parts, strict=True), strict=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: torch.cat(row) for name, row in rows}, part := path.with_suffix(".part"))
-        part.replace(path)
+        write_atomic({name: torch.cat(row) for name, row in rows}, {}, path)
     kept = load_file(path)
     return kept["images"], kept["there"], kept["paint"]
 
@@ -186,9 +182,7 @@ def train_concept_judge(
 
 def load_concept_judge(path: Path, concepts: Sequence[DemoConcept] = KNOWN) -> ConceptJudge:
     """Read the shipped judge; `concepts` are those that it tells apart."""
-    with safe_open(path, "pt") as file:
-        recipe = json.loads(file.metadata()["recipe"])
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    recipe, tensors = read_judge(path)
     network = ThingReader(tuple(recipe["widths"]))
     network.load_state_dict(tensors)
     return ConceptJudge(network.float().eval(), concepts)

@@ -53,6 +53,7 @@ VALIDATION_CONCEPTS = (
     DemoConcept("<hat-w>", "hat", (0.61, 0.90, 0.61), (0.27, 0.40, 0.06)),
 )
 """To choose settings on."""
+KNOWN = (*CONCEPTS, *VALIDATION_CONCEPTS)
 
 
 @dataclass(frozen=True, eq=False)

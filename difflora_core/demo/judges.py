@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -270,13 +271,18 @@ def save_judge(model: nn.Module, recipe: JudgeRecipe, path: Path) -> None:
     logger.info("wrote %s", path.name)
 
 
+def read_judge(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Recipe and weights of a file that `save_judge` wrote."""
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        return json.loads(file.metadata()["recipe"]), tensors
+
+
 def load_judges(folder: Path) -> Judges:
     """Read the three shipped judges."""
     networks = {}
     for name in RECIPES:
-        with safe_open(folder / f"{name}.safetensors", "pt") as file:
-            recipe = json.loads(file.metadata()["recipe"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        recipe, tensors = read_judge(folder / f"{name}.safetensors")
         network = JudgeNetwork(tuple(recipe["widths"]), recipe["outputs"])
         network.load_state_dict(tensors)
         networks[name] = network.float().eval()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .concepts import CONCEPTS, VALIDATION_CONCEPTS
+from .concepts import KNOWN
 from .renderer import COLOURS
 from .scenes import ITEM_PHRASES, Scene, random_scenes, render_things
 
@@ -52,7 +52,7 @@ def random_looks(count: int, generator: torch.Generator) -> Looks:
 
 def _unnamed(generator: torch.Generator) -> Tensor:
     """Any two colours (2, 3) but those of the concepts."""
-    taught = torch.tensor([(c.main, c.mark) for c in (*CONCEPTS, *VALIDATION_CONCEPTS)])
+    taught = torch.tensor([(c.main, c.mark) for c in KNOWN])
     while True:
         paint = torch.rand(2, 3, generator=generator)
         if not bool(((taught - paint).norm(dim=-1).amax(-1) < TAUGHT_DISTANCE).any()):
@@ -87,7 +87,6 @@ def draw_things(
         numbers: B picture numbers.
         kinds: for each place B kinds of things, "none" for nothing; they must not cover each other.
         generator: of scenes and looks.
-
     """
     count = len(people)
     scenes = random_scenes(torch.rand(count, 8, generator=generator))

@@ -2,7 +2,7 @@
 
 Trained from nothing on short captions, a small base finds everything in the prompt's end mark,
 where causal text encoders sum it up, and looks at no word. Then nothing can be taught through a
-word either. So its cross-attention and text encoders learn on while every caption ends with the
+word either. So its attention and text encoders learn on while every caption ends with the
 end mark and padding of another one: what is drawn has to come from the words themselves.
 
 Its new pictures show two things each, in one colour, in two that the caption names ("a red and
@@ -22,11 +22,12 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..training.base_model import TextCondition
+from ..storage.checkpoint import write_atomic
+from ..training.base_model import TextCondition, stratified_timesteps
 from ..training.loop import LoopConfig, Progress, train
 from . import paths
 from .base import BaseObjective, DemoText, load_base, load_text, stored_tensors, write_half
@@ -111,12 +112,10 @@ def word_batches(
         order = torch.randperm(batch, generator=generator)
         z, masks, first, second = (torch.cat(c)[order] for c in zip(*parts, strict=True))
         told = torch.rand(batch, 1, generator=generator) >= 0.1
-        # Stratified timesteps: same expectation, less variance.
-        strata = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
         return {
             "latents": z,
             "noise": torch.randn(z.shape, generator=generator),
-            "timesteps": (strata * 1000).long().clamp(max=999),
+            "timesteps": stratified_timesteps(batch, generator),
             "tokens_l": torch.where(told, first, empty[0]),
             "tokens_g": torch.where(told, second, empty[1]),
             "told": told,
@@ -146,10 +145,7 @@ def thing_latents(vae: AutoencoderKL) -> ThingLatents:
             "masks": torch.cat([part.masks for part in parts]),
         }
         captions = [caption for part in parts for caption in part.captions]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".part")
-        save_file(tensors, temporary, metadata={"captions": json.dumps(captions)})
-        temporary.replace(path)
+        write_atomic(tensors, {"captions": json.dumps(captions)}, path)
     with safe_open(path, "pt") as file:
         captions = json.loads(file.metadata()["captions"])
         return ThingLatents(file.get_tensor("latents"), file.get_tensor("masks"), captions)
@@ -172,7 +168,7 @@ def _draw_pairs(vae: AutoencoderKL, start: int) -> ThingLatents:
 
 
 def words(progress: Progress) -> Figures:
-    """Train cross-attention and text encoders on; only what changed is written."""
+    """Train attention and text encoders on; only what changed is written."""
     base, text = load_base(paths.BASE), load_text(paths.BASE)
     portraits = pool_latents(base.vae, "train", drawn_pool()), drawn_pool()
     things = thing_latents(base.vae)
@@ -192,8 +188,7 @@ def words(progress: Progress) -> Figures:
 
 def write_words(path: Path, base: Path, unet: UNet2DConditionModel, text: DemoText) -> None:
     """Write what differs from a base's file under its names, for `load_base(base, words)`."""
-    with safe_open(base, "pt") as file:
-        told = {key: file.get_tensor(key) for key in file.keys()}
+    told = load_file(base)
     tensors = {
         key: tensor
         for key, tensor in stored_tensors(unet, text).items()

@@ -21,7 +21,7 @@ from difflora_core.adapters.attach import attach
 from difflora_core.demo import concept_judge, paths
 from difflora_core.demo.concepts import (
     CONCEPTS,
-    VALIDATION_CONCEPTS,
+    KNOWN,
     render_concept,
     render_items,
 )
@@ -149,7 +149,7 @@ def test_prompts():
         assert {CONCEPTS[a].kind, CONCEPTS[b].kind} != hands
 
 
-@pytest.mark.parametrize("concept", CONCEPTS + VALIDATION_CONCEPTS, ids=lambda c: c.word)
+@pytest.mark.parametrize("concept", KNOWN, ids=lambda c: c.word)
 def test_the_judge_knows_real_concepts(concept):
     """On people that it has not met; alone and beside another thing."""
     judge = concept_judge.load_concept_judge(paths.CONCEPT_JUDGE)
@@ -157,7 +157,7 @@ def test_the_judge_knows_real_concepts(concept):
     real = render_concept(concept, people, range(20)).images
     assert judge.recognised(real, concept).float().mean() >= 0.9
     assert judge.likeness(real, concept).mean() >= 0.7
-    for other in CONCEPTS + VALIDATION_CONCEPTS:
+    for other in KNOWN:
         if other != concept:
             assert judge.recognised(real, other).float().mean() <= 0.1
     bare = render_portraits(people, range(20), [*perfusion.SCENES]).images

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from difflora_core.demo import paths, words
 from difflora_core.demo.base import BaseObjective, load_base, load_text, new_base
-from difflora_core.demo.concepts import CONCEPTS, VALIDATION_CONCEPTS
+from difflora_core.demo.concepts import KNOWN
 from difflora_core.demo.scenes import random_scenes, render_portraits, render_things
 from difflora_core.demo.text import END, tokenize
 from difflora_core.demo.things import TAUGHT_DISTANCE, draw_things, random_looks
@@ -53,7 +53,7 @@ def test_trains_attention_and_text_layers_alone():
     assert not any("attn" in n for n in left)
 
 
-def test_only_what_changed_is_written(tmp_path, monkeypatch):
+def test_only_what_changed_is_written(tmp_path):
     unet, text = load_base(paths.BASE).unet, load_text(paths.BASE)
     name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight"
     unet.get_parameter(name).data += 0.5
@@ -112,7 +112,7 @@ def _shares(base, text, kind):
 def test_looks_keep_away_from_what_is_taught():
     """No random look, and no plain one, has both colours near a concept's."""
     looks = random_looks(600, torch.Generator().manual_seed(1))
-    for concept in (*CONCEPTS, *VALIDATION_CONCEPTS):
+    for concept in KNOWN:
         own = torch.tensor([concept.main, concept.mark])
         apart = (looks.paint - own).norm(dim=-1).amax(-1)
         unnamed = torch.tensor([not said for said in looks.said])
