@@ -37,7 +37,7 @@ from difflora_core.storage.image_files import write_image
 from .drawing import Artist, Plan
 from .likeness import rank_correlation, three_distributions
 from .prompts import PROMPTS
-from .world import World, benchmark_console, commit, load_world, machine, set_threads
+from .world import World, benchmark_console, commit, load_world, machine, set_threads, write_report
 
 PLAIN_PROMPTS = tuple(scene for scene in PROMPTS if scene.look in PLAIN_LOOKS)
 INVENTED_PROMPTS = 8
@@ -111,9 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "machine": machine(),
         "minutes": (time.perf_counter() - started) / 60,
     }
-    if options.json:
-        options.json.write_text(Report({}, facts).to_json() + "\n")
-        console.print(f"wrote {options.json}")
+    write_report(Report({}, facts), options.json, console)
     return 0
 
 

@@ -33,7 +33,7 @@ from .drawing import Plan
 from .experiment import Experiment, Trial
 from .prompts import QUICK
 from .rows import Row, corpus_row
-from .world import World, benchmark_console, commit, load_world, machine, set_threads
+from .world import World, benchmark_console, commit, load_world, machine, set_threads, write_report
 
 LATENT_TOKENS = (2, 4, 8, 16)
 KINDS = ("structured", "conv1d")
@@ -94,8 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = curve(experiment, original, corpus, options.steps, console)
     report = Report(rows, {"seed": plan.seed, "commit": commit(), "machine": machine()})
     console.print(report.to_markdown({"numbers": 0, "ratio": 0}))
-    if options.json:
-        options.json.write_text(report.to_json() + "\n")
+    write_report(report, options.json, console)
     return 0
 
 

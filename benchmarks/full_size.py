@@ -23,7 +23,7 @@ from difflora_core.methods.difflora import DiffLoRAConfig, DiffLoRAModel
 from difflora_core.storage.lora_file import write_lora_file
 from difflora_core.vision.features import ImageFeatures
 
-from .world import benchmark_console, commit, machine, set_threads
+from .world import benchmark_console, commit, machine, set_threads, write_report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,8 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{numbers / 1e6:.0f} M parameters in {options.dtype}, {model.layout.numel:,} LoRA values, "
         f"peak memory of the process {facts['peak_memory_gb']:.1f} GB; {facts['machine']}"
     )
-    if options.json:
-        options.json.write_text(report.to_json() + "\n")
+    write_report(report, options.json, console)
     return 0
 
 

@@ -23,7 +23,15 @@ from .measure import COLUMNS
 from .people import PHOTOS
 from .prompts import PROMPTS, QUICK
 from .rows import BASE, CONTROLS, HEADLINE, Effort, Row, wanted_row
-from .world import STRENGTHS, benchmark_console, commit, load_world, machine, set_threads
+from .world import (
+    STRENGTHS,
+    benchmark_console,
+    commit,
+    load_world,
+    machine,
+    set_threads,
+    write_report,
+)
 
 FULL_PLAN = Plan(PROMPTS, repeats=6, noises=4)
 QUICK_PLAN = Plan(QUICK, repeats=1, noises=2)
@@ -52,9 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts = {"split": options.split, "quick": options.quick, "minutes": minutes}
     report = make_report(trials, experiment, facts)
     tell(report, console)
-    if options.json:
-        options.json.write_text(report.to_json() + "\n")
-        console.print(f"wrote {options.json}")
+    write_report(report, options.json, console)
     return 0
 
 

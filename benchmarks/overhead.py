@@ -30,7 +30,7 @@ from difflora_core.evaluation.report import Report
 from difflora_core.storage.image_files import write_image
 
 from .concept_price import price
-from .world import benchmark_console, commit, machine, set_threads
+from .world import benchmark_console, commit, machine, set_threads, write_report
 
 STEPS, BATCH = 10, 2
 ROUNDS, QUICK_ROUNDS = 25, 7
@@ -73,9 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def finish(report: Report, path: Path | None, console: Console) -> int:
     """Print the table, and write it where asked to."""
     console.print(report.to_markdown({"seconds_per_step": 4, "projections": 0}))
-    if path:
-        path.write_text(report.to_json() + "\n")
-        console.print(f"wrote {path}")
+    write_report(report, path, console)
     return 0
 
 

@@ -26,7 +26,16 @@ from .dreambooth import SETTINGS
 from .experiment import Experiment, Trial
 from .identity import QUICK_PLAN
 from .rows import ALL, HEADLINE, Row, dreambooth_name, predict
-from .world import STRENGTHS, World, benchmark_console, commit, load_world, machine, set_threads
+from .world import (
+    STRENGTHS,
+    World,
+    benchmark_console,
+    commit,
+    load_world,
+    machine,
+    set_threads,
+    write_report,
+)
 
 JUDGES = ("face_similarity", "parameter_error")
 DREAMBOOTH = dreambooth_name(ALL, SETTINGS.steps)
@@ -59,8 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(
             f"{HEADLINE} minus {DREAMBOOTH}, {judge}: {value:+.3f} [{low:+.3f}, {high:+.3f}]"
         )
-    if options.json:
-        options.json.write_text(report.to_json() + "\n")
+    write_report(report, options.json, console)
     return 0
 
 

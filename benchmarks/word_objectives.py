@@ -10,16 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from difflora_core.adapters.attach import attach
 from difflora_core.adapters.base import AdapterSet
 from difflora_core.adapters.lora import lora_adapter_set
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.models.concept import EncodedPrompts, WordEmbedding
-from difflora_core.training.base_model import TextCondition
-from difflora_core.training.concept_run import concept_loop
+from difflora_core.training.concept_run import concept_loop, masked_loss
 from difflora_core.training.concept_task import ConceptTask
 from difflora_core.training.loop import LoopConfig
-from difflora_core.training.losses import NoisedBatch, denoising_error
 
 
 @dataclass(frozen=True)
@@ -58,14 +55,7 @@ class WordObjective(nn.Module):
         return self.layout.module_names
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        encoded, adapters = self.prepare(batch["prompts"])
-        text = TextCondition(encoded.context, encoded.pooled)
-        noised = NoisedBatch(batch["latents"], batch["noise"], batch["timesteps"], text)
-        with attach(self.task.base.unet, adapters, names=self.module_names):
-            error = denoising_error(
-                self.task.base, noised, self.config.weighting, batch.get("masks")
-            )
-        return error.mean(), {}
+        return masked_loss(self, batch), {}
 
 
 class LoRAObjective(WordObjective):

@@ -18,6 +18,7 @@ from difflora_core.demo import paths
 from difflora_core.demo.base import load_base
 from difflora_core.demo.features import demo_encoders
 from difflora_core.demo.judges import Judges, load_judges
+from difflora_core.evaluation.report import Report
 from difflora_core.lora.layout import LoRALayout
 from difflora_core.methods.difflora import DiffLoRAModel
 from difflora_core.storage.checkpoint import load_model
@@ -125,6 +126,13 @@ def set_threads(count: int) -> None:
 def benchmark_console() -> Console:
     """Where benchmarks print."""
     return Console(highlight=False, soft_wrap=True)
+
+
+def write_report(report: Report, path: Path | None, console: Console) -> None:
+    """Write everything to a JSON file, where one is asked for."""
+    if path:
+        path.write_text(report.to_json() + "\n")
+        console.print(f"wrote {path}")
 
 
 def machine() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ..storage.checkpoint import write_atomic
 from .base_model import TextCondition, compute_device, compute_dtype
 from .concept_task import ConceptExamples
 from .loop import LoopConfig, train
+from .losses import NoisedBatch, denoising_error
 
 EVALUATION_BATCHES = 6
 """Enough that the state that is kept was better, not luckier."""
@@ -188,6 +189,16 @@ def run_concepts(
     objective.to("cpu")
     facts: dict[str, str | int | float] = {"steps": best.step, "pictures": len(examples)}
     return ConceptResult(objective.concepts(facts), finished, best.step, best.loss)
+
+
+def masked_loss(objective: Any, batch: Mapping[str, Any]) -> Tensor:
+    """Mean denoising loss of a batch under its own prompts, inside its masks (perfusion.md 3)."""
+    encoded, adapters = objective.prepare(batch["prompts"])
+    text = TextCondition(encoded.context, encoded.pooled)
+    noised = NoisedBatch(batch["latents"], batch["noise"], batch["timesteps"], text)
+    base, weighting = objective.task.base, objective.config.weighting
+    with attach(base.unet, adapters, names=objective.module_names):
+        return denoising_error(base, noised, weighting, batch.get("masks")).mean()
 
 
 def _same_run(

@@ -14,17 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.attach import attach
 from ..adapters.base import AdapterEntry, AdapterSet
 from ..adapters.infusion import InfusionValueAdapter, token_concept
 from ..adapters.perfusion import ConceptMatcher
 from ..errors import ConfigError
 from ..models.concept import Concept, EncodedPrompts
-from .base_model import TextCondition
-from .concept_run import ConceptResult, Watch, concept_loop, run_concepts
+from .concept_run import ConceptResult, Watch, concept_loop, masked_loss, run_concepts
 from .concept_task import ConceptExamples, ConceptTask
 from .loop import LoopConfig
-from .losses import NoisedBatch, denoising_error
 
 
 @dataclass(frozen=True)
@@ -88,14 +85,7 @@ class InfusionObjective(nn.Module):
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Masked denoising loss."""
-        encoded, adapters = self.prepare(batch["prompts"])
-        text = TextCondition(encoded.context, encoded.pooled)
-        noised = NoisedBatch(batch["latents"], batch["noise"], batch["timesteps"], text)
-        with attach(self.task.base.unet, adapters, names=self.module_names):
-            error = denoising_error(
-                self.task.base, noised, self.config.weighting, batch.get("masks")
-            )
-        return error.mean(), {}
+        return masked_loss(self, batch), {}
 
     @property
     def module_names(self) -> dict[str, str]:
