@@ -60,6 +60,16 @@ class TrainPerfusionConcept(io.ComfyNode):
                 ),
                 io.Mask.Input("masks", optional=True, tooltip=concept_training.MASKS),
                 *_second_word(),
+                io.Int.Input(
+                    "reach",
+                    default=-1,
+                    min=-1,
+                    max=512,
+                    optional=True,
+                    advanced=True,
+                    tooltip="How many tokens around it the word learns through: -1 all, 0 itself "
+                    "alone, which keeps several words apart. Choose the same in Apply Concept.",
+                ),
             ],
             outputs=[
                 *concept_training.training_outputs(),
@@ -93,8 +103,9 @@ class TrainPerfusionConcept(io.ComfyNode):
         second_superclass="",
         separation=CALIBRATION,
         binding=CALIBRATION,
+        reach=-1,
     ):
-        rates = {"value_rate": value_rate, "word_rate": word_rate}
+        rates = {"value_rate": value_rate, "word_rate": word_rate, "reach": reach}
         if second_word.strip():
             rates |= {"separation": separation, "binding": binding}
         config = PerfusionTraining(steps=steps, batch=batch_size, seed=seed, **rates)
