@@ -26,7 +26,7 @@ from difflora_core.training.captions import captions
 from difflora_core.training.covariance import build_covariance
 
 from .prompts import PROMPTS
-from .world import benchmark_console, commit, machine, set_threads
+from .world import benchmark_console, commit, machine, set_threads, write_report
 
 COUNTS, QUICK_COUNTS = (1_000, 10_000, 50_000), (500, 2_000)
 SELECTIONS, REFERENCE_SEED = (0, 1, 2), 9
@@ -57,13 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     set_threads(options.threads)
     counts = QUICK_COUNTS if options.quick else COUNTS
     console = benchmark_console()
-    rows = table(demo_concept_text(paths.BASE), counts)
+    rows = table(demo_concept_text(paths.BASE, paths.WORDS), counts)
     facts = {"ridge": RIDGE, "selections": len(SELECTIONS), "quick": options.quick}
     report = Report(rows, {**facts, "commit": commit(), "machine": machine()})
     console.print(report.to_markdown({"tokens": 0, "condition": 0, "seconds": 1}))
-    if options.json:
-        options.json.write_text(report.to_json() + "\n")
-        console.print(f"wrote {options.json}")
+    write_report(report, options.json, console)
     return 0
 
 

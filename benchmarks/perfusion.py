@@ -43,7 +43,7 @@ from .words import (
     School,
     Taught,
 )
-from .world import CACHE, benchmark_console, commit, machine, set_threads
+from .world import CACHE, benchmark_console, commit, machine, set_threads, write_report
 
 KNOBS: Mapping[str, tuple[float, ...]] = {
     PERFUSION: (0.9, 0.8, 0.75, 0.7, 0.6, 0.45),
@@ -53,7 +53,7 @@ KNOBS: Mapping[str, tuple[float, ...]] = {
 }
 """Bias for Perfusion, strength for the others."""
 TOGETHER: Mapping[str, tuple[float, ...]] = {
-    PERFUSION: (0.9, 0.75),
+    PERFUSION: (0.6, 0.45),
     INFUSION: (1.0,),
     DREAMBOOTH: (1.0, 0.7),
     INVERSION: (1.0,),
@@ -96,9 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts = {"quick": options.quick, "minutes": minutes, "machine": machine(), "commit": commit()}
     report = Report(report.rows, {**report.facts, **facts})
     tell(report, console)
-    if options.json:
-        options.json.write_text(report.to_json() + "\n")
-        console.print(f"wrote {options.json}")
+    write_report(report, options.json, console)
     return 0
 
 

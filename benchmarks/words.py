@@ -52,8 +52,8 @@ PERFUSION, INFUSION = "Perfusion", "Infusion"
 DREAMBOOTH, INVERSION = "DreamBooth LoRA", "Textual Inversion"
 METHODS = (PERFUSION, INFUSION, DREAMBOOTH, INVERSION)
 PHOTOS = 4
-TEMPERATURE = 0.1
-"""As while training."""
+TEMPERATURE, REACH = 0.1, 0
+"""Of Perfusion's gate, while training too: a word acts at its own token alone."""
 VERSION = 3
 """To be raised with every change of a recipe: it makes kept words invalid."""
 
@@ -80,19 +80,20 @@ class Recipes:
         common = {"steps": self.steps, "batch": self.batch, "seed": self.seed}
         common["evaluate_every"] = every
         if method == PERFUSION:
-            return PerfusionTraining(value_rate=rates[0], word_rate=rates[1], **common)
+            own = {"value_rate": rates[0], "word_rate": rates[1], "temperature": TEMPERATURE}
+            return PerfusionTraining(**own, reach=REACH, **common)
         if method == INFUSION:
             return InfusionTraining(learning_rate=rates[0], **common)
         return YardstickConfig(rate=rates[0], **common)
 
 
 RATES: Mapping[str, tuple[float, ...]] = {
-    PERFUSION: (1.0, 0.006),
+    PERFUSION: (0.3, 0.006),
     INFUSION: (1.0,),
     DREAMBOOTH: (0.003,),
     INVERSION: (0.01,),
 }
-"""Learning rates: the best of a few on validation concepts, at 200 steps; `choose_rates` looks at
+"""Learning rates: the best of a few on validation concepts; `choose_rates` looks at
 them side by side."""
 OBJECTIVES: Mapping[str, Callable[..., Any]] = {
     PERFUSION: PerfusionObjective,
@@ -198,7 +199,7 @@ class School:
         if method == INFUSION:
             pairs = [(t.trained, InfusionConfig(knob)) for t in taught]
             return words, Infusion(pairs).adapters(request)
-        config = PerfusionConfig(bias=knob, temperature=TEMPERATURE)
+        config = PerfusionConfig(bias=knob, temperature=TEMPERATURE, reach=REACH)
         prepared = [(self._prepared(t.trained), config) for t in taught]
         return words, Perfusion(prepared, exact=True).adapters(request)
 

@@ -44,7 +44,7 @@ STAGES = (
     Stage("judges", 15, stages_faces.judges),
     Stage("vae", 15, stages.vae),
     Stage("base", 45, stages.base),
-    Stage("words", 28, words.words),
+    Stage("words", 50, words.words),
     Stage("concept_judge", 14, stages_concepts.judge),
     Stage("concepts", 5, stages_concepts.concepts),
     Stage("controlnet", 7, controlnet.controlnet),

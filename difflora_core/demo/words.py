@@ -8,7 +8,9 @@ end mark and padding of another one: what is drawn has to come from the words th
 Its new pictures show two things each, in one colour, in two that the caption names ("a red and
 blue hat"), or in any two that it does not name ("a hat"): a base that draws hats of one kind only
 has no look to teach a word. And mostly the words for colours are hidden once the encoders have
-read them, so that one word, the thing's own, comes to carry a whole look, as it can in SDXL.
+read them. Then the encoding of the thing's own word says them, by a linear map that is thrown away
+afterwards, as a name would: SDXL can draw thousands of looks from one word each, more than its
+captions describe.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..storage.checkpoint import write_atomic
@@ -34,6 +36,7 @@ from .base import BaseObjective, DemoText, load_base, load_text, stored_tensors,
 from .identities import split_seeds
 from .pool import PicturePool
 from .renderer import COLOURS
+from .scenes import ITEM_PHRASES
 from .stages import Figures, base_loss, drawn_pool, pool_latents, validation_pool
 from .text import END, tokenize, word_numbers
 from .things import draw_things
@@ -44,11 +47,12 @@ ITEM_PAIRS = (("hat", "cup"), ("hat", "cat"), ("hat", "flower"), ("cat", "cup"),
 TRAINED = ("attn", ".layers.")
 """Parts of names of what is trained: attention, and the layers of the text encoders."""
 COLOUR_WORDS = torch.tensor(word_numbers(" ".join((*COLOURS, "and"))))
-HIDDEN_SHARE = 0.7
+THING_WORDS = torch.tensor(word_numbers(" ".join(ITEM_PHRASES)))
+HIDDEN_SHARE, NAMED_SHARE = 0.7, 0.9
 PAIR_PICTURES, PAIR_PEOPLE, PAIR_NUMBER, CHUNK = 12_000, 3000, 200, 250
-BATCH, PAIR_SHARE, THING_WEIGHT = 64, 0.6, 5.0
+BATCH, PAIR_SHARE, THING_WEIGHT = 64, 0.7, 5.0
 LOOP = LoopConfig(
-    steps=2400,
+    steps=4000,
     learning_rate=1e-3,
     matrix_rate=0.008,
     warmup=20,
@@ -65,13 +69,15 @@ class WordsObjective(BaseObjective):
     """The base's own loss under captions whose end marks and padding belong to other captions.
 
     Batches also say for every caption (B, 1) whether it is `told` or empty, and whether its words
-    for colours are `hidden` from the UNet: those positions show the start mark.
+    for colours are `hidden` from the UNet: those positions show the start mark. `looks` (B, 2, 6),
+    -1 to 1, are the colours that the first two words of things stand for; zeros say nothing.
     """
 
     def __init__(self, unet: UNet2DConditionModel, text: DemoText) -> None:
         super().__init__(unet, text)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(any(part in name for part in TRAINED))
+        self.names = nn.Linear(6, unet.config.cross_attention_dim, bias=False)
 
     def condition(self, batch: dict[str, Tensor]) -> TextCondition:
         """Encoded captions, changed as the class says."""
@@ -84,7 +90,10 @@ class WordsObjective(BaseObjective):
         context = torch.where(foreign[..., None], own.context[other, source], own.context)
         colour = torch.isin(batch["tokens_l"], COLOUR_WORDS.to(end.device)) & batch["hidden"]
         context = torch.where(colour[..., None], context[:, :1], context)
-        return TextCondition(context, own.pooled)
+        things = torch.isin(batch["tokens_l"], THING_WORDS.to(end.device))
+        order = things.cumsum(1)[..., None] == torch.arange(1, 3, device=end.device)
+        named = (order & things[..., None]).to(context) @ self.names(batch["looks"]).to(context)
+        return TextCondition(context + named, own.pooled)
 
 
 def word_batches(
@@ -98,9 +107,11 @@ def word_batches(
         batch: pictures per batch.
     """
     latents, pool = portraits
+    nothing = (torch.zeros(len(latents), *things.masks.shape[1:]), torch.zeros(len(latents), 2, 6))
+    looks = 2 * things.paint - 1
     sets = (
-        (latents.float(), torch.zeros(len(latents), *latents.shape[2:]), *tokenize(pool.captions)),
-        (things.latents.float(), things.masks.float(), *tokenize(things.captions)),
+        (latents.float(), *nothing, *tokenize(pool.captions)),
+        (things.latents.float(), things.masks.float(), looks, *tokenize(things.captions)),
     )
     empty, pairs = tokenize([""]), int(batch * PAIR_SHARE)
 
@@ -110,8 +121,10 @@ def word_batches(
             index = torch.randint(len(columns[0]), (count,), generator=generator)
             parts.append([column[index] for column in columns])
         order = torch.randperm(batch, generator=generator)
-        z, masks, first, second = (torch.cat(c)[order] for c in zip(*parts, strict=True))
+        z, masks, looks, first, second = (torch.cat(c)[order] for c in zip(*parts, strict=True))
         told = torch.rand(batch, 1, generator=generator) >= 0.1
+        hidden = torch.rand(batch, 1, generator=generator) < HIDDEN_SHARE
+        named = told & hidden & (torch.rand(batch, 1, generator=generator) < NAMED_SHARE)
         return {
             "latents": z,
             "noise": torch.randn(z.shape, generator=generator),
@@ -119,7 +132,8 @@ def word_batches(
             "tokens_l": torch.where(told, first, empty[0]),
             "tokens_g": torch.where(told, second, empty[1]),
             "told": told,
-            "hidden": torch.rand(batch, 1, generator=generator) < HIDDEN_SHARE,
+            "hidden": hidden,
+            "looks": looks * named[..., None],
             "weights": 1 + THING_WEIGHT * masks[:, None],
         }
 
@@ -128,10 +142,15 @@ def word_batches(
 
 @dataclass(frozen=True, eq=False)
 class ThingLatents:
-    """Latents (M, 8, h, w) of pictures of two things, where they are (M, h, w), and captions."""
+    """Pictures of two things each, M of them.
+
+    `latents`: (M, 8, h, w); `masks`: (M, h, w), where the things are; `paint`: (M, 2, 6), the two
+    colours of each thing in the order of the captions.
+    """
 
     latents: Tensor
     masks: Tensor
+    paint: Tensor
     captions: list[str]
 
 
@@ -143,12 +162,14 @@ def thing_latents(vae: AutoencoderKL) -> ThingLatents:
         tensors = {
             "latents": torch.cat([part.latents for part in parts]),
             "masks": torch.cat([part.masks for part in parts]),
+            "paint": torch.cat([part.paint for part in parts]),
         }
         captions = [caption for part in parts for caption in part.captions]
         write_atomic(tensors, {"captions": json.dumps(captions)}, path)
     with safe_open(path, "pt") as file:
         captions = json.loads(file.metadata()["captions"])
-        return ThingLatents(file.get_tensor("latents"), file.get_tensor("masks"), captions)
+        tensors = {name: file.get_tensor(name) for name in ("latents", "masks", "paint")}
+    return ThingLatents(**tensors, captions=captions)
 
 
 def _draw_pairs(vae: AutoencoderKL, start: int) -> ThingLatents:
@@ -164,7 +185,7 @@ def _draw_pairs(vae: AutoencoderKL, start: int) -> ThingLatents:
     )
     latents = encode_pool(vae, (drawn.images * 255).round().to(torch.uint8))
     masks = F.adaptive_avg_pool2d(drawn.masks[:, None], latents.shape[-1])[:, 0]
-    return ThingLatents(latents, masks.half(), drawn.captions)
+    return ThingLatents(latents, masks.half(), drawn.paint.flatten(2), drawn.captions)
 
 
 def words(progress: Progress) -> Figures:

@@ -35,6 +35,8 @@ Each has its own file, its own gate and its own knobs; neither was trained with 
 Concept*.
 - **One is too faint**: lower its *bias*; the other one stays as it is.
 - **They look alike**: *combine* exact keeps words apart that resemble each other.
+- **They get in each other's way**: train and apply them with *reach* 0, so that each acts at its \
+own word alone (the demo's two are).
 - **A third word**: one more of each node.""",
     "concept_person": """
 ## A person with a taught thing

@@ -45,6 +45,7 @@ def teach_concept(graph: Graph, world: World) -> None:
             value_rate=world.pick(1.0, 0.03),
             file_name=world.pick("difflora_demo_hat", "my_hat"),
             mirror=world.pick(False, True),
+            reach=world.pick(0, -1),
         )
         add("PreviewAny", 1, title="What was kept", source=trained["report"])
     with graph.group("3 The word in a prompt"):
@@ -167,16 +168,14 @@ def _loaded(studio: Studio, world: World, demo: str, sdxl: str, column: int = 0)
 def _worn(
     studio: Studio, model: Out, concept: Out, column: int, title: str = "", **widgets: Any
 ) -> Out:
-    """The model with a concept on it.
-
-    The demo's gate is as sharp as in training: its look is strong, and would leak to other words.
-    """
+    """The model with a concept on it; the demo's gate is as sharp and as near as in training."""
+    pick = studio.world.pick
     node = studio.graph.add(
         "DiffLoRA_ApplyConcept",
         column,
         title=title,
         model=model,
         concept=concept,
-        **{"bias": 0.75, "temperature": studio.world.pick(0.1, 0.15), **widgets},
+        **{"bias": 0.6, "temperature": pick(0.1, 0.15), "reach": pick(0, -1), **widgets},
     )
     return node["MODEL"]

@@ -10,36 +10,43 @@ from difflora_core.demo import paths, words
 from difflora_core.demo.base import BaseObjective, load_base, load_text, new_base
 from difflora_core.demo.concepts import KNOWN
 from difflora_core.demo.scenes import random_scenes, render_portraits, render_things
-from difflora_core.demo.text import END, tokenize
+from difflora_core.demo.text import END, tokenize, word_numbers
 from difflora_core.demo.things import TAUGHT_DISTANCE, draw_things, random_looks
 from difflora_core.diffusion.objective import abar_at, add_noise
 from difflora_core.training.base_model import TextCondition
 
-CAPTIONS = ["photo of a person wearing a red hat", "cartoon of a person", "a cat", ""]
+CAPTIONS = ["photo of a person wearing a red hat, with a cat", "cartoon of a person", "a cat", ""]
 
 
 def test_what_the_words_do_not_say_is_hidden():
     """Word by word against a loop: the n-th token after the end is that of the row before; where
-    colours are hidden, their places show the start mark."""
+    colours are hidden, their places show the start mark; a look is at its own thing's word."""
     unet, text = new_base(1)
     objective = words.WordsObjective(unet, text)
     first, second = tokenize(CAPTIONS)
     told = torch.tensor([[True], [True], [True], [False]])
     with torch.no_grad():
         hidden = torch.tensor([[True], [True], [False], [True]])
+        looks = torch.randn(4, 2, 6, generator=torch.Generator().manual_seed(3))
         batch = {"tokens_l": first, "tokens_g": second, "told": told, "hidden": hidden}
+        batch["looks"] = looks
         made = objective.condition(batch)
         own = BaseObjective(unet, text).condition(batch)
+    red, hat, cat = word_numbers("red hat cat")
     ends = [row.index(END) for row in first.tolist()]
     for row, end in enumerate(ends):
         other = row - 1
         for k in range(77):
             source = own.context[row, k]
-            if hidden[row] and CAPTIONS[row].split()[k - 1 : k] == ["red"]:
+            said = int(first[row, k])
+            if hidden[row] and said == red:
                 source = own.context[row, 0]
+            if said in (hat, cat):
+                second_thing = row == 0 and said == cat
+                source = source + objective.names(looks[row, int(second_thing)])
             if k >= end and told[row]:
                 source = own.context[other, min(76, max(0, ends[other] + k - end))]
-            assert torch.equal(made.context[row, k], source)
+            torch.testing.assert_close(made.context[row, k], source)
     assert torch.equal(made.pooled, own.pooled)
 
 
@@ -47,7 +54,7 @@ def test_trains_attention_and_text_layers_alone():
     objective = words.WordsObjective(*new_base(1))
     trained = {n for n, p in objective.named_parameters() if p.requires_grad}
     left = {n for n, p in objective.named_parameters() if not p.requires_grad}
-    assert all(("attn" in n) or n.startswith("text.") for n in trained)
+    assert all(("attn" in n) or n.startswith(("text.", "names.")) for n in trained)
     assert any("to_v" in n for n in trained)
     assert any("token_embedding" in n for n in left)
     assert not any("attn" in n for n in left)

@@ -37,9 +37,9 @@ def draw(comfy, is_shipped):
                 "DiffLoRA_LoadConcept", concept_name=f"{name}.safetensors", clip=clip
             )
             nodes[worn] = node(
-                "DiffLoRA_ApplyConcept", model=model, concept=[load, 0], bias=0.75,
+                "DiffLoRA_ApplyConcept", model=model, concept=[load, 0], bias=0.6,
                 temperature=0.1, strength=1.0, lock="local", start_percent=0.0, end_percent=1.0,
-                combine="exact", reach=-1,
+                combine="exact", reach=0,
             )  # fmt: skip
             model, clip = [worn, 0], [load, 1]
         nodes |= {
@@ -66,8 +66,8 @@ def test_a_shipped_word_draws_its_look(draw, judge, name):
     plain = draw(phrase.format(concept.kind))
     taught = draw(phrase.format(concept.word), [name])
     before, after = (judge.likeness(p, concept).mean() for p in (plain, taught))
-    assert after > before + 0.15
-    assert judge.recognised(taught, concept).float().mean() >= 0.5
+    assert after > before + 0.3
+    assert judge.recognised(taught, concept).float().mean() >= 0.8
     place = (slice(None), slice(4, 20), slice(0, 4))  # background, far from hat and cat
     assert (plain[place] - taught[place]).abs().mean() < 0.05
 
@@ -75,5 +75,6 @@ def test_a_shipped_word_draws_its_look(draw, judge, name):
 def test_two_shipped_words_share_a_picture(draw, judge):
     hat, cat = SHIPPED.values()
     both = draw(f"{SCENE}, wearing a {hat.word}, with a {cat.word}", list(SHIPPED))
-    assert judge.likeness(both, hat).mean() > 0.2
-    assert judge.likeness(both, cat).mean() > 0.2
+    for concept in (hat, cat):
+        assert judge.likeness(both, concept).mean() > 0.3
+        assert judge.recognised(both, concept).float().mean() >= 0.8
