@@ -10,7 +10,7 @@ from .workflow_concept_notes import CONCEPT_NOTES
 from .workflow_graphs import PERSON, save_grid
 from .workflow_worlds import Studio, World, concept_world
 
-BIASES = (0.9, 0.75, 0.6)
+BIASES = (1.1, 0.95, 0.6)
 
 
 def teach_concept(graph: Graph, world: World) -> None:
