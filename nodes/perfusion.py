@@ -59,17 +59,7 @@ class TrainPerfusionConcept(io.ComfyNode):
                     tooltip="Learning rate of the word; 0 leaves it at its kind.",
                 ),
                 io.Mask.Input("masks", optional=True, tooltip=concept_training.MASKS),
-                *_second_word(),
-                io.Int.Input(
-                    "reach",
-                    default=-1,
-                    min=-1,
-                    max=512,
-                    optional=True,
-                    advanced=True,
-                    tooltip="How many tokens around it the word learns through: -1 all, 0 itself "
-                    "alone, which keeps several words apart. Choose the same in Apply Concept.",
-                ),
+                *_seldom_needed(),
             ],
             outputs=[
                 *concept_training.training_outputs(),
@@ -118,8 +108,8 @@ class TrainPerfusionConcept(io.ComfyNode):
         return io.NodeOutput(concepts[0], clip, report, second)
 
 
-def _second_word() -> list[io.Input]:
-    """Two things from the same pictures, kept apart by DisenDiff's losses."""
+def _seldom_needed() -> list[io.Input]:
+    """Two things from the same pictures, kept apart by DisenDiff's losses; a word's reach."""
     return [
         io.String.Input(
             "second_word",
@@ -156,6 +146,16 @@ def _second_word() -> list[io.Input]:
             advanced=True,
             tooltip="Two words, in prompts that say the kind after the word (<my-hat> hat): how "
             "hard each word is drawn to the place of its kind; 0 is off.",
+        ),
+        io.Int.Input(
+            "reach",
+            default=-1,
+            min=-1,
+            max=512,
+            optional=True,
+            advanced=True,
+            tooltip="How many tokens around it the word learns through: -1 all, 0 itself "
+            "alone, which keeps several words apart. Choose the same in Apply Concept.",
         ),
     ]
 
