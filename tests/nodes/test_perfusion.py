@@ -246,6 +246,21 @@ def test_two_words_from_one_picture(comfy, comfy_server, pictures):
     assert words[1].contexts == ("photo of a person, wearing a hat hat, holding a {} cup",)
 
 
+def test_reach_decides_through_which_tokens_a_word_learns(comfy, trained, pictures):
+    """-1 is the recipe as it was; 0 gives other values from the same pictures and noise."""
+    folder, path = trained
+    learned = {}
+    for reach, name in ((-1, "far"), (0, "near")):
+        nodes = training(pictures, file_name=name, reach=reach)
+        comfy.run({**nodes, "show": node("PreviewAny", source=["train", 2])})
+        learned[reach] = read_concept(folder / f"{name}.safetensors").values
+    before = read_concept(path).values
+    for layer, values in before.items():
+        np.testing.assert_allclose(learned[-1][layer].numpy(), values.numpy(), atol=1e-3)
+    changes = [np.abs(learned[0][layer] - values).max() for layer, values in before.items()]
+    assert max(changes) > 0.01
+
+
 def test_masks_as_segmentation_nodes_give_them(comfy, comfy_server, pictures):
     """One mask for each picture of a batch, as SAM3 Detect or Batch Masks make them."""
     nodes = training(pictures, masks=["masks", 0], file_name="segmented", images=["photos", 0])
