@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from difflora_core.demo.examples import DREAMBOOTH
 from difflora_core.demo.stages_lora import CORPUS
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
+from difflora_core.storage.checkpoint import write_atomic
 from difflora_core.training.base_model import DiffusersBase
 from difflora_core.training.dreambooth import (
     DreamBoothConfig,
@@ -135,10 +135,7 @@ def _write(path: Path, weights: LoRAWeights) -> None:
         tensors[f"{name}|down"] = layer.down.clone(memory_format=torch.contiguous_format)
         tensors[f"{name}|up"] = layer.up.clone(memory_format=torch.contiguous_format)
     alphas = {name: layer.alpha for name, layer in weights.layers.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    save_file(tensors, temporary, {"alphas": json.dumps(alphas)})
-    temporary.replace(path)
+    write_atomic(tensors, {"alphas": json.dumps(alphas)}, path)
 
 
 def _read(path: Path) -> LoRAWeights:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from difflora_core.lora.weights import LoRAWeights
+from difflora_core.storage.checkpoint import write_atomic
 
 from .drawing import Artist, Plan, unseen_latents
 from .measure import Bench, file_kilobytes
@@ -83,9 +83,7 @@ class Experiment:
         else:
             columns = self.bench.columns(self.artist.pictures(row.weights, strength))
             columns["denoising_loss"] = self.artist.losses(self.unseen, row.weights, strength)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(columns, part := path.with_suffix(f".{os.getpid()}.part"))
-            part.replace(path)
+            write_atomic(columns, {}, path)
         facts = {"strength": strength, "file_kb": file_kilobytes(row.weights)}
         if row.seconds is not None:
             facts["seconds"] = row.seconds

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from difflora_core.lora.layout import LoRALayout
 from difflora_core.lora.tokens import TokenGrid
 from difflora_core.lora.weights import LoRAWeights
+from difflora_core.storage.checkpoint import write_atomic
 from difflora_core.training.linear_baselines import (
     PCAAutoencoder,
     RidgeRegression,
@@ -83,10 +83,7 @@ def save_linear(linear: Linear, path: Path, facts: dict[str, object]) -> None:
         for name, value in vars(getattr(linear, part)).items():
             kind = torch.float16 if value.ndim == 3 else torch.float32
             tensors[f"{part}.{name}"] = value.to(kind).contiguous()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    save_file(tensors, temporary, {"facts": json.dumps(facts)})
-    temporary.replace(path)
+    write_atomic(tensors, {"facts": json.dumps(facts)}, path)
 
 
 def load_linear(path: Path) -> tuple[Linear, dict[str, object]]:

@@ -7,11 +7,12 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from difflora_core.adapters.attach import attach
@@ -28,6 +29,7 @@ from difflora_core.diffusion.sampler import (
 )
 from difflora_core.evaluation.text_alignment import attribute_agreement
 from difflora_core.models.concept import WordEmbedding
+from difflora_core.storage.checkpoint import write_atomic
 from difflora_core.training.base_model import TextCondition
 
 from .prompts import asked
@@ -82,14 +84,12 @@ class Gallery:
         """Every column (N,) of pictures under taught words; kept on disk."""
         marks = [t.mark for t in taught]
         plan = [(w.prompt(), w.seed) for w in wanted]
-        facts = repr((PROTOCOL, STEPS, GUIDANCE, marks, knob, plan, self._judges_mark()))
+        facts = repr((PROTOCOL, STEPS, GUIDANCE, marks, knob, plan, self._judges_mark))
         name = hashlib.sha256(facts.encode()).hexdigest()[:32]
         path = self.cache / f"{name}.safetensors"
         if not path.exists():
             columns = self.judged(self.draw(wanted, *self.school.dress(taught, knob)), wanted)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(columns, part := path.with_suffix(".part"))
-            part.replace(path)
+            write_atomic(columns, {}, path)
         return load_file(path)
 
     @torch.no_grad()
@@ -121,9 +121,9 @@ class Gallery:
         like, known = [], []
         for number in range(max(len(w.concepts) for w in wanted)):
             each = [w.concepts[number] for w in wanted]
-            rows = [(images[k : k + 1], concept) for k, concept in enumerate(each)]
-            like.append(torch.cat([self.judge.likeness(*row) for row in rows]))
-            known.append(torch.cat([self.judge.recognised(*row) for row in rows]))
+            rows = [self.judge.judge(images[k : k + 1], c) for k, c in enumerate(each)]
+            for kept, column in zip((like, known), zip(*rows, strict=True), strict=True):
+                kept.append(torch.cat(column))
         scenes = [replace(w.scene, item=w.concepts[0].kind) for w in wanted]
         goals = [asked(scene) for scene in scenes]
         if len(like) > 1:  # the classifier names one thing alone
@@ -163,6 +163,7 @@ class Gallery:
         both = TextCondition(encoded.context, encoded.pooled)
         return both.select(torch.tensor([unique.index(p) for p in prompts]))
 
+    @cached_property
     def _judges_mark(self) -> str:
         digest = hashlib.sha256()
         for network in (*self.judges.networks.values(), self.judge.network):

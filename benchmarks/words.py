@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from difflora_core.adapters.base import AdapterSet
 from difflora_core.adapters.covariance import Covariance
@@ -33,6 +32,7 @@ from difflora_core.models.concept import (
     superclass_token,
     word_encoding,
 )
+from difflora_core.storage.checkpoint import write_atomic
 from difflora_core.storage.perfusion_file import read_concept, write_concept
 from difflora_core.training.base_model import DiffusersBase
 from difflora_core.training.concept_run import run_concepts
@@ -216,7 +216,6 @@ class School:
 
     def _write(self, path: Path, method: str, trained: Any, seconds: float) -> None:
         """Keep what an artist would keep, in float16."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         if method in (PERFUSION, INFUSION):
             write_concept(path, replace(trained, facts={**trained.facts, "seconds": seconds}))
             return
@@ -225,9 +224,7 @@ class School:
             if method == DREAMBOOTH
             else {f"embedding.{k}": e.half().contiguous() for k, e in enumerate(trained)}
         )
-        part = path.with_suffix(".part")
-        save_file(tensors, part, {"seconds": repr(seconds)})
-        part.replace(path)
+        write_atomic(tensors, {"seconds": repr(seconds)}, path)
 
     def _read(self, path: Path, method: str) -> tuple[Any, float]:
         if method in (PERFUSION, INFUSION):

@@ -147,17 +147,18 @@ def _seldom_needed() -> list[io.Input]:
             tooltip="Two words, in prompts that say the kind after the word (<my-hat> hat): how "
             "hard each word is drawn to the place of its kind; 0 is off.",
         ),
-        io.Int.Input(
-            "reach",
-            default=-1,
-            min=-1,
-            max=512,
+        _reach(
+            "How many tokens around it the word learns through: -1 all, 0 itself alone, which "
+            "keeps several words apart. Choose the same in Apply Concept.",
             optional=True,
-            advanced=True,
-            tooltip="How many tokens around it the word learns through: -1 all, 0 itself "
-            "alone, which keeps several words apart. Choose the same in Apply Concept.",
         ),
     ]
+
+
+def _reach(tooltip: str, optional: bool = False) -> io.Input:
+    return io.Int.Input(
+        "reach", default=-1, min=-1, max=512, optional=optional, advanced=True, tooltip=tooltip
+    )
 
 
 class ApplyConcept(io.ComfyNode):
@@ -284,13 +285,8 @@ def _long_tail() -> list[io.Input]:
             advanced=True,
             tooltip="Several concepts: exact keeps those apart that resemble each other.",
         ),
-        io.Int.Input(
-            "reach",
-            default=-1,
-            min=-1,
-            max=512,
-            advanced=True,
-            tooltip="How many tokens around its word a concept acts on: -1 all, 0 the word "
-            "alone. (Perfusion only.)",
+        _reach(
+            "How many tokens around its word a concept acts on: -1 all, 0 the word alone. "
+            "(Perfusion only.)"
         ),
     ]

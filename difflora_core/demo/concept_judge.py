@@ -101,15 +101,19 @@ class ConceptJudge:
 
         The probability of its kind times exp(-(distance of both colours / COLOUR_SPREAD)^2 / 2).
         """
-        there, colours = self.read(images, concept.kind)
-        apart = (colours - self.looks[self.words.index(concept.word)]).square().sum((1, 2))
-        return there * torch.exp(-apart / (2 * COLOUR_SPREAD**2))
+        return self.judge(images, concept)[0]
 
     def recognised(self, images: Tensor, concept: DemoConcept) -> Tensor:
         """True where pictures (N, 64, 64, 3) show this concept rather than another look: (N,)."""
+        return self.judge(images, concept)[1]
+
+    def judge(self, images: Tensor, concept: DemoConcept) -> tuple[Tensor, Tensor]:
+        """`likeness` and `recognised` from one reading of the pictures."""
         there, colours = self.read(images, concept.kind)
-        nearest = (colours[:, None] - self.looks).square().sum((2, 3)).argmin(1)
-        return (there > 0.5) & (nearest == self.words.index(concept.word))
+        apart = (colours[:, None] - self.looks).square().sum((2, 3))  # N K
+        place = self.words.index(concept.word)
+        likeness = there * torch.exp(-apart[:, place] / (2 * COLOUR_SPREAD**2))
+        return likeness, (there > 0.5) & (apart.argmin(1) == place)
 
 
 def judge_pictures(

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from diffusers import DDIMScheduler
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..diffusion.sampler import SampleSettings, initial_noise, sample, seeded_generators
+from ..storage.checkpoint import write_atomic
 from ..training.base_model import DiffusersBase
 from ..training.controlnet import (
     ControlledBase,
@@ -94,11 +94,8 @@ def posed_pool(split: str, count: int) -> PicturePool:
 def save_controlnet(control: ControlLoRA, path: Path) -> None:
     """Write one float16 file that ComfyUI's ControlNet loader reads."""
     tensors = {name: tensor.half() for name, tensor in control.state().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
     facts = {"format": "difflora-demo-controlnet-1", "rank": json.dumps(control.rank)}
-    save_file(tensors, temporary, metadata=facts)
-    temporary.replace(path)
+    write_atomic(tensors, facts, path)
 
 
 def load_controlnet(path: Path, base: DiffusersBase) -> ControlLoRA:

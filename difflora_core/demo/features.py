@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
+from ..storage.checkpoint import write_atomic
 from ..training.base_model import DiffusersBase
 from ..training.difflora import PersonPictures
 from ..training.loop import Progress
@@ -73,9 +73,7 @@ def person_pictures(
 def _save(path: Path, features: ImageFeatures) -> None:
     tensors = {name: getattr(features, name).contiguous() for name in _PARTS}
     tensors["image_tokens"] = tensors["image_tokens"].half()
-    temporary = path.with_suffix(".part")
-    save_file(tensors, temporary)
-    temporary.replace(path)
+    write_atomic(tensors, {}, path)
 
 
 def _load(path: Path) -> ImageFeatures:

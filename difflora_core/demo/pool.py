@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ..storage.checkpoint import write_atomic
 from .identities import identity_parameters, split_seeds
 from .renderer import LOOKS
 from .scenes import Pictures, Scene, render_pairs, render_portraits
@@ -99,10 +99,7 @@ def cached_pool(path: Path, render: Callable[[], PicturePool]) -> PicturePool:
             "keypoints": pool.keypoints,
             "boxes": pool.boxes,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".part")
-        save_file(tensors, temporary, metadata={"words": json.dumps(words)})
-        temporary.rename(path)
+        write_atomic(tensors, {"words": json.dumps(words)}, path)
         return pool
     with safe_open(path, "pt") as file:
         words = json.loads(file.metadata()["words"])

@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from diffusers import AutoencoderKL
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ..storage.checkpoint import write_atomic
 from ..training.base_model import DiffusersBase
 from ..training.loop import LoopConfig, Progress, train
 from . import paths
@@ -140,10 +140,7 @@ def pool_latents(model: AutoencoderKL, name: str, pool: PicturePool) -> Tensor:
     """Latents (M, 8, h, w) of a pool, kept on disk under `name`."""
     path = paths.BUILD / "latents" / f"{name}.safetensors"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".part")
-        save_file({"latents": encode_pool(model, pool.images)}, temporary)
-        temporary.replace(path)
+        write_atomic({"latents": encode_pool(model, pool.images)}, {}, path)
     with safe_open(path, "pt") as file:
         latents: Tensor = file.get_tensor("latents")
     return latents

@@ -191,18 +191,19 @@ def _draw_pairs(vae: AutoencoderKL, start: int) -> ThingLatents:
 def words(progress: Progress) -> Figures:
     """Train attention and text encoders on; only what changed is written."""
     base, text = load_base(paths.BASE), load_text(paths.BASE)
-    portraits = pool_latents(base.vae, "train", drawn_pool()), drawn_pool()
+    pool, unseen = drawn_pool(), validation_pool()
+    portraits = pool_latents(base.vae, "train", pool), pool
     things = thing_latents(base.vae)
-    held_out = pool_latents(base.vae, "validation", validation_pool())
+    held_out = pool_latents(base.vae, "validation", unseen)
     told = BaseObjective(base.unet, text)
-    before = base_loss(told, held_out, validation_pool())
+    before = base_loss(told, held_out, unseen)
     # On a CPU plain attention trains faster than the fused kernel, whose backward is slow.
     base.unet.set_attn_processor(AttnProcessor())
     objective = WordsObjective(base.unet, text)
     train(objective, word_batches(portraits, things, BATCH), LOOP, paths.BUILD / "words", progress)
     write_words(paths.WORDS, paths.BASE, base.unet, text)
     return {
-        "validation_loss": base_loss(told, held_out, validation_pool()),
+        "validation_loss": base_loss(told, held_out, unseen),
         "validation_loss_before": before,
     }
 
