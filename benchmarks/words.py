@@ -17,7 +17,7 @@ from safetensors import safe_open
 from difflora_core.adapters.base import AdapterSet
 from difflora_core.adapters.covariance import Covariance
 from difflora_core.adapters.lora import lora_adapter_set
-from difflora_core.demo.concepts import ConceptPictures, DemoConcept, render_concept
+from difflora_core.demo.concepts import ConceptPictures, DemoConcept, render_concept, word_early
 from difflora_core.demo.identities import split_seeds
 from difflora_core.lora.keys import from_state_dict, to_state_dict
 from difflora_core.lora.weights import LoRAWeights
@@ -54,7 +54,7 @@ METHODS = (PERFUSION, INFUSION, DREAMBOOTH, INVERSION)
 PHOTOS = 4
 TEMPERATURE, REACH = 0.1, 0
 """Of Perfusion's gate, while training too: a word acts at its own token alone."""
-VERSION = 3
+VERSION = 4
 """To be raised with every change of a recipe: it makes kept words invalid."""
 
 Say = Callable[[str], None]
@@ -153,9 +153,9 @@ class School:
     ) -> tuple[ConceptTask, ConceptExamples]:
         """The task and its pictures, masked, each under its own caption."""
         words = [NewWord(concept.word, concept.kind)]
-        contexts = [prompt.replace(concept.word, SLOT) for prompt in photos.prompts]
+        prompts = [[prompt, word_early(prompt)] for prompt in photos.prompts]
+        contexts = [prompt.replace(concept.word, SLOT) for both in prompts for prompt in both]
         task = prepare_task(self.base, self.text, self.covariance, words, contexts, "demo")
-        prompts = [[prompt] for prompt in photos.prompts]
         examples = concept_examples(
             self.base, photos.images, words, photos.masks, prompts, flip=False
         )

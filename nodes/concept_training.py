@@ -34,6 +34,7 @@ MASKS = (
     "node. An empty mask, or none, counts the whole picture."
 )
 NO_MASKS = "no masks: the whole pictures counted"
+NOTHING = "nothing was learned: it only got worse. Lower the learning rates, or take more steps"
 PREVIEW_SIZE = 512
 MAX_SEED = 2**31 - 1  # the training loop mixes it with the step in 64 bits
 
@@ -199,7 +200,10 @@ def train(
         )
         clip = concept_text.teach(clip, concept)
     best = f"best at step {result.step} of {config.steps}, evaluation loss {result.loss:.4f}"
-    report = "\n".join([*files, best, NO_MASKS] if parts.masks is None else [*files, best])
+    remarks = {NO_MASKS: parts.masks is None, NOTHING: result.step == 0}
+    report = "\n".join([*files, best, *(text for text, holds in remarks.items() if holds)])
+    if result.step == 0:
+        logger.warning("%s", report)
     if not result.finished:
         logger.info("Training stopped; the best so far is kept. %s", report)
         raise comfy.model_management.InterruptProcessingException

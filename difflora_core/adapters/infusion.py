@@ -37,7 +37,7 @@ class TokenGate:
 def token_concept(
     direction: Tensor, covector: Tensor, threshold: float = 0.7, strength: float = 1.0
 ) -> GatedConcept:
-    """A concept that acts on its best matching token alone.
+    """A concept that acts on its own token alone, see `first_match`.
 
     Args:
         direction: (in,), see `GatedConcept`.

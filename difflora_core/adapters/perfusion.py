@@ -22,6 +22,8 @@ from ..errors import ConfigError, LayoutError
 from .base import LayerAdapter
 
 GateFunction = Callable[[Tensor], Tensor]
+SHARE_OF_BEST = 0.7
+"""Of the largest similarity in a prompt: from here on a token matches well."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,8 @@ class GatedConcept:
         superclass: i_super (in,), encoding of the super-class word.
         gate: similarity to gate; a SigmoidGate, or any function.
         strength: 0 leaves the encodings alone, 1 is the full edit.
-        reach: largest distance in tokens from the best matching token at which the concept acts;
-            None for every token, 0 for that token alone.
+        reach: largest distance in tokens from the first well matching token at which the concept
+            acts; None for every token, 0 for that token alone.
     """
 
     direction: Tensor
@@ -144,18 +146,18 @@ class ConceptMatcher:
             # s = G c with s_j = e' C^-1 i_j; both sides divided by the energies.
             gram = covectors @ directions.mT  # J J
             share = torch.linalg.solve(gram, similarity.mT).mT
-        weight = self._weights(similarity)
+        weight = self._weights(fine, similarity)
         gate, rest = gate * weight, fine - (share * weight) @ directions
         anchors = torch.stack([c.superclass for c in self.concepts]).to(device, dtype)  # J in
         locked = rest + gate @ anchors
         return Match(gate.to(x.dtype), rest.to(x.dtype), locked.to(x.dtype))
 
-    def _weights(self, similarity: Tensor) -> Tensor:
+    def _weights(self, fine: Tensor, similarity: Tensor) -> Tensor:
         """Strength of each concept at each token of each row, broadcastable to (B, L, J)."""
         weights = similarity.new_tensor([c.strength for c in self.concepts])
         if any(c.reach is not None for c in self.concepts):
             length = similarity.shape[-2]
-            best = similarity.argmax(-2, keepdim=True)  # B 1 J
+            best = first_match(fine, similarity)
             index = torch.arange(length, device=similarity.device)[:, None]
             reach = [length if c.reach is None else c.reach for c in self.concepts]
             near = (index - best).abs() <= torch.tensor(reach, device=similarity.device)
@@ -163,6 +165,27 @@ class ConceptMatcher:
         if self.rows is not None:
             weights = weights * self.rows.to(weights)[:, None, None]
         return weights
+
+
+def first_match(encodings: Tensor, similarity: Tensor) -> Tensor:
+    """Where the word of each concept stands, told from similarities alone (ours).
+
+    A causal text encoder hands a word on to the tokens after it, which may match better than the
+    word itself; the tokens before it know nothing of it. So it is the first that matches well. The
+    start mark, always the first token, is no word; longer prompts have it again in every part.
+
+    Args:
+        encodings: (B, L, in) of whole prompts, start marks first.
+        similarity: (B, L, J) of each concept.
+
+    Returns:
+        Indices (B, 1, J).
+    """
+    start = (encodings == encodings[..., :1, :]).all(-1)[..., None]  # B L 1
+    words = similarity.masked_fill(start, -torch.inf)
+    best = words.amax(-2, keepdim=True)
+    enough = torch.where(best > 0, SHARE_OF_BEST * best, best)
+    return (words >= enough).int().argmax(-2, keepdim=True)
 
 
 class PerfusionKeyAdapter(LayerAdapter):

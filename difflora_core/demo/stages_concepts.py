@@ -18,7 +18,7 @@ from . import paths
 from .base import load_base
 from .concept_examples import SHIPPED, SHIPPED_PHOTOS, concept_photos
 from .concept_judge import judge_pictures, train_concept_judge
-from .concepts import CONCEPTS, DemoConcept, demo_concept_text, render_concept
+from .concepts import CONCEPTS, DemoConcept, demo_concept_text, render_concept, word_early
 from .identities import split_seeds
 from .stages import Figures
 from .views import Report
@@ -56,9 +56,9 @@ def concepts(progress: Progress) -> Figures:
     def teach(name: str, concept: DemoConcept, folder: Path) -> None:
         photos = concept_photos(concept, SHIPPED_PHOTOS)
         words = [NewWord(concept.word, concept.kind)]
-        contexts = [prompt.replace(concept.word, SLOT) for prompt in photos.prompts]
+        prompts = [[prompt, word_early(prompt)] for prompt in photos.prompts]
+        contexts = [prompt.replace(concept.word, SLOT) for both in prompts for prompt in both]
         task = prepare_task(base, text, covariance, words, contexts, "demo")
-        prompts = [[prompt] for prompt in photos.prompts]
         examples = concept_examples(base, photos.images, words, photos.masks, prompts, flip=False)
         result = train_perfusion(
             task, examples, TRAINING, folder, lambda step, of, seen, _: progress(step, of, seen)

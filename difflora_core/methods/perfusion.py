@@ -40,7 +40,7 @@ class PerfusionConfig:
         strength: 0 to 2; 0 leaves the model alone, 1 is the full edit.
         lock: what keys see: the prompt itself, the super-class word at the concept's token, or
             the whole prompt with the super-class word.
-        reach: tokens from the best matching one on which the concept acts; -1 for all.
+        reach: tokens from the word's own on which the concept acts; -1 for all.
 
     Raises:
         ConfigError: a value is out of range.

@@ -18,6 +18,7 @@ from difflora_core.adapters.perfusion import (
     PerfusionKeyAdapter,
     PerfusionValueAdapter,
     SigmoidGate,
+    first_match,
 )
 from difflora_core.errors import ConfigError, LayoutError
 
@@ -256,10 +257,29 @@ def test_chosen_rows_and_reach():
     torch.testing.assert_close(half[0], plain[0])
     torch.testing.assert_close(half[1], full[1])
     strict = edited(layer, world, world.matcher(reach=0), "v")
-    best = world.similarity(world.e).argmax(1)
+    similarity = world.similarity(world.e)
     for b in range(2):
+        words = similarity[b, 1:]  # the first token is the start mark
+        assert words.max() > 0
+        best = 1 + int((words >= 0.7 * words.max()).nonzero()[0])
         for m in range(LENGTH):
-            torch.testing.assert_close(strict[b, m], (full if m == best[b] else plain)[b, m])
+            torch.testing.assert_close(strict[b, m], (full if m == best else plain)[b, m])
+
+
+@pytest.mark.parametrize(
+    ("similarity", "starts", "place"),
+    [
+        ([0.9, 0.1, 1.0, 1.1, 0.8], [0], 2),  # a token after the word says it louder
+        ([0.9, 0.1, 0.2, 0.6, 0.1], [0], 3),  # the start mark is no word
+        ([0.9, 0.5, 0.9, 0.6, 1.0], [0, 2], 4),  # there is one in each part of a long prompt
+        ([0.9, -0.3, -0.1, -0.2, -0.4], [0], 2),  # and it is none when no word matches either
+    ],
+)
+def test_a_word_stands_where_it_first_matches_well(similarity, starts, place):
+    encodings = torch.randn(1, 5, DIM, dtype=torch.float64)
+    encodings[0, starts] = encodings[0, 0].clone()
+    found = first_match(encodings, torch.tensor(similarity, dtype=torch.float64)[None, :, None])
+    assert found.tolist() == [[[place]]]
 
 
 def test_global_lock_replaces_the_keys_of_chosen_rows():

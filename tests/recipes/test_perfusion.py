@@ -180,6 +180,25 @@ def test_gradients_reach_words_values_and_pass_the_average(task):
     assert 0 < float(moved.abs().max()) < 0.1 * float(task.superclasses.abs().max())
 
 
+def test_the_direction_keeps_up_with_a_word_that_moves(task):
+    """Far behind it, the word would match its own edit badly, and other tokens better."""
+    lag = {}
+    for average in (0.9, 0.99):
+        objective = PerfusionObjective(task, replace(QUICK, average=average)).train()
+        optimizer = torch.optim.AdamW(objective.parameters(), QUICK.value_rate, weight_decay=0.0)
+        draw = pictures().draw(4)
+        for step in range(20):
+            loss, _ = objective(draw(torch.Generator().manual_seed(step)))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        encoded = task.text.encode(PROMPTS, objective.embeddings()).at("<h1>").mean(0)
+        direction = objective.direction[0]
+        dual = task.covariance.inverse.to(direction) @ direction
+        lag[average] = abs(float((encoded @ dual) / (direction @ dual)) - 1)
+    assert lag[0.9] < 0.6 * lag[0.99]
+
+
 def test_two_learning_rates(task, tmp_path):
     """One AdamW step moves a value by its rate and an embedding by its own."""
     config = PerfusionTraining(steps=1, batch=4, evaluate_every=1, value_rate=0.02, word_rate=0.004)
