@@ -181,10 +181,7 @@ def test_infusion_touches_values_alone():
             net.middle_block.attn2["to_k"](e), Net().middle_block.attn2["to_k"](e)
         )
     change = (got - plain).abs().amax(-1)
-    best = (e @ method.matcher.concepts[0].covector).argmax(1)
-    for row in range(2):
-        assert int(change[row].argmax()) == int(best[row])
-        assert int((change[row] > 1e-9).sum()) == 1
+    assert (change > 1e-9).tolist() == 2 * [[False, True, False, False, False]]
 
 
 def test_concepts_that_cannot_share_a_model():

@@ -216,8 +216,8 @@ def test_training_stops_and_keeps_the_best(comfy, comfy_server, pictures):
 def test_training_that_only_gets_worse_says_so(comfy, trained, pictures):
     nodes = training(pictures, file_name="worse", value_rate=10.0, word_rate=1.0)
     shown = comfy.run({**nodes, "show": node("PreviewAny", source=["train", 2])})
-    assert "best at step 0 of 3" in shown.texts["show"]
-    assert "nothing was learned" in shown.texts["show"]
+    (report,) = shown.outputs["show"]["text"]
+    assert "best at step 0 of 3" in report and "nothing was learned" in report
 
 
 def test_masks_of_another_size_and_files_that_are_there(comfy, comfy_server, trained, pictures):
