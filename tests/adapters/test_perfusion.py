@@ -10,6 +10,7 @@ from torch import nn
 
 from difflora_core.adapters.attach import attach
 from difflora_core.adapters.base import AdapterEntry, AdapterSet
+from difflora_core.adapters.first_match import first_match
 from difflora_core.adapters.infusion import InfusionValueAdapter, token_concept
 from difflora_core.adapters.perfusion import (
     ConceptMatcher,
@@ -18,7 +19,6 @@ from difflora_core.adapters.perfusion import (
     PerfusionKeyAdapter,
     PerfusionValueAdapter,
     SigmoidGate,
-    first_match,
 )
 from difflora_core.errors import ConfigError, LayoutError
 
