@@ -200,9 +200,10 @@ def train(
         )
         clip = concept_text.teach(clip, concept)
     best = f"best at step {result.step} of {config.steps}, evaluation loss {result.loss:.4f}"
-    remarks = {NO_MASKS: parts.masks is None, NOTHING: result.step == 0}
+    worse = result.finished and result.step == 0
+    remarks = {NO_MASKS: parts.masks is None, NOTHING: worse}
     report = "\n".join([*files, best, *(text for text, holds in remarks.items() if holds)])
-    if result.step == 0:
+    if worse:
         logger.warning("%s", report)
     if not result.finished:
         logger.info("Training stopped; the best so far is kept. %s", report)
