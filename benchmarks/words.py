@@ -17,7 +17,8 @@ from safetensors import safe_open
 from difflora_core.adapters.base import AdapterSet
 from difflora_core.adapters.covariance import Covariance
 from difflora_core.adapters.lora import lora_adapter_set
-from difflora_core.demo.concepts import ConceptPictures, DemoConcept, render_concept, word_early
+from difflora_core.demo.concept_lesson import concept_lesson
+from difflora_core.demo.concepts import ConceptPictures, DemoConcept, render_concept
 from difflora_core.demo.identities import split_seeds
 from difflora_core.lora.keys import from_state_dict, to_state_dict
 from difflora_core.lora.weights import LoRAWeights
@@ -25,7 +26,6 @@ from difflora_core.methods.base import AdaptationRequest
 from difflora_core.methods.infusion import Infusion, InfusionConfig
 from difflora_core.methods.perfusion import Perfusion, PerfusionConfig, PreparedConcept
 from difflora_core.models.concept import (
-    SLOT,
     Concept,
     ConceptText,
     WordEmbedding,
@@ -39,9 +39,6 @@ from difflora_core.training.concept_run import run_concepts
 from difflora_core.training.concept_task import (
     ConceptExamples,
     ConceptTask,
-    NewWord,
-    concept_examples,
-    prepare_task,
 )
 from difflora_core.training.infusion import InfusionObjective, InfusionTraining
 from difflora_core.training.perfusion import PerfusionObjective, PerfusionTraining
@@ -151,15 +148,8 @@ class School:
     def lesson(
         self, concept: DemoConcept, photos: ConceptPictures
     ) -> tuple[ConceptTask, ConceptExamples]:
-        """The task and its pictures, masked, each under its own caption."""
-        words = [NewWord(concept.word, concept.kind)]
-        prompts = [[prompt, word_early(prompt)] for prompt in photos.prompts]
-        contexts = [prompt.replace(concept.word, SLOT) for both in prompts for prompt in both]
-        task = prepare_task(self.base, self.text, self.covariance, words, contexts, "demo")
-        examples = concept_examples(
-            self.base, photos.images, words, photos.masks, prompts, flip=False
-        )
-        return task, examples
+        """The task and its pictures."""
+        return concept_lesson(self.base, self.text, self.covariance, concept, photos)
 
     @cached_property
     def names(self) -> dict[str, str]:

@@ -156,10 +156,10 @@ class ConceptMatcher:
         weights = similarity.new_tensor([c.strength for c in self.concepts])
         if any(c.reach is not None for c in self.concepts):
             length = similarity.shape[-2]
-            best = first_match(fine, similarity)
+            own = first_match(fine, similarity)
             index = torch.arange(length, device=similarity.device)[:, None]
             reach = [length if c.reach is None else c.reach for c in self.concepts]
-            near = (index - best).abs() <= torch.tensor(reach, device=similarity.device)
+            near = (index - own).abs() <= torch.tensor(reach, device=similarity.device)
             weights = weights * near
         if self.rows is not None:
             weights = weights * self.rows.to(weights)[:, None, None]

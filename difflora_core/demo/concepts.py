@@ -87,15 +87,6 @@ def render_concept(
     return ConceptPictures(images, masks, scenes, [concept.prompt(scene) for scene in scenes])
 
 
-def word_early(prompt: str) -> str:
-    """A prompt whose last phrase, the one with the concept, comes second.
-
-    Words that follow the concept's word hear of it, so it has to be taught with some after it.
-    """
-    first, *middle, last = prompt.split(", ")
-    return ", ".join((first, last, *middle))
-
-
 def render_items(
     people: Sequence[int],
     pictures: Sequence[int],

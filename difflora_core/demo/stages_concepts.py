@@ -7,10 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..models.concept import SLOT
 from ..storage.perfusion_file import write_concept
 from ..training.captions import captions
-from ..training.concept_task import NewWord, concept_examples, prepare_task
 from ..training.covariance import build_covariance
 from ..training.loop import Progress
 from ..training.perfusion import PerfusionTraining, train_perfusion
@@ -18,7 +16,8 @@ from . import paths
 from .base import load_base
 from .concept_examples import SHIPPED, SHIPPED_PHOTOS, concept_photos
 from .concept_judge import judge_pictures, train_concept_judge
-from .concepts import CONCEPTS, DemoConcept, demo_concept_text, render_concept, word_early
+from .concept_lesson import concept_lesson
+from .concepts import CONCEPTS, DemoConcept, demo_concept_text, render_concept
 from .identities import split_seeds
 from .stages import Figures
 from .views import Report
@@ -55,11 +54,7 @@ def concepts(progress: Progress) -> Figures:
 
     def teach(name: str, concept: DemoConcept, folder: Path) -> None:
         photos = concept_photos(concept, SHIPPED_PHOTOS)
-        words = [NewWord(concept.word, concept.kind)]
-        prompts = [[prompt, word_early(prompt)] for prompt in photos.prompts]
-        contexts = [prompt.replace(concept.word, SLOT) for both in prompts for prompt in both]
-        task = prepare_task(base, text, covariance, words, contexts, "demo")
-        examples = concept_examples(base, photos.images, words, photos.masks, prompts, flip=False)
+        task, examples = concept_lesson(base, text, covariance, concept, photos)
         result = train_perfusion(
             task, examples, TRAINING, folder, lambda step, of, seen, _: progress(step, of, seen)
         )
