@@ -24,8 +24,8 @@ from .views import Report
 
 CAPTIONS = 10_000
 JUDGED = 40
-TRAINING = PerfusionTraining(steps=400, value_rate=0.3, reach=0)
-"""The rates are those of `benchmarks.choose_rates`."""
+TRAINING = PerfusionTraining(steps=400, value_rate=0.3, word_rate=0.001, reach=0, guidance=1.5)
+"""As in `benchmarks.words`."""
 
 
 def judge(progress: Report) -> Figures:

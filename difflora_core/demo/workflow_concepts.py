@@ -43,9 +43,11 @@ def teach_concept(graph: Graph, world: World) -> None:
             prompts=world.pick("\n".join(lesson_prompts()), ""),
             steps=world.pick(100, 400),
             value_rate=world.pick(1.0, 0.03),
+            word_rate=world.pick(0.001, 0.006),
             file_name=world.pick("difflora_demo_hat", "my_hat"),
             mirror=world.pick(False, True),
             reach=world.pick(0, -1),
+            guidance=world.pick(1.5, 1.0),
         )
         add("PreviewAny", 1, title="What was kept", source=trained["report"])
     with graph.group("3 The word in a prompt"):

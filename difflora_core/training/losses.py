@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,12 +22,17 @@ class NoisedBatch:
         noise: like `latents`.
         timesteps: (B,) integers.
         text: B encoded prompts.
+        null: (B, C, h, w) what the base predicts without a prompt; with it the answer is a guided
+            one, see `under_guidance`.
+        guidance: its scale.
     """
 
     latents: Tensor
     noise: Tensor
     timesteps: Tensor
     text: TextCondition
+    null: Tensor | None = None
+    guidance: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,11 +68,40 @@ def denoise(base: BaseModel, batch: NoisedBatch, mask: Tensor | None = None) -> 
     text = TextCondition(batch.text.context.to(dtype), batch.text.pooled.to(dtype))
     noisy = add_noise(clean, noise, abar)
     prediction = base.predict(noisy, batch.timesteps, text).to(fine)
+    if batch.null is not None:
+        prediction = torch.lerp(batch.null.to(fine), prediction, batch.guidance)
     difference = prediction - training_target(clean, noise, abar, base.prediction_type).to(fine)
     if mask is not None:
         difference = difference * mask.to(difference)[:, None]
     estimate = to_x0(prediction, noisy.to(fine), abar.to(fine), base.prediction_type)
     return Denoised(difference.square().flatten(1).mean(1), estimate, abar.flatten().to(fine))
+
+
+@torch.no_grad()
+def under_guidance(
+    base: BaseModel, batch: NoisedBatch, scale: float, nothing: TextCondition
+) -> NoisedBatch:
+    """The same batch as a sampler with classifier-free guidance sees it (ours).
+
+    What is learned from plain predictions is exaggerated when it is drawn under guidance (Eq. 6 of
+    arXiv:2207.12598). So the loss may be that of null + scale (prediction - null), null being
+    what the base predicts without a prompt: fixed, without what is being trained.
+
+    Args:
+        base: the base model, nothing attached to it.
+        batch: B noised samples.
+        scale: of the guidance; 1 leaves the batch as it is.
+        nothing: one empty prompt, encoded.
+    """
+    if scale == 1.0:
+        return batch
+    rows = nothing.select(torch.zeros(len(batch.latents), dtype=torch.long))
+    dtype = compute_dtype(base)
+    clean, noise = batch.latents.to(dtype), batch.noise.to(dtype)
+    noisy = add_noise(clean, noise, abar_at(base.alphas_cumprod, batch.timesteps, clean))
+    text = TextCondition(rows.context.to(noisy), rows.pooled.to(noisy))
+    null = base.predict(noisy, batch.timesteps, text)
+    return replace(batch, null=null, guidance=scale)
 
 
 def denoising_error(

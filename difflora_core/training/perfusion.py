@@ -8,7 +8,7 @@ through which gradients pass straight. Text encoders and UNet stay frozen.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from .calibration import AttentionRecord, binding_loss, record_attention, separa
 from .concept_run import ConceptResult, Watch, concept_loop, run_concepts
 from .concept_task import ConceptExamples, ConceptTask
 from .loop import LoopConfig
-from .losses import NoisedBatch, denoise
+from .losses import NoisedBatch, denoise, under_guidance
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class PerfusionTraining:
     `separation`: weights of DisenDiff's losses (arXiv 2403.18551 takes 0.01 for both), for several
     words from one picture. `keep`: weight of staying, outside the masks, at what the base draws
     for the super-class word (ours). `reach`: tokens from the word on which it acts while training,
-    -1 for all. `evaluate_every`: steps between looks at the fixed evaluation batch. `precision`:
-    "no", "bf16".
+    -1 for all. `guidance`: see `losses.under_guidance`; 1 is the plain loss. `evaluate_every`:
+    steps between looks at the fixed evaluation batch. `precision`: "no", "bf16".
     """
 
     steps: int = 400
@@ -63,6 +63,7 @@ class PerfusionTraining:
     separation: float = 0.0
     keep: float = 0.15
     reach: int = -1
+    guidance: float = 1.0
     evaluate_every: int = 25
     precision: str = "no"
     seed: int = 0
@@ -79,6 +80,8 @@ class PerfusionTraining:
             raise ConfigError("Weights of losses must not be negative.")
         if self.reach < -1:
             raise ConfigError(f"The reach is -1 (all tokens) or more, got {self.reach}.")
+        if not 1 <= self.guidance <= 20:
+            raise ConfigError(f"The guidance while training is 1 to 20, got {self.guidance}.")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PerfusionTraining:
@@ -124,6 +127,9 @@ class PerfusionObjective(nn.Module):
         # Never gets a gradient; as a parameter it is part of the loop's checkpoints.
         self.direction = nn.Parameter(task.superclasses.clone().float())
         self.register_buffer("inverse", task.covariance.inverse.float(), persistent=False)
+        with torch.no_grad():
+            empty = task.text.encode([""], {})
+        self.nothing = TextCondition(empty.context, empty.pooled)
 
     def embeddings(self) -> dict[str, WordEmbedding]:
         """Word to its embeddings; gradients flow."""
@@ -179,6 +185,7 @@ class PerfusionObjective(nn.Module):
         text = TextCondition(encoded.context, encoded.pooled)
         noised = NoisedBatch(batch["latents"], batch["noise"], batch["timesteps"], text)
         base, names = self.task.base, self.module_names
+        noised = under_guidance(base, noised, self.config.guidance, self.nothing)
         calibrated = self.config.binding > 0 or self.config.separation > 0
         keys = [path for name, path in names.items() if name.endswith("to_k")] if calibrated else []
         with attach(base.unet, adapters, names=names), record_attention(base.unet, keys) as record:
@@ -187,18 +194,17 @@ class PerfusionObjective(nn.Module):
         loss = (made.error * weight).mean()
         extra, parts = self._calibration(record, encoded, batch) if calibrated else (0.0, {})
         if self.config.keep and "masks" in batch:
-            drift = self._drift(made.estimate, batch)
+            drift = self._drift(made.estimate, noised, batch)
             loss, parts = loss + self.config.keep * drift, {**parts, "drift": drift.detach()}
         return loss + extra, parts
 
-    def _drift(self, estimate: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    def _drift(self, estimate: Tensor, noised: NoisedBatch, batch: Mapping[str, Any]) -> Tensor:
         """Squared change outside the masks, where the masked loss lets a concept spread."""
         words = zip(self.task.words, self.task.embeddings, strict=True)
         with torch.no_grad():
             encoded = self.task.text.encode(batch["prompts"], {w.word: e for w, e in words})
             text = TextCondition(encoded.context, encoded.pooled)
-            noised = NoisedBatch(batch["latents"], batch["noise"], batch["timesteps"], text)
-            plain = denoise(self.task.base, noised).estimate
+            plain = denoise(self.task.base, replace(noised, text=text)).estimate
         outside = 1 - batch["masks"].to(estimate)[:, None]
         return (outside * (estimate - plain)).square().mean()
 

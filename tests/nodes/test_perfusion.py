@@ -269,6 +269,20 @@ def test_reach_decides_through_which_tokens_a_word_learns(comfy, trained, pictur
     assert max(changes) > 0.01
 
 
+def test_guidance_changes_what_is_learned(comfy, trained, pictures):
+    """1 is the recipe as it was."""
+    folder, path = trained
+    before, learned = read_concept(path).values, {}
+    for guidance, name in ((1.0, "unguided"), (1.5, "guided")):
+        nodes = training(pictures, file_name=name, guidance=guidance)
+        comfy.run({**nodes, "show": node("PreviewAny", source=["train", 2])})
+        learned[guidance] = read_concept(folder / f"{name}.safetensors").values
+    for layer, values in before.items():
+        np.testing.assert_allclose(learned[1.0][layer].numpy(), values.numpy(), atol=1e-3)
+    changes = [np.abs(learned[1.5][layer] - values).max() for layer, values in before.items()]
+    assert max(changes) > 0.01
+
+
 def test_masks_as_segmentation_nodes_give_them(comfy, comfy_server, pictures):
     """One mask for each picture of a batch, as SAM3 Detect or Batch Masks make them."""
     nodes = training(pictures, masks=["masks", 0], file_name="segmented", images=["photos", 0])

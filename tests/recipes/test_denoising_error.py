@@ -1,9 +1,11 @@
 """The base model's loss under its own definition."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from difflora_core.training.losses import NoisedBatch, denoising_error
+from difflora_core.training.losses import NoisedBatch, denoising_error, under_guidance
 
 
 def batch(base, dtype=torch.float64):
@@ -39,3 +41,29 @@ def test_precision_of_the_unet_is_followed(base, dtype):
     error = denoising_error(base, batch(base, torch.float32))
     assert error.dtype == torch.float32
     torch.testing.assert_close(error, exact, rtol=0.1, atol=0.05)
+
+
+def test_under_guidance_the_guided_prediction_has_to_be_right(base):
+    """Against the sampler's own sum; what is trained gets the gradient, the null does not."""
+    base.unet.double()
+    b = batch(base)
+    told, nothing = (
+        type(t)(t.context.double(), t.pooled.double()) for t in (b.text, base.encode_prompts([""]))
+    )
+    abar = base.alphas_cumprod[b.timesteps].double()[:, None, None, None]
+    noisy = abar.sqrt() * b.latents + (1 - abar).sqrt() * b.noise
+    with torch.no_grad():
+        v = base.predict(noisy, b.timesteps, told)
+        null = torch.cat(
+            [base.predict(noisy[k : k + 1], b.timesteps[k : k + 1], nothing) for k in range(4)]
+        )
+    target = abar.sqrt() * b.noise - (1 - abar).sqrt() * b.latents
+    expected = (null + 2.5 * (v - null) - target).square().mean((1, 2, 3))
+    told.context.requires_grad_()
+    guided = under_guidance(base, replace(b, text=told), 2.5, nothing)
+    error = denoising_error(base, guided, "uniform")
+    torch.testing.assert_close(error, expected)
+    error.sum().backward()
+    assert float(told.context.grad.abs().max()) > 0
+    assert not guided.null.requires_grad
+    assert under_guidance(base, b, 1.0, nothing) is b

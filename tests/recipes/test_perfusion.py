@@ -250,6 +250,22 @@ def test_outside_the_mask_it_stays_what_it_was(task, tmp_path):
     assert "drift" not in PerfusionObjective(task, replace(QUICK, keep=1.0))(whole)[1]
 
 
+def test_guidance_while_training(task):
+    """A guided prediction goes as many times as far from the base's as the guidance says."""
+    losses, drifts = {}, {}
+    for scale in (1.0, 2.0):
+        objective = PerfusionObjective(task, replace(QUICK, keep=1.0, guidance=scale)).eval()
+        with torch.no_grad():
+            for value in objective.values:
+                value.fill_(0.3)
+            loss, parts = objective(pictures().draw(8)(torch.Generator().manual_seed(3)))
+        losses[scale], drifts[scale] = float(loss), float(parts["drift"])
+    assert drifts[2.0] == pytest.approx(4 * drifts[1.0], rel=1e-3)
+    assert losses[2.0] != pytest.approx(losses[1.0], rel=1e-3)
+    with pytest.raises(ConfigError, match="1 to 20"):
+        PerfusionTraining(guidance=0.5)
+
+
 def test_disendiff_losses_take_part(base, text, covariance, tmp_path):
     words = [WORD, NewWord("<c1>", "cup")]
     prompts = ["photo of a <h1> hat and a <c1> cup", "the <h1> hat and the <c1> cup"]
