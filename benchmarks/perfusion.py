@@ -1,8 +1,9 @@
 """`python -m benchmarks.perfusion [--quick] [--json FILE]`: words by Perfusion and by others.
 
-Eight concepts, 20 prompts; every method learns from the same four pictures, masks, steps, batches
-and seeds, and draws from the same noise. Likeness against obedience along each method's own knob:
-the gate's bias for Perfusion, the strength for the others. Then two concepts in one picture.
+Eight concepts, 20 prompts, two noises; every method learns from the same four pictures, masks,
+steps, batches and seeds, and draws from the same noise. Likeness against obedience along each
+method's own knob: the gate's bias for Perfusion, the strength for the others. Then two concepts in
+one picture.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ from torch import Tensor
 from difflora_core.demo import paths
 from difflora_core.demo.base import load_base
 from difflora_core.demo.concept_judge import load_concept_judge
-from difflora_core.demo.concepts import CONCEPTS, demo_concept_text, render_items
+from difflora_core.demo.concepts import (
+    CONCEPTS,
+    DemoConcept,
+    demo_concept_text,
+    render_items,
+)
 from difflora_core.demo.identities import split_seeds
 from difflora_core.demo.judges import load_judges
 from difflora_core.demo.scenes import Scene
@@ -73,12 +79,19 @@ class Size:
 
     concepts: tuple[int, ...] = tuple(range(len(CONCEPTS)))
     scenes: tuple[Scene, ...] = SCENES
+    noises: int = 2
     pairs: tuple[tuple[int, int], ...] = PAIRS
     pair_scenes: int = 5
     recipes: Recipes = field(default_factory=Recipes)
 
+    def wanted(self, concept: DemoConcept) -> list[Wish]:
+        """Every prompt with one concept, in every noise."""
+        number = CONCEPTS.index(concept)
+        each = [wishes([concept], self.scenes, number, seed) for seed in range(self.noises)]
+        return [wish for one in each for wish in one]
 
-QUICK = Size((0, 4), SCENES[:6], ((0, 4),), 4, Recipes(steps=200))
+
+QUICK = Size((0, 4), SCENES[:6], 1, ((0, 4),), 4, Recipes(steps=200))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,7 +127,7 @@ def gallery(console: Console) -> Gallery:
 def measure(gallery: Gallery, size: Size) -> Report:
     """All rows and conclusions."""
     chosen = [CONCEPTS[k] for k in size.concepts]
-    wanted = {c.word: wishes([c], size.scenes, CONCEPTS.index(c)) for c in chosen}
+    wanted = {c.word: size.wanted(c) for c in chosen}
     rows = ceilings(gallery, [w for c in chosen for w in wanted[c.word]])
     taught = {
         method: {c.word: gallery.school.teach(c, method, size.recipes) for c in chosen}
@@ -137,6 +150,7 @@ def measure(gallery: Gallery, size: Size) -> Report:
         "protocol": {
             "concepts": len(chosen),
             "prompts": len(size.scenes),
+            "noises": size.noises,
             "pictures_to_learn_from": PHOTOS,
             "steps": size.recipes.steps,
             "batch": size.recipes.batch,

@@ -32,7 +32,7 @@ from difflora_core.training.clip_text import ClipPairText, TokenMarks
 from difflora_core.training.covariance import build_covariance
 
 HAT, CAT = CONCEPTS[0], CONCEPTS[4]
-TINY = Size((0, 4), perfusion.SCENES[:2], ((0, 4),), 1, Recipes(steps=2, batch=1))
+TINY = Size((0, 4), perfusion.SCENES[:2], 1, ((0, 4),), 1, Recipes(steps=2, batch=1))
 
 
 @pytest.fixture(scope="module")
