@@ -120,6 +120,20 @@ def test_knob_at_zero_is_the_base(gallery):
         torch.testing.assert_close(gallery.draw(wanted, words, adapters), plain, atol=1e-4, rtol=0)
 
 
+def test_kinds_are_read_by_the_judge_of_concepts(gallery, monkeypatch):
+    """One attribute of five, whatever the classifier of plain colours would say."""
+    wanted = wishes([HAT], perfusion.SCENES[:2], 0)
+    images, agreement = render_concept(HAT, [1, 2], [1, 2]).images, {}
+    for there in (0.9, 0.1):
+        monkeypatch.setattr(
+            gallery.judge,
+            "read",
+            lambda p, kind, there=there: (torch.full((len(p),), there), torch.zeros(len(p), 2, 3)),
+        )
+        agreement[there] = gallery.judged(images, wanted)["prompt_agreement"]
+    torch.testing.assert_close(agreement[0.9] - agreement[0.1], torch.full((2,), 0.2))
+
+
 def test_two_loras_are_their_sum(gallery):
     """The pair's change of one layer's output is the sum of the two changes."""
     taught = [gallery.school.teach(c, DREAMBOOTH, TINY.recipes) for c in (HAT, CAT)]
@@ -141,8 +155,8 @@ def test_prompts():
     assert wish.prompt().endswith("white shirt, wearing a <hat-a>, with a <cat-a>")
     assert wish.prompt(plain=True).endswith("white shirt, wearing a hat, with a cat")
     assert len(perfusion.SCENES) == 20
-    seeds = [w.seed for k in range(8) for w in wishes([HAT], perfusion.SCENES, k)]
-    assert len(set(seeds)) == 160
+    seeds = [w.seed for concept in CONCEPTS for w in Size().wanted(concept)]
+    assert len(set(seeds)) == len(seeds) == 320
     hands = {"cup", "flower"}
     for a, b in perfusion.PAIRS:
         assert CONCEPTS[a].kind != CONCEPTS[b].kind
