@@ -155,6 +155,21 @@ def training_widgets() -> list[io.Input]:
     ]
 
 
+def guidance_widget() -> io.Input:
+    """How guided the loss is; optional, since old workflows lack it."""
+    return io.Float.Input(
+        "guidance",
+        default=1.0,
+        min=1.0,
+        max=20.0,
+        step=0.1,
+        optional=True,
+        advanced=True,
+        tooltip="Learns the look as a sampler with this cfg draws it, in a third more time. "
+        "Raise it, to less than the cfg, where colours come out too strong; 1 is off.",
+    )
+
+
 def training_outputs() -> list[io.Output]:
     """The concept, the CLIP that knows it, and a report."""
     return [

@@ -37,6 +37,7 @@ class TrainInfusionConcept(io.ComfyNode):
                     tooltip="Learning rate of the look.",
                 ),
                 io.Mask.Input("masks", optional=True, tooltip=concept_training.MASKS),
+                concept_training.guidance_widget(),
             ],
             outputs=concept_training.training_outputs(),
         )
@@ -60,10 +61,10 @@ class TrainInfusionConcept(io.ComfyNode):
         small_file,
         learning_rate,
         masks=None,
+        guidance=1.0,
     ):
-        config = InfusionTraining(
-            steps=steps, batch=batch_size, seed=seed, learning_rate=learning_rate
-        )
+        rates = {"learning_rate": learning_rate, "guidance": guidance}
+        config = InfusionTraining(steps=steps, batch=batch_size, seed=seed, **rates)
         request = TrainingRequest(word, superclass, prompts, file_name, mirror, small_file)
         parts = concept_training.Parts(model, clip, vae, images, covariance, masks)
         concepts, clip, report = concept_training.train(train_infusion, config, request, parts)

@@ -146,17 +146,7 @@ def _seldom_needed() -> list[io.Input]:
             "keeps several words apart. Choose the same in Apply Concept.",
             optional=True,
         ),
-        io.Float.Input(
-            "guidance",
-            default=1.0,
-            min=1.0,
-            max=20.0,
-            step=0.1,
-            optional=True,
-            advanced=True,
-            tooltip="Learns the look as a sampler with this cfg draws it, in a third more time. "
-            "Raise it, to less than the cfg, where colours come out too strong; 1 is off.",
-        ),
+        concept_training.guidance_widget(),
     ]
 
 

@@ -21,7 +21,7 @@ from ..storage.checkpoint import write_atomic
 from .base_model import TextCondition, compute_device, compute_dtype
 from .concept_task import ConceptExamples
 from .loop import LoopConfig, train
-from .losses import NoisedBatch, denoising_error
+from .losses import NoisedBatch, denoising_error, under_guidance
 
 EVALUATION_BATCHES = 6
 """Enough that the state that is kept was better, not luckier."""
@@ -191,12 +191,19 @@ def run_concepts(
     return ConceptResult(objective.concepts(facts), finished, best.step, best.loss)
 
 
-def masked_loss(objective: Any, batch: Mapping[str, Any]) -> Tensor:
-    """Mean denoising loss of a batch under its own prompts, inside its masks (perfusion.md 3)."""
+def masked_loss(objective: Any, batch: Mapping[str, Any], guidance: float = 1.0) -> Tensor:
+    """Mean denoising loss of a batch under its own prompts, inside its masks (perfusion.md 3).
+
+    Args:
+        objective: prepares prompts and adapters.
+        batch: of `ConceptExamples.draw`.
+        guidance: see `losses.under_guidance`.
+    """
     encoded, adapters = objective.prepare(batch["prompts"])
     text = TextCondition(encoded.context, encoded.pooled)
     noised = NoisedBatch(batch["latents"], batch["noise"], batch["timesteps"], text)
     base, weighting = objective.task.base, objective.config.weighting
+    noised = under_guidance(base, noised, guidance, objective.task.nothing)
     with attach(base.unet, adapters, names=objective.module_names):
         return denoising_error(base, noised, weighting, batch.get("masks")).mean()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,13 @@ from ..models.concept import (
     text_probe,
     word_encoding,
 )
-from .base_model import BaseModel, compute_device, compute_dtype, stratified_timesteps
+from .base_model import (
+    BaseModel,
+    TextCondition,
+    compute_device,
+    compute_dtype,
+    stratified_timesteps,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -197,6 +204,13 @@ class ConceptTask:
     probe: Tensor
     contexts: tuple[tuple[str, ...], ...]
     base_name: str
+
+    @cached_property
+    def nothing(self) -> TextCondition:
+        """One empty prompt, encoded: what guidance starts from."""
+        with torch.no_grad():
+            empty = self.text.encode([""], {})
+        return TextCondition(empty.context, empty.pooled)
 
     @torch.no_grad()
     def layer_output(self, path: str, rows: Tensor) -> Tensor:

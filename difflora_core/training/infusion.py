@@ -22,6 +22,7 @@ from ..models.concept import Concept, EncodedPrompts
 from .concept_run import ConceptResult, Watch, concept_loop, masked_loss, run_concepts
 from .concept_task import ConceptExamples, ConceptTask
 from .loop import LoopConfig
+from .losses import check_guidance
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class InfusionTraining:
 
     `steps`, `batch`: optimiser steps and pictures in each. `learning_rate`: of the residuals.
     `threshold`: similarity from which a token can be the concept's. `weighting`: of the denoising
-    loss. `evaluate_every`: steps between looks at the evaluation batch. `precision`: "no", "bf16".
+    loss. `guidance`: see `losses.under_guidance`; 1 is the plain loss. `evaluate_every`: steps
+    between looks at the evaluation batch. `precision`: "no", "bf16".
     """
 
     steps: int = 500
@@ -38,6 +40,7 @@ class InfusionTraining:
     learning_rate: float = 0.01
     threshold: float = 0.7
     weighting: str = "uniform"
+    guidance: float = 1.0
     evaluate_every: int = 25
     precision: str = "no"
     seed: int = 0
@@ -47,6 +50,7 @@ class InfusionTraining:
             raise ConfigError("steps, batch and evaluate_every must be at least 1.")
         if not 0 < self.learning_rate <= 10:
             raise ConfigError(f"The learning rate must lie in 0 to 10, got {self.learning_rate}.")
+        check_guidance(self.guidance)
 
     @property
     def loop(self) -> LoopConfig:
@@ -85,7 +89,7 @@ class InfusionObjective(nn.Module):
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Masked denoising loss."""
-        return masked_loss(self, batch), {}
+        return masked_loss(self, batch, self.config.guidance), {}
 
     @property
     def module_names(self) -> dict[str, str]:

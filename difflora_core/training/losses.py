@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.objective import abar_at, add_noise, loss_weight, to_x0, training_target
+from ..errors import ConfigError
 from ..lora.distance import cosine_similarity, squared_relative_error
 from ..lora.weights import LoRAWeights
 from .base_model import BaseModel, TextCondition, compute_dtype
@@ -75,6 +76,12 @@ def denoise(base: BaseModel, batch: NoisedBatch, mask: Tensor | None = None) -> 
         difference = difference * mask.to(difference)[:, None]
     estimate = to_x0(prediction, noisy.to(fine), abar.to(fine), base.prediction_type)
     return Denoised(difference.square().flatten(1).mean(1), estimate, abar.flatten().to(fine))
+
+
+def check_guidance(scale: float) -> None:
+    """Raises ConfigError unless a guidance to train under lies in 1 to 20."""
+    if not 1 <= scale <= 20:
+        raise ConfigError(f"The guidance while training is 1 (off) to 20, got {scale}.")
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ from .calibration import AttentionRecord, binding_loss, record_attention, separa
 from .concept_run import ConceptResult, Watch, concept_loop, run_concepts
 from .concept_task import ConceptExamples, ConceptTask
 from .loop import LoopConfig
-from .losses import NoisedBatch, denoise, under_guidance
+from .losses import NoisedBatch, check_guidance, denoise, under_guidance
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,7 @@ class PerfusionTraining:
             raise ConfigError("Weights of losses must not be negative.")
         if self.reach < -1:
             raise ConfigError(f"The reach is -1 (all tokens) or more, got {self.reach}.")
-        if not 1 <= self.guidance <= 20:
-            raise ConfigError(f"The guidance while training is 1 to 20, got {self.guidance}.")
+        check_guidance(self.guidance)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PerfusionTraining:
@@ -127,9 +126,6 @@ class PerfusionObjective(nn.Module):
         # Never gets a gradient; as a parameter it is part of the loop's checkpoints.
         self.direction = nn.Parameter(task.superclasses.clone().float())
         self.register_buffer("inverse", task.covariance.inverse.float(), persistent=False)
-        with torch.no_grad():
-            empty = task.text.encode([""], {})
-        self.nothing = TextCondition(empty.context, empty.pooled)
 
     def embeddings(self) -> dict[str, WordEmbedding]:
         """Word to its embeddings; gradients flow."""
@@ -185,7 +181,7 @@ class PerfusionObjective(nn.Module):
         text = TextCondition(encoded.context, encoded.pooled)
         noised = NoisedBatch(batch["latents"], batch["noise"], batch["timesteps"], text)
         base, names = self.task.base, self.module_names
-        noised = under_guidance(base, noised, self.config.guidance, self.nothing)
+        noised = under_guidance(base, noised, self.config.guidance, self.task.nothing)
         calibrated = self.config.binding > 0 or self.config.separation > 0
         keys = [path for name, path in names.items() if name.endswith("to_k")] if calibrated else []
         with attach(base.unet, adapters, names=names), record_attention(base.unet, keys) as record:

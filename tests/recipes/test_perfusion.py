@@ -24,7 +24,11 @@ from difflora_core.training.concept_task import (
     prepare_task,
 )
 from difflora_core.training.covariance import build_covariance
-from difflora_core.training.infusion import InfusionTraining, train_infusion
+from difflora_core.training.infusion import (
+    InfusionObjective,
+    InfusionTraining,
+    train_infusion,
+)
 from difflora_core.training.perfusion import (
     PerfusionObjective,
     PerfusionTraining,
@@ -252,18 +256,26 @@ def test_outside_the_mask_it_stays_what_it_was(task, tmp_path):
 
 def test_guidance_while_training(task):
     """A guided prediction goes as many times as far from the base's as the guidance says."""
-    losses, drifts = {}, {}
+    batch, seen = pictures().draw(8)(torch.Generator().manual_seed(3)), {}
     for scale in (1.0, 2.0):
-        objective = PerfusionObjective(task, replace(QUICK, keep=1.0, guidance=scale)).eval()
-        with torch.no_grad():
-            for value in objective.values:
-                value.fill_(0.3)
-            loss, parts = objective(pictures().draw(8)(torch.Generator().manual_seed(3)))
-        losses[scale], drifts[scale] = float(loss), float(parts["drift"])
-    assert drifts[2.0] == pytest.approx(4 * drifts[1.0], rel=1e-3)
-    assert losses[2.0] != pytest.approx(losses[1.0], rel=1e-3)
-    with pytest.raises(ConfigError, match="1 to 20"):
-        PerfusionTraining(guidance=0.5)
+        config = replace(QUICK, keep=1.0, guidance=scale)
+        both = (
+            PerfusionObjective(task, config),
+            InfusionObjective(task, InfusionTraining(threshold=0.3, guidance=scale)),
+        )
+        for objective in both:
+            with torch.no_grad():
+                for value in objective.values:
+                    value.copy_(torch.linspace(-4, 4, value.numel()).view_as(value))
+                seen[type(objective), scale] = objective.eval()(batch)
+    drift = {scale: float(seen[PerfusionObjective, scale][1]["drift"]) for scale in (1.0, 2.0)}
+    assert drift[2.0] == pytest.approx(4 * drift[1.0], rel=1e-3)
+    for kind in (PerfusionObjective, InfusionObjective):
+        plain, guided = (float(seen[kind, scale][0]) for scale in (1.0, 2.0))
+        assert abs(guided / plain - 1) > 2e-5  # far above rounding; this base hardly listens
+    for recipe in (PerfusionTraining, InfusionTraining):
+        with pytest.raises(ConfigError, match="to 20"):
+            recipe(guidance=0.5)
 
 
 def test_disendiff_losses_take_part(base, text, covariance, tmp_path):
