@@ -87,8 +87,11 @@ class Size:
     def wanted(self, concept: DemoConcept) -> list[Wish]:
         """Every prompt with one concept, in every noise."""
         number = CONCEPTS.index(concept)
-        each = [wishes([concept], self.scenes, number, seed) for seed in range(self.noises)]
-        return [wish for one in each for wish in one]
+        return [
+            wish
+            for noise in range(self.noises)
+            for wish in wishes([concept], self.scenes, number, noise)
+        ]
 
 
 QUICK = Size((0, 4), SCENES[:6], 1, ((0, 4),), 4, Recipes(steps=200))

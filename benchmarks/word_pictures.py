@@ -118,17 +118,19 @@ class Gallery:
 
     def judged(self, images: Tensor, wanted: Sequence[Wish]) -> Columns:
         """Columns (N,): likeness and recognition averaged over the concepts of a picture."""
-        like, known = [], []
+        like, known, there = [], [], []
         for number in range(max(len(w.concepts) for w in wanted)):
             each = [w.concepts[number] for w in wanted]
             rows = [self.judge.judge(images[k : k + 1], c) for k, c in enumerate(each)]
-            for kept, column in zip((like, known), zip(*rows, strict=True), strict=True):
+            for kept, column in zip((like, known, there), zip(*rows, strict=True), strict=True):
                 kept.append(torch.cat(column))
         scenes = [replace(w.scene, item=w.concepts[0].kind) for w in wanted]
         goals = [asked(scene) for scene in scenes]
         if len(like) > 1:  # a scene names one thing alone
             goals = [{k: v for k, v in goal.items() if k != "item"} for goal in goals]
-        read = {**self.judges.attributes(images), "item": self._kinds(images, wanted)}
+        # The judge of prompts knows things in plain colours, and misses real ones in others.
+        items = [s.item if seen else "none" for s, seen in zip(scenes, there[0], strict=True)]
+        read = {**self.judges.attributes(images), "item": items}
         recognised = torch.stack(known).float()
         return {
             "concept_similarity": torch.stack(like).mean(0),
@@ -136,16 +138,6 @@ class Gallery:
             "all_recognised": recognised.amin(0),
             "prompt_agreement": attribute_agreement(read, goals),
         }
-
-    def _kinds(self, images: Tensor, wanted: Sequence[Wish]) -> list[str]:
-        """The first kind that each picture should show, or "none".
-
-        By the judge of concepts: that of prompts knows things in plain colours, and misses real
-        ones in others.
-        """
-        kinds = [w.concepts[0].kind for w in wanted]
-        there = [float(self.judge.read(images[k : k + 1], kind)[0]) for k, kind in enumerate(kinds)]
-        return [kind if p > 0.5 else "none" for kind, p in zip(kinds, there, strict=True)]
 
     def step_milliseconds(self, taught: Sequence[Taught], knob: float, rounds: int = 15) -> float:
         """Median extra processor time of a UNet step (batch 2) over the bare base."""

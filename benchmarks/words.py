@@ -17,7 +17,7 @@ from safetensors import safe_open
 from difflora_core.adapters.base import AdapterSet
 from difflora_core.adapters.covariance import Covariance
 from difflora_core.adapters.lora import lora_adapter_set
-from difflora_core.demo.concept_lesson import concept_lesson
+from difflora_core.demo.concept_lesson import TRAINING, concept_lesson
 from difflora_core.demo.concepts import ConceptPictures, DemoConcept, render_concept
 from difflora_core.demo.identities import split_seeds
 from difflora_core.lora.keys import from_state_dict, to_state_dict
@@ -41,7 +41,7 @@ from difflora_core.training.concept_task import (
     ConceptTask,
 )
 from difflora_core.training.infusion import InfusionObjective, InfusionTraining
-from difflora_core.training.perfusion import PerfusionObjective, PerfusionTraining
+from difflora_core.training.perfusion import PerfusionObjective
 
 from .word_objectives import InversionObjective, LoRAObjective, YardstickConfig
 
@@ -49,9 +49,6 @@ PERFUSION, INFUSION = "Perfusion", "Infusion"
 DREAMBOOTH, INVERSION = "DreamBooth LoRA", "Textual Inversion"
 METHODS = (PERFUSION, INFUSION, DREAMBOOTH, INVERSION)
 PHOTOS = 4
-TEMPERATURE, REACH, GUIDED = 0.1, 0, 1.5
-"""Of Perfusion while training: its gate, its own token alone, and how guided its loss is; chosen
-on validation concepts for pictures that are drawn with guidance 2."""
 VERSION = 4
 """To be raised with every change of a recipe: it makes kept words invalid."""
 
@@ -78,15 +75,14 @@ class Recipes:
         common = {"steps": self.steps, "batch": self.batch, "seed": self.seed}
         common["evaluate_every"] = every
         if method == PERFUSION:
-            own = {"value_rate": rates[0], "word_rate": rates[1], "temperature": TEMPERATURE}
-            return PerfusionTraining(**own, reach=REACH, guidance=GUIDED, **common)
+            return replace(TRAINING, value_rate=rates[0], word_rate=rates[1], **common)
         if method == INFUSION:
             return InfusionTraining(learning_rate=rates[0], **common)
         return YardstickConfig(rate=rates[0], **common)
 
 
 RATES: Mapping[str, tuple[float, ...]] = {
-    PERFUSION: (0.3, 0.001),
+    PERFUSION: (TRAINING.value_rate, TRAINING.word_rate),
     INFUSION: (1.0,),
     DREAMBOOTH: (0.003,),
     INVERSION: (0.01,),
@@ -190,7 +186,7 @@ class School:
         if method == INFUSION:
             pairs = [(t.trained, InfusionConfig(knob)) for t in taught]
             return words, Infusion(pairs).adapters(request)
-        config = PerfusionConfig(bias=knob, temperature=TEMPERATURE, reach=REACH)
+        config = PerfusionConfig(knob, TRAINING.temperature, reach=TRAINING.reach)
         prepared = [(self._prepared(t.trained), config) for t in taught]
         return words, Perfusion(prepared, exact=True).adapters(request)
 

@@ -155,7 +155,7 @@ def training_widgets() -> list[io.Input]:
     ]
 
 
-def guidance_widget() -> io.Input:
+def training_guidance() -> io.Input:
     """How guided the loss is; optional, since old workflows lack it."""
     return io.Float.Input(
         "guidance",

@@ -37,7 +37,7 @@ class TrainInfusionConcept(io.ComfyNode):
                     tooltip="Learning rate of the look.",
                 ),
                 io.Mask.Input("masks", optional=True, tooltip=concept_training.MASKS),
-                concept_training.guidance_widget(),
+                concept_training.training_guidance(),
             ],
             outputs=concept_training.training_outputs(),
         )

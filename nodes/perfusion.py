@@ -146,7 +146,7 @@ def _seldom_needed() -> list[io.Input]:
             "keeps several words apart. Choose the same in Apply Concept.",
             optional=True,
         ),
-        concept_training.guidance_widget(),
+        concept_training.training_guidance(),
     ]
 
 

@@ -107,13 +107,14 @@ class ConceptJudge:
         """True where pictures (N, 64, 64, 3) show this concept rather than another look: (N,)."""
         return self.judge(images, concept)[1]
 
-    def judge(self, images: Tensor, concept: DemoConcept) -> tuple[Tensor, Tensor]:
-        """`likeness` and `recognised` from one reading of the pictures."""
+    def judge(self, images: Tensor, concept: DemoConcept) -> tuple[Tensor, Tensor, Tensor]:
+        """`likeness`, `recognised`, and whether its kind is there, from one reading."""
         there, colours = self.read(images, concept.kind)
         apart = (colours[:, None] - self.looks).square().sum((2, 3))  # N K
         place = self.words.index(concept.word)
         likeness = there * torch.exp(-apart[:, place] / (2 * COLOUR_SPREAD**2))
-        return likeness, (there > 0.5) & (apart.argmin(1) == place)
+        seen = there > 0.5
+        return likeness, seen & (apart.argmin(1) == place), seen
 
 
 def judge_pictures(

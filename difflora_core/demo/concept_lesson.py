@@ -12,7 +12,11 @@ from ..training.concept_task import (
     concept_examples,
     prepare_task,
 )
+from ..training.perfusion import PerfusionTraining
 from .concepts import ConceptPictures, DemoConcept
+
+TRAINING = PerfusionTraining(steps=400, value_rate=0.3, word_rate=0.001, reach=0, guidance=1.5)
+"""Of the demo's words, chosen on validation concepts for pictures drawn with guidance 2."""
 
 
 def concept_lesson(

@@ -11,12 +11,12 @@ from ..storage.perfusion_file import write_concept
 from ..training.captions import captions
 from ..training.covariance import build_covariance
 from ..training.loop import Progress
-from ..training.perfusion import PerfusionTraining, train_perfusion
+from ..training.perfusion import train_perfusion
 from . import paths
 from .base import load_base
 from .concept_examples import SHIPPED, SHIPPED_PHOTOS, concept_photos
 from .concept_judge import judge_pictures, train_concept_judge
-from .concept_lesson import concept_lesson
+from .concept_lesson import TRAINING, concept_lesson
 from .concepts import CONCEPTS, DemoConcept, demo_concept_text, render_concept
 from .identities import split_seeds
 from .stages import Figures
@@ -24,8 +24,6 @@ from .views import Report
 
 CAPTIONS = 10_000
 JUDGED = 40
-TRAINING = PerfusionTraining(steps=400, value_rate=0.3, word_rate=0.001, reach=0, guidance=1.5)
-"""As in `benchmarks.words`."""
 
 
 def judge(progress: Report) -> Figures:

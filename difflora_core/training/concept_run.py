@@ -21,7 +21,7 @@ from ..storage.checkpoint import write_atomic
 from .base_model import TextCondition, compute_device, compute_dtype
 from .concept_task import ConceptExamples
 from .loop import LoopConfig, train
-from .losses import NoisedBatch, denoising_error, under_guidance
+from .losses import denoising_error
 
 EVALUATION_BATCHES = 6
 """Enough that the state that is kept was better, not luckier."""
@@ -200,10 +200,8 @@ def masked_loss(objective: Any, batch: Mapping[str, Any], guidance: float = 1.0)
         guidance: see `losses.under_guidance`.
     """
     encoded, adapters = objective.prepare(batch["prompts"])
-    text = TextCondition(encoded.context, encoded.pooled)
-    noised = NoisedBatch(batch["latents"], batch["noise"], batch["timesteps"], text)
+    noised = objective.task.noised(batch, encoded, guidance)
     base, weighting = objective.task.base, objective.config.weighting
-    noised = under_guidance(base, noised, guidance, objective.task.nothing)
     with attach(base.unet, adapters, names=objective.module_names):
         return denoising_error(base, noised, weighting, batch.get("masks")).mean()
 

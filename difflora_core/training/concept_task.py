@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from ..models.concept import (
     MAX_CONTEXTS,
     TEMPLATES,
     ConceptText,
+    EncodedPrompts,
     WordEmbedding,
     check_contexts,
     check_new_word,
@@ -33,6 +35,7 @@ from .base_model import (
     compute_dtype,
     stratified_timesteps,
 )
+from .losses import NoisedBatch, under_guidance
 
 logger = logging.getLogger(__name__)
 
@@ -211,6 +214,22 @@ class ConceptTask:
         with torch.no_grad():
             empty = self.text.encode([""], {})
         return TextCondition(empty.context, empty.pooled)
+
+    def noised(
+        self, batch: Mapping[str, Any], encoded: EncodedPrompts, guidance: float = 1.0
+    ) -> NoisedBatch:
+        """What a step asks of the base, before anything is attached to it.
+
+        Args:
+            batch: of `ConceptExamples.draw`.
+            encoded: its prompts.
+            guidance: see `losses.under_guidance`.
+        """
+        text = TextCondition(encoded.context, encoded.pooled)
+        plain = NoisedBatch(batch["latents"], batch["noise"], batch["timesteps"], text)
+        if guidance == 1.0:
+            return plain
+        return under_guidance(self.base, plain, guidance, self.nothing)
 
     @torch.no_grad()
     def layer_output(self, path: str, rows: Tensor) -> Tensor:

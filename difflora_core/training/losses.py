@@ -66,9 +66,8 @@ def denoise(base: BaseModel, batch: NoisedBatch, mask: Tensor | None = None) -> 
     fine = torch.promote_types(dtype, torch.float32)
     clean, noise = batch.latents.to(dtype), batch.noise.to(dtype)
     abar = abar_at(base.alphas_cumprod, batch.timesteps, clean)
-    text = TextCondition(batch.text.context.to(dtype), batch.text.pooled.to(dtype))
     noisy = add_noise(clean, noise, abar)
-    prediction = base.predict(noisy, batch.timesteps, text).to(fine)
+    prediction = _predict(base, noisy, batch.timesteps, batch.text).to(fine)
     if batch.null is not None:
         prediction = torch.lerp(batch.null.to(fine), prediction, batch.guidance)
     difference = prediction - training_target(clean, noise, abar, base.prediction_type).to(fine)
@@ -76,6 +75,12 @@ def denoise(base: BaseModel, batch: NoisedBatch, mask: Tensor | None = None) -> 
         difference = difference * mask.to(difference)[:, None]
     estimate = to_x0(prediction, noisy.to(fine), abar.to(fine), base.prediction_type)
     return Denoised(difference.square().flatten(1).mean(1), estimate, abar.flatten().to(fine))
+
+
+def _predict(base: BaseModel, noisy: Tensor, timesteps: Tensor, text: TextCondition) -> Tensor:
+    """The base's answer; the prompts are brought to where and how it computes."""
+    here = TextCondition(text.context.to(noisy), text.pooled.to(noisy))
+    return base.predict(noisy, timesteps, here)
 
 
 def check_guidance(scale: float) -> None:
@@ -106,8 +111,7 @@ def under_guidance(
     dtype = compute_dtype(base)
     clean, noise = batch.latents.to(dtype), batch.noise.to(dtype)
     noisy = add_noise(clean, noise, abar_at(base.alphas_cumprod, batch.timesteps, clean))
-    text = TextCondition(rows.context.to(noisy), rows.pooled.to(noisy))
-    null = base.predict(noisy, batch.timesteps, text)
+    null = _predict(base, noisy, batch.timesteps, rows)
     return replace(batch, null=null, guidance=scale)
 
 

@@ -33,7 +33,7 @@ from .calibration import AttentionRecord, binding_loss, record_attention, separa
 from .concept_run import ConceptResult, Watch, concept_loop, run_concepts
 from .concept_task import ConceptExamples, ConceptTask
 from .loop import LoopConfig
-from .losses import NoisedBatch, check_guidance, denoise, under_guidance
+from .losses import NoisedBatch, check_guidance, denoise
 
 
 @dataclass(frozen=True)
@@ -178,10 +178,8 @@ class PerfusionObjective(nn.Module):
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Masked denoising loss (perfusion.md 3), plus the losses that are on."""
         encoded, adapters = self.prepare(batch["prompts"])
-        text = TextCondition(encoded.context, encoded.pooled)
-        noised = NoisedBatch(batch["latents"], batch["noise"], batch["timesteps"], text)
+        noised = self.task.noised(batch, encoded, self.config.guidance)
         base, names = self.task.base, self.module_names
-        noised = under_guidance(base, noised, self.config.guidance, self.task.nothing)
         calibrated = self.config.binding > 0 or self.config.separation > 0
         keys = [path for name, path in names.items() if name.endswith("to_k")] if calibrated else []
         with attach(base.unet, adapters, names=names), record_attention(base.unet, keys) as record:
