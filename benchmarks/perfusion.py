@@ -36,7 +36,7 @@ from difflora_core.evaluation.report import Report, bootstrap_interval
 from difflora_core.training.captions import captions
 from difflora_core.training.covariance import build_covariance
 
-from .prompts import CONTEXT, EXPRESSION, LOOK
+from .prompts import CONTEXT, EXPRESSION, LOOK, with_plain_things
 from .word_pictures import GUIDANCE, STEPS, Columns, Gallery, Wish, wishes
 from .words import (
     DREAMBOOTH,
@@ -85,12 +85,12 @@ class Size:
     recipes: Recipes = field(default_factory=Recipes)
 
     def wanted(self, concept: DemoConcept) -> list[Wish]:
-        """Every prompt with one concept, in every noise."""
-        number = CONCEPTS.index(concept)
+        """Every prompt with one concept, in every noise; half of them name another thing too."""
+        number, scenes = CONCEPTS.index(concept), with_plain_things(self.scenes, concept.kind)
         return [
             wish
             for noise in range(self.noises)
-            for wish in wishes([concept], self.scenes, number, noise)
+            for wish in wishes([concept], scenes, number, noise)
         ]
 
 
@@ -216,7 +216,7 @@ def ceilings(gallery: Gallery, wanted: Sequence[Wish]) -> dict[str, dict[str, fl
 def real_pictures(wanted: Sequence[Wish]) -> Tensor:
     """Rendered people with what was wished for."""
     people = split_seeds("validation", len(wanted), 5000)
-    things = [w.concepts for w in wanted]
+    things = [(*w.concepts, w.beside) for w in wanted]
     return render_items(people, range(len(wanted)), [w.scene for w in wanted], things)
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
+from difflora_core.demo.renderer import COLOURS
 from difflora_core.demo.scenes import Scene
 
 CONTEXT = (
@@ -47,6 +51,9 @@ PROMPTS = CONTEXT + CLOTHING + EXPRESSION + LOOK
 QUICK = (CONTEXT[0], CONTEXT[2], CLOTHING[0], CLOTHING[1], EXPRESSION[0], LOOK[1])
 """Six of them, of every kind."""
 
+TOGETHER = {"hat": ("cup", "cat"), "cup": ("hat", "cat"), "cat": ("hat", "cup")}
+"""Kinds of things that can stand beside a hat, a cup and a cat."""
+
 ASKED = ("look", "expression", "background", "shirt", "item")
 """Attributes that are read back from the pictures."""
 
@@ -57,3 +64,18 @@ def asked(scene: Scene) -> dict[str, str]:
     if scene.item == "none":
         del named["item"]
     return named
+
+
+def with_plain_things(scenes: Sequence[Scene], kind: str) -> list[Scene]:
+    """Every second scene with a thing of another kind, in a colour that is not the shirt's.
+
+    Args:
+        scenes: without items.
+        kind: of what else will be there.
+    """
+    names, others = list(COLOURS), TOGETHER[kind]
+    changed = list(scenes)
+    for k, scene in list(enumerate(scenes))[::2]:
+        colour = names[(names.index(scene.shirt) + 1 + k % (len(names) - 1)) % len(names)]
+        changed[k] = replace(scene, item=others[k // 2 % len(others)], item_colour=colour)
+    return changed

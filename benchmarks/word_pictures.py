@@ -20,7 +20,8 @@ from difflora_core.adapters.base import AdapterSet
 from difflora_core.demo.concept_judge import ConceptJudge
 from difflora_core.demo.concepts import DemoConcept
 from difflora_core.demo.judges import Judges
-from difflora_core.demo.scenes import Scene
+from difflora_core.demo.renderer import COLOURS
+from difflora_core.demo.scenes import ITEM_PHRASES, Scene
 from difflora_core.diffusion.sampler import (
     SampleSettings,
     initial_noise,
@@ -36,7 +37,7 @@ from .prompts import asked
 from .words import School, Taught
 
 STEPS, GUIDANCE = 10, 2.0
-PROTOCOL = 3
+PROTOCOL = 4
 """To be raised with every change of drawing or judging: it makes kept columns invalid."""
 
 Words = Mapping[str, WordEmbedding]
@@ -45,7 +46,10 @@ Columns = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Wish:
-    """One picture that is asked for: the scene, the concepts in it, and the seed of its noise."""
+    """One picture that is asked for: the scene, the concepts in it, and the seed of its noise.
+
+    The scene's own item, if there is one, is a plain thing that stands beside the concepts.
+    """
 
     scene: Scene
     concepts: tuple[DemoConcept, ...]
@@ -53,11 +57,27 @@ class Wish:
 
     def prompt(self, plain: bool = False) -> str:
         """Its prompt, with the new words or with the plain words of their kinds."""
-        scene, text = replace(self.scene, item="none"), ""
-        for concept in self.concepts:
-            said = concept.prompt(scene, concept.kind if plain else None)
-            text += said.removeprefix(scene.caption()) if text else said
-        return text
+        said = [(c.kind, c.kind if plain else c.word) for c in self.concepts]
+        if self.scene.item != "none":
+            said.append((self.scene.item, f"{self.scene.item_colour} {self.scene.item}"))
+        phrases = [ITEM_PHRASES[kind].format(word) for kind, word in said]
+        return ", ".join((replace(self.scene, item="none").caption(), *phrases))
+
+    @property
+    def beside(self) -> DemoConcept:
+        """The plain thing, or none, as the judge of concepts names it."""
+        colour = COLOURS[self.scene.item_colour]
+        return DemoConcept(self.scene.item_colour, self.scene.item, colour, colour)
+
+    @property
+    def goals(self) -> dict[str, str]:
+        """What its picture has to show but for the looks of the concepts."""
+        goals = asked(replace(self.scene, item="none"))
+        if len(self.concepts) == 1:  # two are a question of their own
+            goals["concept"] = self.concepts[0].kind
+        if self.scene.item != "none":
+            goals["beside"] = f"{self.scene.item_colour} {self.scene.item}"
+        return goals
 
 
 def wishes(
@@ -120,24 +140,36 @@ class Gallery:
         """Columns (N,): likeness and recognition averaged over the concepts of a picture."""
         like, known, there = [], [], []
         for number in range(max(len(w.concepts) for w in wanted)):
-            each = [w.concepts[number] for w in wanted]
-            rows = [self.judge.judge(images[k : k + 1], c) for k, c in enumerate(each)]
+            rows = [
+                self._judged(image, w.concepts[number])
+                for image, w in zip(images, wanted, strict=True)
+            ]
             for kept, column in zip((like, known, there), zip(*rows, strict=True), strict=True):
                 kept.append(torch.cat(column))
-        scenes = [replace(w.scene, item=w.concepts[0].kind) for w in wanted]
-        goals = [asked(scene) for scene in scenes]
-        if len(like) > 1:  # a scene names one thing alone
-            goals = [{k: v for k, v in goal.items() if k != "item"} for goal in goals]
         # The judge of prompts knows things in plain colours, and misses real ones in others.
-        items = [s.item if seen else "none" for s, seen in zip(scenes, there[0], strict=True)]
-        read = {**self.judges.attributes(images), "item": items}
+        kinds = [w.concepts[0].kind if t else "" for w, t in zip(wanted, there[0], strict=True)]
+        read = {
+            **self.judges.attributes(images),
+            "concept": kinds,
+            "beside": [self._beside(image, w) for image, w in zip(images, wanted, strict=True)],
+        }
         recognised = torch.stack(known).float()
         return {
             "concept_similarity": torch.stack(like).mean(0),
             "recognised": recognised.mean(0),
             "all_recognised": recognised.amin(0),
-            "prompt_agreement": attribute_agreement(read, goals),
+            "prompt_agreement": attribute_agreement(read, [w.goals for w in wanted]),
         }
+
+    def _judged(self, image: Tensor, concept: DemoConcept) -> tuple[Tensor, Tensor, Tensor]:
+        return self.judge.judge(image[None], concept)
+
+    def _beside(self, image: Tensor, wish: Wish) -> str:
+        """The plain thing of a wish if the picture (H, W, 3) shows it, else nothing."""
+        if wish.scene.item == "none":
+            return ""
+        seen = bool(self._judged(image, wish.beside)[1])
+        return wish.goals["beside"] if seen else ""
 
     def step_milliseconds(self, taught: Sequence[Taught], knob: float, rounds: int = 15) -> float:
         """Median extra processor time of a UNet step (batch 2) over the bare base."""

@@ -19,8 +19,8 @@ class TrainInfusionConcept(io.ComfyNode):
             display_name="Train Infusion Concept",
             category=CATEGORY,
             description="Teaches a new word that leaves the layout wholly to the word of its kind "
-            "(cat, hat) and changes its look alone: less likeness than Perfusion, and least harm "
-            "to the rest of the prompt. Stopping keeps the best so far; queueing again goes on.",
+            "(cat, hat) and changes its look alone, with the least harm to the rest of the prompt. "
+            "Stopping keeps the best so far; queueing again goes on.",
             search_aliases=["infusion", "perfusion", "train concept", "value residual"],
             inputs=[
                 *concept_training.picture_sockets(),

@@ -78,12 +78,12 @@ class ConceptJudge:
 
     Args:
         network: reads things.
-        concepts: what it tells apart.
+        concepts: what it tells apart, and from things in plain colours, whose words these are.
     """
 
     def __init__(self, network: ThingReader, concepts: Sequence[DemoConcept] = KNOWN) -> None:
         self.network = network
-        self.words = [concept.word for concept in concepts]
+        self.words = [*(concept.word for concept in concepts), *COLOURS]
         own = [(concept.main, concept.mark) for concept in concepts]
         plain = [(colour, colour) for colour in COLOURS.values()]
         self.looks = torch.tensor([*own, *plain])  # K 2 3

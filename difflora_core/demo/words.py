@@ -3,7 +3,8 @@
 Trained from nothing on short captions, a small base finds everything in the prompt's end mark,
 where causal text encoders sum it up, and looks at no word. Then nothing can be taught through a
 word either. So its attention and text encoders learn on while every caption ends with the
-end mark and padding of another one: what is drawn has to come from the words themselves.
+end mark and padding of another one: what is drawn has to come from the words themselves. The finest
+level of its UNet learns with them: it paints what is smaller than a few latent pixels.
 
 Its new pictures show two things each, in one colour, in two that the caption names ("a red and
 blue hat"), or in any two that it does not name ("a hat"): a base that draws hats of one kind only
@@ -44,8 +45,9 @@ from .vae import encode_pool
 
 ITEM_PAIRS = (("hat", "cup"), ("hat", "cat"), ("hat", "flower"), ("cat", "cup"), ("cat", "flower"))
 """Things that can be together in a picture."""
-TRAINED = ("attn", ".layers.")
-"""Parts of names of what is trained: attention, and the layers of the text encoders."""
+FINEST = ("conv_in", "down_blocks.0", "up_blocks.1", "conv_norm_out", "conv_out")
+TRAINED = ("attn", ".layers.", *FINEST)
+"""Parts of names of what is trained: attention, layers of the text encoders, the finest level."""
 COLOUR_WORDS = torch.tensor(word_numbers(" ".join((*COLOURS, "and"))))
 THING_WORDS = torch.tensor(word_numbers(" ".join(ITEM_PHRASES)))
 HIDDEN_SHARE, NAMED_SHARE = 0.7, 0.9
@@ -189,7 +191,7 @@ def _draw_pairs(vae: AutoencoderKL, start: int) -> ThingLatents:
 
 
 def words(progress: Progress) -> Figures:
-    """Train attention and text encoders on; only what changed is written."""
+    """Train the base on where TRAINED says; only what changed is written."""
     base, text = load_base(paths.BASE), load_text(paths.BASE)
     pool, unseen = drawn_pool(), validation_pool()
     portraits = pool_latents(base.vae, "train", pool), pool

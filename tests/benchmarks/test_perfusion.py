@@ -1,12 +1,22 @@
 """The table of taught words on a tiny random world: from pictures to the JSON, and its sums."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks import concept_price, covariance, perfusion
-from benchmarks.perfusion import BASE_TWO, KNOBS, REAL, Size, conclusions, label, measure
+from benchmarks.perfusion import (
+    BASE_TWO,
+    KNOBS,
+    REAL,
+    Size,
+    conclusions,
+    label,
+    measure,
+    real_pictures,
+)
 from benchmarks.word_pictures import Gallery, Wish, wishes
 from benchmarks.words import (
     DREAMBOOTH,
@@ -157,10 +167,36 @@ def test_prompts():
     assert len(perfusion.SCENES) == 20
     seeds = [w.seed for concept in CONCEPTS for w in Size().wanted(concept)]
     assert len(set(seeds)) == len(seeds) == 320
+    for concept in CONCEPTS:
+        asked = Size().wanted(concept)[: len(perfusion.SCENES)]
+        plain = [w for w in asked if w.scene.item != "none"]
+        assert len(plain) == 10
+        for w in plain:
+            assert w.scene.item != concept.kind
+            assert w.scene.item_colour != w.scene.shirt
+            assert w.prompt().index(concept.word) < w.prompt().index(w.goals["beside"])
     hands = {"cup", "flower"}
     for a, b in perfusion.PAIRS:
         assert CONCEPTS[a].kind != CONCEPTS[b].kind
         assert {CONCEPTS[a].kind, CONCEPTS[b].kind} != hands
+
+
+@pytest.mark.parametrize("kind", ["hat", "cup", "cat"])
+def test_the_judge_knows_plain_things_beside_a_concept(kind):
+    """Real ones are seen; the same thing in the concept's colours is not taken for a plain one."""
+    judge = concept_judge.load_concept_judge(paths.CONCEPT_JUDGE)
+    concept = next(c for c in CONCEPTS if c.kind == kind)
+    wanted = [w for w in Size().wanted(concept) if w.scene.item != "none"]
+    seen = [
+        judge.recognised(p[None], w.beside)
+        for p, w in zip(real_pictures(wanted), wanted, strict=True)
+    ]
+    assert torch.cat(seen).float().mean() >= 0.9
+    people = range(105_000, 105_000 + len(wanted))
+    things = [(concept, replace(concept, kind=w.scene.item)) for w in wanted]
+    images = render_items(people, range(len(wanted)), [w.scene for w in wanted], things)
+    seen = [judge.recognised(p[None], w.beside) for p, w in zip(images, wanted, strict=True)]
+    assert torch.cat(seen).float().mean() <= 0.05
 
 
 @pytest.mark.parametrize("concept", KNOWN, ids=lambda c: c.word)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from difflora_core.demo import paths, words
 from difflora_core.demo.base import BaseObjective, load_base, load_text, new_base
 from difflora_core.demo.concepts import KNOWN
+from difflora_core.demo.pool import PicturePool
 from difflora_core.demo.scenes import random_scenes, render_portraits, render_things
 from difflora_core.demo.text import END, tokenize, word_numbers
 from difflora_core.demo.things import TAUGHT_DISTANCE, draw_things, random_looks
@@ -50,14 +51,49 @@ def test_what_the_words_do_not_say_is_hidden():
     assert torch.equal(made.pooled, own.pooled)
 
 
-def test_trains_attention_and_text_layers_alone():
-    objective = words.WordsObjective(*new_base(1))
+def test_batches_mix_portraits_and_named_things():
+    """Empty captions tell and name nothing; looks are named only where colours are hidden."""
+    generator = torch.Generator().manual_seed(4)
+    scenes = random_scenes(torch.rand(6, 8, generator=generator))
+    captions = [replace(s, item="none").caption() for s in scenes]
+    empty = torch.zeros(0)
+    pool = PicturePool(empty, empty, captions, scenes, empty, empty)
+    pairs = [f"{c}, wearing a hat, with a cat" for c in captions]
+    masks, paint = torch.rand(6, 16, 16, generator=generator), torch.rand(6, 2, 6)
+    shown = torch.arange(6.0)[:, None, None, None].expand(6, 8, 16, 16)
+    things = words.ThingLatents(shown + 10, masks, paint, pairs)
+    batch = words.word_batches((shown, pool), things, 400)(generator)
+    which, of_things = batch["latents"][:, 0, 0, 0] % 10, batch["latents"][:, 0, 0, 0] >= 10
+    assert of_things.float().mean() == pytest.approx(words.PAIR_SHARE)
+    assert 0.05 < (~batch["told"]).float().mean() < 0.15
+    for row, number in enumerate(which.long().tolist()):
+        said = (pairs if of_things[row] else captions)[number] if batch["told"][row] else ""
+        assert torch.equal(batch["tokens_l"][row], tokenize([said])[0][0])
+        weight = 1 + words.THING_WEIGHT * masks[number] if of_things[row] else torch.ones(16, 16)
+        torch.testing.assert_close(batch["weights"][row, 0], weight)
+        named = batch["looks"][row].abs().sum() > 0
+        if named:
+            assert of_things[row]
+            assert batch["told"][row]
+            assert batch["hidden"][row]
+            torch.testing.assert_close(batch["looks"][row], 2 * paint[number] - 1)
+    share = (batch["looks"].abs().sum((1, 2)) > 0)[of_things].float().mean()
+    assert share == pytest.approx(0.9 * words.HIDDEN_SHARE * words.NAMED_SHARE, abs=0.08)
+
+
+def test_trains_attention_text_layers_and_the_finest_level_alone():
+    unet, text = new_base(1)
+    objective = words.WordsObjective(unet, text)
     trained = {n for n, p in objective.named_parameters() if p.requires_grad}
     left = {n for n, p in objective.named_parameters() if not p.requires_grad}
-    assert all(("attn" in n) or n.startswith(("text.", "names.")) for n in trained)
-    assert any("to_v" in n for n in trained)
+    blocks = (unet.conv_in, unet.conv_out, unet.down_blocks[0], unet.up_blocks[1])
+    finest = {id(p) for block in blocks for p in block.parameters()}
+    finest |= {id(p) for p in unet.conv_norm_out.parameters()}
+    for name, parameter in objective.unet.named_parameters():
+        assert parameter.requires_grad == ("attn" in name or id(parameter) in finest)
+    assert all(n.startswith(("text.", "names.", "unet.")) for n in trained)
+    assert any("text" in n for n in trained)
     assert any("token_embedding" in n for n in left)
-    assert not any("attn" in n for n in left)
 
 
 def test_only_what_changed_is_written(tmp_path):
