@@ -21,7 +21,7 @@ from .words import DREAMBOOTH, INFUSION, INVERSION, METHODS, PERFUSION, Recipes
 from .world import benchmark_console, set_threads
 
 GRID: Mapping[str, tuple[tuple[float, ...], ...]] = {
-    PERFUSION: ((0.1, 0.001), (0.3, 0.001), (0.3, 0.006), (1.0, 0.001)),
+    PERFUSION: ((0.03, 0.001), (0.1, 0.001), (0.3, 0.001), (0.1, 0.006)),
     INFUSION: ((0.03,), (0.1,), (0.3,), (1.0,)),
     DREAMBOOTH: ((0.001,), (0.003,), (0.01,)),
     INVERSION: ((0.003,), (0.01,), (0.03,)),

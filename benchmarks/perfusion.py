@@ -53,14 +53,14 @@ from .world import CACHE, benchmark_console, commit, machine, set_threads, write
 
 KNOBS: Mapping[str, tuple[float, ...]] = {
     PERFUSION: (0.9, 0.8, 0.75, 0.7, 0.6, 0.45),
-    INFUSION: (0.5, 0.75, 1.0, 1.25),
+    INFUSION: (0.25, 0.5, 0.75, 1.0),
     DREAMBOOTH: (0.25, 0.5, 0.75, 1.0),
     INVERSION: (0.5, 0.75, 1.0),
 }
 """Bias for Perfusion, strength for the others."""
 TOGETHER: Mapping[str, tuple[float, ...]] = {
     PERFUSION: (0.6, 0.45),
-    INFUSION: (1.0,),
+    INFUSION: (1.0, 0.5),
     DREAMBOOTH: (1.0, 0.7),
     INVERSION: (1.0,),
 }

@@ -83,7 +83,7 @@ class Recipes:
 
 RATES: Mapping[str, tuple[float, ...]] = {
     PERFUSION: (TRAINING.value_rate, TRAINING.word_rate),
-    INFUSION: (1.0,),
+    INFUSION: (0.3,),
     DREAMBOOTH: (0.003,),
     INVERSION: (0.01,),
 }

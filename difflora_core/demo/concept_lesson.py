@@ -15,7 +15,7 @@ from ..training.concept_task import (
 from ..training.perfusion import PerfusionTraining
 from .concepts import ConceptPictures, DemoConcept
 
-TRAINING = PerfusionTraining(steps=400, value_rate=0.3, word_rate=0.001, reach=0, guidance=1.5)
+TRAINING = PerfusionTraining(steps=400, value_rate=0.1, word_rate=0.001, reach=0, guidance=1.5)
 """Of the demo's words, chosen on validation concepts for pictures drawn with guidance 2."""
 
 
