@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from difflora_core.demo.renderer import COLOURS
 from difflora_core.demo.scenes import Scene
+from difflora_core.demo.words import ITEM_PAIRS
 
 CONTEXT = (
     Scene("photo", "neutral", "blue", "plain", "white"),
@@ -51,9 +52,6 @@ PROMPTS = CONTEXT + CLOTHING + EXPRESSION + LOOK
 QUICK = (CONTEXT[0], CONTEXT[2], CLOTHING[0], CLOTHING[1], EXPRESSION[0], LOOK[1])
 """Six of them, of every kind."""
 
-TOGETHER = {"hat": ("cup", "cat"), "cup": ("hat", "cat"), "cat": ("hat", "cup")}
-"""Kinds of things that can stand beside a hat, a cup and a cat."""
-
 ASKED = ("look", "expression", "background", "shirt", "item")
 """Attributes that are read back from the pictures."""
 
@@ -73,9 +71,11 @@ def with_plain_things(scenes: Sequence[Scene], kind: str) -> list[Scene]:
         scenes: without items.
         kind: of what else will be there.
     """
-    names, others = list(COLOURS), TOGETHER[kind]
-    changed = list(scenes)
-    for k, scene in list(enumerate(scenes))[::2]:
-        colour = names[(names.index(scene.shirt) + 1 + k % (len(names) - 1)) % len(names)]
-        changed[k] = replace(scene, item=others[k // 2 % len(others)], item_colour=colour)
+    pairs = [pair for pair in ITEM_PAIRS if kind in pair and "flower" not in pair]  # too small
+    others = [other for pair in pairs for other in pair if other != kind]
+    names, changed = list(COLOURS), list(scenes)
+    for k in range(0, len(scenes), 2):
+        shirt = names.index(scenes[k].shirt)
+        colour = names[(shirt + 1 + k % (len(names) - 1)) % len(names)]
+        changed[k] = replace(scenes[k], item=others[k // 2 % len(others)], item_colour=colour)
     return changed

@@ -58,10 +58,16 @@ class Wish:
     def prompt(self, plain: bool = False) -> str:
         """Its prompt, with the new words or with the plain words of their kinds."""
         said = [(c.kind, c.kind if plain else c.word) for c in self.concepts]
-        if self.scene.item != "none":
-            said.append((self.scene.item, f"{self.scene.item_colour} {self.scene.item}"))
+        if self.plain_thing:
+            said.append((self.scene.item, self.plain_thing))
         phrases = [ITEM_PHRASES[kind].format(word) for kind, word in said]
         return ", ".join((replace(self.scene, item="none").caption(), *phrases))
+
+    @property
+    def plain_thing(self) -> str:
+        """Words for the plain thing, none where there is no such thing."""
+        scene = self.scene
+        return "" if scene.item == "none" else f"{scene.item_colour} {scene.item}"
 
     @property
     def beside(self) -> DemoConcept:
@@ -75,8 +81,8 @@ class Wish:
         goals = asked(replace(self.scene, item="none"))
         if len(self.concepts) == 1:  # two are a question of their own
             goals["concept"] = self.concepts[0].kind
-        if self.scene.item != "none":
-            goals["beside"] = f"{self.scene.item_colour} {self.scene.item}"
+        if self.plain_thing:
+            goals["beside"] = self.plain_thing
         return goals
 
 
@@ -166,10 +172,10 @@ class Gallery:
 
     def _beside(self, image: Tensor, wish: Wish) -> str:
         """The plain thing of a wish if the picture (H, W, 3) shows it, else nothing."""
-        if wish.scene.item == "none":
+        if not wish.plain_thing:
             return ""
         seen = bool(self._judged(image, wish.beside)[1])
-        return wish.goals["beside"] if seen else ""
+        return wish.plain_thing if seen else ""
 
     def step_milliseconds(self, taught: Sequence[Taught], knob: float, rounds: int = 15) -> float:
         """Median extra processor time of a UNet step (batch 2) over the bare base."""

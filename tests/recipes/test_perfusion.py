@@ -270,11 +270,12 @@ def test_guidance_while_training(task):
                 seen[type(objective), scale] = objective.eval()(batch)
     drift = {scale: float(seen[PerfusionObjective, scale][1]["drift"]) for scale in (1.0, 2.0)}
     assert drift[2.0] == pytest.approx(4 * drift[1.0], rel=1e-3)
-    for kind in (PerfusionObjective, InfusionObjective):
+    # This base hardly listens to a residual at one token; the bound is far above rounding.
+    for kind, least in ((PerfusionObjective, 1e-3), (InfusionObjective, 2e-5)):
         plain, guided = (float(seen[kind, scale][0]) for scale in (1.0, 2.0))
-        assert abs(guided / plain - 1) > 2e-5  # far above rounding; this base hardly listens
+        assert abs(guided / plain - 1) > least
     for recipe in (PerfusionTraining, InfusionTraining):
-        with pytest.raises(ConfigError, match="to 20"):
+        with pytest.raises(ConfigError, match=r"is 1 \(off\) to 20"):
             recipe(guidance=0.5)
 
 
