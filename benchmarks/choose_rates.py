@@ -16,6 +16,7 @@ from difflora_core.demo.concepts import VALIDATION_CONCEPTS
 from difflora_core.evaluation.fronts import hypervolume
 
 from .perfusion import SCENES, gallery, goals, means, sweep
+from .prompts import with_plain_things
 from .word_pictures import Gallery, wishes
 from .words import DREAMBOOTH, INFUSION, INVERSION, METHODS, PERFUSION, Recipes
 from .world import benchmark_console, set_threads
@@ -61,7 +62,10 @@ def choose(
     """
     recipes = recipes or Recipes()
     scenes = SCENES[:: len(SCENES) // prompts][:prompts]
-    wanted = {c.word: wishes([c], scenes, NUMBER + k) for k, c in enumerate(VALIDATION_CONCEPTS)}
+    wanted = {
+        c.word: wishes([c], with_plain_things(scenes, c.kind), NUMBER + k)
+        for k, c in enumerate(VALIDATION_CONCEPTS)
+    }
     flat = [wish for group in wanted.values() for wish in group]
     base = means(gallery.judged(gallery.draw(flat), flat))["concept_similarity"]
     reference, best = torch.tensor([base, 0.0]).double(), {}

@@ -1,4 +1,4 @@
-"""What a demo concept is taught from: its pictures, masked, each under two prompts."""
+"""What a demo concept is taught from: its pictures, masked, each under several wordings."""
 
 from __future__ import annotations
 
@@ -33,19 +33,22 @@ def concept_lesson(
         text: its text encoders.
         covariance: C of these.
         concept: what is taught.
-        photos: of it; their prompts are also taught with the word early, see `word_early`.
+        photos: of it; each is taught under all `wordings` of its prompt.
     """
     words = [NewWord(concept.word, concept.kind)]
-    prompts = [[prompt, word_early(prompt)] for prompt in photos.prompts]
-    contexts = [prompt.replace(concept.word, SLOT) for both in prompts for prompt in both]
+    prompts = [wordings(prompt) for prompt in photos.prompts]
+    contexts = [prompt.replace(concept.word, SLOT) for several in prompts for prompt in several]
     task = prepare_task(base, text, covariance, words, contexts, "demo")
     return task, concept_examples(base, photos.images, words, photos.masks, prompts, flip=False)
 
 
-def word_early(prompt: str) -> str:
-    """A prompt whose last phrase, the one with the concept, comes second.
+def wordings(prompt: str) -> list[str]:
+    """A prompt with its last phrase, the one with the concept, at every place; then shortened.
 
-    Words that follow the concept's word hear of it, so it has to be taught with some after it.
+    Words that follow the concept's word hear of it, so it has to be taught with some after it; and
+    what no prompt leaves out is easily taken for a part of the concept.
     """
     first, *middle, last = prompt.split(", ")
-    return ", ".join((first, last, *middle))
+    places = [[*middle[:k], last, *middle[k:]] for k in reversed(range(len(middle) + 1))]
+    shorter = [[*middle[:k], *middle[k + 1 :], last] for k in range(len(middle))]
+    return [", ".join((first, *phrases)) for phrases in (*places, *shorter)]

@@ -8,8 +8,8 @@ level of its UNet learns with them: it paints what is smaller than a few latent 
 
 Its new pictures show two things each, in one colour, in two that the caption names ("a red and
 blue hat"), or in any two that it does not name ("a hat"): a base that draws hats of one kind only
-has no look to teach a word. And mostly the words for colours are hidden once the encoders have
-read them. Then the encoding of the thing's own word says them, by a linear map that is thrown away
+has no look to teach a word. And often the words for colours are hidden once the encoders have read
+them. Then the encoding of the thing's own word says them, by a linear map that is thrown away
 afterwards, as a name would: SDXL can draw thousands of looks from one word each, more than its
 captions describe.
 """
@@ -50,9 +50,9 @@ TRAINED = ("attn", ".layers.", *FINEST)
 """Parts of names of what is trained: attention, layers of the text encoders, the finest level."""
 COLOUR_WORDS = torch.tensor(word_numbers(" ".join((*COLOURS, "and"))))
 THING_WORDS = torch.tensor(word_numbers(" ".join(ITEM_PHRASES)))
-HIDDEN_SHARE, NAMED_SHARE = 0.7, 0.9
+HIDDEN_SHARE, NAMED_SHARE = 0.5, 0.9
 PAIR_PICTURES, PAIR_PEOPLE, PAIR_NUMBER, CHUNK = 12_000, 3000, 200, 250
-BATCH, PAIR_SHARE, THING_WEIGHT = 64, 0.7, 10.0
+BATCH, PAIR_SHARE, THING_WEIGHT = 64, 0.5, 5.0
 LOOP = LoopConfig(
     steps=4000,
     learning_rate=1e-3,

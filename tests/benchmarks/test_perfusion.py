@@ -17,7 +17,7 @@ from benchmarks.perfusion import (
     measure,
     real_pictures,
 )
-from benchmarks.word_pictures import Gallery, Wish, wishes
+from benchmarks.word_pictures import Gallery, Wish, mood, wishes
 from benchmarks.words import (
     DREAMBOOTH,
     INVERSION,
@@ -35,6 +35,7 @@ from difflora_core.demo.concepts import (
     render_concept,
     render_items,
 )
+from difflora_core.demo.judges import load_judges
 from difflora_core.demo.scenes import render_portraits
 from difflora_core.demo.text import END, LENGTH, PAD, START, UNKNOWN, word_numbers
 from difflora_core.training.captions import captions
@@ -197,6 +198,14 @@ def test_the_judge_knows_plain_things_beside_a_concept(kind):
     images = render_items(people, range(len(wanted)), [w.scene for w in wanted], things)
     seen = [judge.recognised(p[None], w.beside) for p, w in zip(images, wanted, strict=True)]
     assert torch.cat(seen).float().mean() <= 0.05
+
+
+def test_expressions_are_asked_as_far_as_they_can_be_read():
+    wanted = Size().wanted(HAT)
+    read = load_judges(paths.JUDGES).attributes(real_pictures(wanted))["expression"]
+    right = [mood(said) == w.goals["expression"] for said, w in zip(read, wanted, strict=True)]
+    assert sum(right) >= 0.95 * len(right)
+    assert {w.goals["expression"] for w in wanted} == {"serious", "smiling", "surprised"}
 
 
 @pytest.mark.parametrize("concept", KNOWN, ids=lambda c: c.word)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from difflora_core.demo import paths, words
 from difflora_core.demo.base import BaseObjective, load_base, load_text, new_base
+from difflora_core.demo.concept_lesson import wordings
 from difflora_core.demo.concepts import KNOWN
 from difflora_core.demo.pool import PicturePool
 from difflora_core.demo.scenes import random_scenes, render_portraits, render_things
@@ -178,3 +179,19 @@ def test_things_are_drawn_and_told():
         assert near.sum() > (bare.images[row] - paint[row, 0, 0]).norm(dim=-1).lt(0.15).sum()
     assert "cat" not in pictures.captions[3]
     assert "cup" not in pictures.captions[3]
+
+
+def test_a_concept_is_told_in_many_places_and_shorter():
+    """Nothing is said that the picture's own prompt does not say, nor twice."""
+    prompt = "photo of a person, sad, red shirt, wearing a <x>"
+    first, *rest = prompt.split(", ")
+    said = [wording.split(", ") for wording in wordings(prompt)]
+    assert said[0] == [first, *rest]
+    assert len({tuple(phrases) for phrases in said}) == len(said) == 3 + 2
+    for head, *phrases in said:
+        assert head == first
+        assert "wearing a <x>" in phrases
+        assert set(phrases) <= set(rest)
+        assert len(set(phrases)) == len(phrases)
+        assert len(phrases) == 3 or phrases[-1] == "wearing a <x>"
+    assert {phrases.index("wearing a <x>") for phrases in said} == {1, 2, 3}
