@@ -119,7 +119,7 @@ def concept_person(graph: Graph, world: World) -> None:
         studio.load()
     with graph.group("2 The person and the thing"):
         lora = studio.personalize(photo)["LORA_MODEL"]
-        person = studio.dress(lora, 0, world.pick(0.8, 1.0))
+        person = studio.dress(lora, 0, world.pick(0.6, 1.0))
         hat = _loaded(studio, world, "demo_hat", "my_hat", 1)
         model = _worn(studio, person, hat, 1)
     with graph.group("3 Draw three ways"):
