@@ -53,6 +53,7 @@ THING_WORDS = torch.tensor(word_numbers(" ".join(ITEM_PHRASES)))
 HIDDEN_SHARE, NAMED_SHARE = 0.5, 0.9
 PAIR_PICTURES, PAIR_PEOPLE, PAIR_NUMBER, CHUNK = 12_000, 3000, 200, 250
 BATCH, PAIR_SHARE, THING_WEIGHT = 64, 0.5, 5.0
+"""As in the last of the runs that made the shipped file; the manifest lists them."""
 LOOP = LoopConfig(
     steps=4000,
     learning_rate=1e-3,
