@@ -31,7 +31,7 @@ from difflora_core.demo.concepts import (
 from difflora_core.demo.identities import split_seeds
 from difflora_core.demo.judges import load_judges
 from difflora_core.demo.scenes import Scene
-from difflora_core.evaluation.fronts import hypervolume, on_or_above
+from difflora_core.evaluation.fronts import hypervolume, shortfall
 from difflora_core.evaluation.report import Report, bootstrap_interval
 from difflora_core.training.captions import captions
 from difflora_core.training.covariance import build_covariance
@@ -81,7 +81,7 @@ class Size:
     scenes: tuple[Scene, ...] = SCENES
     noises: int = 2
     pairs: tuple[tuple[int, int], ...] = PAIRS
-    pair_scenes: int = 5
+    pair_scenes: int = 10
     recipes: Recipes = field(default_factory=Recipes)
 
     def wanted(self, concept: DemoConcept) -> list[Wish]:
@@ -271,15 +271,17 @@ def conclusions(sweeps: Mapping[str, Tensor], reference: Tensor) -> dict[str, ob
     counts = [len(own), len(others)]
     table = torch.cat([own, others]).permute(1, 0, 2).flatten(1)  # C (K 2)
 
-    def dominated(columns: Tensor) -> Tensor:
+    def missing(columns: Tensor) -> Tensor:
         front, points = columns.unflatten(-1, (-1, 2)).split(counts, -2)
-        return on_or_above(front, points).double()
+        return shortfall(front, points)
 
+    short = bootstrap_interval(table, missing, draws=2000)
+    dominating = torch.stack([missing(row) <= 0 for row in _resampled(table)])
     facts: dict[str, object] = {
-        "front_dominates": bool(dominated(table.mean(0))),
-        "front_dominates_share": float(
-            torch.stack([dominated(row) for row in _resampled(table)]).mean()
-        ),
+        "front_dominates": short.value <= 0,
+        "front_dominates_share": float(dominating.double().mean()),
+        "front_shortfall": short.value,
+        "front_shortfall_ci95": [short.low, short.high],
     }
     areas, gains = {}, {}
     for method in METHODS:
@@ -315,6 +317,8 @@ def tell(report: Report, console: Console) -> None:
         console.print(f"hypervolume of {name}: {area:.3f}{more}")
     share = facts["front_dominates_share"]
     console.print(f"front_dominates: {facts['front_dominates']} ({share:.0%} of resamples)")
+    low, high = facts["front_shortfall_ci95"]
+    console.print(f"front_shortfall: {facts['front_shortfall']:+.4f} [{low:+.4f}, {high:+.4f}]")
     for name in ("two_concepts_both", "two_concepts_both_lora"):
         low, high = facts[f"{name}_ci95"]
         console.print(f"{name}: {facts[name]:.2f} [{low:.2f}, {high:.2f}]")

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from difflora_core.adapters.base import AdapterSet
 from difflora_core.adapters.covariance import Covariance
 from difflora_core.adapters.lora import lora_adapter_set
-from difflora_core.demo.concept_lesson import TRAINING, concept_lesson
+from difflora_core.demo.concept_lesson import TRAINING, concept_lesson, wordings
 from difflora_core.demo.concepts import ConceptPictures, DemoConcept, render_concept
 from difflora_core.demo.identities import split_seeds
 from difflora_core.lora.keys import from_state_dict, to_state_dict
@@ -195,7 +195,8 @@ class School:
         return PreparedConcept(concept, word_encoding(self.text, embedding, concept.contexts))
 
     def _mark(self, concept: DemoConcept, method: str, config: Any, photos: ConceptPictures) -> str:
-        facts = (VERSION, self.base_hash, method, repr(config), repr(concept), photos.prompts)
+        lesson = [wordings(prompt) for prompt in photos.prompts]
+        facts = (VERSION, self.base_hash, method, repr(config), repr(concept), lesson)
         digest = hashlib.sha256(repr(facts).encode())
         digest.update((photos.images * 255).round().byte().numpy().tobytes())
         digest.update(self.covariance.matrix.float().numpy().tobytes())

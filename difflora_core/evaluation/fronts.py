@@ -26,20 +26,21 @@ def hypervolume(points: Tensor, reference: Tensor) -> Tensor:
     return ((width - left) * height).sum(-1)
 
 
-def on_or_above(front: Tensor, points: Tensor) -> Tensor:
-    """Whether every point lies on or below the line through a front's points (ours).
+def shortfall(front: Tensor, points: Tensor) -> Tensor:
+    """By how much a front has to grow in both goods until every point lies on or below it.
 
-    A front is one knob's sweep: what lies between two settings can be had by turning the knob.
+    The additive epsilon indicator (Zitzler et al. 2003) of the line through the front's points: a
+    front is one knob's sweep, and what lies between two settings can be had by turning the knob.
 
     Args:
         front: (..., K, 2) in the order of the knob.
         points: (..., N, 2).
 
     Returns:
-        (...) bool: for each point some place on the line is at least as good in both columns.
+        (...); not above zero where the front is on or above all points already.
     """
     share = torch.linspace(0, 1, 65, dtype=front.dtype)[:, None, None]
     between = torch.lerp(front[..., None, :-1, :], front[..., None, 1:, :], share)
     line = torch.cat([between.flatten(-3, -2), front[..., :1, :]], -2)  # (..., M, 2)
-    better = (line[..., :, None, :] >= points[..., None, :, :]).all(-1)  # (..., M, N)
-    return better.any(-2).all(-1)
+    missing = (points[..., None, :, :] - line[..., :, None, :]).amax(-1)  # (..., M, N)
+    return missing.amin(-2).amax(-1)

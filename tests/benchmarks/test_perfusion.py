@@ -236,10 +236,12 @@ def test_conclusions_by_hand():
     facts = conclusions(sweeps, reference)
     assert facts["front_dominates"] is True
     assert facts["front_dominates_share"] == 1.0
+    assert facts["front_shortfall"] == pytest.approx(-0.1)
     assert facts["hypervolume"][PERFUSION] == pytest.approx(0.2 * 0.9 + 0.4 * 0.8)
     better = {**sweeps, DREAMBOOTH: torch.full((1, 2, 2), 0.85)}
     facts = conclusions(better, reference)
     assert facts["front_dominates"] is False
+    assert facts["front_shortfall"] == pytest.approx(0.25)
     assert facts["hypervolume_gain_ci95"][DREAMBOOTH][0] < 0
 
 

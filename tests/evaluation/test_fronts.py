@@ -1,8 +1,9 @@
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from difflora_core.evaluation.fronts import hypervolume, on_or_above
+from difflora_core.evaluation.fronts import hypervolume, shortfall
 
 
 def test_areas_by_hand():
@@ -30,10 +31,17 @@ def test_area_equals_counting(seed):
 
 def test_between_two_settings_counts():
     front = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
-    assert bool(on_or_above(front, torch.tensor([[0.5, 0.5], [0.2, 0.7], [1.0, 0.0]])))
-    assert not bool(on_or_above(front, torch.tensor([[0.5, 0.5], [0.6, 0.6]])))
-    assert bool(on_or_above(front, torch.tensor([[-1.0, 1.0]])))
-    assert not bool(on_or_above(front, torch.tensor([[0.0, 1.1]])))
-    both = on_or_above(torch.stack([front, front / 2]), torch.tensor([[0.4, 0.4]]))
-    assert both.tolist() == [True, False]
-    assert bool(on_or_above(front[:1], torch.tensor([[0.0, 0.5]])))  # a sweep of one setting
+    assert float(shortfall(front, torch.tensor([[0.5, 0.5], [0.2, 0.7], [1.0, 0.0]]))) == 0.0
+    assert float(shortfall(front, torch.tensor([[-1.0, 1.0], [0.25, 0.5]]))) == 0.0
+    both = shortfall(torch.stack([front, front / 2]), torch.tensor([[0.4, 0.4]]))
+    assert (both <= 0).tolist() == [True, False]
+    assert float(shortfall(front[:1], torch.tensor([[-0.5, 0.5]]))) == -0.5  # one setting alone
+
+
+def test_shortfall_by_hand():
+    """The worst point decides, by what it has more in its better column."""
+    front = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
+    far = torch.tensor([[0.0, 1.1], [0.5, 0.75]], dtype=torch.float64)
+    assert float(shortfall(front, far[:1])) == pytest.approx(0.1)
+    assert float(shortfall(front, far)) == pytest.approx(0.125)  # at (0.375, 0.625)
+    assert float(shortfall(front + 0.125, far)) == pytest.approx(0.0)
