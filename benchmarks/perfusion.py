@@ -29,7 +29,7 @@ from difflora_core.demo.concepts import (
     render_items,
 )
 from difflora_core.demo.identities import split_seeds
-from difflora_core.demo.judges import load_judges
+from difflora_core.demo.judges import Judges, load_judge
 from difflora_core.demo.scenes import Scene
 from difflora_core.evaluation.fronts import hypervolume, shortfall
 from difflora_core.evaluation.report import Report, bootstrap_interval
@@ -124,7 +124,8 @@ def gallery(console: Console) -> Gallery:
     base, folder = load_base(paths.BASE, paths.WORDS), CACHE / "words"
     school = School(base, text, covariance, mark, folder, console.print)
     judge = load_concept_judge(paths.CONCEPT_JUDGE)
-    return Gallery(school, load_judges(paths.JUDGES), judge, CACHE / "word_trials")
+    prompts = Judges({"attributes": load_judge(paths.PROMPT_JUDGE)})
+    return Gallery(school, prompts, judge, CACHE / "word_trials")
 
 
 def measure(gallery: Gallery, size: Size) -> Report:

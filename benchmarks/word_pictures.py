@@ -37,11 +37,8 @@ from .prompts import asked
 from .words import School, Taught
 
 STEPS, GUIDANCE = 10, 2.0
-PROTOCOL = 5
+PROTOCOL = 6
 """To be raised with every change of drawing or judging: it makes kept columns invalid."""
-
-SERIOUS = ("neutral", "sad")
-"""Three in ten real faces of either kind are read as the other one, so either answer counts."""
 
 Words = Mapping[str, WordEmbedding]
 Columns = dict[str, Tensor]
@@ -82,17 +79,11 @@ class Wish:
     def goals(self) -> dict[str, str]:
         """What its picture has to show but for the looks of the concepts."""
         goals = asked(replace(self.scene, item="none"))
-        goals["expression"] = mood(goals["expression"])
         if len(self.concepts) == 1:  # two are a question of their own
             goals["concept"] = self.concepts[0].kind
         if self.plain_thing:
             goals["beside"] = self.plain_thing
         return goals
-
-
-def mood(expression: str) -> str:
-    """An expression as far as it can be read."""
-    return "serious" if expression in SERIOUS else expression
 
 
 def wishes(
@@ -163,10 +154,8 @@ class Gallery:
                 kept.append(torch.cat(column))
         # The judge of prompts knows things in plain colours, and misses real ones in others.
         kinds = [w.concepts[0].kind if t else "" for w, t in zip(wanted, there[0], strict=True)]
-        said = self.judges.attributes(images)
         read = {
-            **said,
-            "expression": [mood(expression) for expression in said["expression"]],
+            **self.judges.attributes(images),
             "concept": kinds,
             "beside": [self._beside(image, w) for image, w in zip(images, wanted, strict=True)],
         }

@@ -46,6 +46,7 @@ STAGES = (
     Stage("base", 45, stages.base),
     Stage("words", 50, words.words),
     Stage("concept_judge", 14, stages_concepts.judge),
+    Stage("prompt_judge", 13, stages_concepts.prompt_judge),
     Stage("concepts", 5, stages_concepts.concepts),
     Stage("controlnet", 7, controlnet.controlnet),
     Stage("features", 9, stages_lora.features),

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,12 @@ CLASSIFIER = JudgeRecipe(
     schedule=Schedule(steps=500, rate=3e-3),
     seed=61,
 )
+PROMPTS = replace(
+    CLASSIFIER,
+    widths=(32, 48, 64, 96),
+    schedule=Schedule(steps=2500, rate=3e-3),
+)
+"""A slower classifier, for pictures that went through the VAE; see `stages_concepts`."""
 RECIPES = {"embedder": EMBEDDER, "parameters": REGRESSOR, "attributes": CLASSIFIER}
 
 
@@ -238,12 +244,19 @@ def judge_figures(judges: Judges, pool: PicturePool) -> dict[str, dict[str, floa
         "embedder": recognition_figures(judges.embed(images[plain]), pool.identities[plain]),
         "parameters": dict(zip(PARAMETERS, read.tolist(), strict=True)),
     }
+    return {**figures, "attributes": attribute_accuracy(judges, images, labels)}
+
+
+def attribute_accuracy(
+    judges: Judges, images: Tensor, labels: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Share of right answers to each question about pictures (N, H, W, 3) in [0, 1]."""
     accuracy = {}
     for name, said in judges.attributes(images).items():
         truth, asked = labels[name], labels[name] != NO_LABEL
         right = torch.tensor([ATTRIBUTES[name].index(word) for word in said]) == truth
         accuracy[name] = float(right[asked].float().mean())
-    return {**figures, "attributes": accuracy}
+    return accuracy
 
 
 def train_judge(
@@ -280,10 +293,12 @@ def read_judge(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def load_judges(folder: Path) -> Judges:
     """Read the three shipped judges."""
-    networks = {}
-    for name in RECIPES:
-        recipe, tensors = read_judge(folder / f"{name}.safetensors")
-        network = JudgeNetwork(tuple(recipe["widths"]), recipe["outputs"])
-        network.load_state_dict(tensors)
-        networks[name] = network.float().eval()
-    return Judges(networks)
+    return Judges({name: load_judge(folder / f"{name}.safetensors") for name in RECIPES})
+
+
+def load_judge(path: Path) -> JudgeNetwork:
+    """Read one judge."""
+    recipe, tensors = read_judge(path)
+    network = JudgeNetwork(tuple(recipe["widths"]), recipe["outputs"])
+    network.load_state_dict(tensors)
+    return network.float().eval()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..storage.perfusion_file import write_concept
@@ -19,11 +20,21 @@ from .concept_judge import judge_pictures, train_concept_judge
 from .concept_lesson import TRAINING, concept_lesson
 from .concepts import CONCEPTS, DemoConcept, demo_concept_text, render_concept
 from .identities import split_seeds
-from .stages import Figures
-from .views import Report
+from .judges import (
+    PROMPTS,
+    Judges,
+    JudgeTraining,
+    attribute_accuracy,
+    load_judge,
+    save_judge,
+)
+from .stages import Figures, validation_pool
+from .stages_faces import judge_pool
+from .views import Report, attribute_labels
 
 CAPTIONS = 10_000
 JUDGED = 40
+PROMPT_PICTURES, CHUNK = 24_000, 200
 
 
 def judge(progress: Report) -> Figures:
@@ -42,6 +53,31 @@ def judge(progress: Report) -> Figures:
         for name, shown in (("real", real), ("through_vae", through(real))):
             shares[name].append(float(trained.recognised(shown, concept).float().mean()))
     return {name: sum(each) / len(each) for name, each in shares.items()}
+
+
+def prompt_judge(progress: Report) -> Figures:
+    """Train the classifier that says whether pictures of taught words show the rest of the prompt.
+
+    Half of its pictures went through the VAE, which blurs what tells a sad face from a neutral one.
+    The figures are its shares of right answers on pictures of other people.
+    """
+    base = load_base(paths.BASE)
+
+    def through(images: Tensor) -> Tensor:
+        return base.decode_latents(base.encode_images(images.float() / 255))
+
+    pool = judge_pool().head(PROMPT_PICTURES)
+    for start in range(0, len(pool), CHUNK):
+        blurred = pool.images[start : start + CHUNK : 2]
+        blurred.copy_((through(blurred) * 255).round())
+    training = JudgeTraining("attributes", pool, PROMPTS)
+    training.run(progress)
+    save_judge(training.model, PROMPTS, paths.PROMPT_JUDGE)
+    judges, unseen = Judges({"attributes": load_judge(paths.PROMPT_JUDGE)}), validation_pool()
+    labels = attribute_labels(unseen.scenes)
+    blurred = torch.cat([through(part) for part in unseen.images.split(CHUNK)])
+    shown = {"real": unseen.images.float() / 255, "through_vae": blurred}
+    return {name: attribute_accuracy(judges, p, labels) for name, p in shown.items()}
 
 
 def concepts(progress: Progress) -> Figures:

@@ -17,7 +17,7 @@ from benchmarks.perfusion import (
     measure,
     real_pictures,
 )
-from benchmarks.word_pictures import Gallery, Wish, mood, wishes
+from benchmarks.word_pictures import Gallery, Wish, wishes
 from benchmarks.words import (
     DREAMBOOTH,
     INVERSION,
@@ -29,13 +29,14 @@ from benchmarks.words import (
 )
 from difflora_core.adapters.attach import attach
 from difflora_core.demo import concept_judge, paths
+from difflora_core.demo.base import load_base
 from difflora_core.demo.concepts import (
     CONCEPTS,
     KNOWN,
     render_concept,
     render_items,
 )
-from difflora_core.demo.judges import load_judges
+from difflora_core.demo.judges import Judges, load_judge
 from difflora_core.demo.scenes import render_portraits
 from difflora_core.demo.text import END, LENGTH, PAD, START, UNKNOWN, word_numbers
 from difflora_core.training.captions import captions
@@ -200,12 +201,20 @@ def test_the_judge_knows_plain_things_beside_a_concept(kind):
     assert torch.cat(seen).float().mean() <= 0.05
 
 
-def test_expressions_are_asked_as_far_as_they_can_be_read():
-    wanted = Size().wanted(HAT)
-    read = load_judges(paths.JUDGES).attributes(real_pictures(wanted))["expression"]
-    right = [mood(said) == w.goals["expression"] for said, w in zip(read, wanted, strict=True)]
-    assert sum(right) >= 0.95 * len(right)
-    assert {w.goals["expression"] for w in wanted} == {"serious", "smiling", "surprised"}
+def test_what_prompts_ask_can_be_read_through_the_vae():
+    """Each answer by itself: a judge that takes neutral faces for sad ones measures itself."""
+    base, wanted = load_base(paths.BASE), Size().wanted(HAT)
+    judges = Judges({"attributes": load_judge(paths.PROMPT_JUDGE)})
+    real = torch.cat([real_pictures(wanted[start:]) for start in (0, 10, 20)])
+    goals = [w.goals for start in (0, 10, 20) for w in wanted[start:]]
+    for images in (real, base.decode_latents(base.encode_images(real))):
+        read = judges.attributes(images)
+        for name in ("look", "expression", "background", "shirt"):
+            pairs = list(zip(read[name], (g[name] for g in goals), strict=True))
+            for answer in {truth for _, truth in pairs}:
+                right = [said == truth for said, truth in pairs if truth == answer]
+                assert sum(right) >= 0.85 * len(right), (name, answer)
+            assert sum(said == truth for said, truth in pairs) >= 0.93 * len(pairs), name
 
 
 @pytest.mark.parametrize("concept", KNOWN, ids=lambda c: c.word)
