@@ -95,11 +95,7 @@ CLASSIFIER = JudgeRecipe(
     schedule=Schedule(steps=500, rate=3e-3),
     seed=61,
 )
-PROMPTS = replace(
-    CLASSIFIER,
-    widths=(32, 48, 64, 96),
-    schedule=Schedule(steps=2500, rate=3e-3),
-)
+PROMPTS = replace(CLASSIFIER, widths=(32, 48, 64, 96), schedule=Schedule(steps=2500, rate=3e-3))
 """A slower classifier, for pictures that went through the VAE; see `stages_concepts`."""
 RECIPES = {"embedder": EMBEDDER, "parameters": REGRESSOR, "attributes": CLASSIFIER}
 
