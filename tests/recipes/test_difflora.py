@@ -149,7 +149,7 @@ def test_it_learns_and_a_resumed_run_is_the_same_run(base, model, reader, data, 
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     course = LoopConfig(steps=150, learning_rate=1e-2, warmup=5, log_every=150)
     face_reader.fit(reader, data.latents, data.features, data.people, course, tmp_path / "reader")
-    config = replace(CONFIG, likeness=1.0)
+    config = replace(CONFIG, likeness=3.0)
     objective = difflora.FunctionalObjective(model, base, config, reader)
     draw = difflora.person_batches(data, model, config)
     batches = [draw(torch.Generator().manual_seed(k)) for k in range(16)]
@@ -162,8 +162,10 @@ def test_it_learns_and_a_resumed_run_is_the_same_run(base, model, reader, data, 
         return torch.tensor(rows).mean(0)
 
     before = losses()
-    difflora.fit(objective, data, replace(LOOP, steps=60, learning_rate=3e-3), tmp_path / "long")
-    assert (losses() < 0.99 * before).all()
+    # Slow and averaged: at higher rates the kind of processor decides whether likeness rises.
+    course = replace(LOOP, steps=150, learning_rate=1e-3, decay=0.8, ema=0.95)
+    difflora.fit(objective, data, course, tmp_path / "long")
+    assert (losses() < 0.97 * before).all()
 
     def run(folder, stop_at=None):
         model.load_state_dict(start)
