@@ -277,7 +277,7 @@ def conclusions(sweeps: Mapping[str, Tensor], reference: Tensor) -> dict[str, ob
         return shortfall(front, points)
 
     short = bootstrap_interval(table, missing, draws=2000)
-    dominating = torch.stack([missing(row) <= 0 for row in _resampled(table)])
+    dominating = missing(_resampled(table)) <= 0
     facts: dict[str, object] = {
         "front_dominates": short.value <= 0,
         "front_dominates_share": float(dominating.double().mean()),

@@ -193,7 +193,7 @@ class JudgeTraining:
 
 @dataclass(frozen=True)
 class Judges:
-    """The three judges; `networks` has the keys of RECIPES."""
+    """Judges under the keys of RECIPES: all three, or those that will be asked."""
 
     networks: Mapping[str, nn.Module]
 

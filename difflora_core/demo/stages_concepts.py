@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..storage.perfusion_file import write_concept
+from ..training.base_model import DiffusersBase
 from ..training.captions import captions
 from ..training.covariance import build_covariance
 from ..training.loop import Progress
@@ -39,11 +41,7 @@ PROMPT_PICTURES, CHUNK = 24_000, 200
 
 def judge(progress: Report) -> Figures:
     """Train the judge of concepts; the figures are shares of real pictures that it recognises."""
-    base = load_base(paths.BASE)
-
-    def through(images: Tensor) -> Tensor:
-        return base.decode_latents(base.encode_images(images))
-
+    through = partial(_through_vae, load_base(paths.BASE))
     pictures = judge_pictures(through, paths.POOLS / "judge_things.safetensors", progress)
     trained = train_concept_judge(pictures, paths.CONCEPT_JUDGE, progress=progress)
     people = split_seeds("validation", JUDGED, 3000)
@@ -61,23 +59,23 @@ def prompt_judge(progress: Report) -> Figures:
     Half of its pictures went through the VAE, which blurs what tells a sad face from a neutral one.
     The figures are its shares of right answers on pictures of other people.
     """
-    base = load_base(paths.BASE)
-
-    def through(images: Tensor) -> Tensor:
-        return base.decode_latents(base.encode_images(images.float() / 255))
-
-    pool = judge_pool().head(PROMPT_PICTURES)
+    base, pool = load_base(paths.BASE), judge_pool().head(PROMPT_PICTURES)
     for start in range(0, len(pool), CHUNK):
         blurred = pool.images[start : start + CHUNK : 2]
-        blurred.copy_((through(blurred) * 255).round())
+        blurred.copy_((_through_vae(base, blurred / 255) * 255).round())
     training = JudgeTraining("attributes", pool, PROMPTS)
     training.run(progress)
     save_judge(training.model, PROMPTS, paths.PROMPT_JUDGE)
     judges, unseen = Judges({"attributes": load_judge(paths.PROMPT_JUDGE)}), validation_pool()
-    labels = attribute_labels(unseen.scenes)
-    blurred = torch.cat([through(part) for part in unseen.images.split(CHUNK)])
-    shown = {"real": unseen.images.float() / 255, "through_vae": blurred}
+    labels, real = attribute_labels(unseen.scenes), unseen.images / 255
+    blurred = torch.cat([_through_vae(base, part) for part in real.split(CHUNK)])
+    shown = {"real": real, "through_vae": blurred}
     return {name: attribute_accuracy(judges, p, labels) for name, p in shown.items()}
+
+
+def _through_vae(base: DiffusersBase, images: Tensor) -> Tensor:
+    """Pictures (N, H, W, 3) in [0, 1] as the base's VAE gives them back."""
+    return base.decode_latents(base.encode_images(images))
 
 
 def concepts(progress: Progress) -> Figures:

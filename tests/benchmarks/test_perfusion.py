@@ -203,18 +203,19 @@ def test_the_judge_knows_plain_things_beside_a_concept(kind):
 
 def test_what_prompts_ask_can_be_read_through_the_vae():
     """Each answer by itself: a judge that takes neutral faces for sad ones measures itself."""
-    base, wanted = load_base(paths.BASE), Size().wanted(HAT)
+    base, wanted = load_base(paths.BASE), 3 * Size().wanted(HAT)
+    assert {w.goals["expression"] for w in wanted} == {"neutral", "sad", "smiling", "surprised"}
     judges = Judges({"attributes": load_judge(paths.PROMPT_JUDGE)})
-    real = torch.cat([real_pictures(wanted[start:]) for start in (0, 10, 20)])
-    goals = [w.goals for start in (0, 10, 20) for w in wanted[start:]]
-    for images in (real, base.decode_latents(base.encode_images(real))):
+    real = real_pictures(wanted)
+    shown = ((real, 0.97), (base.decode_latents(base.encode_images(real)), 0.94))
+    for images, share in shown:
         read = judges.attributes(images)
         for name in ("look", "expression", "background", "shirt"):
-            pairs = list(zip(read[name], (g[name] for g in goals), strict=True))
+            pairs = list(zip(read[name], (w.goals[name] for w in wanted), strict=True))
+            assert sum(said == truth for said, truth in pairs) >= share * len(pairs), name
             for answer in {truth for _, truth in pairs}:
                 right = [said == truth for said, truth in pairs if truth == answer]
-                assert sum(right) >= 0.85 * len(right), (name, answer)
-            assert sum(said == truth for said, truth in pairs) >= 0.93 * len(pairs), name
+                assert sum(right) >= 0.9 * len(right), (name, answer)
 
 
 @pytest.mark.parametrize("concept", KNOWN, ids=lambda c: c.word)

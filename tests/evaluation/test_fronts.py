@@ -33,9 +33,13 @@ def test_between_two_settings_counts():
     front = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     assert float(shortfall(front, torch.tensor([[0.5, 0.5], [0.2, 0.7], [1.0, 0.0]]))) == 0.0
     assert float(shortfall(front, torch.tensor([[-1.0, 1.0], [0.25, 0.5]]))) == 0.0
+    assert float(shortfall(front, torch.tensor([[0.5, 0.5], [0.6, 0.6]]))) > 0
+    assert float(shortfall(front, torch.tensor([[0.0, 1.1]]))) > 0
     both = shortfall(torch.stack([front, front / 2]), torch.tensor([[0.4, 0.4]]))
     assert (both <= 0).tolist() == [True, False]
-    assert float(shortfall(front[:1], torch.tensor([[-0.5, 0.5]]))) == -0.5  # one setting alone
+    # a sweep of one setting
+    assert float(shortfall(front[:1], torch.tensor([[0.0, 0.5]]))) == 0.0
+    assert float(shortfall(front[:1], torch.tensor([[-0.5, 0.5]]))) == -0.5
 
 
 def test_shortfall_by_hand():
