@@ -24,10 +24,10 @@ demo-world: setup  # rebuild the shipped demo world from seeds
 	@$(RUN) -m difflora_core.demo.build
 
 comfyui: setup  # the same ComfyUI for a browser
-	@$(RUN) -m difflora_core.demo.comfy_server
+	@$(RUN) -m difflora_core.demo.comfyui.server
 
 bench: setup  # make bench name=identity args='--quick'
-	@$(RUN) -m benchmarks.$(name) $(args)
+	@$(RUN) -m benchmarks $(name) $(args)
 
 contracts: setup  # record new nodes, inputs and file fields; refuses what would break old ones
 	@PYTHONPATH=. $(RUN) tests/contracts/contract.py

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from difflora_core.demo.browser import HOW_TO_INSTALL, find_chromium  # noqa: E402
+from difflora_core.demo.comfyui.browser import HOW_TO_INSTALL, find_chromium  # noqa: E402
 
 TRIED = ROOT / ".cache" / "browser-not-installed.txt"
 PACKAGES = ("chromium", "fonts-dejavu-core", "fonts-wqy-microhei")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from difflora_core.demo.renderer import COLOURS
-from difflora_core.demo.scenes import Scene
-from difflora_core.demo.words import ITEM_PAIRS
+from difflora_core.demo.build.words import ITEM_PAIRS
+from difflora_core.demo.world.renderer import COLOURS
+from difflora_core.demo.world.scenes import Scene
 
 CONTEXT = (
     Scene("photo", "neutral", "blue", "plain", "white"),

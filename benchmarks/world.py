@@ -14,22 +14,22 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from difflora_core.base_model.protocol import DiffusersBase
 from difflora_core.demo import paths
-from difflora_core.demo.base import load_base
-from difflora_core.demo.features import demo_encoders
-from difflora_core.demo.judges import Judges, load_judges
+from difflora_core.demo.build.features import demo_encoders
+from difflora_core.demo.networks.base import load_base
+from difflora_core.demo.networks.judges import Judges, load_judges
 from difflora_core.evaluation.report import Report
 from difflora_core.lora.layout import LoRALayout
 from difflora_core.methods.difflora import DiffLoRAModel
 from difflora_core.storage.checkpoint import load_model
-from difflora_core.training.base_model import DiffusersBase
 from difflora_core.vision.face_choice import FaceOptions
 from difflora_core.vision.face_encoder import FaceEncoder
 from difflora_core.vision.features import ImageFeatures, extract_features
 from difflora_core.vision.image_encoder import ImageEncoder
 
-from .dreambooth import SETTINGS, Workshop
-from .linear import Linear, load_linear
+from .identity.dreambooth import SETTINGS, Workshop
+from .identity.linear import Linear, load_linear
 
 LINEAR = paths.ARTEFACTS / "linear.safetensors"
 STRENGTHS = paths.ARTEFACTS / "strengths.json"
@@ -113,7 +113,7 @@ def load_world(models: Mapping[str, Path] | None = None, say: Say = lambda line:
 def _linear(models: Mapping[str, DiffLoRAModel], say: Say) -> Linear | None:
     """The linear baselines, which need the shared `down` of the functional model."""
     if not LINEAR.exists() or "functional" not in models:
-        say("left out: ridge and PCA, run python -m benchmarks.fit_linear")
+        say("left out: ridge and PCA, run python -m benchmarks fit_linear")
         return None
     return load_linear(LINEAR)[0]
 

@@ -3,10 +3,13 @@
 import torch
 from comfy_api.latest import io, ui
 
-from ..difflora_core.lora.keys import to_state_dict
+from ..difflora_core.lora.formats.state_dict import to_state_dict
 from ..difflora_core.methods.perfusion import concept_lora
-from ..difflora_core.storage.perfusion_file import read_concept
-from . import concept_host, concept_text, concept_training, model_paths, sockets
+from ..difflora_core.storage.adapter_file import read_concept
+from . import model_paths, sockets
+from .host import adapters as concept_host
+from .host import text as concept_text
+from .host import training as concept_training
 
 CATEGORY = "DiffLoRA/concepts"
 

@@ -24,10 +24,11 @@ import comfy.utils
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..difflora_core.demo.text import text_config
+from ..difflora_core.demo.networks.text import text_config
 from ..difflora_core.errors import CheckpointError
 from ..difflora_core.vision.face_encoder import InsightFaceEncoder
-from . import bridge, model_paths, sockets
+from . import model_paths, sockets
+from .host import models as bridge
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 TEXT = {

@@ -8,7 +8,9 @@ from PIL import Image, ImageDraw
 from ..difflora_core.diffusion.sampler import SampleSettings
 from ..difflora_core.models import latent_math
 from ..difflora_core.vision.face_choice import FaceOptions
-from . import bridge, encoders, sockets
+from . import sockets
+from .host import encoders
+from .host import models as bridge
 
 CATEGORY = "DiffLoRA/steps"
 

@@ -4,7 +4,8 @@ from comfy_api.latest import io, ui
 
 from ..difflora_core.evaluation.grid import compare_grid
 from ..difflora_core.evaluation.people import compare_people, likeness_picture
-from . import encoders, sockets
+from . import sockets
+from .host import encoders
 
 CATEGORY = "DiffLoRA/compare"
 

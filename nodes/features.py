@@ -5,7 +5,8 @@ from comfy_api.latest import io, ui
 
 from ..difflora_core.vision.face_choice import FaceOptions
 from ..difflora_core.vision.features import ImageFeatures
-from . import encoders, sockets
+from . import sockets
+from .host import encoders
 
 CATEGORY = "DiffLoRA/steps"
 CHOSEN, EVERY = "chosen", "all"

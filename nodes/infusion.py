@@ -3,8 +3,8 @@
 from comfy_api.latest import io
 
 from ..difflora_core.training.infusion import InfusionTraining, train_infusion
-from . import concept_training
-from .concept_request import TrainingRequest
+from .host import training as concept_training
+from .host.training_request import TrainingRequest
 
 CATEGORY = "DiffLoRA/concepts"
 

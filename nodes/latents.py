@@ -4,7 +4,8 @@ from comfy_api.latest import io
 
 from ..difflora_core.diffusion.sampler import MAX_SEED, SampleSettings
 from ..difflora_core.models import latent_math
-from . import bridge, sockets
+from . import sockets
+from .host import models as bridge
 
 CATEGORY = "DiffLoRA/identities"
 MAX_BATCH = 256

@@ -6,7 +6,8 @@ from ..difflora_core.evaluation.contact_sheet import contact_sheet
 from ..difflora_core.storage.identity_library import SAME_NAME, add_people, numbered
 from ..difflora_core.storage.library_file import read_library
 from ..difflora_core.storage.thumbnail import make_thumbnails, read_thumbnail
-from . import bridge, model_paths, sockets
+from . import model_paths, sockets
+from .host import models as bridge
 
 CATEGORY = "DiffLoRA/library"
 

@@ -6,10 +6,11 @@ import comfy.utils
 from comfy_api.latest import io
 
 from ..difflora_core.errors import LoRAFileError
-from ..difflora_core.storage.safetensors_header import read_header
+from ..difflora_core.storage.safetensors_io import read_header
 from ..difflora_core.vision.face_encoder import InsightFaceEncoder
 from ..difflora_core.vision.face_providers import PROVIDERS
-from . import bridge, model_paths, sockets
+from . import model_paths, sockets
+from .host import models as bridge
 
 CATEGORY = "DiffLoRA/loaders"
 

@@ -2,9 +2,10 @@
 
 from comfy_api.latest import io, ui
 
-from ..difflora_core.lora.keys import from_state_dict
-from ..difflora_core.training.latent_fit import fit_latent
-from . import bridge, sockets
+from ..difflora_core.lora.formats.state_dict import from_state_dict
+from ..difflora_core.training.difflora.latent_fit import fit_latent
+from . import sockets
+from .host import models as bridge
 
 
 class EncodeLoRA(io.ComfyNode):

@@ -7,8 +7,10 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..difflora_core.methods.perfusion import Lock, PerfusionConfig
 from ..difflora_core.training.perfusion import PerfusionTraining, train_perfusion
-from . import concept_host, concept_training, sockets
-from .concept_request import TrainingRequest
+from . import sockets
+from .host import adapters as concept_host
+from .host import training as concept_training
+from .host.training_request import TrainingRequest
 
 CATEGORY = "DiffLoRA/concepts"
 CALIBRATION = 0.01  # as arXiv 2403.18551 weighs its two losses

@@ -14,9 +14,10 @@ from ..difflora_core.adapters.attach import attach
 from ..difflora_core.adapters.lora import lora_adapter_set
 from ..difflora_core.errors import ConfigError, LayoutError, LoRAFileError
 from ..difflora_core.lora.block_groups import GroupStrengths, scale_groups
-from ..difflora_core.lora.keys import from_state_dict, to_state_dict
+from ..difflora_core.lora.formats.state_dict import from_state_dict, to_state_dict
 from ..difflora_core.lora.weights import LoRAWeights
-from . import bridge, sockets
+from . import sockets
+from .host import models as bridge
 
 CATEGORY = "DiffLoRA/placing"
 GROUPS = {

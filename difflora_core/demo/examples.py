@@ -8,13 +8,13 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..base_model.protocol import BaseModel
 from ..lora.weights import LoRAWeights
 from ..storage.image_files import write_image
-from ..training.base_model import BaseModel
 from ..training.dreambooth import DreamBoothConfig, DreamBoothExamples, train_dreambooth
 from ..training.loop import Progress
-from .identities import split_seeds
-from .scenes import Pictures, Scene, render_portraits
+from .world.identities import split_seeds
+from .world.scenes import Pictures, Scene, render_portraits
 
 PERSON, SECOND, SITTER, MODEL = 2, 1, 5, 14
 """Numbers within the split: the person, another one, one whose pose and one whose picture is used.

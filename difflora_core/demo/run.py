@@ -23,12 +23,12 @@ from ..evaluation.grid import GridRow, draw_grid
 from ..storage.image_files import write_image
 from ..storage.lora_file import write_lora_file
 from . import paths
-from .base import demo_layout, load_base
-from .comfy_client import Progress, PromptResult
-from .comfy_server import ComfyServer
+from .comfyui.client import Progress, PromptResult
+from .comfyui.server import ComfyServer
+from .comfyui.workflow_api import workflow_pictures, workflow_to_prompt
 from .examples import DREAMBOOTH, dreambooth_lora, other_pictures, reference_picture
-from .judges import Judges, load_judges
-from .workflow_api import workflow_pictures, workflow_to_prompt
+from .networks.base import demo_layout, load_base
+from .networks.judges import Judges, load_judges
 
 WORKFLOW = paths.ROOT / "workflows" / "quickstart_demo.json"
 OUTPUT = paths.ROOT / "output" / "demo"

@@ -29,7 +29,7 @@ from ..lora.layout import LoRALayout
 from ..lora.weights import LoRAWeights
 from ..models.difflora_config import DiffLoRAConfig
 from ..models.dit import DiT
-from ..models.lae import LoRAAutoencoder, LoRALatent
+from ..models.lae.autoencoder import LoRAAutoencoder, LoRALatent
 from ..models.latent_agreement import condition_gain
 from ..models.mif import IdentityCondition, MixedImageFeatures
 from ..models.predictor import LatentPredictor

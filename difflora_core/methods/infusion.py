@@ -12,7 +12,7 @@ from ..adapters.base import AdapterEntry, AdapterSet
 from ..adapters.infusion import InfusionValueAdapter, TokenGate, token_concept
 from ..adapters.perfusion import ConceptMatcher
 from ..errors import ConfigError
-from ..models.concept import Concept
+from ..text.new_words import Concept
 from .base import AdaptationRequest, Method
 from .perfusion import check_together
 

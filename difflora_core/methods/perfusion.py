@@ -24,7 +24,7 @@ from ..adapters.perfusion import (
 )
 from ..errors import ConfigError, LayoutError
 from ..lora.weights import LoRALayer, LoRAWeights
-from ..models.concept import Concept
+from ..text.new_words import Concept
 from .base import AdaptationRequest, Method
 
 Lock = Literal["none", "local", "global"]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..config import Config
 from ..diffusion.objective import NoiseSchedule
 from ..errors import ConfigError
 from ..vision.features import FeatureSizes
-from .config import Config
 from .dit import DiTConfig
-from .lae import LAEConfig
+from .lae.autoencoder import LAEConfig
 from .mif import MIFConfig
 from .predictor import PredictorConfig
 

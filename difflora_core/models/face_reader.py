@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import Config, check_range
+from ..config import Config, check_range
 
 GROUPS = 8
 

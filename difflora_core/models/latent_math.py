@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import ConfigError, LayoutError
-from .lae import LoRALatent
+from .lae.autoencoder import LoRALatent
 
 SLERP, LINEAR = "slerp", "linear"
 METHODS = (SLERP, LINEAR)

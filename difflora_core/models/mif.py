@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..config import Config, check_range
 from ..errors import ConfigError
-from .config import Config, check_range
 from .layers import MLP, TransformerBlock, initialise, normal_parameter
 
 SOURCES = ("face", "image", "tokens")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import Config, check_range
+from ..config import Config, check_range
 from .layers import MLP, initialise, zero
 from .mif import IdentityCondition
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..adapters.covariance import Covariance
 from ..errors import CheckpointError, ConfigError
+from ..text.covariance import Covariance
 from .checkpoint import write_atomic
-from .safetensors_header import read_header
+from .safetensors_io import read_header
 
 FORMAT = "difflora-covariance"
 FORMAT_VERSION = 1

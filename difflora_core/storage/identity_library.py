@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ..errors import ConfigError, LibraryError
-from ..models.lae import LoRALatent
+from ..models.lae.autoencoder import LoRALatent
 from .library_file import MAX_NAME, Library, Person, check_name, read_library, write_library
 from .thumbnail import read_thumbnail
 

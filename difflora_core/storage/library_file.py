@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import CheckpointError, LibraryError
-from ..models.lae import LoRALatent
+from ..models.lae.autoencoder import LoRALatent
 from .checkpoint import write_atomic
-from .safetensors_header import Header, read_header
+from .safetensors_io import Header, read_header
 from .thumbnail import MAX_PICTURE_BYTES
 
 FORMAT, VERSION, METADATA_KEY = "difflora_library", 1, "difflora_library"

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from .. import __version__
 from ..errors import LoRAFileError
-from ..lora.key_report import ReadResult
-from ..lora.keys import Names, Naming, from_state_dict, to_state_dict
+from ..lora.formats.report import ReadResult
+from ..lora.formats.state_dict import Names, Naming, from_state_dict, to_state_dict
 from ..lora.layout import LoRALayout
 from ..lora.weights import LoRAWeights
-from .safetensors_header import read_header
+from .safetensors_io import read_header
 
 # base family of a layout: (modelspec.architecture, ss_base_model_version)
 _FAMILIES = {

@@ -14,11 +14,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..adapters.attach import attach
+from ..base_model.protocol import TextCondition, compute_device, compute_dtype
 from ..diffusion.objective import abar_at, add_noise, to_x0
 from ..errors import CheckpointError, InterruptedTraining
-from ..models.concept import Concept
 from ..storage.checkpoint import write_atomic
-from .base_model import TextCondition, compute_device, compute_dtype
+from ..text.new_words import Concept
 from .concept_task import ConceptExamples
 from .loop import LoopConfig, train
 from .losses import denoising_error

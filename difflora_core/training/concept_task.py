@@ -12,9 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..adapters.covariance import Covariance
+from ..base_model.protocol import (
+    BaseModel,
+    TextCondition,
+    compute_device,
+    compute_dtype,
+    stratified_timesteps,
+)
 from ..errors import ConfigError
-from ..models.concept import (
+from ..text.covariance import Covariance
+from ..text.new_words import (
     MAX_CONTEXTS,
     TEMPLATES,
     ConceptText,
@@ -27,13 +34,6 @@ from ..models.concept import (
     superclass_token,
     text_probe,
     word_encoding,
-)
-from .base_model import (
-    BaseModel,
-    TextCondition,
-    compute_device,
-    compute_dtype,
-    stratified_timesteps,
 )
 from .losses import NoisedBatch, under_guidance
 

@@ -18,10 +18,10 @@ from diffusers import ControlNetModel
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..base_model.protocol import DiffusersBase, TextCondition, stratified_timesteps, time_ids
 from ..errors import CheckpointError, ConfigError
 from ..lora.layout import unet_name_map
 from ..vision.keypoint_picture import keypoint_picture
-from .base_model import DiffusersBase, TextCondition, stratified_timesteps, time_ids
 from .loop import LoopConfig, Progress, train
 from .losses import NoisedBatch, denoising_error
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..adapters.attach import attach
 from ..adapters.lora import lora_adapter_set
+from ..base_model.protocol import BaseModel, TextCondition, stratified_timesteps
 from ..errors import InterruptedTraining
 from ..lora.weights import LoRAWeights
-from .base_model import BaseModel, TextCondition, stratified_timesteps
 from .dreambooth_config import DreamBoothConfig, DreamBoothExamples
 from .dreambooth_state import DreamBoothState, mixed_generator, starting_weights
 from .losses import NoisedBatch

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..config import Config, check_range
 from ..errors import ConfigError
-from ..models.config import Config, check_range
 
 DECAYS = ("constant", "linear", "cosine")
 

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..base_model.protocol import BaseModel
 from ..errors import CheckpointError, ConfigError, LayoutError
 from ..lora.layout import LoRALayout
 from ..lora.weights import LoRALayer, LoRAWeights
 from ..storage.checkpoint import write_atomic
-from .base_model import BaseModel
 from .dreambooth_config import DreamBoothConfig, DreamBoothExamples
 from .losses import NoisedBatch, denoising_error
 

@@ -18,7 +18,7 @@ from ..adapters.base import AdapterEntry, AdapterSet
 from ..adapters.infusion import InfusionValueAdapter, token_concept
 from ..adapters.perfusion import ConceptMatcher
 from ..errors import ConfigError
-from ..models.concept import Concept, EncodedPrompts
+from ..text.new_words import Concept, EncodedPrompts
 from .concept_run import ConceptResult, Watch, concept_loop, masked_loss, run_concepts
 from .concept_task import ConceptExamples, ConceptTask
 from .loop import LoopConfig

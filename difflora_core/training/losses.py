@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..base_model.protocol import BaseModel, TextCondition, compute_dtype
 from ..diffusion.objective import abar_at, add_noise, loss_weight, to_x0, training_target
 from ..errors import ConfigError
 from ..lora.distance import cosine_similarity, squared_relative_error
 from ..lora.weights import LoRAWeights
-from .base_model import BaseModel, TextCondition, compute_dtype
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,11 +24,11 @@ from ..adapters.perfusion import (
     PerfusionValueAdapter,
     SigmoidGate,
 )
+from ..base_model.protocol import TextCondition
 from ..diffusion.objective import loss_weight
 from ..errors import ConfigError
 from ..methods.perfusion import key_layer
-from ..models.concept import Concept, EncodedPrompts, WordEmbedding
-from .base_model import TextCondition
+from ..text.new_words import Concept, EncodedPrompts, WordEmbedding
 from .calibration import AttentionRecord, binding_loss, record_attention, separation_loss
 from .concept_run import ConceptResult, Watch, concept_loop, run_concepts
 from .concept_task import ConceptExamples, ConceptTask

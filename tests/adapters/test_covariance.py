@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from difflora_core.adapters.covariance import Covariance, SecondMoment
 from difflora_core.errors import ConfigError
+from difflora_core.text.covariance import Covariance, SecondMoment
 
 
 def encodings(count=200, dim=6, seed=0):

@@ -6,16 +6,16 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
-from benchmarks.drawing import Plan
+from benchmarks.identity.drawing import Plan
 from benchmarks.prompts import QUICK
 from benchmarks.world import World
-from difflora_core.demo.base import SCHEDULER_CONFIG, UNET_CONFIG, new_base
-from difflora_core.demo.judges import RECIPES, JudgeNetwork, Judges
-from difflora_core.demo.vae import new_vae
-from difflora_core.demo.views import initialise
+from difflora_core.base_model.protocol import DiffusersBase
+from difflora_core.demo.networks.base import SCHEDULER_CONFIG, UNET_CONFIG, new_base
+from difflora_core.demo.networks.judges import RECIPES, JudgeNetwork, Judges
+from difflora_core.demo.networks.vae import new_vae
+from difflora_core.demo.networks.views import initialise
 from difflora_core.lora.layout import layout_from_unet_config
 from difflora_core.methods.difflora import DiffLoRAConfig, DiffLoRAModel
-from difflora_core.training.base_model import DiffusersBase
 from difflora_core.vision.face_encoder import DetectedFace
 from difflora_core.vision.features import FeatureSizes
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from benchmarks import composition
-from benchmarks.composition import (
+from benchmarks.identity import composition
+from benchmarks.identity.composition import (
     Cast,
     Size,
     make_cast,
@@ -17,7 +17,7 @@ from benchmarks.composition import (
     placed_right,
     tell,
 )
-from benchmarks.likeness import (
+from benchmarks.identity.likeness import (
     between,
     distribution,
     rank_correlation,

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.drawing import Artist, groups, select, unseen_latents
-from benchmarks.people import benchmark_people
+from benchmarks.identity.drawing import Artist, groups, select, unseen_latents
+from benchmarks.identity.people import benchmark_people
 from benchmarks.prompts import PROMPTS, QUICK, asked
-from difflora_core.demo.identities import SPLITS
+from difflora_core.demo.world.identities import SPLITS
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 
 SEEDS = (100_000, 100_001)

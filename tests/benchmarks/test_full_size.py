@@ -2,7 +2,7 @@
 
 import torch
 
-from benchmarks import full_size
+from benchmarks.cost import full_size
 from difflora_core.demo.paths import DIFFLORA
 from difflora_core.storage.checkpoint import load_model
 

@@ -7,21 +7,29 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import compression, dreambooth, rows
-from benchmarks.choose_strength import (
+from benchmarks.identity import compression, dreambooth, rows
+from benchmarks.identity.choose_strength import (
     best_strength,
     choose,
     read_choices,
     read_strengths,
     write_strengths,
 )
-from benchmarks.drawing import select
-from benchmarks.experiment import Experiment, Trial, score
-from benchmarks.identity import conclusions, label, last, make_report, parse, run, strengths_of
-from benchmarks.linear import fit_linear
-from benchmarks.people import benchmark_people
-from benchmarks.rows import BASE, HEADLINE, Effort, Row
-from difflora_core.demo import stages_lora
+from benchmarks.identity.drawing import select
+from benchmarks.identity.experiment import Experiment, Trial, score
+from benchmarks.identity.identity import (
+    conclusions,
+    label,
+    last,
+    make_report,
+    parse,
+    run,
+    strengths_of,
+)
+from benchmarks.identity.linear import fit_linear
+from benchmarks.identity.people import benchmark_people
+from benchmarks.identity.rows import BASE, HEADLINE, Effort, Row
+from difflora_core.demo.build import stages_lora
 from difflora_core.lora.tokens import TokenGrid
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.storage.lora_corpus import LoRACorpus

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from benchmarks.linear import fit_linear, load_linear, save_linear
-from benchmarks.rows import mean_of_others, rolled
+from benchmarks.identity.linear import fit_linear, load_linear, save_linear
+from benchmarks.identity.rows import mean_of_others, rolled
 from difflora_core.lora.layout import LayerShape, LoRALayout
 from difflora_core.lora.tokens import TokenGrid
 from difflora_core.lora.weights import LoRALayer, LoRAWeights

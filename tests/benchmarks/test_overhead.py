@@ -1,7 +1,7 @@
 import pytest
 
-from benchmarks.overhead import BASE, ROWS, Watch, prompt, table
-from difflora_core.demo.comfy_client import Progress
+from benchmarks.cost.overhead import BASE, ROWS, Watch, prompt, table
+from difflora_core.demo.comfyui.client import Progress
 
 
 class Server:

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import concept_price, covariance, perfusion
-from benchmarks.perfusion import (
+from benchmarks.concepts import covariance, perfusion
+from benchmarks.concepts.perfusion import (
     BASE_TWO,
     KNOBS,
     REAL,
@@ -17,8 +17,8 @@ from benchmarks.perfusion import (
     measure,
     real_pictures,
 )
-from benchmarks.word_pictures import Gallery, Wish, wishes
-from benchmarks.words import (
+from benchmarks.concepts.word_pictures import Gallery, Wish, wishes
+from benchmarks.concepts.words import (
     DREAMBOOTH,
     INVERSION,
     METHODS,
@@ -27,21 +27,18 @@ from benchmarks.words import (
     School,
     training_photos,
 )
+from benchmarks.cost import concept_price
 from difflora_core.adapters.attach import attach
-from difflora_core.demo import concept_judge, paths
-from difflora_core.demo.base import load_base
-from difflora_core.demo.concepts import (
-    CONCEPTS,
-    KNOWN,
-    render_concept,
-    render_items,
-)
-from difflora_core.demo.judges import Judges, load_judge
-from difflora_core.demo.scenes import render_portraits
-from difflora_core.demo.text import END, LENGTH, PAD, START, UNKNOWN, word_numbers
-from difflora_core.training.captions import captions
-from difflora_core.training.clip_text import ClipPairText, TokenMarks
-from difflora_core.training.covariance import build_covariance
+from difflora_core.demo import paths
+from difflora_core.demo.networks import concept_judge
+from difflora_core.demo.networks.base import load_base
+from difflora_core.demo.networks.judges import Judges, load_judge
+from difflora_core.demo.networks.text import END, LENGTH, PAD, START, UNKNOWN, word_numbers
+from difflora_core.demo.world.concepts import CONCEPTS, KNOWN, render_concept, render_items
+from difflora_core.demo.world.scenes import render_portraits
+from difflora_core.text.captions import captions
+from difflora_core.text.clip_pair import ClipPairText, TokenMarks
+from difflora_core.text.covariance_builder import build_covariance
 
 HAT, CAT = CONCEPTS[0], CONCEPTS[4]
 TINY = Size((0, 4), perfusion.SCENES[:2], 1, ((0, 4),), 1, Recipes(steps=2, batch=1))
@@ -49,7 +46,7 @@ TINY = Size((0, 4), perfusion.SCENES[:2], 1, ((0, 4),), 1, Recipes(steps=2, batc
 
 @pytest.fixture(scope="module")
 def text():
-    from difflora_core.demo.text import new_text_encoders
+    from difflora_core.demo.networks.text import new_text_encoders
 
     with torch.random.fork_rng():
         torch.random.default_generator.manual_seed(3)
@@ -102,8 +99,8 @@ def test_every_row_and_conclusion_is_there(report, gallery):
 
 
 def test_a_second_table_takes_everything_from_disk(report, gallery, monkeypatch):
-    monkeypatch.setattr("benchmarks.words.run_concepts", None)
-    monkeypatch.setattr("benchmarks.perfusion.costs", lambda *_: {})
+    monkeypatch.setattr("benchmarks.concepts.words.run_concepts", None)
+    monkeypatch.setattr("benchmarks.concepts.perfusion.costs", lambda *_: {})
     again = measure(gallery, TINY)
     for name, row in again.rows.items():
         assert row == {k: report.rows[name][k] for k in row}

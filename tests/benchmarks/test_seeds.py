@@ -6,11 +6,11 @@ import pytest
 import torch
 from scipy.stats import ttest_1samp
 
-from benchmarks import dreambooth, seeds
-from benchmarks.drawing import Plan
-from benchmarks.experiment import Experiment, Trial
+from benchmarks.identity import dreambooth, seeds
+from benchmarks.identity.drawing import Plan
+from benchmarks.identity.experiment import Experiment, Trial
+from benchmarks.identity.rows import HEADLINE
 from benchmarks.prompts import QUICK
-from benchmarks.rows import HEADLINE
 
 
 def trials(values: list[list[float]]) -> list[Trial]:

@@ -17,9 +17,9 @@ from typing import Any
 from contract_files import WRITERS
 
 from difflora_core import __version__
-from difflora_core.demo.comfy_server import ComfyServer
-from difflora_core.demo.workflow_api import PACK, workflow_to_prompt
-from difflora_core.storage.safetensors_header import read_header
+from difflora_core.demo.comfyui.server import ComfyServer
+from difflora_core.demo.comfyui.workflow_api import PACK, workflow_to_prompt
+from difflora_core.storage.safetensors_io import read_header
 
 FOLDER = Path(__file__).parent
 LOCALE = PACK / "locales" / "en" / "nodeDefs.json"

@@ -5,21 +5,21 @@ from pathlib import Path
 
 import torch
 
-from difflora_core.adapters.covariance import Covariance
 from difflora_core.lora.layout import LayerShape, LoRALayout
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.methods.difflora import DiffLoRAConfig, DiffLoRAModel
-from difflora_core.models.concept import Concept
 from difflora_core.models.dit import DiTConfig
-from difflora_core.models.lae import LAEConfig, LoRALatent
+from difflora_core.models.lae.autoencoder import LAEConfig, LoRALatent
 from difflora_core.models.mif import MIFConfig
 from difflora_core.models.predictor import PredictorConfig
+from difflora_core.storage.adapter_file import write_concept
 from difflora_core.storage.checkpoint import save_model
 from difflora_core.storage.covariance_file import write_covariance
 from difflora_core.storage.identity_library import add_people
 from difflora_core.storage.lora_file import LoRAInfo, write_lora_file
-from difflora_core.storage.perfusion_file import write_concept
 from difflora_core.storage.thumbnail import make_thumbnail
+from difflora_core.text.covariance import Covariance
+from difflora_core.text.new_words import Concept
 from difflora_core.vision.features import FeatureSizes
 
 SIZES = FeatureSizes(4, 4, 2, 4)

@@ -3,20 +3,26 @@
 Only the splits train, validation and judge appear here; test people are for the final table.
 """
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch.nn import functional as F
 
-from difflora_core.demo import clip_vision, detector, detector_targets, judges, recogniser, views
-from difflora_core.demo.identities import PARAMETERS, SPLITS
-from difflora_core.demo.pool import pair_pool, portrait_pool
-from difflora_core.demo.views import Schedule
+from difflora_core.demo import paths
+from difflora_core.demo.networks import (
+    clip_vision,
+    detector,
+    detector_targets,
+    judges,
+    recogniser,
+    views,
+)
+from difflora_core.demo.networks.views import Schedule
+from difflora_core.demo.world.identities import PARAMETERS, SPLITS
+from difflora_core.demo.world.pool import pair_pool, portrait_pool
 from difflora_core.vision.face_encoder import InsightFaceEncoder
 from difflora_core.vision.preprocess import align_face, clip_pixels
 
-ARTEFACTS = Path(detector.__file__).parent / "artefacts"
+ARTEFACTS = paths.ARTEFACTS
 FACES = ARTEFACTS / "insightface" / "demo_faces"
 JUDGES = ARTEFACTS / "judges"
 CLIP = ARTEFACTS / clip_vision.FILE_NAME

@@ -6,16 +6,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from difflora_core.demo import paths, words
-from difflora_core.demo.base import BaseObjective, load_base, load_text, new_base
-from difflora_core.demo.concept_lesson import wordings
-from difflora_core.demo.concepts import KNOWN
-from difflora_core.demo.pool import PicturePool
-from difflora_core.demo.scenes import random_scenes, render_portraits, render_things
-from difflora_core.demo.text import END, tokenize, word_numbers
-from difflora_core.demo.things import TAUGHT_DISTANCE, draw_things, random_looks
+from difflora_core.base_model.protocol import TextCondition
+from difflora_core.demo import paths
+from difflora_core.demo.build import words
+from difflora_core.demo.build.concept_training import wordings
+from difflora_core.demo.networks.base import BaseObjective, load_base, load_text, new_base
+from difflora_core.demo.networks.text import END, tokenize, word_numbers
+from difflora_core.demo.world.concepts import KNOWN
+from difflora_core.demo.world.pool import PicturePool
+from difflora_core.demo.world.scenes import random_scenes, render_portraits, render_things
+from difflora_core.demo.world.things import TAUGHT_DISTANCE, draw_things, random_looks
 from difflora_core.diffusion.objective import abar_at, add_noise
-from difflora_core.training.base_model import TextCondition
 
 CAPTIONS = ["photo of a person wearing a red hat, with a cat", "cartoon of a person", "a cat", ""]
 

@@ -2,7 +2,11 @@
 
 import pytest
 
-from difflora_core.demo.workflow_api import WorkflowError, workflow_pictures, workflow_to_prompt
+from difflora_core.demo.comfyui.workflow_api import (
+    WorkflowError,
+    workflow_pictures,
+    workflow_to_prompt,
+)
 
 INFO = {
     "Load": {"input": {"required": {"name": [["a", "b"], {}]}}, "display_name": "Load It"},

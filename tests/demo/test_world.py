@@ -8,14 +8,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from difflora_core.demo import scenes
-from difflora_core.demo.base import load_base, new_base, save_base
-from difflora_core.demo.comfy_server import comfyui_folder
-from difflora_core.demo.identities import PARAMETERS, SPLITS, identity_parameters, split_seeds
-from difflora_core.demo.pool import cached_pool, portrait_pool
-from difflora_core.demo.scenes import PICTURE_SIZE, render_pairs, render_portraits
-from difflora_core.demo.text import CLIP_NUMBERS, END, PAD, START, UNKNOWN, tokenize
-from difflora_core.demo.vae import decode_latents, encode_pool, new_vae, standardise_latents
+from difflora_core.demo.comfyui.server import comfyui_folder
+from difflora_core.demo.networks.base import load_base, new_base, save_base
+from difflora_core.demo.networks.text import CLIP_NUMBERS, END, PAD, START, UNKNOWN, tokenize
+from difflora_core.demo.networks.vae import (
+    decode_latents,
+    encode_pool,
+    new_vae,
+    standardise_latents,
+)
+from difflora_core.demo.world import scenes
+from difflora_core.demo.world.identities import PARAMETERS, SPLITS, identity_parameters, split_seeds
+from difflora_core.demo.world.pool import cached_pool, portrait_pool
+from difflora_core.demo.world.scenes import PICTURE_SIZE, render_pairs, render_portraits
 
 WORDS = list(CLIP_NUMBERS)
 

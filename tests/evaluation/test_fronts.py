@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from difflora_core.evaluation.fronts import hypervolume, shortfall
+from difflora_core.evaluation.pareto import hypervolume, shortfall
 
 
 def test_areas_by_hand():

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from difflora_core.demo.base import demo_layout
+from difflora_core.demo.networks.base import demo_layout
 from difflora_core.errors import ConfigError
 from difflora_core.lora.block_groups import GroupStrengths, layer_groups, scale_groups
 from difflora_core.lora.layout import SDXL_UNET_CONFIG, sd15_layout, sdxl_layout, unet_name_map

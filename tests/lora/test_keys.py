@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from difflora_core.errors import LayoutError, LoRAFileError
 from difflora_core.lora.distance import relative_error
-from difflora_core.lora.keys import from_state_dict, to_state_dict
+from difflora_core.lora.formats.state_dict import from_state_dict, to_state_dict
 from difflora_core.lora.layout import (
     SDXL_UNET_CONFIG,
     LoRALayout,

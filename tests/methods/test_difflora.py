@@ -13,7 +13,7 @@ from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.methods.base import AdaptationRequest
 from difflora_core.methods.difflora import DiffLoRAModel
 from difflora_core.methods.registry import METHODS
-from difflora_core.models.lae import LoRALatent
+from difflora_core.models.lae.autoencoder import LoRALatent
 
 
 def test_registry() -> None:

@@ -17,7 +17,7 @@ from difflora_core.methods.perfusion import (
     key_layer,
 )
 from difflora_core.methods.registry import METHODS
-from difflora_core.models.concept import Concept, check_probe
+from difflora_core.text.new_words import Concept, check_probe
 
 LAYERS = ("input_blocks.1.attn2.to_v", "middle_block.attn2.to_v")
 DIM, OUT = 6, 4

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from difflora_core.errors import ConfigError, LayoutError
-from difflora_core.models.lae import LoRALatent
+from difflora_core.models.lae.autoencoder import LoRALatent
 from difflora_core.models.latent_math import (
     METHODS,
     add_difference,

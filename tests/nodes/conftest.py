@@ -14,13 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from difflora_core.demo.base import demo_layout, load_base, new_base, save_base
-from difflora_core.demo.clip_vision import ClipVisionRecipe, save_clip_vision
-from difflora_core.demo.comfy_client import ComfyClient
-from difflora_core.demo.comfy_server import ComfyServer
-from difflora_core.demo.controlnet import save_controlnet
-from difflora_core.demo.vae import new_vae
-from difflora_core.demo.words import write_words
+from difflora_core.demo.build.controlnet import save_controlnet
+from difflora_core.demo.build.words import write_words
+from difflora_core.demo.comfyui.client import ComfyClient
+from difflora_core.demo.comfyui.server import ComfyServer
+from difflora_core.demo.networks.base import demo_layout, load_base, new_base, save_base
+from difflora_core.demo.networks.clip_vision import ClipVisionRecipe, save_clip_vision
+from difflora_core.demo.networks.vae import new_vae
 from difflora_core.lora.layout import LoRALayout
 from difflora_core.methods.difflora import DiffLoRAConfig, DiffLoRAModel
 from difflora_core.storage.checkpoint import read_info, save_model
@@ -120,8 +120,8 @@ def face_picture(is_shipped, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A 128 x 128 picture file with one face that the demo world's detector finds."""
     path = tmp_path_factory.mktemp("pictures") / "face.png"
     if is_shipped:
-        from difflora_core.demo.identities import split_seeds
-        from difflora_core.demo.scenes import render_portraits
+        from difflora_core.demo.world.identities import split_seeds
+        from difflora_core.demo.world.scenes import render_portraits
 
         pixels = render_portraits(split_seeds("validation", 1), [0]).images[0]
     else:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from difflora_core.demo.comfy_client import ComfyPromptError
+from difflora_core.demo.comfyui.client import ComfyPromptError
 
 VISION, FACES = ["demo", 3], ["demo", 4]
 
@@ -83,8 +83,8 @@ def test_photos_without_a_face(comfy, photos):
 def test_all_faces_of_a_picture_are_a_batch(comfy, photos, is_shipped, tmp_path):
     if not is_shipped:
         pytest.skip("the stand-in detector sees one face per picture")
-    from difflora_core.demo.identities import split_seeds
-    from difflora_core.demo.scenes import render_pairs
+    from difflora_core.demo.world.identities import split_seeds
+    from difflora_core.demo.world.scenes import render_pairs
 
     a, b = split_seeds("validation", 2)
     wide = render_pairs([a], [b], [3]).images[0]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from difflora_core.demo.comfy_client import ComfyInterrupted, ComfyPromptError
-from difflora_core.demo.comfy_server import ComfyServer, ComfyServerError
+from difflora_core.demo.comfyui.client import ComfyInterrupted, ComfyPromptError
+from difflora_core.demo.comfyui.server import ComfyServer, ComfyServerError
 
 
 def picture_prompt(color=0x336699, size=16):

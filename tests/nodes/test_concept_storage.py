@@ -26,7 +26,7 @@ def unet(parts):
 
 def with_concept(parts, model):
     """A clone of the model that wears a random concept."""
-    host, records = parts("nodes.concept_host"), parts("difflora_core.models.concept")
+    host, records = parts("nodes.host.adapters"), parts("difflora_core.text.new_words")
     perfusion = parts("difflora_core.methods.perfusion")
     generator = torch.Generator().manual_seed(1)
     layers = [s for s in host.unet_layout(model, "demo", 1) if s.name.endswith("attn2.to_v")]

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from difflora_core.demo.workflow_api import PACK, workflow_to_prompt
-from difflora_core.demo.workflows import FULL_SIZE
-from difflora_core.models.lae import LoRALatent
+from difflora_core.demo.comfyui.workflow_api import PACK, workflow_to_prompt
+from difflora_core.demo.workflows.runner import FULL_SIZE
+from difflora_core.models.lae.autoencoder import LoRALatent
 from difflora_core.storage.checkpoint import load_model
 from difflora_core.storage.library_file import read_library
 from difflora_core.storage.lora_file import load_lora

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from difflora_core.demo.base import load_base
-from difflora_core.demo.controlnet import load_controlnet
-from difflora_core.training.base_model import TextCondition
+from difflora_core.base_model.protocol import TextCondition
+from difflora_core.demo.build.controlnet import load_controlnet
+from difflora_core.demo.networks.base import load_base
 from difflora_core.vision.keypoint_picture import keypoint_picture
 
 PROMPT = "photo of a person, smiling, blue background, red shirt"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from difflora_core.demo.base import load_base, time_ids
+from difflora_core.demo.networks.base import load_base, time_ids
 
 CAPTIONS = ["photo portrait of a young woman with red hair", "a man smiling, wearing a hat", ""]
 
@@ -103,7 +103,7 @@ def test_latents_are_scaled_as_the_base_was_trained(demo, base_file):
 
 
 def test_clip_vision_is_the_same(demo, demo_world):
-    from difflora_core.demo.clip_vision import load_clip_vision
+    from difflora_core.demo.networks.clip_vision import load_clip_vision
     from difflora_core.vision.image_encoder import ClipImageEncoder
 
     path = demo_world / "clip_vision.safetensors"

@@ -5,16 +5,16 @@ import json
 
 import pytest
 
-from difflora_core.demo.browser import (
+from difflora_core.demo.comfyui.browser import (
     HOW_TO_INSTALL,
     BrowserError,
     Chromium,
     FrontEnd,
     find_chromium,
 )
-from difflora_core.demo.comfy_client import ComfyPromptError
-from difflora_core.demo.workflow_api import PACK, workflow_to_prompt
-from difflora_core.demo.workflows import FULL_SIZE, first_picture, read_workflow
+from difflora_core.demo.comfyui.client import ComfyPromptError
+from difflora_core.demo.comfyui.workflow_api import PACK, workflow_to_prompt
+from difflora_core.demo.workflows.runner import FULL_SIZE, first_picture, read_workflow
 
 pytestmark = pytest.mark.skipif(find_chromium() is None, reason=HOW_TO_INSTALL)
 
@@ -118,7 +118,7 @@ def test_no_browser_says_how_to_get_one(monkeypatch):
 
 def test_other_pixels_in_the_second_run_are_noticed(comfy):
     """The comparison of `make workflows` can fail."""
-    from difflora_core.demo.workflows import compare
+    from difflora_core.demo.workflows.runner import compare
 
     node = {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1}}
     runs = []

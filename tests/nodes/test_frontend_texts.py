@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from difflora_core.demo.workflow_api import PACK
+from difflora_core.demo.comfyui.workflow_api import PACK
 
 DOCS = "/extensions/DiffLoRA/docs"
 CHINESE = re.compile("[\u4e00-\u9fff]")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from difflora_core.demo.comfy_client import ComfyPromptError
+from difflora_core.demo.comfyui.client import ComfyPromptError
 
 MODEL, CLIP, VAE, VISION, FACES, DIFFLORA = (["demo", k] for k in range(6))
 WEIGHTS = {f"weight_{n}": 1.0 for n in range(1, 5)} | {"method": "slerp"}
@@ -220,7 +220,7 @@ def test_batches_are_used_as_they_fit(comfy):
 
 
 def test_latents_of_two_models_do_not_mix(comfy, comfy_server, random_difflora, sizes):
-    from difflora_core.demo.base import demo_layout
+    from difflora_core.demo.networks.base import demo_layout
 
     models = comfy_server.base_directory / "models"
     folder = models / "difflora"

@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from difflora_core.demo.comfy_client import ComfyPromptError
-from difflora_core.models.lae import LoRALatent
+from difflora_core.demo.comfyui.client import ComfyPromptError
+from difflora_core.models.lae.autoencoder import LoRALatent
 from difflora_core.storage.identity_library import add_people, delete_person
 from difflora_core.storage.library_file import read_library
 

@@ -4,7 +4,7 @@ import pytest
 from safetensors.torch import load_file
 
 from difflora_core.demo import paths
-from difflora_core.demo.comfy_client import ComfyPromptError
+from difflora_core.demo.comfyui.client import ComfyPromptError
 
 
 def graph(name):

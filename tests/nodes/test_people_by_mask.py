@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 
 from difflora_core.demo import paths
-from difflora_core.demo.identities import split_seeds
-from difflora_core.demo.judges import PLAIN_LOOKS, load_judges
-from difflora_core.demo.masked_people import PICTURE, MaskedScene, masked_people
-from difflora_core.demo.scenes import PICTURE_SIZE, render_portraits
+from difflora_core.demo.networks.judges import PLAIN_LOOKS, load_judges
+from difflora_core.demo.workflows.masked_people import PICTURE, MaskedScene, masked_people
+from difflora_core.demo.world.identities import split_seeds
+from difflora_core.demo.world.scenes import PICTURE_SIZE, render_portraits
 from difflora_core.evaluation.identity import centroid
 
 

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from difflora_core.demo.comfy_client import ComfyInterrupted, ComfyPromptError
-from difflora_core.storage.perfusion_file import read_concept
+from difflora_core.demo.comfyui.client import ComfyInterrupted, ComfyPromptError
+from difflora_core.storage.adapter_file import read_concept
 
 MODEL, CLIP, VAE = (["demo", k] for k in range(3))
 WORD = "<my-hat>"
@@ -74,7 +74,7 @@ def drawn(name, model, clip, text=f"photo of a person, wearing a {WORD}", cfg=1.
 @pytest.fixture(scope="module")
 def pictures(comfy, tmp_path_factory):
     """Names of two uploaded pictures of hats, and a mask."""
-    from difflora_core.demo.scenes import render_portraits
+    from difflora_core.demo.world.scenes import render_portraits
 
     images = render_portraits([1, 2], [5, 6]).images
     folder = tmp_path_factory.mktemp("hats")
@@ -352,8 +352,8 @@ def test_applying_refuses(comfy, comfy_server, trained):
 
 
 def test_a_concept_of_other_text_encoders_is_refused(comfy, trained):
-    from difflora_core.models.concept import Concept
-    from difflora_core.storage.perfusion_file import write_concept
+    from difflora_core.storage.adapter_file import write_concept
+    from difflora_core.text.new_words import Concept
 
     folder, path = trained
     concept = read_concept(path)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from difflora_core.demo.comfy_client import ComfyPromptError
+from difflora_core.demo.comfyui.client import ComfyPromptError
 
 MODEL, CLIP, VAE, VISION, FACES, DIFFLORA = (["demo", k] for k in range(6))
 WHOLE = {

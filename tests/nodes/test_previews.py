@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from difflora_core.demo.base import load_base
-from difflora_core.demo.comfy_client import ComfyPromptError
-from difflora_core.demo.identities import split_seeds
-from difflora_core.demo.scenes import render_portraits
+from difflora_core.demo.comfyui.client import ComfyPromptError
+from difflora_core.demo.networks.base import load_base
+from difflora_core.demo.world.identities import split_seeds
+from difflora_core.demo.world.scenes import render_portraits
 
 DEMO = {"class_type": "DiffLoRA_LoadDemo", "inputs": {}}
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from difflora_core.demo.comfyui.workflow_api import PACK, workflow_pictures, workflow_to_prompt
 from difflora_core.demo.examples import reference_picture
-from difflora_core.demo.workflow_api import PACK, workflow_pictures, workflow_to_prompt
-from difflora_core.demo.workflows import run_workflow
+from difflora_core.demo.workflows.runner import run_workflow
 
 PATH = PACK / "workflows" / "quickstart_demo.json"
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from difflora_core.demo.base import demo_layout
-from difflora_core.demo.comfy_client import ComfyPromptError
+from difflora_core.demo.comfyui.client import ComfyPromptError
+from difflora_core.demo.networks.base import demo_layout
 from difflora_core.lora.layout import sd15_layout
 
 MODEL, VISION, FACES, DIFFLORA = ["demo", 0], ["demo", 3], ["demo", 4], ["demo", 5]

@@ -14,9 +14,9 @@ import pytest
 from comfy_test.comfyui.validator import WorkflowValidation
 from comfy_test.comfyui.workflow_converter import WorkflowConverter, set_object_info
 
-from difflora_core.demo.comfy_server import ComfyServer
-from difflora_core.demo.workflow_api import PACK, workflow_to_prompt
-from difflora_core.demo.workflows import read_workflow
+from difflora_core.demo.comfyui.server import ComfyServer
+from difflora_core.demo.comfyui.workflow_api import PACK, workflow_to_prompt
+from difflora_core.demo.workflows.runner import read_workflow
 
 SHIPPED = {"README.md", "LICENSE", "__init__.py", "pyproject.toml", "requirements.txt"}
 FOLDERS = {"difflora_core", "locales", "nodes", "web", "workflows"}

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from difflora_core.demo import paths
-from difflora_core.demo.concept_examples import SHIPPED
-from difflora_core.demo.concept_judge import load_concept_judge
+from difflora_core.demo.networks.concept_judge import load_concept_judge
+from difflora_core.demo.world.concept_examples import SHIPPED
 
 CLIP = ["demo", 1]
 SCENE = "photo of a person, smiling, blue background, white shirt"

@@ -6,16 +6,16 @@ import re
 import pytest
 from PIL import Image
 
-from difflora_core.demo.workflow_api import (
+from difflora_core.demo.comfyui.workflow_api import (
     PACK,
     WorkflowError,
     workflow_pictures,
     workflow_to_prompt,
 )
-from difflora_core.demo.workflow_builder import Graph
-from difflora_core.demo.workflow_files import WORKFLOWS as GRAPHS
-from difflora_core.demo.workflow_files import build, to_text
-from difflora_core.demo.workflow_worlds import DEMO, SDXL
+from difflora_core.demo.workflows.builder import Graph
+from difflora_core.demo.workflows.worlds import DEMO, SDXL
+from difflora_core.demo.workflows.writer import WORKFLOWS as GRAPHS
+from difflora_core.demo.workflows.writer import build, to_text
 
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
 
@@ -39,7 +39,7 @@ def test_every_graph_comes_for_both_worlds_with_a_picture():
 def test_file_is_what_the_builder_writes(comfy, name, world):
     path = PACK / "workflows" / f"{world.file(name)}.json"
     written = to_text(build(name, world, comfy.object_info()))
-    assert written == path.read_text("utf-8"), "python -m difflora_core.demo.workflow_files"
+    assert written == path.read_text("utf-8"), "python -m difflora_core.demo.workflows.writer"
 
 
 def test_links_and_nodes_agree(workflow):

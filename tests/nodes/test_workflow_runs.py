@@ -5,8 +5,8 @@ In the front end, twice and with pixels compared, it is `make workflows`.
 
 import pytest
 
-from difflora_core.demo.workflow_api import PACK
-from difflora_core.demo.workflows import FULL_SIZE, run_workflow
+from difflora_core.demo.comfyui.workflow_api import PACK
+from difflora_core.demo.workflows.runner import FULL_SIZE, run_workflow
 
 DEMOS = [
     path

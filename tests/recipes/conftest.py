@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
+from difflora_core.base_model.protocol import DiffusersBase, TextCondition
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
-from difflora_core.training.base_model import DiffusersBase, TextCondition
 from difflora_core.training.dreambooth import DreamBoothExamples
 
 UNET = {

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.utils import parametrize
 
-from difflora_core.demo.base import UNET_CONFIG, load_base, new_base, save_base
-from difflora_core.demo.vae import new_vae
+from difflora_core.demo.networks.base import UNET_CONFIG, load_base, new_base, save_base
+from difflora_core.demo.networks.vae import new_vae
 from difflora_core.errors import CheckpointError
 from difflora_core.training.controlnet import (
     MARKER,

@@ -6,9 +6,9 @@ from safetensors.torch import save_file
 
 from difflora_core.errors import CheckpointError, InterruptedTraining, LayoutError
 from difflora_core.storage.lora_corpus import LoRACorpus, load_corpus, save_corpus
+from difflora_core.training.difflora.lora_corpus import CorpusConfig, build_corpus
+from difflora_core.training.difflora.refine import refine, refinement_config
 from difflora_core.training.dreambooth import DreamBoothConfig, train_dreambooth
-from difflora_core.training.lora_corpus import CorpusConfig, build_corpus
-from difflora_core.training.refine import refine, refinement_config
 
 CONFIG = CorpusConfig(base="tiny", group=2, dreambooth=DreamBoothConfig(rank=2, steps=3))
 

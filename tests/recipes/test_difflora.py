@@ -10,10 +10,11 @@ from difflora_core.errors import ConfigError
 from difflora_core.methods.difflora import DiffLoRAConfig, DiffLoRAModel
 from difflora_core.models.dit import DiTConfig
 from difflora_core.models.face_reader import FaceReader, FaceReaderConfig
-from difflora_core.models.lae import LAEConfig
+from difflora_core.models.lae.autoencoder import LAEConfig
 from difflora_core.models.mif import MIFConfig
 from difflora_core.models.predictor import PredictorConfig
-from difflora_core.training import difflora, face_reader
+from difflora_core.training.difflora import face_reader
+from difflora_core.training.difflora import functional as difflora
 from difflora_core.training.loop import LoopConfig
 from difflora_core.training.losses import NoisedBatch, denoise, denoising_error
 from difflora_core.vision.features import ImageFeatures

@@ -5,11 +5,7 @@ import torch
 
 from difflora_core.errors import CheckpointError, ConfigError, InterruptedTraining, LayoutError
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
-from difflora_core.training.dreambooth import (
-    DreamBoothConfig,
-    DreamBoothExamples,
-    train_dreambooth,
-)
+from difflora_core.training.dreambooth import DreamBoothConfig, DreamBoothExamples, train_dreambooth
 
 PEOPLE, PICTURES = 3, 5
 

@@ -6,16 +6,16 @@ import torch
 from difflora_core.errors import ConfigError
 from difflora_core.lora.distance import relative_error
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
-from difflora_core.models.lae import LAEConfig, LoRAAutoencoder
-from difflora_core.training import lae as recipe
-from difflora_core.training.early_stopping import EarlyStopping
-from difflora_core.training.lae_encoder import (
+from difflora_core.models.lae.autoencoder import LAEConfig, LoRAAutoencoder
+from difflora_core.training.difflora import lae as recipe
+from difflora_core.training.difflora.lae_encoder import (
     EncoderExamples,
     EncoderTrainConfig,
     adopt_statistics,
     fit_mirror,
 )
-from difflora_core.training.lae_encoder import fit as fit_encoder
+from difflora_core.training.difflora.lae_encoder import fit as fit_encoder
+from difflora_core.training.early_stopping import EarlyStopping
 from difflora_core.training.loop import LoopConfig
 
 LOOP = LoopConfig(steps=40, learning_rate=5e-3, warmup=5, log_every=10, checkpoint_every=60)

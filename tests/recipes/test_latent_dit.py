@@ -6,11 +6,10 @@ import torch
 from difflora_core.errors import ConfigError
 from difflora_core.methods.difflora import DiffLoRAConfig, DiffLoRAModel
 from difflora_core.models.dit import DiTConfig
-from difflora_core.models.lae import LAEConfig
+from difflora_core.models.lae.autoencoder import LAEConfig
 from difflora_core.models.mif import MIFConfig
 from difflora_core.models.predictor import PredictorConfig
-from difflora_core.training.early_stopping import EarlyStopping
-from difflora_core.training.latent_dit import (
+from difflora_core.training.difflora.latent_dit import (
     LatentBatches,
     LatentDiTConfig,
     LatentDiTObjective,
@@ -19,6 +18,7 @@ from difflora_core.training.latent_dit import (
     fit,
     photo_latents,
 )
+from difflora_core.training.early_stopping import EarlyStopping
 from difflora_core.training.loop import LoopConfig
 from difflora_core.vision.features import ImageFeatures
 

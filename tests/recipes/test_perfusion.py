@@ -7,33 +7,33 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from difflora_core.adapters.attach import attach
-from difflora_core.adapters.covariance import Covariance
-from difflora_core.demo.text import END, LENGTH, PAD, START, UNKNOWN, text_config, word_numbers
+from difflora_core.base_model.protocol import TextCondition
+from difflora_core.demo.networks.text import (
+    END,
+    LENGTH,
+    PAD,
+    START,
+    UNKNOWN,
+    text_config,
+    word_numbers,
+)
 from difflora_core.errors import CheckpointError, ConfigError, InterruptedTraining
 from difflora_core.methods.base import AdaptationRequest
 from difflora_core.methods.infusion import Infusion, InfusionConfig
 from difflora_core.methods.perfusion import Perfusion, PerfusionConfig, PreparedConcept
-from difflora_core.models.concept import TEMPLATES, superclass_token, text_probe, word_encoding
-from difflora_core.training.base_model import TextCondition
-from difflora_core.training.captions import captions
-from difflora_core.training.clip_text import ClipPairText, TokenMarks
+from difflora_core.text.captions import captions
+from difflora_core.text.clip_pair import ClipPairText, TokenMarks
+from difflora_core.text.covariance import Covariance
+from difflora_core.text.covariance_builder import build_covariance
+from difflora_core.text.new_words import TEMPLATES, superclass_token, text_probe, word_encoding
 from difflora_core.training.concept_task import (
     ConceptExamples,
     NewWord,
     concept_examples,
     prepare_task,
 )
-from difflora_core.training.covariance import build_covariance
-from difflora_core.training.infusion import (
-    InfusionObjective,
-    InfusionTraining,
-    train_infusion,
-)
-from difflora_core.training.perfusion import (
-    PerfusionObjective,
-    PerfusionTraining,
-    train_perfusion,
-)
+from difflora_core.training.infusion import InfusionObjective, InfusionTraining, train_infusion
+from difflora_core.training.perfusion import PerfusionObjective, PerfusionTraining, train_perfusion
 
 WORD = NewWord("<h1>", "hat")
 PROMPTS = ["photo of a <h1>", "a person wearing a <h1>, blue background", "the red <h1>"]

@@ -14,7 +14,7 @@ from difflora_core.errors import CheckpointError
 from difflora_core.lora.layout import LayerShape, LoRALayout
 from difflora_core.methods.difflora import DiffLoRAConfig, DiffLoRAModel
 from difflora_core.models.dit import DiTConfig
-from difflora_core.models.lae import LAEConfig
+from difflora_core.models.lae.autoencoder import LAEConfig
 from difflora_core.models.mif import MIFConfig
 from difflora_core.models.predictor import PredictorConfig
 from difflora_core.storage.checkpoint import (

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from difflora_core.errors import ConfigError, DiffLoRAError, ImageError, LibraryError
-from difflora_core.models.lae import LoRALatent
+from difflora_core.models.lae.autoencoder import LoRALatent
 from difflora_core.storage.identity_library import (
     add_people,
     delete_person,

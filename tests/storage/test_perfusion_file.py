@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
-from difflora_core.adapters.covariance import Covariance
 from difflora_core.errors import CheckpointError, ConfigError, LayoutError
 from difflora_core.lora.layout import sdxl_layout
-from difflora_core.models.concept import Concept
+from difflora_core.storage.adapter_file import METADATA_KEY, read_concept, write_concept
 from difflora_core.storage.covariance_file import read_covariance, write_covariance
-from difflora_core.storage.perfusion_file import METADATA_KEY, read_concept, write_concept
+from difflora_core.text.covariance import Covariance
+from difflora_core.text.new_words import Concept
 
 
 def concept(layers=None, dim=6, widths=(4, 5), contexts=("photo of a {}", "the {}"), **changes):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from difflora_core.errors import ConfigError
+from difflora_core.text.captions import WORLDS, captions
 from difflora_core.training.calibration import (
     MAP_SIZE,
     binding_loss,
@@ -15,7 +16,6 @@ from difflora_core.training.calibration import (
     separation_loss,
     smoothed,
 )
-from difflora_core.training.captions import WORLDS, captions
 
 
 def half(side, size=8):

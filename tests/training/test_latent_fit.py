@@ -7,8 +7,8 @@ from difflora_core.errors import ConfigError, LayoutError
 from difflora_core.lora.layout import LayerShape, LoRALayout
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.methods.difflora import DiffLoRAConfig, DiffLoRAModel
-from difflora_core.models.lae import LAEConfig
-from difflora_core.training.latent_fit import fit_latent
+from difflora_core.models.lae.autoencoder import LAEConfig
+from difflora_core.training.difflora.latent_fit import fit_latent
 from difflora_core.vision.features import FeatureSizes
 
 LAYOUT = LoRALayout("tiny", 2, tuple(LayerShape(f"input_blocks.{b}.to_q", 8, 10) for b in range(4)))

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from difflora_core.errors import ConfigError
-from difflora_core.training.linear_baselines import (
+from difflora_core.training.difflora.linear_baselines import (
     best_ridge,
     feature_matrix,
     pca_autoencoder,

@@ -1,0 +1,324 @@
+"""`python -m benchmarks perfusion [--quick] [--json FILE]`: words by Perfusion and by others.
+
+Eight concepts, 20 prompts, two noises; every method learns from the same four pictures, masks,
+steps, batches and seeds, and draws from the same noise. Likeness against obedience along each
+method's own knob: the gate's bias for Perfusion, the strength for the others. Then two concepts in
+one picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from difflora_core.demo import paths
+from difflora_core.demo.networks.base import load_base
+from difflora_core.demo.networks.concept_judge import load_concept_judge
+from difflora_core.demo.networks.judges import Judges, load_judge
+from difflora_core.demo.world.concepts import CONCEPTS, DemoConcept, demo_concept_text, render_items
+from difflora_core.demo.world.identities import split_seeds
+from difflora_core.demo.world.scenes import Scene
+from difflora_core.evaluation.pareto import hypervolume, shortfall
+from difflora_core.evaluation.report import Report, bootstrap_interval
+from difflora_core.text.captions import captions
+from difflora_core.text.covariance_builder import build_covariance
+
+from ..prompts import CONTEXT, EXPRESSION, LOOK, with_plain_things
+from ..world import CACHE, benchmark_console, commit, machine, set_threads, write_report
+from .word_pictures import GUIDANCE, STEPS, Columns, Gallery, Wish, wishes
+from .words import (
+    DREAMBOOTH,
+    INFUSION,
+    INVERSION,
+    METHODS,
+    PERFUSION,
+    PHOTOS,
+    Recipes,
+    School,
+    Taught,
+)
+
+KNOBS: Mapping[str, tuple[float, ...]] = {
+    PERFUSION: (0.9, 0.8, 0.75, 0.7, 0.6, 0.45),
+    INFUSION: (0.25, 0.5, 0.75, 1.0),
+    DREAMBOOTH: (0.25, 0.5, 0.75, 1.0),
+    INVERSION: (0.5, 0.75, 1.0),
+}
+"""Bias for Perfusion, strength for the others."""
+TOGETHER: Mapping[str, tuple[float, ...]] = {
+    PERFUSION: (0.6, 0.45),
+    INFUSION: (1.0, 0.5),
+    DREAMBOOTH: (1.0, 0.7),
+    INVERSION: (1.0,),
+}
+SCENES = CONTEXT + EXPRESSION + LOOK
+PAIRS = ((0, 4), (0, 2), (1, 5), (4, 3), (6, 7), (1, 7), (6, 5), (7, 2))
+"""Concepts that stand together in one picture."""
+BASE, BASE_TWO = "base, plain words", "two: base, plain words"
+REAL, REAL_VAE = "real pictures", "real pictures, through the VAE"
+GOALS = ("concept_similarity", "prompt_agreement")
+CAPTIONS = 10_000
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured."""
+
+    concepts: tuple[int, ...] = tuple(range(len(CONCEPTS)))
+    scenes: tuple[Scene, ...] = SCENES
+    noises: int = 2
+    pairs: tuple[tuple[int, int], ...] = PAIRS
+    pair_scenes: int = 10
+    recipes: Recipes = field(default_factory=Recipes)
+
+    def wanted(self, concept: DemoConcept) -> list[Wish]:
+        """Every prompt with one concept, in every noise; half of them name another thing too."""
+        number, scenes = CONCEPTS.index(concept), with_plain_things(self.scenes, concept.kind)
+        return [
+            wish
+            for noise in range(self.noises)
+            for wish in wishes([concept], scenes, number, noise)
+        ]
+
+
+QUICK = Size((0, 4), SCENES[:6], 1, ((0, 4),), 4, Recipes(steps=200))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Words taught by Perfusion and by others.")
+    parser.add_argument("--quick", action="store_true", help="2 concepts, 6 prompts, 200 steps")
+    parser.add_argument("--json", type=Path, help="write everything to this file")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads, 0 = all cores")
+    options = parser.parse_args(arguments)
+    set_threads(options.threads)
+    console, started = benchmark_console(), time.perf_counter()
+    size = QUICK if options.quick else Size()
+    report = measure(gallery(console), size)
+    minutes = (time.perf_counter() - started) / 60
+    facts = {"quick": options.quick, "minutes": minutes, "machine": machine(), "commit": commit()}
+    report = Report(report.rows, {**report.facts, **facts})
+    tell(report, console)
+    write_report(report, options.json, console)
+    return 0
+
+
+def gallery(console: Console) -> Gallery:
+    """The demo world as this benchmark needs it."""
+    text = demo_concept_text(paths.BASE, paths.WORDS)
+    covariance = build_covariance(text, captions(CAPTIONS, "demo"))
+    mark = hashlib.sha256(paths.BASE.read_bytes() + paths.WORDS.read_bytes()).hexdigest()
+    base, folder = load_base(paths.BASE, paths.WORDS), CACHE / "words"
+    school = School(base, text, covariance, mark, folder, console.print)
+    judge = load_concept_judge(paths.CONCEPT_JUDGE)
+    prompts = Judges({"attributes": load_judge(paths.PROMPT_JUDGE)})
+    return Gallery(school, prompts, judge, CACHE / "word_trials")
+
+
+def measure(gallery: Gallery, size: Size) -> Report:
+    """All rows and conclusions."""
+    chosen = [CONCEPTS[k] for k in size.concepts]
+    wanted = {c.word: size.wanted(c) for c in chosen}
+    rows = ceilings(gallery, [w for c in chosen for w in wanted[c.word]])
+    taught = {
+        method: {c.word: gallery.school.teach(c, method, size.recipes) for c in chosen}
+        for method in METHODS
+    }
+    sweeps: dict[str, Tensor] = {}
+    for method in METHODS:
+        table = sweep(gallery, taught[method], wanted)
+        for knob, columns in zip(KNOBS[method], table, strict=True):
+            rows[label(method, knob)] = {
+                **{name: float(values.mean()) for name, values in columns.items()},
+                **costs(gallery, list(taught[method].values()), knob),
+            }
+        sweeps[method] = goals(table)
+    together, both = two_concepts(gallery, taught, size)
+    reference = torch.tensor([rows[BASE]["concept_similarity"], 0.0]).double()
+    facts = {
+        **conclusions(sweeps, reference),
+        **both,
+        "protocol": {
+            "concepts": len(chosen),
+            "prompts": len(size.scenes),
+            "noises": size.noises,
+            "pictures_to_learn_from": PHOTOS,
+            "steps": size.recipes.steps,
+            "batch": size.recipes.batch,
+            "sampling_steps": STEPS,
+            "guidance": GUIDANCE,
+        },
+    }
+    return Report({**rows, **together}, facts)
+
+
+def sweep(
+    gallery: Gallery, taught: Mapping[str, Taught], wanted: Mapping[str, Sequence[Wish]]
+) -> list[Columns]:
+    """For each setting of a method's knob the mean columns (C,) of its concepts' pictures.
+
+    Args:
+        gallery: draws and judges.
+        taught: word to what the method learned.
+        wanted: word to the pictures.
+    """
+    method = next(iter(taught.values())).method
+    table = []
+    for knob in KNOBS[method]:
+        each = [gallery.columns(wanted[word], [own], knob) for word, own in taught.items()]
+        names = [name for name in each[0] if name != "all_recognised"]
+        table.append({n: torch.stack([columns[n].mean() for columns in each]) for n in names})
+    return table
+
+
+def goals(table: Sequence[Columns]) -> Tensor:
+    """The two goals of a sweep: (knobs, concepts, 2)."""
+    return torch.stack([torch.stack([columns[n] for n in GOALS], 1) for columns in table])
+
+
+def label(method: str, knob: float) -> str:
+    """Row name."""
+    return f"{method}, bias {knob:g}" if method == PERFUSION else f"{method} x {knob:g}"
+
+
+def costs(gallery: Gallery, taught: Sequence[Taught], knob: float) -> dict[str, float]:
+    """Seconds to train, size of a file, and what a UNet step costs over the base."""
+    return {
+        "seconds": sum(t.seconds for t in taught) / len(taught),
+        "file_kb": sum(t.size for t in taught) / len(taught) / 1024,
+        "step_ms": gallery.step_milliseconds(taught[:1], knob),
+    }
+
+
+def ceilings(gallery: Gallery, wanted: Sequence[Wish]) -> dict[str, dict[str, float]]:
+    """Real pictures of the prompted scenes, which prove the judge, and the base model alone."""
+    images, base = real_pictures(wanted), gallery.school.base
+    shown = {
+        REAL: images,
+        REAL_VAE: base.decode_latents(base.encode_images(images)),
+        BASE: gallery.draw(wanted),
+    }
+    return {name: means(gallery.judged(pictures, wanted)) for name, pictures in shown.items()}
+
+
+def real_pictures(wanted: Sequence[Wish]) -> Tensor:
+    """Rendered people with what was wished for."""
+    people = split_seeds("validation", len(wanted), 5000)
+    things = [(*w.concepts, w.beside) for w in wanted]
+    return render_items(people, range(len(wanted)), [w.scene for w in wanted], things)
+
+
+def means(columns: Columns) -> dict[str, float]:
+    """Means over pictures."""
+    kept = {name: values for name, values in columns.items() if name != "all_recognised"}
+    return {name: float(values.mean()) for name, values in kept.items()}
+
+
+def two_concepts(
+    gallery: Gallery, taught: Mapping[str, Mapping[str, Taught]], size: Size
+) -> tuple[dict[str, dict[str, float]], dict[str, object]]:
+    """Rows of pictures with two concepts, and the share in which both are recognised."""
+    pairs = [[CONCEPTS[a], CONCEPTS[b]] for a, b in size.pairs]
+    scenes = size.scenes[: size.pair_scenes]
+    wanted = [wishes(pair, scenes, 100 + k) for k, pair in enumerate(pairs)]
+    flat = [wish for group in wanted for wish in group]
+    shown = {f"two: {REAL}": real_pictures(flat), BASE_TWO: gallery.draw(flat)}
+    table = {name: gallery.judged(pictures, flat) for name, pictures in shown.items()}
+    best: dict[str, Tensor] = {}
+    for method in METHODS:
+        for knob in TOGETHER[method]:
+            parts = [
+                gallery.columns(group, [taught[method][c.word] for c in pair], knob)
+                for group, pair in zip(wanted, pairs, strict=True)
+            ]
+            columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            table[f"two: {label(method, knob)}"] = columns
+            shares = columns["all_recognised"].unflatten(0, (len(pairs), -1)).mean(1)
+            if method not in best or shares.mean() > best[method].mean():
+                best[method] = shares
+    rows = {
+        name: {**means(columns), "both_recognised": float(columns["all_recognised"].mean())}
+        for name, columns in table.items()
+    }
+    facts: dict[str, object] = {}
+    for method, name in ((PERFUSION, "two_concepts_both"), (DREAMBOOTH, "two_concepts_both_lora")):
+        interval = bootstrap_interval(best[method])
+        facts |= {name: interval.value, f"{name}_ci95": [interval.low, interval.high]}
+    return rows, facts
+
+
+def conclusions(sweeps: Mapping[str, Tensor], reference: Tensor) -> dict[str, object]:
+    """Hypervolumes, and whether Perfusion's sweep lies on or above all others.
+
+    Args:
+        sweeps: method to (K, C, 2), knobs, concepts, goals.
+        reference: (2,) from which areas are measured: the base's likeness, no agreement.
+    """
+    own = sweeps[PERFUSION].double()
+    others = torch.cat([sweeps[m].double() for m in METHODS if m != PERFUSION])
+    counts = [len(own), len(others)]
+    table = torch.cat([own, others]).permute(1, 0, 2).flatten(1)  # C (K 2)
+
+    def missing(columns: Tensor) -> Tensor:
+        front, points = columns.unflatten(-1, (-1, 2)).split(counts, -2)
+        return shortfall(front, points)
+
+    short = bootstrap_interval(table, missing, draws=2000)
+    dominating = missing(_resampled(table)) <= 0
+    facts: dict[str, object] = {
+        "front_dominates": short.value <= 0,
+        "front_dominates_share": float(dominating.double().mean()),
+        "front_shortfall": short.value,
+        "front_shortfall_ci95": [short.low, short.high],
+    }
+    areas, gains = {}, {}
+    for method in METHODS:
+        volume = hypervolume(sweeps[method].double().mean(1), reference)
+        areas[method] = float(volume)
+        if method != PERFUSION:
+            size = len(sweeps[method])
+            pair = torch.cat([own, sweeps[method].double()]).permute(1, 0, 2).flatten(1)
+
+            def more(columns: Tensor, size: int = size) -> Tensor:
+                front, points = columns.unflatten(-1, (-1, 2)).split([len(own), size], -2)
+                return hypervolume(front, reference) - hypervolume(points, reference)
+
+            gain = bootstrap_interval(pair, more, draws=2000)
+            gains[method] = [gain.value, gain.low, gain.high]
+    return {**facts, "hypervolume": areas, "hypervolume_gain_ci95": gains}
+
+
+def _resampled(table: Tensor, draws: int = 200) -> Tensor:
+    """Means of resampled concepts (draws, columns)."""
+    generator = torch.Generator().manual_seed(0)
+    return table[torch.randint(len(table), (draws, len(table)), generator=generator)].mean(1)
+
+
+def tell(report: Report, console: Console) -> None:
+    """Print the table and the conclusions."""
+    console.print(report.to_markdown({"seconds": 1, "file_kb": 1, "step_ms": 2}))
+    facts = report.facts
+    console.print(f"{facts['machine']}, {facts['commit'][:12]}, {facts['minutes']:.1f} minutes")
+    for name, area in facts["hypervolume"].items():
+        gain = facts["hypervolume_gain_ci95"].get(name)
+        more = "" if gain is None else " (Perfusion {:+.3f} [{:+.3f}, {:+.3f}])".format(*gain)
+        console.print(f"hypervolume of {name}: {area:.3f}{more}")
+    share = facts["front_dominates_share"]
+    console.print(f"front_dominates: {facts['front_dominates']} ({share:.0%} of resamples)")
+    low, high = facts["front_shortfall_ci95"]
+    console.print(f"front_shortfall: {facts['front_shortfall']:+.4f} [{low:+.4f}, {high:+.4f}]")
+    for name in ("two_concepts_both", "two_concepts_both_lora"):
+        low, high = facts[f"{name}_ci95"]
+        console.print(f"{name}: {facts[name]:.2f} [{low:.2f}, {high:.2f}]")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

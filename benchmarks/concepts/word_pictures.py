@@ -1,0 +1,207 @@
+"""Pictures of taught words, and what the judges make of them."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler
+from safetensors.torch import load_file
+from torch import Tensor
+
+from difflora_core.adapters.attach import attach
+from difflora_core.adapters.base import AdapterSet
+from difflora_core.base_model.protocol import TextCondition
+from difflora_core.demo.networks.concept_judge import ConceptJudge
+from difflora_core.demo.networks.judges import Judges
+from difflora_core.demo.world.concepts import DemoConcept
+from difflora_core.demo.world.renderer import COLOURS
+from difflora_core.demo.world.scenes import ITEM_PHRASES, Scene
+from difflora_core.diffusion.sampler import SampleSettings, initial_noise, sample, seeded_generators
+from difflora_core.evaluation.text_alignment import attribute_agreement
+from difflora_core.storage.checkpoint import write_atomic
+from difflora_core.text.new_words import WordEmbedding
+
+from ..prompts import asked
+from .words import School, Taught
+
+STEPS, GUIDANCE = 10, 2.0
+PROTOCOL = 6
+"""To be raised with every change of drawing or judging: it makes kept columns invalid."""
+
+Words = Mapping[str, WordEmbedding]
+Columns = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """One picture that is asked for: the scene, the concepts in it, and the seed of its noise.
+
+    The scene's own item, if there is one, is a plain thing that stands beside the concepts.
+    """
+
+    scene: Scene
+    concepts: tuple[DemoConcept, ...]
+    seed: int
+
+    def prompt(self, plain: bool = False) -> str:
+        """Its prompt, with the new words or with the plain words of their kinds."""
+        said = [(c.kind, c.kind if plain else c.word) for c in self.concepts]
+        if self.plain_thing:
+            said.append((self.scene.item, self.plain_thing))
+        phrases = [ITEM_PHRASES[kind].format(word) for kind, word in said]
+        return ", ".join((replace(self.scene, item="none").caption(), *phrases))
+
+    @property
+    def plain_thing(self) -> str:
+        """Words for the plain thing, none where there is no such thing."""
+        scene = self.scene
+        return "" if scene.item == "none" else f"{scene.item_colour} {scene.item}"
+
+    @property
+    def beside(self) -> DemoConcept:
+        """The plain thing, or none, as the judge of concepts names it."""
+        colour = COLOURS[self.scene.item_colour]
+        return DemoConcept(self.scene.item_colour, self.scene.item, colour, colour)
+
+    @property
+    def goals(self) -> dict[str, str]:
+        """What its picture has to show but for the looks of the concepts."""
+        goals = asked(replace(self.scene, item="none"))
+        if len(self.concepts) == 1:  # two are a question of their own
+            goals["concept"] = self.concepts[0].kind
+        if self.plain_thing:
+            goals["beside"] = self.plain_thing
+        return goals
+
+
+def wishes(
+    concepts: Sequence[DemoConcept], scenes: Sequence[Scene], number: int, seed: int = 0
+) -> list[Wish]:
+    """One picture of these concepts for each scene; `number` names them among others."""
+    start = 10**9 * (seed + 1) + 1000 * number
+    return [Wish(scene, tuple(concepts), start + k) for k, scene in enumerate(scenes)]
+
+
+class Gallery:
+    """Draws and judges.
+
+    Args:
+        school: base and text encoders.
+        judges: of prompts. judge: of concepts.
+        cache: folder of kept columns.
+    """
+
+    def __init__(self, school: School, judges: Judges, judge: ConceptJudge, cache: Path) -> None:
+        self.school, self.judges, self.judge, self.cache = school, judges, judge, cache
+
+    def columns(self, wanted: Sequence[Wish], taught: Sequence[Taught], knob: float) -> Columns:
+        """Every column (N,) of pictures under taught words; kept on disk."""
+        marks = [t.mark for t in taught]
+        plan = [(w.prompt(), w.seed) for w in wanted]
+        facts = repr((PROTOCOL, STEPS, GUIDANCE, marks, knob, plan, self._judges_mark))
+        name = hashlib.sha256(facts.encode()).hexdigest()[:32]
+        path = self.cache / f"{name}.safetensors"
+        if not path.exists():
+            columns = self.judged(self.draw(wanted, *self.school.dress(taught, knob)), wanted)
+            write_atomic(columns, {}, path)
+        return load_file(path)
+
+    @torch.no_grad()
+    def draw(
+        self,
+        wanted: Sequence[Wish],
+        words: Words | None = None,
+        adapters: AdapterSet | None = None,
+    ) -> Tensor:
+        """Pictures (N, H, W, 3); without words by the plain words of their kinds."""
+        base = self.school.base
+        text = self._encoded([w.prompt(plain=words is None) for w in wanted], words or {})
+        config = base.unet.config
+        shape = (config.in_channels, config.sample_size, config.sample_size)
+        noise = initial_noise(seeded_generators([w.seed for w in wanted]), shape)
+        null = self._encoded([""], {}).select(torch.zeros(len(wanted), dtype=torch.long))
+
+        def denoise(z: Tensor, timestep: Tensor, conditional: bool) -> Tensor:
+            return base.predict(z, timestep, text if conditional else null).float()
+
+        scheduler = DDIMScheduler.from_config(base.scheduler.config, timestep_spacing="trailing")
+        worn = adapters is not None and len(adapters) > 0
+        with attach(base.unet, adapters, names=self.school.names) if worn else nullcontext():
+            z = sample(denoise, noise, scheduler, SampleSettings(STEPS, GUIDANCE))
+        return base.decode_latents(z)
+
+    def judged(self, images: Tensor, wanted: Sequence[Wish]) -> Columns:
+        """Columns (N,): likeness and recognition averaged over the concepts of a picture."""
+        like, known, there = [], [], []
+        for number in range(max(len(w.concepts) for w in wanted)):
+            rows = [
+                self._judged(image, w.concepts[number])
+                for image, w in zip(images, wanted, strict=True)
+            ]
+            for kept, column in zip((like, known, there), zip(*rows, strict=True), strict=True):
+                kept.append(torch.cat(column))
+        # The judge of prompts knows things in plain colours, and misses real ones in others.
+        kinds = [w.concepts[0].kind if t else "" for w, t in zip(wanted, there[0], strict=True)]
+        read = {
+            **self.judges.attributes(images),
+            "concept": kinds,
+            "beside": [self._beside(image, w) for image, w in zip(images, wanted, strict=True)],
+        }
+        recognised = torch.stack(known).float()
+        return {
+            "concept_similarity": torch.stack(like).mean(0),
+            "recognised": recognised.mean(0),
+            "all_recognised": recognised.amin(0),
+            "prompt_agreement": attribute_agreement(read, [w.goals for w in wanted]),
+        }
+
+    def _judged(self, image: Tensor, concept: DemoConcept) -> tuple[Tensor, Tensor, Tensor]:
+        return self.judge.judge(image[None], concept)
+
+    def _beside(self, image: Tensor, wish: Wish) -> str:
+        """The plain thing of a wish if the picture (H, W, 3) shows it, else nothing."""
+        if not wish.plain_thing:
+            return ""
+        seen = bool(self._judged(image, wish.beside)[1])
+        return wish.plain_thing if seen else ""
+
+    def step_milliseconds(self, taught: Sequence[Taught], knob: float, rounds: int = 15) -> float:
+        """Median extra processor time of a UNet step (batch 2) over the bare base."""
+        base, (words, adapters) = self.school.base, self.school.dress(taught, knob)
+        prompt = "photo of a person, " + " ".join(t.concept.word for t in taught)
+        text = self._encoded([prompt, ""], words)
+        z = torch.randn(2, base.unet.config.in_channels, 16, 16)
+        when = torch.full((2,), 500)
+
+        def seconds(worn: AdapterSet) -> float:
+            with attach(base.unet, worn, names=self.school.names):
+                started = time.process_time()
+                base.predict(z, when, text)
+                return time.process_time() - started
+
+        with torch.no_grad():
+            pairs = [(seconds(AdapterSet(())), seconds(adapters)) for _ in range(rounds + 1)]
+        apart = torch.tensor([own - bare for bare, own in pairs[1:]])
+        return 1000 * float(apart.median())
+
+    def _encoded(self, prompts: Sequence[str], words: Words) -> TextCondition:
+        unique = list(dict.fromkeys(prompts))
+        with torch.no_grad():
+            encoded = self.school.text.encode(unique, words)
+        both = TextCondition(encoded.context, encoded.pooled)
+        return both.select(torch.tensor([unique.index(p) for p in prompts]))
+
+    @cached_property
+    def _judges_mark(self) -> str:
+        digest = hashlib.sha256()
+        for network in (*self.judges.networks.values(), self.judge.network):
+            for tensor in network.state_dict().values():
+                digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()

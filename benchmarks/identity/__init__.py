@@ -1,0 +1,1 @@
+"""Benchmarks of people: likeness, identities as material, compression."""

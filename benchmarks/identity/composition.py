@@ -1,0 +1,267 @@
+"""`python -m benchmarks composition [--quick] [--json FILE]`: identities as material, judged.
+
+- `two_people`: real ComfyUI puts two people side by side, with masks and without; each half is
+  read by the judge that conditions nothing.
+- `blend`: along the slerp from A to B likeness to A falls and likeness to B rises.
+- `invented`: people without a photo are distinct from each other and from the training people, and
+  the same in every picture; real people give the scale.
+
+People of a split that no trained part has met; every picture of a comparison has the same noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from difflora_core.demo.comfyui.server import ComfyServer
+from difflora_core.demo.networks.judges import PLAIN_LOOKS, Judges
+from difflora_core.demo.workflows.masked_people import PICTURE, MaskedScene, masked_people
+from difflora_core.demo.world.identities import split_seeds
+from difflora_core.demo.world.scenes import PICTURE_SIZE, Scene, render_portraits
+from difflora_core.evaluation.identity import centroid
+from difflora_core.evaluation.report import Report
+from difflora_core.methods.difflora import DiffLoRAModel
+from difflora_core.models.lae.autoencoder import LoRALatent
+from difflora_core.models.latent_math import blend
+from difflora_core.storage.image_files import write_image
+
+from ..prompts import PROMPTS
+from ..world import World, benchmark_console, commit, load_world, machine, set_threads, write_report
+from .drawing import Artist, Plan
+from .likeness import rank_correlation, three_distributions
+
+PLAIN_PROMPTS = tuple(scene for scene in PROMPTS if scene.look in PLAIN_LOOKS)
+INVENTED_PROMPTS = 8
+KNOWN_PICTURES = range(40, 56)
+"""Rendered pictures by which the judge knows a person; the photo has number 0."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is drawn.
+
+    `pairs`: pairs of people; `ways`: points from A to B; `prompts`: pictures at each point;
+    `invented`: people without a photo; `training`: training people to compare them with, and
+    `training_pictures` of each.
+    """
+
+    pairs: int = 20
+    ways: int = 9
+    prompts: int = 6
+    invented: int = 32
+    training: int = 5000
+    training_pictures: int = 4
+
+
+QUICK = Size(pairs=5, ways=5, prompts=2, invented=8, training=500)
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Pairs of people: `seeds` (2 P,), `photos` (2 P, H, W, 3), `centroids` (2 P, E); the people
+    of pair k are number k and k + P."""
+
+    seeds: tuple[int, ...]
+    photos: Tensor
+    centroids: Tensor
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """Numbers of the two people of every pair."""
+        half = len(self.seeds) // 2
+        return [(k, k + half) for k in range(half)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Blended, invented and placed people, judged.")
+    parser.add_argument("--quick", action="store_true", help="5 pairs, 8 invented people")
+    parser.add_argument("--json", type=Path, help="write everything to this file")
+    parser.add_argument("--split", choices=("validation", "test"), default="test")
+    parser.add_argument("--model", type=Path, help="another model than the shipped one")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = all cores")
+    options = parser.parse_args(arguments)
+    set_threads(options.threads)
+    console, started = benchmark_console(), time.perf_counter()
+    size = QUICK if options.quick else Size()
+    world = load_world({"functional": options.model} if options.model else None, console.print)
+    cast = make_cast(world.judges, options.split, size.pairs)
+    results: dict[str, Mapping[str, object]] = {
+        "blend": measure_blend(world, cast, size),
+        "invented": measure_invented(world, cast, size),
+    }
+    with tempfile.TemporaryDirectory() as folder, ComfyServer(Path(folder)) as server:
+        results["two_people"] = measure_two_people(server, world.judges, cast)
+    tell(results, console)
+    facts = {
+        **results,
+        "split": options.split,
+        "quick": options.quick,
+        "size": asdict(size),
+        "commit": commit(),
+        "machine": machine(),
+        "minutes": (time.perf_counter() - started) / 60,
+    }
+    write_report(Report({}, facts), options.json, console)
+    return 0
+
+
+def make_cast(judges: Judges, split: str, pairs: int) -> Cast:
+    """People of a split, their photo, and what the judge knows of them."""
+    seeds = split_seeds(split, 2 * pairs)
+    photos = render_portraits(seeds, [0] * len(seeds), looks=("photo",)).images
+    return Cast(tuple(seeds), photos, known(judges, seeds, KNOWN_PICTURES))
+
+
+def known(judges: Judges, seeds: Sequence[int], numbers: Sequence[int]) -> Tensor:
+    """Mean directions (I, E) of rendered pictures of people."""
+    rows = []
+    for group in torch.tensor(list(seeds)).split(64):
+        who = group.repeat_interleave(len(numbers)).tolist()
+        pictures = render_portraits(who, [*numbers] * len(group), looks=PLAIN_LOOKS).images
+        rows.append(centroid(judges.embed(pictures).unflatten(0, (len(group), len(numbers)))))
+    return torch.cat(rows)
+
+
+def measure_blend(world: World, cast: Cast, size: Size) -> dict[str, object]:
+    """Likeness to both ends along the way of every pair."""
+    model = world.models["functional"]
+    ends = photo_latents(world, model, cast)
+    ways = [k / (size.ways - 1) for k in range(size.ways)]
+    first, second = (LoRALatent(part, ends.layout_hash, ends.space) for part in ends.z.chunk(2))
+    to_a, to_b = [], []
+    draw = artist(world, cast.seeds[: size.pairs], PLAIN_PROMPTS[: size.prompts])
+    for way in ways:
+        pictures = draw(model, blend([first, second], [1 - way, way]))
+        faces = world.judges.embed(pictures.flatten(0, 1)).unflatten(0, (size.pairs, -1))
+        for likeness, known_people in zip((to_a, to_b), cast.centroids.chunk(2), strict=True):
+            likeness.append(torch.einsum("pce,pe->pc", faces, known_people).mean(1))
+    a, b = torch.stack(to_a, 1), torch.stack(to_b, 1)  # pairs, ways
+    falls, rises = -rank_correlation(a), rank_correlation(b)
+    return {
+        "spearman": float(torch.cat([falls, rises]).mean()),
+        "spearman_falls": falls.tolist(),
+        "spearman_rises": rises.tolist(),
+        "ways": ways,
+        "likeness_to_a": a.mean(0).tolist(),
+        "likeness_to_b": b.mean(0).tolist(),
+        "pairs": size.pairs,
+    }
+
+
+def measure_invented(world: World, cast: Cast, size: Size) -> dict[str, object]:
+    """How much invented people are themselves, each other, and somebody of the training."""
+    model = world.models["functional"]
+    scenes = PLAIN_PROMPTS[:INVENTED_PROMPTS]
+    people = model.sample_latent(None, range(size.invented))
+    draw = artist(world, range(size.invented), scenes)
+    faces = world.judges.embed(draw(model, people).flatten(0, 1))
+    own = faces.unflatten(0, (size.invented, len(scenes)))
+    predicted = photo_latents(world, model, cast)
+    drawn = artist(world, cast.seeds, scenes)(model, predicted)
+    real = world.judges.embed(drawn.flatten(0, 1)).unflatten(0, (len(cast.seeds), len(scenes)))
+    training = known(
+        world.judges, split_seeds("train", size.training), range(size.training_pictures)
+    )
+    return {
+        **three_distributions(own, training, ""),
+        **three_distributions(real, training, "photo_"),
+        "people": size.invented,
+        "prompts": len(scenes),
+        "training_people": size.training,
+    }
+
+
+def measure_two_people(server: ComfyServer, judges: Judges, cast: Cast) -> dict[str, object]:
+    """Share of pairs in which each half of the picture is nearest to its own person."""
+    names = []
+    for seed, photo in zip(cast.seeds, cast.photos, strict=True):
+        path = server.base_directory / f"person{seed}.png"
+        write_image(photo, path)
+        names.append(server.client.upload_picture(path))
+    result: dict[str, object] = {"pairs": len(cast.pairs)}
+    for masks, word in ((True, "masked"), (False, "unmasked")):
+        halves = [
+            two_halves(server, [names[a], names[b]], MaskedScene(masks=masks, seed=number))
+            for number, (a, b) in enumerate(cast.pairs)
+        ]
+        faces = judges.embed(torch.cat(halves)).unflatten(0, (-1, 2))  # pair, half, E
+        right = placed_right(faces, cast)
+        result |= {f"{word}_{name}": float(share.float().mean()) for name, share in right.items()}
+    return result
+
+
+def two_halves(server: ComfyServer, photos: Sequence[str], scene: MaskedScene) -> Tensor:
+    """The left and the right half (2, H, W, 3) of a picture of two people."""
+    picture = server.client.run(masked_people(photos, scene)).picture(PICTURE)
+    return torch.stack(torch.from_numpy(picture.copy()).float().div(255).split(PICTURE_SIZE, 1))
+
+
+def placed_right(faces: Tensor, cast: Cast) -> dict[str, Tensor]:
+    """Judges halves (P, 2, E).
+
+    `correct` (P,): both halves are nearer to their own person than to the other; `regions` (P, 2):
+    each half alone; `rank1` (P, 2): nearest to its own person among all people of the cast.
+    """
+    pairs = torch.tensor(cast.pairs)  # P 2
+    likeness = faces @ cast.centroids.T  # P 2 people
+    own = likeness.gather(2, pairs[:, :, None])[..., 0]
+    other = likeness.gather(2, pairs.flip(1)[:, :, None])[..., 0]
+    regions = own > other
+    return {
+        "correct": regions.all(1),
+        "regions": regions,
+        "rank1": likeness.argmax(2) == pairs,
+    }
+
+
+@torch.no_grad()
+def photo_latents(world: World, model: DiffLoRAModel, cast: Cast) -> LoRALatent:
+    """The best guess for everybody from one photo."""
+    return model.mean_latent(model.condition(world.features(cast.photos[:, None])))
+
+
+def artist(world: World, seeds: Sequence[int], scenes: Sequence[Scene]):
+    """Draws people (model, latents) in fixed scenes under fixed noise: (I, scenes, H, W, 3)."""
+    drawing = Artist(world.base, world.layout, Plan(tuple(scenes), repeats=0), list(seeds))
+
+    def draw(model: DiffLoRAModel, latents: LoRALatent) -> Tensor:
+        with torch.no_grad():
+            return drawing.pictures(model.decode(latents))
+
+    return draw
+
+
+def tell(results: Mapping[str, Mapping[str, object]], console: Console) -> None:
+    """Print what was found."""
+    blended, invented, two = (results[name] for name in ("blend", "invented", "two_people"))
+    for end in ("a", "b"):
+        curve = "  ".join(f"{value:.3f}" for value in blended[f"likeness_to_{end}"])
+        console.print(f"blend: likeness to {end.upper()} along the way: {curve}")
+    console.print(f"blend: Spearman {blended['spearman']:.3f} over {blended['pairs']} pairs")
+    rows = {name: value for name, value in invented.items() if isinstance(value, dict)}
+    console.print(Report(rows).to_markdown())
+    console.print(
+        f"invented: {invented['distinct']:.0%} of {invented['people']} people are nearer to "
+        f"themselves than to any of {invented['training_people']} training people (people with a "
+        f"photo: {invented['photo_distinct']:.0%})"
+    )
+    for word in ("masked", "unmasked"):
+        console.print(
+            f"two people, {word}: {two[f'{word}_correct']:.0%} of {two['pairs']} pairs right, "
+            f"{two[f'{word}_regions']:.0%} of the halves, {two[f'{word}_rank1']:.0%} nearest "
+            "among everybody"
+        )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

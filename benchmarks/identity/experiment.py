@@ -1,0 +1,125 @@
+"""One table: people, rows, pictures, judges, at any strength."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from safetensors.torch import load_file
+from torch import Tensor
+
+from difflora_core.lora.weights import LoRAWeights
+from difflora_core.storage.checkpoint import write_atomic
+
+from ..world import World
+from .drawing import Artist, Plan, unseen_latents
+from .measure import Bench, file_kilobytes
+from .people import People, benchmark_people
+from .rows import BASE, REAL, REAL_VAE, Effort, Row, build_rows
+
+PROTOCOL = 1
+"""To be raised with every change of drawing or judging: it makes kept trials invalid."""
+
+Columns = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One row at one strength: `columns` (I,) each; `facts`: numbers of the whole row."""
+
+    row: str
+    strength: float
+    columns: Columns
+    facts: Mapping[str, float]
+
+    def means(self) -> dict[str, float]:
+        """Means over people, then the facts of the row."""
+        return {k: float(v.mean()) for k, v in self.columns.items()} | dict(self.facts)
+
+
+class Experiment:
+    """People of a split, drawn under one plan.
+
+    Args:
+        world: artefacts.
+        plan: what is drawn.
+        split: whose people. count: how many.
+    """
+
+    def __init__(self, world: World, plan: Plan, split: str, count: int) -> None:
+        self.world, self.plan = world, plan
+        self.people: People = benchmark_people(split, count, plan.scenes)
+        self.artist = Artist(world.base, world.layout, plan, self.people.seeds)
+        self.unseen = unseen_latents(world.base, self.people.unseen, plan, self.people.seeds)
+        self.bench = Bench(world.judges, self.people, plan)
+
+    def rows(self, effort: Effort) -> list[Row]:
+        """Train, predict, reconstruct."""
+        return build_rows(self.world, self.people, effort)
+
+    def real(self) -> list[Trial]:
+        """The ceiling: real pictures of the prompted scenes, as they are and through the VAE."""
+        images = self.people.prompted.images
+        base = self.world.base
+        again = base.decode_latents(base.encode_images(images.flatten(0, 1)))
+        pairs = ((REAL, images), (REAL_VAE, again.unflatten(0, images.shape[:2])))
+        return [Trial(name, 0.0, self.bench.columns(shown), {}) for name, shown in pairs]
+
+    def base(self) -> Trial:
+        """The base model without any LoRA."""
+        columns = self.bench.columns(self.artist.pictures())
+        columns["denoising_loss"] = self.artist.losses(self.unseen)
+        return Trial(BASE, 0.0, columns, {})
+
+    def trial(self, row: Row, strength: float) -> Trial:
+        """A row at a strength; what was measured before is read from the cache."""
+        path = self.world.cache / "trials" / f"{self._key(row.weights, strength)}.safetensors"
+        if path.exists():
+            columns = load_file(path)
+        else:
+            columns = self.bench.columns(self.artist.pictures(row.weights, strength))
+            columns["denoising_loss"] = self.artist.losses(self.unseen, row.weights, strength)
+            write_atomic(columns, {}, path)
+        facts = {"strength": strength, "file_kb": file_kilobytes(row.weights)}
+        if row.seconds is not None:
+            facts["seconds"] = row.seconds
+        return Trial(row.name, strength, columns, facts)
+
+    def _key(self, weights: LoRAWeights, strength: float) -> str:
+        """Digest of all that a trial's columns depend on, but the benchmark's own code."""
+        digest = hashlib.sha256()
+        facts = (self.world.base_hash, self.plan, self.people.seeds, strength, PROTOCOL)
+        digest.update(repr(facts).encode())
+        for judge in self.world.judges.networks.values():
+            for tensor in judge.state_dict().values():
+                digest.update(tensor.numpy().tobytes())
+        for name, layer in weights.layers.items():
+            digest.update(f"{name} {layer.alpha}".encode())
+            for factor in (layer.down, layer.up):
+                digest.update(factor.detach().float().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+    def trials(self, wanted: list[tuple[Row, float]], console: Console) -> list[Trial]:
+        """All of these, with a progress bar."""
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        done = []
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task("drawing", total=len(wanted))
+            for row, strength in wanted:
+                bar.update(task, description=f"{row.name}, strength {strength:g}")
+                done.append(self.trial(row, strength))
+                bar.advance(task)
+        return done
+
+
+def score(trial: Trial, base: Trial, real: Trial) -> float:
+    """How far a row is from the base to real pictures; both judges count the same (ours)."""
+    shares = []
+    for column in ("face_similarity", "parameter_error"):
+        start, end = float(base.columns[column].mean()), float(real.columns[column].mean())
+        shares.append((float(trial.columns[column].mean()) - start) / (end - start))
+    return float(torch.tensor(shares).mean())

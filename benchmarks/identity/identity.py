@@ -1,0 +1,226 @@
+"""`python -m benchmarks identity [--quick] [--json FILE] [--split validation]`: the main table.
+
+The protocol of the DiffLoRA paper at demo scale: 25 people that no trained part has met, 30
+prompts, the same noise for every row; --quick takes 5 people and 6 prompts. Every LoRA row stands
+at strength 1 and at the strength that validation people chose (benchmarks.choose_strength).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from difflora_core.evaluation.report import Report, recovered_share, share_improved
+
+from ..prompts import PROMPTS, QUICK
+from ..world import (
+    STRENGTHS,
+    benchmark_console,
+    commit,
+    load_world,
+    machine,
+    set_threads,
+    write_report,
+)
+from .choose_strength import read_strengths
+from .drawing import Plan
+from .experiment import Experiment, Trial
+from .measure import COLUMNS
+from .people import PHOTOS
+from .rows import BASE, CONTROLS, HEADLINE, Effort, Row, wanted_row
+
+FULL_PLAN = Plan(PROMPTS, repeats=6, noises=4)
+QUICK_PLAN = Plan(QUICK, repeats=1, noises=2)
+QUICK_EFFORT = Effort(one_photo=(), all_photos=(300,))
+PEOPLE, QUICK_PEOPLE = 25, 5
+YARDSTICK = f"DreamBooth, {PHOTOS} photos"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    options = parse(arguments)
+    set_threads(options.threads)
+    console, started = benchmark_console(), time.perf_counter()
+    models = dict(pair.split("=", 1) for pair in options.model)
+    world = load_world({name: Path(path) for name, path in models.items()}, console.print)
+    plan = QUICK_PLAN if options.quick else FULL_PLAN
+    experiment = Experiment(world, plan, options.split, QUICK_PEOPLE if options.quick else PEOPLE)
+    if options.quick:
+        console.print("left out: DreamBooth from 1 photo, and from 8 photos at 100 steps")
+    strengths = read_strengths(STRENGTHS)
+    if not strengths:
+        console.print("no strengths chosen yet: run python -m benchmarks choose_strength")
+    effort = QUICK_EFFORT if options.quick else Effort()
+    trials = run(experiment, effort.only(options.rows), strengths, console, options.rows)
+    minutes = (time.perf_counter() - started) / 60
+    facts = {"split": options.split, "quick": options.quick, "minutes": minutes}
+    report = make_report(trials, experiment, facts)
+    tell(report, console)
+    write_report(report, options.json, console)
+    return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Options of the command."""
+    parser = argparse.ArgumentParser(
+        description="Likeness of predicted LoRAs, judged on people that no trained part has met."
+    )
+    parser.add_argument("--quick", action="store_true", help="5 people, 6 prompts, 4 minutes")
+    parser.add_argument("--json", type=Path, help="write everything to this file")
+    parser.add_argument(
+        "--split",
+        choices=("validation", "test"),
+        default="test",
+        help="test people are for the final table alone",
+    )
+    parser.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="a further DiffLoRA model as rows of its own (ablations, other seeds)",
+    )
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        metavar="TEXT",
+        help="only rows whose name contains one of these; =TEXT: is TEXT",
+    )
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = all cores")
+    return parser.parse_args(arguments)
+
+
+def run(
+    experiment: Experiment,
+    effort: Effort,
+    strengths: Mapping[str, float],
+    console: Console,
+    only: Sequence[str] | None = None,
+) -> list[Trial]:
+    """Real pictures, base, and every row (or `only` some) at strength 1 and at the chosen one."""
+    rows = [row for row in experiment.rows(effort) if wanted_row(row.name, only)]
+    wanted = [(row, strength) for row in rows for strength in strengths_of(row, strengths)]
+    return [*experiment.real(), experiment.base(), *experiment.trials(wanted, console)]
+
+
+def strengths_of(row: Row, strengths: Mapping[str, float]) -> list[float]:
+    """1 and the chosen strength, once when they are equal."""
+    return list(dict.fromkeys([1.0, strengths.get(row.strength_of, 1.0)]))
+
+
+def label(trial: Trial) -> str:
+    """Row name in the table."""
+    return trial.row if trial.strength in (0.0, 1.0) else f"{trial.row} x {trial.strength:g}"
+
+
+def make_report(
+    trials: Sequence[Trial], experiment: Experiment, facts: Mapping[str, object]
+) -> Report:
+    """The table and its conclusions."""
+    rows = {}
+    for trial in trials:
+        means = trial.means()
+        rows[label(trial)] = {name: means[name] for name in COLUMNS if name in means}
+    people = {
+        label(trial): {name: values.tolist() for name, values in trial.columns.items()}
+        for trial in trials
+    }
+    plan = experiment.plan
+    protocol = {
+        "people": len(experiment.people),
+        "prompts": len(plan.scenes),
+        "steps": plan.steps,
+        "guidance": plan.guidance,
+        "noises_per_unseen_picture": plan.noises,
+    }
+    everything = {
+        **conclusions(trials),
+        "seed": plan.seed,
+        "commit": commit(),
+        "machine": machine(),
+        "protocol": protocol,
+        **facts,
+        "per_identity": people,
+    }
+    return Report(rows, everything)
+
+
+def conclusions(trials: Sequence[Trial]) -> dict[str, object]:
+    """Recovered shares, share of people that improve, gaps of the controls."""
+    base = next(trial for trial in trials if trial.row == BASE)
+    result: dict[str, object] = {
+        "recovered_share": None,
+        "recovered_share_ci95": [None, None],
+        "recovered_share_parameters": None,
+        "recovered_share_parameters_ci95": [None, None],
+        "control_gaps": control_gaps(trials, base),
+    }
+    predicted = last(trials, HEADLINE)
+    best = {
+        "face_similarity": best_dreambooth(trials, "face_similarity", max),
+        "parameter_error": best_dreambooth(trials, "parameter_error", min),
+    }
+    if predicted is None or None in best.values():
+        return result
+    for column, suffix in (("face_similarity", ""), ("parameter_error", "_parameters")):
+        share = recovered_share(
+            predicted.columns[column], base.columns[column], best[column].columns[column]
+        )
+        result[f"recovered_share{suffix}"] = share.value
+        result[f"recovered_share{suffix}_ci95"] = [share.low, share.high]
+        result[f"improved{suffix}"] = share_improved(
+            predicted.columns[column], base.columns[column], column == "parameter_error"
+        )
+        result[f"yardstick{suffix}"] = label(best[column])
+    return result
+
+
+def last(trials: Sequence[Trial], row: str) -> Trial | None:
+    """A row at its chosen strength: the last of its trials."""
+    found = [trial for trial in trials if trial.row == row]
+    return found[-1] if found else None
+
+
+def best_dreambooth(trials: Sequence[Trial], column: str, choose) -> Trial | None:
+    """The best DreamBooth row from all photos, at its chosen strength, by one judge."""
+    names = dict.fromkeys(trial.row for trial in trials if trial.row.startswith(YARDSTICK))
+    rows = [last(trials, name) for name in names]
+    return choose(rows, key=lambda trial: float(trial.columns[column].mean())) if rows else None
+
+
+def control_gaps(trials: Sequence[Trial], base: Trial) -> dict[str, float]:
+    """Face similarity of each control minus the base's; should stay within 0.1."""
+    start = base.means()["face_similarity"]
+    return {
+        label(trial): trial.means()["face_similarity"] - start
+        for trial in trials
+        if trial.row in CONTROLS
+    }
+
+
+def tell(report: Report, console: Console) -> None:
+    """Print the table and, as the last line, the recovered share."""
+    console.print(report.to_markdown({"strength": 2, "file_kb": 0, "denoising_loss": 4}))
+    facts = report.facts
+    gaps = "  ".join(f"{name} {gap:+.3f}" for name, gap in facts["control_gaps"].items())
+    console.print(f"controls minus base, face similarity: {gaps}")
+    console.print(f"{facts['machine']}, {facts['commit'][:12]}, {facts['minutes']:.1f} minutes")
+    if facts["recovered_share"] is None:
+        console.print("recovered share: not known without the functional model")
+        return
+    parts = []
+    for suffix, judge in (("", "face judge"), ("_parameters", "parameter judge")):
+        low, high = facts[f"recovered_share{suffix}_ci95"]
+        parts.append(
+            f"{facts[f'recovered_share{suffix}']:.2f} [{low:.2f}, {high:.2f}] by the {judge} "
+            f"(against {facts[f'yardstick{suffix}']}; {facts[f'improved{suffix}']:.0%} improve)"
+        )
+    console.print(f"recovered share: {'; '.join(parts)}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,266 @@
+"""The rows of the table: for every person one LoRA per row, and what it cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from difflora_core.lora.weights import LoRALayer, LoRAWeights
+from difflora_core.methods.difflora import DiffLoRAModel
+from difflora_core.models.lae.autoencoder import LoRALatent
+from difflora_core.training.difflora.refine import refine, refinement_config
+
+from ..world import World
+from .drawing import groups, select
+from .dreambooth import CORPUS_SETTINGS, GROUP, SETTINGS, concatenate
+from .people import PHOTOS, People, RealPictures
+
+BASE = "base"
+HEADLINE = "functional, 1 photo"
+REAL, REAL_VAE = "real pictures", "real pictures through the VAE"
+ANOTHER, MEAN, WRONG = "another identity's LoRA", "mean LoRA", "wrong photo"
+CONTROLS = (ANOTHER, MEAN, WRONG)
+CORPUS_LORA = f"LoRA as in the corpus, {PHOTOS} photos"
+ONE, ALL = "1 photo", f"{PHOTOS} photos"
+SOURCES = {"face": (1.0, 0.0), "picture": (0.0, 1.0)}
+"""The MIF gate held to one source, without training anew."""
+TIMED_PEOPLE = 5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One LoRA per person: `weights` batched (I, ...), `seconds` from photo to LoRA for one person.
+
+    `like`: the row whose validation-chosen strength it takes; its own name unless it is a control.
+    """
+
+    name: str
+    weights: LoRAWeights
+    seconds: float | None = None
+    like: str = ""
+
+    @property
+    def strength_of(self) -> str:
+        """Name under which its strength is stored."""
+        return self.like or self.name
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much DreamBooth to train: runs of so many steps from one photo and from all photos."""
+
+    one_photo: tuple[int, ...] = (100, 300)
+    all_photos: tuple[int, ...] = (100, 300)
+
+    def only(self, wanted: Sequence[str] | None) -> Effort:
+        """The runs whose rows are wanted."""
+
+        def kept(photos: str, lengths: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(n for n in lengths if wanted_row(dreambooth_name(photos, n), wanted))
+
+        return Effort(kept(ONE, self.one_photo), kept(ALL, self.all_photos))
+
+
+def wanted_row(name: str, wanted: Sequence[str] | None) -> bool:
+    """Whether a row is wanted: all are, unless texts are given, of which its name must contain one.
+
+    A text that starts with = must be the whole name.
+    """
+    return wanted is None or any(
+        text[1:] == name if text.startswith("=") else text in name for text in wanted
+    )
+
+
+def dreambooth_name(photos: str, steps: int) -> str:
+    """Name of a DreamBooth row."""
+    return f"DreamBooth, {photos}, {steps} steps"
+
+
+def build_rows(world: World, people: People, effort: Effort) -> list[Row]:
+    """Every row that the artefacts allow, in the order of the table."""
+    features = world.features(people.photos.images[:, :4])
+    trained = dreambooth_rows(world, people, effort)
+    original = corpus_row(world, people)
+    rows = controls(trained[-1], original) if trained else []
+    functional = world.models.get("functional")
+    if functional is not None:
+        guess = predict(functional, [row.select([0]) for row in features])
+        rows.append(Row(WRONG, rolled(guess), None, HEADLINE))
+    if original is not None:
+        rows += [original, *reconstructions(world, original)]
+    for name, model in world.models.items():
+        rows += predicted_rows(world, name, model, features, people)
+    rows += trained
+    if functional is not None:
+        rows.append(refined_row(world, people, guess, rows))
+    return rows + ridge_row(world, [row.select([0]) for row in features])
+
+
+def controls(best: Row, original: Row | None) -> list[Row]:
+    """The LoRA of the next person, and the mean of all other people's LoRAs."""
+    source = best if original is None else original
+    return [
+        Row(ANOTHER, rolled(best.weights), None, best.name),
+        Row(MEAN, mean_of_others(source.weights), None, source.name),
+    ]
+
+
+def corpus_row(world: World, people: People) -> Row | None:
+    """LoRAs trained like the corpus of the autoencoders, whose originals they reconstruct."""
+    if world.shared_down is None:
+        return None
+    weights = world.workshop.train(people.photos, people.seeds, CORPUS_SETTINGS)
+    per_step = world.workshop.seconds_alone(people.photos, CORPUS_SETTINGS)
+    return Row(CORPUS_LORA, weights, per_step * CORPUS_SETTINGS.steps)
+
+
+@torch.no_grad()
+def reconstructions(world: World, original: Row) -> list[Row]:
+    """The originals through every autoencoder whose encoder was trained, and through PCA."""
+    rows = []
+    for name, model in world.models.items():
+        if learned_to_encode(model):
+            again = model.decode(model.encode(original.weights))
+            rows.append(Row(f"LAE reconstruction, {name}", again))
+    if world.linear is not None:
+        again = world.linear.reconstruct(original.weights, world.layout)
+        rows.append(Row(f"PCA-{world.linear.size} reconstruction", again))
+    return rows
+
+
+def predicted_rows(
+    world: World, name: str, model: DiffLoRAModel, features: list, people: People
+) -> list[Row]:
+    """From one and from four photos, and a DiT sample where the best guess is not one."""
+    one = [row.select([0]) for row in features]
+    seconds = seconds_to_lora(world, model, people.photos.images[:, :1])
+    four_seconds = seconds_to_lora(world, model, people.photos.images[:, :4])
+    rows = [
+        Row(f"{name}, 1 photo", predict(model, one), seconds),
+        Row(f"{name}, 4 photos", predict(model, features), four_seconds),
+    ]
+    if name == "functional":
+        for source, gate in SOURCES.items():
+            guess = predict(model, one, torch.tensor(gate))
+            rows.append(Row(f"{name}, 1 photo, {source} alone", guess, None, HEADLINE))
+    if model.config.preset != "paper" and trained_dit(model):
+        sampled = model.decode(sampled_latent(model, one)).detach()
+        rows.append(Row(f"{name}, 1 photo, sampled", sampled))
+    return rows
+
+
+@torch.no_grad()
+def predict(
+    model: DiffLoRAModel, features: list, gate_override: Tensor | None = None
+) -> LoRAWeights:
+    """The best guess of each person, as `DiffLoRAModel.adapters` makes it."""
+    if model.config.preset == "paper":
+        latent = sampled_latent(model, features)
+    else:
+        latent = model.mean_latent(model.condition(features, gate_override))
+    return model.decode(latent).detach()
+
+
+@torch.no_grad()
+def sampled_latent(model: DiffLoRAModel, features: list) -> LoRALatent:
+    """One DiT sample per person; every person has the same seed, as the node's default."""
+    return model.sample_latent(model.condition(features), [0] * len(features))
+
+
+def seconds_to_lora(world: World, model: DiffLoRAModel, photos: Tensor) -> float:
+    """Median seconds from the photos (I, N, H, W, 3) of one person to LoRA factors, warm."""
+
+    def once(images: Tensor) -> float:
+        started = time.perf_counter()
+        predict(model, [world.photo_features(images)])
+        return time.perf_counter() - started
+
+    once(photos[0])
+    return median(once(images) for images in photos[:TIMED_PEOPLE])
+
+
+def dreambooth_rows(world: World, people: People, effort: Effort) -> list[Row]:
+    """DreamBooth from one photo and from all of them, every length a run of its own."""
+    rows = []
+    for count, lengths in ((1, effort.one_photo), (PHOTOS, effort.all_photos)):
+        pictures = first_photos(people, count)
+        per_step = world.workshop.seconds_alone(pictures, SETTINGS) if lengths else 0.0
+        photos = ONE if count == 1 else ALL
+        for steps in lengths:
+            config = replace(SETTINGS, steps=steps)
+            weights = world.workshop.train(pictures, people.seeds, config)
+            rows.append(Row(dreambooth_name(photos, steps), weights, per_step * steps))
+    return rows
+
+
+def refined_row(world: World, people: People, guess: LoRAWeights, rows: list[Row]) -> Row:
+    """The prediction after 25 steps on its one photo."""
+    config = replace(refinement_config(world.layout.rank), precision=SETTINGS.precision)
+    pictures = first_photos(people, 1)
+    parts = []
+    for group in groups(len(people), GROUP):
+        chosen = RealPictures(pictures.images[group], [pictures.captions[k] for k in group])
+        examples = world.workshop.examples(chosen, [people.seeds[k] for k in group])
+        parts.append(refine(world.base, select(guess, group), examples, config))
+    per_step = world.workshop.seconds_alone(pictures, config)
+    start = next(row.seconds for row in rows if row.name == HEADLINE)
+    seconds = (start or 0.0) + per_step * config.steps
+    return Row(f"{HEADLINE}, {config.steps} refinement steps", concatenate(parts), seconds)
+
+
+def ridge_row(world: World, photos: list) -> list[Row]:
+    """Ridge regression on the features of one photo."""
+    if world.linear is None or world.shared_down is None:
+        return []
+    started = time.perf_counter()
+    weights = world.linear.predict(photos, world.layout, world.shared_down)
+    seconds = (time.perf_counter() - started) / len(photos)
+    return [Row("ridge regression, 1 photo", weights, seconds)]
+
+
+def first_photos(people: People, count: int) -> RealPictures:
+    """The first `count` reference pictures of everybody."""
+    photos = people.photos
+    return RealPictures(photos.images[:, :count], [row[:count] for row in photos.captions])
+
+
+def rolled(weights: LoRAWeights) -> LoRAWeights:
+    """Everybody gets the LoRA of the next person."""
+    count = weights.batch_shape[0]
+    return select(weights, torch.arange(count).roll(-1))
+
+
+def mean_of_others(weights: LoRAWeights) -> LoRAWeights:
+    """For each person the mean of delta W over all others, exactly.
+
+    Over a shared `down` that is the mean of the `up` factors; else the components lie side by
+    side, which raises the rank.
+    """
+    count = weights.batch_shape[0]
+    layers = {}
+    for name, layer in weights.folded().layers.items():
+        if bool((layer.down == layer.down[:1]).all()):
+            up = (layer.up.sum(0, keepdim=True) - layer.up) / max(count - 1, 1)
+            layers[name] = LoRALayer(layer.down, up, layer.alpha)
+            continue
+        others = torch.tensor([[k for k in range(count) if k != i] for i in range(count)])
+        down = layer.down[others].flatten(1, 2)  # (I, (I-1) r, in)
+        up = layer.up[others].transpose(1, 2).flatten(2) / max(count - 1, 1)
+        layers[name] = LoRALayer(down, up, float(down.shape[1]))
+    return LoRAWeights(layers)
+
+
+def learned_to_encode(model: DiffLoRAModel) -> bool:
+    """Whether the autoencoder's encoder was trained: its corpus statistics are set."""
+    statistics = [b for n, b in model.lae.named_buffers() if n.startswith("scale_")]
+    return any(bool((buffer != 1).any()) for buffer in statistics)
+
+
+def trained_dit(model: DiffLoRAModel) -> bool:
+    """Whether latents were normalised for the DiT, the first thing its training does."""
+    return bool((model.get_buffer("latent_scale") != 1).any())

@@ -1,0 +1,143 @@
+"""`python -m benchmarks seeds [--steps 600] [--seeds 3]`: the two headline rows, trained again.
+
+Every seed trains a DiffLoRA model from nothing and, for every person, a DreamBooth LoRA. The model
+that is shipped was trained much longer than the default here, which shows the spread alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from scipy.stats import t as student
+from torch import Tensor
+
+from difflora_core.demo.build import stages_lora
+from difflora_core.evaluation.report import Report
+from difflora_core.methods.difflora import DiffLoRAModel
+from difflora_core.storage.checkpoint import load_model, save_model
+
+from ..world import (
+    STRENGTHS,
+    World,
+    benchmark_console,
+    commit,
+    load_world,
+    machine,
+    set_threads,
+    write_report,
+)
+from .choose_strength import read_strengths
+from .dreambooth import SETTINGS
+from .experiment import Experiment, Trial
+from .identity import QUICK_PLAN
+from .rows import ALL, HEADLINE, Row, dreambooth_name, predict
+
+JUDGES = ("face_similarity", "parameter_error")
+DREAMBOOTH = dreambooth_name(ALL, SETTINGS.steps)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Spread of the headline rows between seeds.")
+    parser.add_argument("--steps", type=int, default=600, help="steps of the DiffLoRA training")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--people", type=int, default=10)
+    parser.add_argument("--split", choices=("validation", "test"), default="validation")
+    parser.add_argument("--json", type=Path, help="write everything to this file")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = all cores")
+    options = parser.parse_args(arguments)
+    set_threads(options.threads)
+    console = benchmark_console()
+    world = load_world(say=console.print)
+    experiment = Experiment(world, QUICK_PLAN, options.split, options.people)
+    strengths = read_strengths(STRENGTHS)
+    trials: dict[str, list[Trial]] = {HEADLINE: [], DREAMBOOTH: []}
+    for seed in range(options.seeds):
+        model = functional_model(world, options.steps, seed, console)
+        for row in (functional_row(experiment, model), dreambooth_row(experiment, seed)):
+            trials[row.name].append(experiment.trial(row, strengths.get(row.name, 1.0)))
+    facts = {"steps": options.steps, "commit": commit(), "machine": machine()}
+    report = Report(table(trials), {**facts, "differences": differences(trials)})
+    console.print(report.to_markdown({"strength": 2, "denoising_loss": 4}))
+    for judge, (value, low, high) in differences(trials).items():
+        console.print(
+            f"{HEADLINE} minus {DREAMBOOTH}, {judge}: {value:+.3f} [{low:+.3f}, {high:+.3f}]"
+        )
+    write_report(report, options.json, console)
+    return 0
+
+
+def functional_model(world: World, steps: int, seed: int, console: Console) -> DiffLoRAModel:
+    """A model that was trained for so many steps from this seed; kept on disk."""
+    folder = world.cache / "seeds" / f"{world.base_hash[:12]}-{steps}-{seed}"
+    path = folder / "model.safetensors"
+    if not path.exists():
+        model = stages_lora.new_model(100 + seed)
+        loop = replace(stages_lora.FUNCTIONAL_LOOP, steps=steps, seed=seed)
+
+        def progress(step: int, total: int, metrics: dict[str, float]) -> None:
+            told = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            console.print(f"seed {seed}, step {step} of {total}: {told}")
+
+        stages_lora.train_functional(model, loop, folder / "run", progress)
+        save_model(model, path, torch.float16, {"steps": str(steps), "seed": str(seed)})
+    return load_model(path).eval().requires_grad_(False)
+
+
+def functional_row(experiment: Experiment, model: DiffLoRAModel) -> Row:
+    """The prediction from one photo."""
+    photos = experiment.people.photos.images[:, :1]
+    return Row(HEADLINE, predict(model, experiment.world.features(photos)))
+
+
+def dreambooth_row(experiment: Experiment, seed: int) -> Row:
+    """LoRAs trained from another seed."""
+    people, config = experiment.people, replace(SETTINGS, seed=seed)
+    return Row(DREAMBOOTH, experiment.world.workshop.train(people.photos, people.seeds, config))
+
+
+def table(trials: dict[str, list[Trial]]) -> dict[str, dict[str, float]]:
+    """Every seed of every row, then mean and standard deviation over seeds."""
+    rows = {}
+    for name, made in trials.items():
+        means = [trial.means() for trial in made]
+        for seed, values in enumerate(means):
+            rows[f"{name}, seed {seed}"] = values
+        for word, reduce in (("mean", torch.mean), ("standard deviation", torch.std)):
+            rows[f"{name}, {word}"] = {
+                column: float(reduce(torch.tensor([values[column] for values in means])))
+                for column in means[0]
+            }
+    return rows
+
+
+def differences(trials: dict[str, list[Trial]]) -> dict[str, tuple[float, float, float]]:
+    """Prediction minus DreamBooth over seeds by each judge, with its 95 % interval."""
+    result = {}
+    for judge in JUDGES:
+        ours, theirs = (seed_means(trials[name], judge) for name in (HEADLINE, DREAMBOOTH))
+        result[judge] = interval(ours - theirs)
+    return result
+
+
+def seed_means(trials: Sequence[Trial], column: str) -> Tensor:
+    """(S,) mean over people of every seed."""
+    return torch.stack([trial.columns[column].double().mean() for trial in trials])
+
+
+def interval(values: Tensor, level: float = 0.95) -> tuple[float, float, float]:
+    """Mean of (S,) values and its interval by Student's t; the interval of one value is unknown."""
+    count, mean = len(values), float(values.mean())
+    if count < 2:
+        return mean, float("nan"), float("nan")
+    half = float(student.ppf((1 + level) / 2, count - 1)) * float(values.std()) / count**0.5
+    return mean, mean - half, mean + half
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""What recipes and evaluation need of a text-to-image model, and its implementations."""

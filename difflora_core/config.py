@@ -1,0 +1,93 @@
+"""Frozen configuration records and their strict JSON form."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Config:
+    """Base of frozen configuration dataclasses: `to_json`, `from_json`, strict about fields."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns nested plain dictionaries, lists and numbers."""
+        if not dataclasses.is_dataclass(self):
+            raise ConfigError(f"{type(self).__name__} is not a dataclass.")
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        """Returns the configuration as one JSON string with sorted keys."""
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Self:
+        """Builds the record; unknown fields and wrong types raise ConfigError."""
+        built = _build(cls, data, cls.__name__)
+        if not isinstance(built, cls):
+            raise ConfigError(f"{cls.__name__}: expected a configuration, got {built!r}.")
+        return built
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Reads `to_json`'s string.
+
+        Raises:
+            ConfigError: not JSON, an unknown field, or a value of the wrong type or range.
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{cls.__name__}: the settings are not valid JSON.") from error
+        return cls.from_dict(data)
+
+
+def check_range(where: str, name: str, value: float, low: float, high: float) -> None:
+    """Raises ConfigError unless low <= value <= high (and value is finite)."""
+    if not (math.isfinite(value) and low <= value <= high):
+        raise ConfigError(f"{where}: {name} is {value}; it must lie in {low} to {high}.")
+
+
+def _build(kind: Any, data: Any, where: str) -> Any:
+    """Converts plain data to the annotated type, or raises ConfigError."""
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return _build_record(kind, data, where)
+    origin = typing.get_origin(kind)
+    if origin in (types.UnionType, typing.Union):
+        if data is None and type(None) in typing.get_args(kind):
+            return None
+        real = [option for option in typing.get_args(kind) if option is not type(None)]
+        return _build(real[0], data, where)
+    if origin is tuple:
+        if not isinstance(data, list | tuple):
+            raise ConfigError(f"{where}: expected a list, got {type(data).__name__}.")
+        return tuple(_build(typing.get_args(kind)[0], item, where) for item in data)
+    if kind is float and isinstance(data, int) and not isinstance(data, bool):
+        return float(data)
+    if isinstance(data, bool) is not (kind is bool) or not isinstance(data, kind):
+        raise ConfigError(f"{where}: expected {kind.__name__}, got {data!r}.")
+    return data
+
+
+def _build_record(kind: type, data: Any, where: str) -> Any:
+    """Builds one dataclass from a dictionary."""
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where}: expected a group of settings, got {type(data).__name__}.")
+    hints = typing.get_type_hints(kind)
+    names = {field.name for field in dataclasses.fields(kind)}
+    unknown = sorted(str(key) for key in set(data) - names)
+    if unknown:
+        raise ConfigError(f"{where}: unknown settings {', '.join(unknown[:8])}.")
+    values = {key: _build(hints[key], value, f"{where}.{key}") for key, value in data.items()}
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}.") from error

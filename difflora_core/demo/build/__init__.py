@@ -1,0 +1,1 @@
+"""How the demo world is made, stage by stage: `make demo-world`."""

@@ -1,0 +1,155 @@
+"""`make demo-world`: rebuild every artefact of the demo world from seeds, stage by stage.
+
+A stage that is done is skipped, a stopped one goes on where it was; delete .cache/build to start
+anew. The manifest beside the artefacts says what each stage measured and how long it took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ...errors import InterruptedTraining
+from .. import paths
+from . import controlnet, stages, stages_concepts, stages_faces, stages_lora, words
+
+Report = Callable[[int, int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the build: `minutes` is what it took on 2 cores."""
+
+    name: str
+    minutes: float
+    run: Callable[[Report], dict[str, object]]
+
+
+STAGES = (
+    Stage("pictures", 3, stages.pictures),
+    Stage("clip_vision", 10, stages_faces.clip_vision),
+    Stage("recogniser", 6, stages_faces.recogniser),
+    Stage("detector", 7, stages_faces.detector),
+    Stage("judges", 15, stages_faces.judges),
+    Stage("vae", 15, stages.vae),
+    Stage("base", 45, stages.base),
+    Stage("words", 50, words.words),
+    Stage("concept_judge", 14, stages_concepts.judge),
+    Stage("prompt_judge", 13, stages_concepts.prompt_judge),
+    Stage("concepts", 5, stages_concepts.concepts),
+    Stage("controlnet", 7, controlnet.controlnet),
+    Stage("features", 9, stages_lora.features),
+    Stage("reader", 4, stages_lora.reader),
+    Stage("functional", 60, stages_lora.functional),
+    Stage("distribution", 3, stages_lora.distribution),
+    Stage("encoder", 16, stages_lora.encoder),
+    Stage("paper", 6, stages_lora.paper),
+    Stage("example", 1, stages_lora.example),
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line of the build."""
+    parser = argparse.ArgumentParser(description="Rebuild the demo world from seeds.")
+    parser.add_argument("--only", nargs="+", choices=[s.name for s in STAGES], help="these stages")
+    parser.add_argument("--list", action="store_true", help="say what is done, and stop")
+    options = parser.parse_args(arguments)
+    console = Console()
+    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))))
+    chosen = [s for s in STAGES if not options.only or s.name in options.only]
+    left = [s for s in chosen if not _done(s.name)]
+    for stage in chosen:
+        state = "done" if stage not in left else f"about {stage.minutes:g} min"
+        console.print(f"  {stage.name:<14}{state}")
+    console.print(f"about {sum(s.minutes for s in left):.0f} minutes on 2 cores")
+    if options.list:
+        return 0
+    for stage in left:
+        try:
+            _run(stage, console)
+        except InterruptedTraining as stop:
+            console.print(f"{stage.name}: {stop}")
+            return 1
+    write_manifest()
+    return 0
+
+
+def write_manifest() -> None:
+    """Hashes of the artefacts with the figures of every finished stage.
+
+    A stage that was not run here keeps the record of the run that made its artefacts.
+    """
+    before = json.loads(paths.MANIFEST.read_text())["stages"] if paths.MANIFEST.exists() else {}
+    files = sorted(p for p in paths.ARTEFACTS.rglob("*") if p.is_file() and p != paths.MANIFEST)
+    manifest = {
+        "files": {
+            str(path.relative_to(paths.ARTEFACTS)): {
+                "bytes": path.stat().st_size,
+                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            }
+            for path in files
+        },
+        "stages": {
+            s.name: json.loads(_marker(s.name).read_text()) if _done(s.name) else before[s.name]
+            for s in STAGES
+            if _done(s.name) or s.name in before
+        },
+    }
+    temporary = paths.MANIFEST.with_suffix(".part")
+    temporary.write_text(json.dumps(manifest, indent=1) + "\n")
+    temporary.replace(paths.MANIFEST)
+
+
+def _run(stage: Stage, console: Console) -> None:
+    started = time.monotonic()
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bar:
+        row = bar.add_task(stage.name, total=None)
+
+        def report(step: int, total: int, metrics: dict[str, float]) -> None:
+            words = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items())
+            bar.update(row, completed=step, total=total, description=f"{stage.name}  {words}")
+
+        figures = stage.run(report)
+    seconds = time.monotonic() - started
+    record = {
+        "figures": figures,
+        "seconds": round(seconds, 1),
+        "commit": _commit(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores"
+        + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"),
+        "torch": torch.__version__,
+    }
+    _marker(stage.name).parent.mkdir(parents=True, exist_ok=True)
+    _marker(stage.name).write_text(json.dumps(record, indent=1))
+    console.print(f"{stage.name}: {seconds / 60:.1f} min  {figures}")
+
+
+def _marker(name: str) -> Path:
+    return paths.BUILD / "done" / f"{name}.json"
+
+
+def _done(name: str) -> bool:
+    return _marker(name).exists()
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(paths.ROOT), "rev-parse", "HEAD"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

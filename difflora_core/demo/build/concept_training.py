@@ -1,0 +1,54 @@
+"""What a demo concept is taught from: its pictures, masked, each under several wordings."""
+
+from __future__ import annotations
+
+from ...base_model.protocol import BaseModel
+from ...text.covariance import Covariance
+from ...text.new_words import SLOT, ConceptText
+from ...training.concept_task import (
+    ConceptExamples,
+    ConceptTask,
+    NewWord,
+    concept_examples,
+    prepare_task,
+)
+from ...training.perfusion import PerfusionTraining
+from ..world.concepts import ConceptPictures, DemoConcept
+
+TRAINING = PerfusionTraining(steps=400, value_rate=0.1, word_rate=0.001, reach=0, guidance=1.5)
+"""Of the demo's words, chosen on validation concepts for pictures drawn with guidance 2."""
+
+
+def concept_lesson(
+    base: BaseModel,
+    text: ConceptText,
+    covariance: Covariance,
+    concept: DemoConcept,
+    photos: ConceptPictures,
+) -> tuple[ConceptTask, ConceptExamples]:
+    """The task of teaching one word, and its pictures.
+
+    Args:
+        base: the demo base.
+        text: its text encoders.
+        covariance: C of these.
+        concept: what is taught.
+        photos: of it; each is taught under all `wordings` of its prompt.
+    """
+    words = [NewWord(concept.word, concept.kind)]
+    prompts = [wordings(prompt) for prompt in photos.prompts]
+    contexts = [prompt.replace(concept.word, SLOT) for several in prompts for prompt in several]
+    task = prepare_task(base, text, covariance, words, contexts, "demo")
+    return task, concept_examples(base, photos.images, words, photos.masks, prompts, flip=False)
+
+
+def wordings(prompt: str) -> list[str]:
+    """A prompt with its last phrase, the one with the concept, at every place; then shortened.
+
+    Words that follow the concept's word hear of it, so it has to be taught with some after it; and
+    what no prompt leaves out is easily taken for a part of the concept.
+    """
+    first, *middle, last = prompt.split(", ")
+    places = [[*middle[:k], last, *middle[k:]] for k in reversed(range(len(middle) + 1))]
+    shorter = [[*middle[:k], *middle[k + 1 :], last] for k in range(len(middle))]
+    return [", ".join((first, *phrases)) for phrases in (*places, *shorter)]

@@ -1,0 +1,156 @@
+"""The stages that rebuild the demo world, each from the files of the stages before it.
+
+Every stage is deterministic by its seeds, can be interrupted and resumed, and returns the figures
+that it measured; build.py runs them in order and writes the manifest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors import safe_open
+from torch import Tensor
+
+from ...base_model.protocol import DiffusersBase
+from ...storage.checkpoint import write_atomic
+from ...training.loop import LoopConfig, Progress, train
+from .. import paths
+from ..networks.base import BaseObjective, base_batches, load_base, new_base, save_base
+from ..networks.vae import (
+    VaeLoss,
+    VaeObjective,
+    decode_latents,
+    encode_pool,
+    new_vae,
+    standardise_latents,
+    vae_batches,
+)
+from ..world.pool import PicturePool, cached_pool, pair_pool, portrait_pool
+
+Figures = dict[str, object]
+
+VAE_LOOP = LoopConfig(
+    steps=6000,
+    learning_rate=2e-3,
+    warmup=100,
+    decay=0.35,
+    weight_decay=0.0,
+    precision="bf16",
+    log_every=100,
+    compile=True,
+)
+VAE_BATCH = 4
+BASE_LOOP = LoopConfig(
+    steps=2900,
+    learning_rate=1e-3,
+    matrix_rate=0.015,
+    warmup=150,
+    decay=0.35,
+    ema=0.998,
+    precision="bf16",
+    checkpoint_every=200,
+    log_every=25,
+    seed=1,
+)
+BASE_BATCH = 32
+
+
+def train_pool() -> PicturePool:
+    """50,000 portraits of 5,000 training identities; a third of the captions describe them."""
+    return cached_pool(
+        paths.POOLS / "train.safetensors", lambda: portrait_pool("train", 5000, 10, describe=0.35)
+    )
+
+
+def pairs_pool() -> PicturePool:
+    """4,000 wide pictures of two training identities."""
+    return cached_pool(paths.POOLS / "pairs.safetensors", lambda: pair_pool("train", 4000, 4000))
+
+
+def drawn_pool() -> PicturePool:
+    """The portraits that the base and DiffLoRA learn to draw: 3,000 people with 10 pictures."""
+    return train_pool().head(30_000)
+
+
+def validation_pool() -> PicturePool:
+    """1,200 portraits of 100 validation identities."""
+    return cached_pool(
+        paths.POOLS / "validation.safetensors", lambda: portrait_pool("validation", 100, 12)
+    )
+
+
+def pictures(progress: Progress) -> Figures:
+    """Render the pools."""
+    counts = {}
+    for k, pool in enumerate((train_pool, pairs_pool, validation_pool)):
+        counts[pool.__name__] = len(pool())
+        progress(k + 1, 3, {})
+    return dict(counts)
+
+
+def vae(progress: Progress) -> Figures:
+    """Train the VAE on portraits."""
+    model, loss = new_vae(0), VaeLoss()
+    folder = paths.BUILD / "vae"
+    train(
+        VaeObjective(model, loss),
+        vae_batches(train_pool(), VAE_BATCH, loss),
+        VAE_LOOP,
+        folder,
+        progress,
+    )
+    standardise_latents(model, train_pool().images[:4096])
+    model.save_pretrained(folder / "trained")
+    held_out = validation_pool().images[:256]
+    again = decode_latents(model, encode_pool(model, held_out).float())
+    error = (again - held_out.float() / 255).square().mean((1, 2, 3))
+    return {"psnr_db": float((-10 * error.log10()).mean())}
+
+
+def base(progress: Progress) -> Figures:
+    """Train UNet and text encoders on the latents."""
+    model = AutoencoderKL.from_pretrained(paths.BUILD / "vae" / "trained")
+    portraits, pairs, held_out = drawn_pool(), pairs_pool().head(2000), validation_pool()
+    latents = [
+        pool_latents(model, name, pool)
+        for name, pool in (("train", portraits), ("pairs", pairs), ("validation", held_out))
+    ]
+    unet, text = new_base(1)
+    objective = BaseObjective(unet, text)
+    draw = base_batches((latents[0], portraits), (latents[1], pairs), BASE_BATCH)
+    train(objective, draw, BASE_LOOP, paths.BUILD / "base", progress)
+    save_base(paths.BASE, unet, text, model)
+    return {"validation_loss": base_loss(objective, latents[2], held_out)}
+
+
+@torch.no_grad()
+def base_loss(objective: BaseObjective, latents: Tensor, pool: PicturePool) -> float:
+    """Mean v loss on fixed noise over up to 512 pictures; comparable between runs."""
+    draw = base_batches((latents, pool), (latents, pool), 64)
+    losses = []
+    for step in range(8):
+        batch = draw(torch.Generator().manual_seed(900 + step))
+        losses.append(float(objective(batch)[0]))
+    return sum(losses) / len(losses)
+
+
+def pool_latents(model: AutoencoderKL, name: str, pool: PicturePool) -> Tensor:
+    """Latents (M, 8, h, w) of a pool, kept on disk under `name`."""
+    path = paths.BUILD / "latents" / f"{name}.safetensors"
+    if not path.exists():
+        write_atomic({"latents": encode_pool(model, pool.images)}, {}, path)
+    with safe_open(path, "pt") as file:
+        latents: Tensor = file.get_tensor("latents")
+    return latents
+
+
+def base_and_latents(name: str) -> tuple[DiffusersBase, Tensor]:
+    """The frozen base and the latents (M, 8, h, w) of a pool."""
+    model = load_base(paths.BASE)
+    pools: dict[str, Callable[[], PicturePool]] = {
+        "train": drawn_pool,
+        "validation": validation_pool,
+    }
+    return model, pool_latents(model.vae, name, pools[name]())

@@ -1,0 +1,1 @@
+"""Real ComfyUI as a subprocess, its client, and its front end in a browser."""

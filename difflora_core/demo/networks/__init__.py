@@ -1,0 +1,1 @@
+"""The demo world's networks: its base model, encoders and judges."""

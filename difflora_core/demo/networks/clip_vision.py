@@ -1,0 +1,268 @@
+"""The demo world's CLIP vision: a tiny `CLIPVisionModelWithProjection` of transformers.
+
+The real CLIP learned from 400 million captioned pictures. This one cannot: it is taught by dense
+labels of the renderer instead (who is on the picture and what else it shows), plus a contrastive
+term between two pictures of one person. Only the vision tower is kept; the heads are thrown away.
+It stands in for CLIP's role in the pipeline and proves nothing about CLIP itself.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from ...vision.preprocess import CLIP_MEAN, CLIP_STD
+from ..world.identities import PARAMETERS
+from ..world.pool import PicturePool
+from .views import (
+    ATTRIBUTES,
+    NO_LABEL,
+    PersonSampler,
+    Report,
+    Schedule,
+    as_planes,
+    attribute_labels,
+    contrastive_loss,
+    explained,
+    fit,
+    initialise,
+    map_points,
+    square_matrices,
+    uniform,
+    warp,
+)
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "clip_vision.safetensors"
+
+
+@dataclass(frozen=True)
+class ClipVisionRecipe:
+    """Size of the network and length of its training.
+
+    `people`: people in a batch (two pictures each); `whole`: share of uncropped pictures;
+    `crop`: side of the cropped squares in face boxes; other weights are of the loss terms.
+    """
+
+    image_size: int = 64
+    patch_size: int = 8
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    projection: int = 64
+    people: int = 32
+    whole: float = 0.3
+    crop: tuple[float, float] = (1.6, 2.6)
+    attribute_weight: float = 0.3
+    point_weight: float = 0.3
+    contrast_weight: float = 0.1
+    schedule: Schedule = field(default_factory=lambda: Schedule(steps=2000))
+    seed: int = 11
+
+    def network(self) -> dict[str, object]:
+        """The configuration that transformers and ComfyUI both read."""
+        return {
+            "model_type": "clip_vision_model",
+            "hidden_size": self.width,
+            "intermediate_size": 4 * self.width,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_channels": 3,
+            "image_size": self.image_size,
+            "patch_size": self.patch_size,
+            "projection_dim": self.projection,
+            "hidden_act": "quick_gelu",
+            "layer_norm_eps": 1e-5,
+        }
+
+
+class Heads(nn.Module):
+    """Linear read-outs of the pooled embedding and of the penultimate tokens, for training only."""
+
+    def __init__(self, width: int, projection: int) -> None:
+        super().__init__()
+        self.sizes = [len(answers) for answers in ATTRIBUTES.values()]
+        self.pooled = nn.Linear(projection, len(PARAMETERS))
+        self.attributes = nn.Linear(projection, sum(self.sizes))
+        self.contrast = nn.Linear(projection, projection)
+        self.norm = nn.LayerNorm(width)
+        self.attention = nn.Linear(width, 8)
+        self.tokens = nn.Linear(8 * width, len(PARAMETERS) + 10)
+
+    def read_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Identity parameters (B, P) and face points (B, 10) from penultimate tokens."""
+        tokens = self.norm(tokens)
+        weights = self.attention(tokens).softmax(1)
+        read = self.tokens((weights.transpose(1, 2) @ tokens).flatten(1))
+        return read[:, :-10], read[:, -10:]
+
+
+class ClipVisionTraining:
+    """One training run: draws views, computes the loss, measures the result."""
+
+    def __init__(self, pool: PicturePool, recipe: ClipVisionRecipe) -> None:
+        self.recipe, self.pool = recipe, pool
+        config = CLIPVisionConfig(**recipe.network(), attn_implementation="eager")
+        self.model = CLIPVisionModelWithProjection(config)
+        self.heads = Heads(recipe.width, recipe.projection)
+        initialise(self.model, recipe.seed)
+        initialise(self.heads, recipe.seed + 1)
+        self.generator = torch.Generator().manual_seed(recipe.seed + 2)
+        self.sampler = PersonSampler(pool.identities, self.generator)
+        self.parameters = pool.parameters()
+        self.labels = attribute_labels(pool.scenes)
+        self.spread = self.parameters.std(0)
+
+    def run(self, progress: Report | None = None) -> None:
+        """Train the model in place."""
+        layers = [
+            weight
+            for name, weight in self.model.named_parameters()
+            if weight.ndim == 2 and ".layers." in name
+        ]
+        chosen = {id(weight) for weight in layers}
+        everything = [*self.model.parameters(), *self.heads.parameters()]
+        rest = [weight for weight in everything if id(weight) not in chosen]
+        self.model.train()
+        fit(rest, self.loss, self.recipe.schedule, layers, progress)
+        self.model.eval()
+
+    def loss(self, step: int) -> Tensor:
+        """All terms on a fresh batch."""
+        index = self.sampler.draw(self.recipe.people)
+        views, points = self.views(index)
+        pooled, tokens = encode(self.model, views)
+        truth = self.parameters[index] / self.spread
+        seen, found = self.heads.read_tokens(tokens)
+        terms = F.mse_loss(self.heads.pooled(pooled).float(), truth)
+        terms = terms + F.mse_loss(seen.float(), truth)
+        terms = terms + self.recipe.point_weight * F.mse_loss(found.float(), points)
+        answers = self.heads.attributes(pooled).float().split(self.heads.sizes, 1)
+        asked = [
+            F.cross_entropy(answer, labels[index], ignore_index=NO_LABEL)
+            for answer, labels in zip(answers, self.labels.values(), strict=True)
+        ]
+        terms = terms + self.recipe.attribute_weight * torch.stack(asked).mean()
+        contrast = contrastive_loss(self.heads.contrast(pooled), 0.1)
+        return terms + self.recipe.contrast_weight * contrast
+
+    def views(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Whole pictures and squares around the face (B, 3, S, S), face points (B, 10)."""
+        recipe, count = self.recipe, len(index)
+        planes, box = as_planes(self.pool.images[index]), self.pool.boxes[index, 0]
+        height, width = planes.shape[-2:]
+        longest = (box[:, 2:] - box[:, :2]).amax(1)
+        side = (longest * uniform(count, *recipe.crop, self.generator)).clamp(
+            max=max(height, width)
+        )
+        jitter = torch.rand(count, 2, generator=self.generator) - 0.5
+        centre = (box[:, :2] + box[:, 2:]) / 2 + 0.2 * longest[:, None] * jitter
+        whole = torch.rand(count, generator=self.generator) < recipe.whole
+        side = torch.where(whole, torch.tensor(float(height)), side)
+        middle = torch.tensor([width / 2, height / 2])
+        matrices = square_matrices(
+            torch.where(whole[:, None], middle, centre), side, recipe.image_size
+        )
+        views = warp(planes, matrices, recipe.image_size, "bicubic")
+        points = map_points(matrices, self.pool.keypoints[index, 0]) / recipe.image_size - 0.5
+        return views, 4 * points.flatten(1)
+
+    @torch.no_grad()
+    def measure(self, pool: PicturePool) -> dict[str, list[float]]:
+        """R squared of every identity parameter on whole pictures of other people.
+
+        Returns:
+            Columns "pooled" and "tokens" (read by the heads), in the order of PARAMETERS.
+        """
+        read: tuple[list[Tensor], list[Tensor]] = [], []
+        for start in range(0, len(pool), 256):
+            pooled, tokens = encode(self.model, as_planes(pool.images[start : start + 256]))
+            read[0].append(self.heads.pooled(pooled))
+            read[1].append(self.heads.read_tokens(tokens)[0])
+        truth = pool.parameters() / self.spread
+        columns = [explained(torch.cat(part), truth).tolist() for part in read]
+        return {"pooled": columns[0], "tokens": columns[1]}
+
+
+def encode(model: CLIPVisionModelWithProjection, planes: Tensor) -> tuple[Tensor, Tensor]:
+    """Pooled embeddings (B, projection) and penultimate tokens (B, L, width).
+
+    Args:
+        model: the network.
+        planes: (B, 3, image_size, image_size) in [0, 1].
+    """
+    mean, std = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
+    pixels = (planes - mean[:, None, None]) / std[:, None, None]
+    output = model(pixel_values=pixels, output_hidden_states=True)
+    return output.image_embeds, output.hidden_states[-2]
+
+
+def train_clip_vision(
+    pool: PicturePool,
+    recipe: ClipVisionRecipe,
+    folder: Path,
+    validation: PicturePool | None = None,
+    progress: Report | None = None,
+) -> dict[str, list[float]]:
+    """Train on a pool of portraits and write `clip_vision.safetensors` to `folder`.
+
+    Returns:
+        What `ClipVisionTraining.measure` says on `validation`; empty without it.
+    """
+    training = ClipVisionTraining(pool, recipe)
+    training.run(progress)
+    measured = training.measure(validation) if validation is not None else {}
+    save_clip_vision(training.model, recipe, measured, folder / FILE_NAME)
+    return measured
+
+
+def save_clip_vision(
+    model: CLIPVisionModelWithProjection,
+    recipe: ClipVisionRecipe,
+    measured: dict[str, list[float]],
+    path: Path,
+) -> None:
+    """Write the weights in half precision with the configuration in the metadata."""
+    tensors = {
+        name: value.to(torch.float16).contiguous()
+        for name, value in model.state_dict().items()
+        if value.is_floating_point()
+    }
+    metadata = {
+        "config": json.dumps(recipe.network()),
+        "recipe": json.dumps(asdict(recipe)),
+        "measured": json.dumps(measured),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, metadata=metadata)
+    logger.info("wrote %s", path.name)
+
+
+def load_clip_vision(
+    path: Path,
+) -> tuple[CLIPVisionModelWithProjection, dict[str, object], dict[str, Tensor]]:
+    """Read the shipped file.
+
+    Returns:
+        The model in float32, the configuration for `comfy.clip_vision.ClipVisionModel`, and the
+        state dict.
+    """
+    with safe_open(path, "pt") as file:
+        config = json.loads(file.metadata()["config"])
+        tensors = {name: file.get_tensor(name).float() for name in file.keys()}
+    model = CLIPVisionModelWithProjection(CLIPVisionConfig(**config))
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    left = [name for name in missing if not name.endswith("position_ids")]
+    if left or unexpected:
+        raise ValueError(f"{path.name} does not fit its own configuration: {left} {unexpected}")
+    return model.eval(), config, tensors

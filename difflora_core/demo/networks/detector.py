@@ -1,0 +1,276 @@
+"""The demo world's face detector: a small network with the outputs of SCRFD (arXiv 2105.04714).
+
+insightface takes an ONNX file with nine outputs as a detector: scores, boxes and five points for
+strides 8, 16 and 32, two anchors per cell. Distances count in strides from the corner of a cell,
+and a fixed square input replaces insightface's choice of sizes. Pictures are laid into the top
+left corner of that square; the rest is black.
+
+It has seen rendered pictures only: on pure pixel noise it finds faces that are not there.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...vision.face_encoder import InsightFaceEncoder
+from ..world.people import draw_item
+from ..world.pool import PicturePool
+from ..world.renderer import (
+    BACKGROUNDS,
+    COLOURS,
+    LOOKS,
+    OBJECTS,
+    Painter,
+    Pose,
+    Stage,
+    draw_stage,
+    finish,
+)
+from .detector_targets import ANCHORS, STRIDES, assign, detection_loss
+from .recogniser import describe_onnx, export_onnx
+from .views import (
+    Report,
+    Schedule,
+    as_planes,
+    convolution_block,
+    fit,
+    initialise,
+    lay_out,
+    uniform,
+    warp,
+)
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "det_demo.onnx"
+
+
+@dataclass(frozen=True)
+class DetectorRecipe:
+    """Size of the network and length of its training.
+
+    `size`: side of the input; `widths`: channels from stride 2 to stride 32; `portraits`, `wide`,
+    `empty`: pictures of each kind in a batch; `usual`: share of pictures laid out as insightface
+    lays them, the others are scaled so that faces measure `faces` pixels, and shifted.
+    """
+
+    size: int = 128
+    widths: tuple[int, ...] = (16, 32, 48, 64, 64)
+    portraits: int = 40
+    wide: int = 16
+    empty: int = 8
+    usual: float = 0.3
+    faces: tuple[float, float] = (18.0, 112.0)
+    schedule: Schedule = field(default_factory=lambda: Schedule(steps=1200, rate=3e-3))
+    seed: int = 31
+
+
+class Detector(nn.Module):
+    """(B, 3, S, S) to maps (B, H, W, 2, 15): score logit, four distances, ten offsets."""
+
+    def __init__(self, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        stages, before = [], 3
+        for level, after in enumerate(widths):
+            layers = convolution_block(before, after, 2)
+            if level:
+                layers += convolution_block(after, after, 1)
+            stages.append(nn.Sequential(*layers))
+            before = after
+        self.stages = nn.ModuleList(stages)
+        self.heads = nn.ModuleList(nn.Conv2d(w, ANCHORS * 15, 1) for w in widths[-3:])
+
+    def forward(self, pictures: Tensor) -> list[Tensor]:
+        """One map for each stride."""
+        maps, x = [], pictures
+        for level, stage in enumerate(self.stages):
+            x = stage(x)
+            if level >= 2:
+                y = self.heads[level - 2](x).permute(0, 2, 3, 1)
+                maps.append(y.reshape(*y.shape[:3], ANCHORS, 15))
+        return maps
+
+
+class ScrfdOutputs(nn.Module):
+    """The nine outputs for one picture, in insightface's order."""
+
+    def __init__(self, detector: Detector) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, picture: Tensor) -> tuple[Tensor, ...]:
+        """Scores (n, 1), boxes (n, 4) and points (n, 10) for each stride, kind by kind."""
+        rows = [y.reshape(-1, 15) for y in self.detector(picture)]
+        scores = [y[:, :1].sigmoid() for y in rows]
+        return (*scores, *(y[:, 1:5] for y in rows), *(y[:, 5:] for y in rows))
+
+
+def empty_pictures(count: int, generator: torch.Generator) -> Tensor:
+    """Backgrounds without people, most of them with a thing on them: (count, 64, 64, 3)."""
+
+    def index(choices: int) -> Tensor:
+        return torch.randint(choices, (count,), generator=generator)
+
+    zero = torch.zeros(count)
+    pose = Pose(
+        x=uniform(count, 16, 48, generator),
+        y=uniform(count, 8, 40, generator),
+        scale=uniform(count, 14, 24, generator),
+        roll=zero,
+        yaw=zero,
+        expression=index(1),
+        shirt=index(1),
+        visible=torch.ones(count, dtype=torch.bool),
+        item=index(len(OBJECTS)),
+        item_colour=index(len(COLOURS)),
+        item_shape=uniform(count, -1, 1, generator),
+    )
+    stage = Stage(
+        look=index(len(LOOKS)),
+        background=index(len(BACKGROUNDS)),
+        pattern=index(2),
+        light=torch.rand(count, 2, generator=generator) * 2 - 1,
+        noise=torch.randn(count, 64, 64, generator=generator),
+    )
+    painter = Painter(count, 64, 64)
+    draw_stage(painter, stage)
+    painter.enter(pose, stage.look == LOOKS.index("cartoon"))
+    draw_item(painter, pose)
+    return finish(painter, stage).permute(0, 2, 3, 1)
+
+
+class DetectorTraining:
+    """One training run: lays pictures into the input square, computes the loss."""
+
+    def __init__(self, portraits: PicturePool, wide: PicturePool, recipe: DetectorRecipe) -> None:
+        self.recipe, self.pools = recipe, (portraits, wide)
+        self.model = Detector(recipe.widths)
+        initialise(self.model, recipe.seed)
+        with (
+            torch.no_grad()
+        ):  # faces are rare: start from "no face", as the focal loss's paper does
+            for name, value in self.model.heads.named_parameters():
+                if name.endswith("bias"):
+                    value.view(ANCHORS, 15)[:, 0] = -3
+        self.generator = torch.Generator().manual_seed(recipe.seed + 1)
+        self.empty = empty_pictures(1000, self.generator)
+
+    def run(self, progress: Report | None = None) -> None:
+        """Train the model in place."""
+        lay_out(self.model.train(), torch.channels_last)
+        parameters = list(self.model.parameters())
+        fit(parameters, self.loss, self.recipe.schedule, progress=progress)
+        self.model.eval()
+
+    def loss(self, step: int) -> Tensor:
+        """Loss of a fresh batch; black and continued borders take turns."""
+        padding = "zeros" if step % 2 else "border"
+        inputs, boxes, points = self.batch(padding)
+        maps = self.model(
+            ((inputs * 255 - 127.5) / 128).contiguous(memory_format=torch.channels_last)
+        )
+        size = self.recipe.size
+        targets = [assign(boxes, points, size, level) for level in range(len(STRIDES))]
+        return detection_loss(maps, targets)
+
+    def batch(self, padding: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs (B, 3, S, S), boxes (B, 2, 4) and points (B, 2, 10), NaN where no face is."""
+        parts = []
+        for pool, count in zip(self.pools, (self.recipe.portraits, self.recipe.wide), strict=True):
+            index = torch.randint(len(pool), (count,), generator=self.generator)
+            faces = pool.boxes[index], pool.keypoints[index]
+            parts.append(self.lay(as_planes(pool.images[index]), faces, padding))
+        index = torch.randint(len(self.empty), (self.recipe.empty,), generator=self.generator)
+        nowhere = (
+            torch.full((len(index), 1, 4), torch.nan),
+            torch.full((len(index), 1, 5, 2), torch.nan),
+        )
+        parts.append(self.lay(as_planes(self.empty[index]), nowhere, padding))
+        people = max(part[1].shape[1] for part in parts)
+        inputs, boxes, points = zip(*parts, strict=True)
+        return (
+            torch.cat(inputs),
+            torch.cat([_pad_people(b, people) for b in boxes]),
+            torch.cat([_pad_people(p.flatten(2), people) for p in points]),
+        )
+
+    def lay(
+        self, planes: Tensor, faces: tuple[Tensor, Tensor], padding: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scale and shift pictures into the square; faces move along."""
+        recipe, count = self.recipe, len(planes)
+        height, width = planes.shape[-2:]
+        low, high = (torch.tensor(face / 33).log().item() for face in recipe.faces)
+        scale = uniform(count, low, high, self.generator).exp()
+        shift = recipe.size * torch.rand(count, 2, generator=self.generator)
+        middle = torch.tensor([width, height]) * uniform(count, 0.25, 0.75, self.generator)[:, None]
+        shift = shift - middle * scale[:, None]
+        usual = torch.rand(count, generator=self.generator) < recipe.usual
+        scale = torch.where(usual, torch.tensor(recipe.size / max(height, width)), scale)
+        shift = torch.where(usual[:, None], torch.zeros(()), shift)
+        matrices = torch.zeros(count, 2, 3)
+        matrices[:, 0, 0] = matrices[:, 1, 1] = 1 / scale
+        matrices[:, :, 2] = (0.5 - shift) / scale[:, None] - 0.5
+        inputs = warp(planes, matrices, recipe.size, padding=padding)
+        boxes = faces[0] * scale[:, None, None] + shift.repeat(1, 2)[:, None]
+        return inputs, boxes, faces[1] * scale[:, None, None, None] + shift[:, None, None]
+
+
+def _pad_people(rows: Tensor, people: int) -> Tensor:
+    """Add rows of NaN until there are `people` of them."""
+    return F.pad(rows, (0, 0, 0, people - rows.shape[1]), value=torch.nan)
+
+
+def train_detector(
+    portraits: PicturePool,
+    wide: PicturePool,
+    recipe: DetectorRecipe,
+    folder: Path,
+    progress: Report | None = None,
+) -> Path:
+    """Train on portraits and wide pictures and write `det_demo.onnx` to `folder`."""
+    training = DetectorTraining(portraits, wide, recipe)
+    training.run(progress)
+    return export_detector(training.model, recipe, folder / FILE_NAME)
+
+
+def export_detector(model: Detector, recipe: DetectorRecipe, path: Path) -> Path:
+    """Write an ONNX file that insightface loads as `detection`."""
+    names = [f"{kind}_{stride}" for kind in ("score", "box", "points") for stride in STRIDES]
+    picture = torch.zeros(1, 3, recipe.size, recipe.size)
+    export_onnx(ScrfdOutputs(model), picture, names, path, batched=False)
+    describe_onnx(path, {"recipe": asdict(recipe)})
+    return path
+
+
+def detection_figures(faces: InsightFaceEncoder, pool: PicturePool) -> dict[str, float]:
+    """Ask insightface itself, with the shipped folder.
+
+    Args:
+        faces: encoder of the folder that holds the detector.
+        pool: portraits with one person each.
+
+    Returns:
+        `recall`: share of portraits with exactly one face at the right place; `points_px`: mean
+        distance of the five points in picture pixels; `false_faces`: faces per empty picture.
+    """
+    right, errors = 0, []
+    for image, truth in zip(pool.images, pool.keypoints[:, 0], strict=True):
+        found = faces.detect(image.float() / 255)
+        if len(found) == 1:
+            error = float((found[0].keypoints - truth).norm(dim=1).mean())
+            right += error < 6
+            errors.append(error)
+    empty = empty_pictures(200, torch.Generator().manual_seed(7))
+    invented = sum(len(faces.detect(image)) for image in empty)
+    return {
+        "recall": right / len(pool),
+        "points_px": sum(errors) / max(1, len(errors)),
+        "false_faces": invented / len(empty),
+    }

@@ -1,0 +1,1 @@
+"""The files in workflows/: how they are drawn, written and run."""

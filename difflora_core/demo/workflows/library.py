@@ -1,0 +1,89 @@
+"""The workflows of keeping identities: a library of people, and old LoRAs made small."""
+
+from __future__ import annotations
+
+from .builder import GRID_COLUMN, Graph
+from .notes import NOTES
+from .people import PERSON, SECOND, save_grid
+from .worlds import Studio, World
+
+OLD_LORA = "difflora_demo_old_lora.safetensors"
+
+
+def library(graph: Graph, world: World) -> None:
+    """Keep two people in one file, take one out."""
+    studio = Studio(graph, world, NOTES["library"])
+    add = graph.add
+    people = (("Ada", PERSON), ("Bea", SECOND))
+    with graph.group("1 Load"):
+        photos = [studio.photo(picture, f"Photo of {name}") for name, picture in people]
+        studio.load()
+    with graph.group("2 Add two people"):
+        shelf = None
+        for (name, _), photo in zip(people, photos, strict=True):
+            latent = studio.latent(photo, name, (0, 1, 2))
+            kept = add(
+                "DiffLoRA_AddToLibrary",
+                2,
+                title=f"Keep {name}",
+                difflora_model=studio.difflora,
+                identity=latent["DIFFLORA_LATENT"],
+                library=shelf or world.pick("difflora_demo", "people"),
+                name=name,
+                same_name="replace",
+                thumbnail=photo,
+            )
+            shelf = kept["library"]
+    with graph.group("3 Who is there?"):
+        add("DiffLoRA_ListLibrary", 0, library=shelf)
+    with graph.group("4 Use one of them"):
+        picked = add("DiffLoRA_PickFromLibrary", 0, library=shelf, name="Bea")
+        lora = studio.decode(picked["DIFFLORA_LATENT"])["LORA_MODEL"]
+        model = studio.dress(lora)
+        prompts = studio.prompts(
+            1,
+            "photo of a person, smiling, green background, red shirt",
+            "photo of a person smiling in a garden, red shirt",
+        )
+        pictures = studio.draw(1, "Draw", model, prompts, studio.canvas(1, batch=2))
+        studio.save(2, pictures, "from_the_library")
+
+
+def compress_lora(graph: Graph, world: World) -> None:
+    """An existing LoRA as a few hundred numbers."""
+    studio = Studio(graph, world, NOTES["compress_lora"])
+    add = graph.add
+    with graph.group("1 Load"):
+        old = add(
+            "DiffLoRA_LoadLoRAFile",
+            0,
+            title="The old LoRA",
+            lora_name=world.pick(OLD_LORA, "my_person.safetensors"),
+        )["LORA_MODEL"]
+        studio.load()
+    with graph.group("2 Encode and decode"):
+        encoded = add(
+            "DiffLoRA_EncodeLoRA", 0, difflora_model=studio.difflora, lora=old, refine_steps=40
+        )
+        new = studio.decode(encoded["DIFFLORA_LATENT"], 0, "The LoRA that came back")["LORA_MODEL"]
+        add("SaveLoRA", 0, title="Keep it", lora=new, prefix="loras/compressed", steps=0)
+    with graph.group("3 Draw three ways"):
+        prompts = studio.prompts(
+            0,
+            "photo of a person, smiling, blue background, white shirt",
+            "photo of a person smiling, white shirt, blue background",
+        )
+        canvas = studio.canvas(0)
+        models = [
+            studio.model,
+            studio.dress(old, 0, 1.0, "With the old LoRA"),
+            studio.dress(new, 0, 1.0, "With the one that came back"),
+        ]
+        titles = ("Without", "Old LoRA", "What came back")
+        drawn = [
+            studio.draw(1, title, model, prompts, canvas, 7)
+            for title, model in zip(titles, models, strict=True)
+        ]
+    with graph.group("4 Compare", width=GRID_COLUMN):
+        labels = ("without", "old LoRA", "came back")
+        save_grid(studio, studio.grid(0, studio.batch(0, drawn), labels, 3), "compressed_lora")

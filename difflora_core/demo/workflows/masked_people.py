@@ -1,0 +1,134 @@
+"""Several people in one picture, each in a mask of their own: the graph in API form.
+
+Core's nodes and ours only. Every person's LoRA becomes a hook on the same prompt, which names them
+all; the masks say where each hook counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..world.scenes import PICTURE_SIZE
+
+PICTURE = "picture"
+"""Id of the node that saves the picture."""
+
+_MODEL, _CLIP, _VAE, _VISION, _FACES, _DIFFLORA = (["demo", output] for output in range(6))
+PERSONALIZE: dict[str, Any] = {
+    "difflora_model": _DIFFLORA,
+    "clip_vision": _VISION,
+    "face_analysis": _FACES,
+    "mode": "best_guess",
+    "seed": 0,
+    "steps": 1,
+    "guidance": 1.0,
+    "on_missing_face": "error",
+    "face_order": "largest",
+    "face_index": 0,
+    "image_region": "crop",
+    "gate": "learned",
+    "face_share": 0.5,
+}
+"""Inputs of Personalize beside the photo, in a graph whose node `demo` loads the demo world."""
+
+
+@dataclass(frozen=True)
+class MaskedScene:
+    """What to draw, and how.
+
+    `text`: the prompt; `seed`, `steps`, `guidance`: of the sampler; `masks`: False gives every
+    person the whole picture, for comparison; `area`: "default" draws the whole picture for every
+    person and keeps what lies in the mask, "mask bounds" draws each mask as a picture of its own,
+    for more people than the base model knows to draw; `strength`: of each LoRA.
+    """
+
+    text: str = "photo of two people, blue background, red shirt, green shirt"
+    seed: int = 0
+    steps: int = 12
+    guidance: float = 1.5
+    masks: bool = True
+    area: str = "default"
+    strength: float = 1.0
+
+
+def masked_people(photos: Sequence[str], scene: MaskedScene) -> dict[str, dict[str, Any]]:
+    """The prompt for people side by side, in columns of equal width from left to right.
+
+    Args:
+        photos: one name of a picture in ComfyUI's input folder for each person.
+        scene: what to draw.
+
+    Returns:
+        Node id to {class_type, inputs}; the node `PICTURE` saves the picture.
+    """
+    width, side = len(photos) * PICTURE_SIZE, PICTURE_SIZE
+    prompt = {
+        "demo": _node("DiffLoRA_LoadDemo"),
+        "words": _node("CLIPTextEncode", clip=_CLIP, text=scene.text),
+        "nothing": _node("CLIPTextEncode", clip=_CLIP, text=""),
+        "outside": _node("SolidMask", value=0.0, width=width, height=side),
+        "column": _node("SolidMask", value=1.0, width=side, height=side),
+        "empty": _node("EmptyLatentImage", width=width, height=side, batch_size=1),
+    }
+    for number, photo in enumerate(photos):
+        prompt |= _person(number, photo, scene)
+    last = f"placed{len(photos) - 1}"
+    prompt["sampler"] = _node(
+        "KSampler",
+        model=_MODEL,
+        positive=[last, 0],
+        negative=[last, 1],
+        latent_image=["empty", 0],
+        seed=scene.seed,
+        steps=scene.steps,
+        cfg=scene.guidance,
+        sampler_name="euler",
+        scheduler="normal",
+        denoise=1.0,
+    )
+    prompt["pixels"] = _node("VAEDecode", samples=["sampler", 0], vae=_VAE)
+    prompt[PICTURE] = _node("SaveImage", images=["pixels", 0], filename_prefix="people")
+    return prompt
+
+
+def _person(number: int, photo: str, scene: MaskedScene) -> dict[str, dict[str, Any]]:
+    """One person: photo, LoRA, hook, and the prompt in that person's column."""
+    place: dict[str, Any] = {
+        "positive_NEW": ["words", 0],
+        "negative_NEW": ["nothing", 0],
+        "strength": 1.0,
+        "set_cond_area": scene.area,
+        "hooks": [f"hook{number}", 0],
+    }
+    kind = "PairConditioningSetProperties"
+    if scene.masks:
+        place["mask"] = [f"mask{number}", 0]
+    if number:
+        before = f"placed{number - 1}"
+        place |= {"positive": [before, 0], "negative": [before, 1]}
+        kind += "AndCombine"
+    return {
+        f"photo{number}": _node("LoadImage", image=photo),
+        f"lora{number}": _node("DiffLoRA_Personalize", images=[f"photo{number}", 0], **PERSONALIZE),
+        f"hook{number}": _node(
+            "DiffLoRA_LoRAToHook",
+            lora=[f"lora{number}", 0],
+            strength_model=scene.strength,
+            base_model=_MODEL,
+        ),
+        f"mask{number}": _node(
+            "MaskComposite",
+            destination=["outside", 0],
+            source=["column", 0],
+            x=number * PICTURE_SIZE,
+            y=0,
+            operation="add",
+        ),
+        f"placed{number}": _node(kind, **place),
+    }
+
+
+def _node(class_type: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": class_type, "inputs": inputs}

@@ -1,0 +1,300 @@
+"""The two worlds that every workflow file comes for: the shipped demo, and full-size SDXL."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .builder import Graph, Node, Out
+
+_HUB = "https://huggingface.co"
+SDXL_FILES = {
+    "checkpoints": (
+        "sd_xl_base_1.0.safetensors",
+        f"{_HUB}/stabilityai/stable-diffusion-xl-base-1.0/resolve/main/sd_xl_base_1.0.safetensors",
+    ),
+    "clip_vision": (
+        "clip-vit-large-patch14.safetensors",
+        f"{_HUB}/openai/clip-vit-large-patch14/resolve/main/model.safetensors",
+    ),
+    "controlnet": (
+        "instantid_controlnet.safetensors",
+        f"{_HUB}/InstantX/InstantID/resolve/main/ControlNetModel/"
+        "diffusion_pytorch_model.safetensors",
+    ),
+}
+"""Folder to file name and address of what others publish."""
+GRID_SIDE = 192
+SDXL_MODEL = "difflora_sdxl.safetensors"
+SDXL_FACES = "antelopev2"
+
+DEMO_NOTE = """
+This runs with what the node pack ships: a tiny model of drawn faces, 64 x 64 pixels. Its prompts \
+know *photo, cartoon, painting; neutral, smiling, surprised, sad; hat, cup, cat, flower; plain and \
+striped backgrounds*, and colours."""
+SDXL_NOTE = """
+**Files**
+- `models/checkpoints/{checkpoints}`, or any SDXL checkpoint
+- `models/clip_vision/{clip_vision}` (CLIP ViT-L/14)
+- `models/insightface/models/{faces}/` (its weights are for non-commercial research)
+- `models/difflora/{model}`: a DiffLoRA model for SDXL. None is published with this pack yet; it \
+has to be trained (README, For trainers).
+{more}
+Put your own picture into every **Load Image**; the drawn ones only hold the place."""
+
+SDXL_CONCEPT_NOTE = """
+**Files**
+- `models/checkpoints/{checkpoints}`, or any SDXL checkpoint
+- `models/difflora_concepts`: words that you taught with the workflow *teach a concept*
+
+Put your own picture into every **Load Image**; the drawn ones only hold the place."""
+
+
+@dataclass(frozen=True)
+class World:
+    """What differs between the two.
+
+    `name`: demo or sdxl. `width`, `height`: of a portrait. `sampler`: widgets of KSampler.
+    `zoom`: how much larger pictures are shown. `about`: the last part of every note.
+    """
+
+    name: str
+    width: int
+    height: int
+    sampler: Mapping[str, Any]
+    zoom: int
+    about: str
+
+    def file(self, workflow: str) -> str:
+        """Name of a workflow's file in this world, without suffix."""
+        return f"{workflow}_demo" if self.name == "demo" else f"sdxl_{workflow}"
+
+    def pick(self, demo: Any, sdxl: Any) -> Any:
+        """What fits this world."""
+        return demo if self.name == "demo" else sdxl
+
+
+DEMO = World(
+    "demo",
+    64,
+    64,
+    {"steps": 20, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal"},
+    6,
+    DEMO_NOTE,
+)
+SDXL = World(
+    "sdxl",
+    832,
+    1216,
+    {"steps": 30, "cfg": 5.0, "sampler_name": "dpmpp_2m", "scheduler": "karras"},
+    1,
+    SDXL_NOTE,
+)
+
+
+def concept_world(world: World) -> World:
+    """The same world for workflows of taught words, which need no DiffLoRA model."""
+    return world if world.name == "demo" else replace(world, about=SDXL_CONCEPT_NOTE)
+
+
+class Studio:
+    """The steps that most workflows share, on one graph in one world.
+
+    `words`: the demo base reads word by word, as taught words need.
+    """
+
+    def __init__(
+        self, graph: Graph, world: World, about: str, control: bool = False, words: bool = False
+    ) -> None:
+        self.graph, self.world, self.words = graph, world, words
+        files = {folder: name for folder, (name, _) in SDXL_FILES.items()}
+        more = "- `models/controlnet/{controlnet}`\n" if control else ""
+        facts = {**files, "faces": SDXL_FACES, "model": SDXL_MODEL}
+        tail = world.pick(world.about, world.about.replace("{more}\n", more).format(**facts))
+        graph.note(about.strip() + "\n" + tail)
+
+    def load(self, column: int = 0, control: bool = False) -> None:
+        """The loaders; afterwards `model`, `clip`, `vae` and the rest are outputs."""
+        add, demo = self.graph.add, self.load_base(column)
+        if self.world.name == "demo":
+            self.clip_vision, self.faces = demo["CLIP_VISION"], demo["FACEANALYSIS"]
+            self.difflora = demo["DIFFLORA_MODEL"]
+            if control:
+                self.control_net = demo["CONTROL_NET"]
+            return
+        file = self._file("clip_vision")
+        vision = add("CLIPVisionLoader", column, clip_name=file["name"], models=[file])
+        self.clip_vision = vision["CLIP_VISION"]
+        faces = add("DiffLoRA_LoadFaceAnalysis", column, package=SDXL_FACES, provider="cpu")
+        self.faces = faces["FACEANALYSIS"]
+        self.difflora = add("DiffLoRA_LoadModel", column, model_name=SDXL_MODEL)["DIFFLORA_MODEL"]
+        if control:
+            file = self._file("controlnet")
+            loader = add("ControlNetLoader", column, control_net_name=file["name"], models=[file])
+            self.control_net = loader["CONTROL_NET"]
+
+    def load_base(self, column: int = 0) -> Node:
+        """The base model alone: `model`, `clip` and `vae`."""
+        if self.world.name == "demo":
+            base = self.graph.add("DiffLoRA_LoadDemo", column, word_by_word=self.words)
+        else:
+            file = self._file("checkpoints")
+            base = self.graph.add(
+                "CheckpointLoaderSimple", column, ckpt_name=file["name"], models=[file]
+            )
+        self.model, self.clip, self.vae = (base[kind] for kind in ("MODEL", "CLIP", "VAE"))
+        return base
+
+    def photo(self, picture: str, title: str, column: int = 0) -> Out:
+        """A photo from the input folder."""
+        return self.graph.add("LoadImage", column, title=title, image=picture)["IMAGE"]
+
+    def personalize(self, photos: Out, column: int = 0, title: str = "", **widgets: Any) -> Node:
+        """Photos to LoRA, all in one."""
+        return self.graph.add(
+            "DiffLoRA_Personalize",
+            column,
+            title=title,
+            images=photos,
+            difflora_model=self.difflora,
+            clip_vision=self.clip_vision,
+            face_analysis=self.faces,
+            base_model=self.model,
+            **widgets,
+        )
+
+    def latent(self, photo: Out, who: str, columns: Sequence[int] = (0, 0, 0)) -> Node:
+        """Photo to LoRA latent by the single steps, in three columns."""
+        add = self.graph.add
+        features = add(
+            "DiffLoRA_ExtractFeatures",
+            columns[0],
+            title=f"Features of {who}",
+            images=photo,
+            clip_vision=self.clip_vision,
+            face_analysis=self.faces,
+        )
+        condition = add(
+            "DiffLoRA_MixFeatures",
+            columns[1],
+            difflora_model=self.difflora,
+            features=features["DIFFLORA_FEATURES"],
+        )
+        return add(
+            "DiffLoRA_SampleLatent",
+            columns[2],
+            title=f"Latent of {who}",
+            difflora_model=self.difflora,
+            condition=condition["DIFFLORA_CONDITION"],
+            mode="best_guess",
+        )
+
+    def decode(self, latent: Out, column: int = 0, title: str = "") -> Node:
+        """Latent to LoRA."""
+        return self.graph.add(
+            "DiffLoRA_DecodeLoRA",
+            column,
+            title=title,
+            difflora_model=self.difflora,
+            lora_latent=latent,
+            base_model=self.model,
+        )
+
+    def dress(self, lora: Out, column: int = 0, strength: float = 1.0, title: str = "") -> Out:
+        """The model with a LoRA on it."""
+        loader = self.graph.add(
+            "LoraModelLoader",
+            column,
+            title=title or "Apply the LoRA",
+            model=self.model,
+            lora=lora,
+            strength_model=strength,
+            bypass=False,
+        )
+        return loader["MODEL"]
+
+    def prompts(self, column: int, demo: str, sdxl: str) -> tuple[Out, Out]:
+        """The positive and the negative prompt, encoded."""
+        add, negative = self.graph.add, self.world.pick("", "blurry, deformed, watermark")
+        text = self.world.pick(demo, sdxl)
+        first = add("CLIPTextEncode", column, title="Prompt", clip=self.clip, text=text)
+        second = add(
+            "CLIPTextEncode", column, title="Negative prompt", clip=self.clip, text=negative
+        )
+        return first["CONDITIONING"], second["CONDITIONING"]
+
+    def canvas(self, column: int, batch: int = 1, wide: int = 1) -> Out:
+        """An empty picture, `wide` times as wide as high when it is not 1."""
+        height = self.world.pick(64, 832 if wide > 1 else self.world.height)
+        width = height * wide if wide > 1 else self.world.width
+        empty = self.graph.add(
+            "EmptyLatentImage", column, width=width, height=height, batch_size=batch
+        )
+        return empty["LATENT"]
+
+    def draw(
+        self,
+        column: int,
+        title: str,
+        model: Out,
+        prompts: tuple[Out, Out],
+        latent: Out,
+        seed: int = 3,
+        denoise: float = 1.0,
+    ) -> Out:
+        """KSampler and VAE Decode; gives the pictures."""
+        sampler = self.graph.add(
+            "KSampler",
+            column,
+            title=title,
+            model=model,
+            positive=prompts[0],
+            negative=prompts[1],
+            latent_image=latent,
+            seed=seed,
+            denoise=denoise,
+            **self.world.sampler,
+        )
+        decoded = self.graph.add("VAEDecode", column, samples=sampler["LATENT"], vae=self.vae)
+        return decoded["IMAGE"]
+
+    def save(self, column: int, pictures: Out, name: str, title: str = "") -> None:
+        """Save pictures; small ones enlarged, pixel by pixel."""
+        add, zoom = self.graph.add, self.world.zoom
+        if zoom > 1:
+            larger = add(
+                "ImageScaleBy",
+                column,
+                title="Enlarge to look at",
+                image=pictures,
+                upscale_method="nearest-exact",
+                scale_by=float(zoom),
+            )
+            pictures = larger["IMAGE"]
+        prefix = f"DiffLoRA/{name}"
+        add("SaveImage", column, title=title or "Result", images=pictures, filename_prefix=prefix)
+
+    def batch(self, column: int, pictures: Sequence[Out], title: str = "") -> Out:
+        """Several pictures as one batch."""
+        node = self.graph.add("BatchImagesNode", column, title=title, images=list(pictures))
+        return node["IMAGE"]
+
+    def grid(
+        self, column: int, variants: Out, labels: Sequence[str], columns: int, **rest: Any
+    ) -> Out:
+        """A labelled grid of variants."""
+        node = self.graph.add(
+            "DiffLoRA_CompareGrid",
+            column,
+            variants=variants,
+            labels="\n".join(labels),
+            columns=columns,
+            side=self.world.pick(GRID_SIDE, 512),
+            **rest,
+        )
+        return node["IMAGE"]
+
+    def _file(self, folder: str) -> dict[str, str]:
+        name, address = SDXL_FILES[folder]
+        return {"name": name, "url": address, "directory": folder}

@@ -1,0 +1,138 @@
+"""Writes the files in workflows/: `python -m difflora_core.demo.workflows.writer [NAME ...]`.
+
+Every graph is drawn once for the demo and once for SDXL; the demo files are run in real ComfyUI and
+their thumbnails are cut from what they made. Without names all of them are written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tomllib
+from numpy.typing import NDArray
+from PIL import Image
+from rich.console import Console
+
+from .. import paths
+from ..comfyui.client import PromptResult
+from ..comfyui.server import ComfyServer
+from ..examples import write_photos
+from ..world.concept_examples import write_concept_photos
+from .builder import Graph
+from .concepts import concept_person, one_concept, teach_concept, two_concepts
+from .identities import blend, fade_in, invented, pose, prompt_grid
+from .library import compress_lora, library
+from .people import edit_face, portrait, quickstart, several_photos, two_people
+from .runner import run_workflow
+from .worlds import DEMO, GRID_SIDE, SDXL, World
+
+FOLDER = paths.ROOT / "workflows"
+WORKFLOWS: dict[str, Callable[[Graph, World], None]] = {
+    "quickstart": quickstart,
+    "portrait": portrait,
+    "several_photos": several_photos,
+    "blend": blend,
+    "invented_person": invented,
+    "two_people": two_people,
+    "fade_in": fade_in,
+    "controlnet_pose": pose,
+    "inpaint_face": edit_face,
+    "prompt_grid": prompt_grid,
+    "library": library,
+    "compress_lora": compress_lora,
+    "teach_concept": teach_concept,
+    "one_concept": one_concept,
+    "two_concepts": two_concepts,
+    "concept_person": concept_person,
+}
+"""In the order in which an artist may want to meet them."""
+THUMBNAIL = 384
+
+
+def build(name: str, world: World, info: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a workflow file.
+
+    Args:
+        name: a key of WORKFLOWS.
+        world: DEMO or SDXL.
+        info: ComfyUI's /object_info.
+    """
+    project = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["project"]
+    graph = Graph(world.file(name), info, project["version"])
+    WORKFLOWS[name](graph, world)
+    return graph.build()
+
+
+def to_text(workflow: Mapping[str, Any]) -> str:
+    """The file's text: readable, one line per small list."""
+    return json.dumps(workflow, indent=1, ensure_ascii=False) + "\n"
+
+
+def thumbnail(workflow: Mapping[str, Any], result: PromptResult) -> Image.Image:
+    """The comparison grid if there is one, else the first saved pictures; about square."""
+    kinds = {node["id"]: node["type"] for node in workflow["nodes"]}
+    sources = {link[3]: kinds[link[1]] for link in workflow["links"]}
+    saved = [number for number, kind in kinds.items() if kind == "SaveImage"]
+    grids = [number for number in saved if sources[number] == "DiffLoRA_CompareGrid"]
+    shown = [p[..., :3] for p in result.pictures[str((grids or saved)[0])][:4]]
+    if len(shown) == 4:
+        shown = [np.concatenate(shown[:2], 1), np.concatenate(shown[2:], 1)]
+        sheet = np.concatenate(shown, 0)
+    else:
+        sheet = np.concatenate(shown, 1)
+    if grids and sheet.shape[1] > 3 * sheet.shape[0]:
+        sheet = _folded(sheet)
+    picture = Image.fromarray(sheet)
+    picture.thumbnail((2 * THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    return picture
+
+
+def _folded(strip: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A long row of a grid's pictures as two rows."""
+    left = -(-strip.shape[1] // (2 * GRID_SIDE)) * GRID_SIDE
+    second = strip[:, left:]
+    gap = np.full((strip.shape[0], 2 * left - strip.shape[1], 3), 255, np.uint8)
+    return np.concatenate([strip[:, :left], np.concatenate([second, gap], 1)], 0)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Write the workflow files.")
+    parser.add_argument("names", nargs="*", choices=[[], *WORKFLOWS], help="only these")
+    names = parser.parse_args(arguments).names or list(WORKFLOWS)
+    console = Console(highlight=False)
+    write_photos(FOLDER)
+    write_concept_photos(FOLDER)
+    with tempfile.TemporaryDirectory() as folder, ComfyServer(Path(folder)) as server:
+        for name in names:
+            seconds = write(name, server)
+            console.print(f"{name}: {seconds:.1f} s")
+    return 0
+
+
+def write(name: str, server: ComfyServer) -> float:
+    """Write both files of a workflow and both thumbnails; returns how long the demo ran."""
+    info = server.client.object_info()
+    for world in (SDXL, DEMO):
+        path = FOLDER / f"{world.file(name)}.json"
+        workflow = build(name, world, info)
+        path.write_text(to_text(workflow), encoding="utf-8")
+    result = run_workflow(server, path)
+    picture = thumbnail(workflow, result)
+    for world in (SDXL, DEMO):
+        picture.save(_thumbnail_path(world.file(name)), quality=88)
+    return result.seconds
+
+
+def _thumbnail_path(stem: str) -> Path:
+    return FOLDER / f"{stem}.jpg"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

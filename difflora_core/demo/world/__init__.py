@@ -1,0 +1,1 @@
+"""The drawn world: people, things, scenes, and pools of their pictures."""

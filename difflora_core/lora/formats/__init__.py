@@ -1,0 +1,1 @@
+"""LoRA files of every family: names to layers, and layers to names."""

@@ -1,0 +1,1 @@
+"""The LoRA weight autoencoder: LoRA weights to a latent and back."""

@@ -1,0 +1,141 @@
+"""Structured LAE: one token per LoRA matrix, a transformer encoder, a basis decoder (ours).
+
+The decoder follows HyperLoRA (arXiv:2503.16944): every factor is a mean plus a combination of
+learned basis vectors of its own layer. It is one batched product, so it can sit inside a training
+loop that runs the base model.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import MLP, TransformerBlock, initialise, normal_parameter, zero
+from .tokens import TokenGroups
+
+if TYPE_CHECKING:
+    from .autoencoder import LAEConfig
+
+
+class StructuredEncoder(nn.Module):
+    """Tokens with layer and role embeddings, a transformer, learned queries that pool.
+
+    Args:
+        config: sizes.
+        groups: token order of the layout.
+        operations: namespace of layer classes.
+        generator: draws the initial weights.
+    """
+
+    def __init__(
+        self,
+        config: LAEConfig,
+        groups: TokenGroups,
+        operations: Any = nn,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.groups = groups
+        d = config.width
+        self.value_in = nn.ModuleList(operations.Linear(n, d) for n in groups.lengths)
+        names = [shape.name for shape in groups.layout.layers]
+        roles = sorted({slot.role for slot in groups.slots})
+        order = [t for n in groups.lengths for t in groups.members[n]]
+        self.layer_rows = [names.index(groups.slots[t].layer) for t in order]
+        self.role_rows = [roles.index(groups.slots[t].role) for t in order]
+        self.layer_embedding = normal_parameter(len(names), d, generator=generator)
+        self.role_embedding = normal_parameter(len(roles), d, generator=generator)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(d, config.heads, operations=operations) for _ in range(config.depth)
+        )
+        self.queries = normal_parameter(config.latent_tokens, d, std=1.0, generator=generator)
+        self.pool = TransformerBlock(d, config.heads, operations=operations)
+        self.norm = operations.LayerNorm(d)
+        self.latent_out = operations.Linear(d, 2 * config.latent_dim)
+        initialise(self, generator)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Maps normalised tokens (B, T, L) to mean and log variance (B, K, 2 Dz)."""
+        parts = zip(self.value_in, self.groups.split(tokens), strict=True)
+        h = torch.cat([layer(values) for layer, values in parts], dim=1)  # B T D
+        h = h + self.layer_embedding[self.layer_rows].to(h)
+        h = h + self.role_embedding[self.role_rows].to(h)
+        for block in self.blocks:
+            h = block(h)
+        latent = self.pool(self.queries.to(h).expand(len(h), -1, -1), h)  # B K D
+        out: Tensor = self.latent_out(self.norm(latent))
+        return out
+
+
+class StructuredDecoder(nn.Module):
+    """value = mean + scale * (offset + coefficients(z) @ basis), one basis per token.
+
+    Basis and offset start at zero and the coefficients do not: before training the value is the
+    stored mean, yet basis and offset receive a gradient at the first step.
+
+    Args:
+        config: sizes.
+        groups: token order of the layout.
+        operations: namespace of layer classes.
+        generator: draws the initial weights.
+    """
+
+    def __init__(
+        self,
+        config: LAEConfig,
+        groups: TokenGroups,
+        operations: Any = nn,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.groups, self.basis_size = groups, config.basis_size
+        d = config.decoder_width
+        self.latent_in = operations.Linear(config.latent_tokens * config.latent_dim, d)
+        self.blocks = nn.ModuleList(
+            MLP((d, 2 * d, d), norm=True, operations=operations)
+            for _ in range(config.decoder_depth)
+        )
+        self.coefficients = operations.Linear(d, len(groups.slots) * config.basis_size)
+        self.basis, self.offset = nn.ParameterDict(), nn.ParameterDict()
+        for n in groups.lengths:
+            count = len(groups.members[n])
+            self.basis[str(n)] = nn.Parameter(torch.zeros(count, config.basis_size, n))
+            self.offset[str(n)] = nn.Parameter(torch.zeros(count, n))
+        initialise(self, generator)
+        for block in self.blocks:
+            if isinstance(block, MLP):
+                zero(block.down)
+        weight = self.coefficients.weight
+        if weight is not None and not weight.is_meta:
+            nn.init.normal_(weight, 0.0, 1.0 / math.sqrt(d), generator=generator)
+
+    def forward(self, z: Tensor, statistics: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """Maps z (B, K, Dz) to raw values per group, (B, T_g, L_g)."""
+        h = self.latent_in(z.flatten(1))  # B D
+        for block in self.blocks:
+            h = h + block(h)
+        mix = self.coefficients(h).unflatten(-1, (-1, self.basis_size))  # B T Kb
+        mix = mix.transpose(0, 1) / math.sqrt(self.basis_size)  # T B Kb
+        out, first = [], 0
+        for n, (mean, scale) in zip(self.groups.lengths, statistics, strict=True):
+            count = len(self.groups.members[n])
+            basis = scale[..., None] * self.basis[str(n)].to(z)  # T_g Kb L_g
+            centre = mean + scale * self.offset[str(n)].to(z)  # T_g L_g
+            values = torch.baddbmm(centre[:, None], mix[first : first + count], basis)
+            out.append(values.transpose(0, 1))  # B T_g L_g
+            first += count
+        return out
+
+    def readings(self, tokens: Tensor) -> Tensor:
+        """Inner products of normalised tokens (B, T, L) with the basis, (B, T*Kb), without offset.
+
+        The adjoint of `forward`'s last product, up to the factor 1 / sqrt(Kb).
+        """
+        parts = []
+        for n, values in zip(self.groups.lengths, self.groups.split(tokens), strict=True):
+            rest = values - self.offset[str(n)].to(values)
+            parts.append(torch.einsum("btn,tkn->btk", rest, self.basis[str(n)].to(values)))
+        return torch.cat(parts, dim=1).flatten(1)

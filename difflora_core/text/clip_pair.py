@@ -1,0 +1,139 @@
+"""ConceptText over two transformers CLIP text encoders, as SDXL has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from .new_words import EncodedPrompts, WordEmbedding, splice
+
+
+@dataclass(frozen=True)
+class TokenMarks:
+    """Special token numbers: start, end, the padding of each encoder, and the unknown word's."""
+
+    start: int
+    end: int
+    padding: tuple[int, ...]
+    unknown: int | None = None
+    length: int = 77
+
+
+class ClipPairText:
+    """Frozen CLIP text encoders that can be taught words.
+
+    SDXL's conditioning: penultimate states of all encoders side by side, pooled vector of the last.
+
+    Args:
+        encoders: CLIPTextModel and CLIPTextModelWithProjection; only their embeddings are hooked,
+            and only while encoding.
+        tokenize: text to token numbers without marks, the same for both encoders.
+        marks: special tokens.
+    """
+
+    def __init__(
+        self,
+        encoders: Sequence[nn.Module],
+        tokenize: Callable[[str], list[int]],
+        marks: TokenMarks,
+    ) -> None:
+        self.encoders, self._tokenize, self.marks = tuple(encoders), tokenize, marks
+
+    def tokens(self, text: str) -> list[int]:
+        """Token numbers of a text, without start and end marks."""
+        return self._tokenize(text)
+
+    def knows(self, word: str) -> bool:
+        """True when a word has a token of its own already."""
+        tokens = self._tokenize(word)
+        return len(tokens) == 1 and tokens[0] != self.marks.unknown
+
+    def embedding(self, token: int) -> WordEmbedding:
+        """Token embedding in each encoder."""
+        return tuple(_table(e).weight[token].detach().float().clone() for e in self.encoders)
+
+    def encode(
+        self, prompts: Sequence[str], words: Mapping[str, WordEmbedding], padded: bool = True
+    ) -> EncodedPrompts:
+        """Encode prompts in which new words stand literally; see `ConceptText`.
+
+        Raises:
+            ConfigError: a prompt is longer than the encoders read.
+        """
+        pieces = [splice(prompt, list(words), self._tokenize) for prompt in prompts]
+        longest, limit = max(map(len, pieces)), self.marks.length - 2
+        if longest > limit:
+            raise ConfigError(f"A prompt has {longest} tokens; the text encoders read {limit}.")
+        length = self.marks.length if padded else longest + 2
+        device = _table(self.encoders[0]).weight.device
+        states: list[Tensor] = []
+        pooled = torch.zeros(0)
+        for number, encoder in enumerate(self.encoders):
+            ids = self._ids(pieces, self.marks.padding[number], length).to(device)
+            own = {word: vectors[number] for word, vectors in words.items()}
+            with _taught(encoder, pieces, own):
+                output: Any = encoder(ids, output_hidden_states=True)
+            states.append(output.hidden_states[-2])
+            pooled = getattr(output, "text_embeds", pooled)
+        lengths = torch.tensor([len(piece) for piece in pieces], device=device)[:, None]
+        index = torch.arange(length, device=device)[None]
+        real = (index >= 1) & (index <= lengths)
+        return EncodedPrompts(torch.cat(states, -1), pooled, real, _positions(pieces, words))
+
+    def _ids(self, pieces: Sequence[Sequence[int | str]], padding: int, length: int) -> Tensor:
+        """Token numbers (B, length).
+
+        New words hold the start mark until their embedding is put in: CLIP reads its pooled vector
+        at the first end mark, and some versions at the highest number.
+        """
+        ids = torch.full((len(pieces), length), padding)
+        for row, piece in enumerate(pieces):
+            numbers = [self.marks.start if isinstance(p, str) else p for p in piece]
+            marked = torch.tensor([self.marks.start, *numbers, self.marks.end])
+            ids[row, : len(marked)] = marked
+        return ids
+
+
+@contextmanager
+def _taught(
+    encoder: nn.Module, pieces: Sequence[Sequence[int | str]], words: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Put the embeddings of new words into the encoder's token embeddings while it runs."""
+
+    def replace(module: nn.Module, args: tuple[Any, ...], embedded: Tensor) -> Tensor:
+        del module, args
+        taught = embedded.clone()
+        for row, piece in enumerate(pieces):
+            for place, part in enumerate(piece, start=1):
+                if isinstance(part, str):
+                    taught[row, place] = words[part].to(embedded)
+        return taught
+
+    handle = _table(encoder).register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _table(encoder: nn.Module) -> nn.Embedding:
+    """Token embedding of a transformers text model."""
+    table: nn.Embedding = encoder.get_input_embeddings()  # type: ignore[operator]
+    return table
+
+
+def _positions(
+    pieces: Sequence[Sequence[int | str]], words: Mapping[str, WordEmbedding]
+) -> dict[str, Tensor]:
+    """First place of each word in each prompt, counted with the start mark; -1 when absent."""
+    places = {}
+    for word in words:
+        rows = [piece.index(word) + 1 if word in piece else -1 for piece in pieces]
+        places[word] = torch.tensor(rows)
+    return places

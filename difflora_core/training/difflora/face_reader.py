@@ -1,0 +1,98 @@
+"""Recipe of the FaceReader: what face feature would the recogniser find in this latent?
+
+The target is not the feature of the one picture but the person's centroid over all pictures, so
+that the reader looks for the person and not for the expression or the light.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...models.face_reader import FaceReader
+from ...vision.features import ImageFeatures
+from ..loop import LoopConfig, Progress, train
+
+BATCH = 128
+NOISE = 0.4
+"""Largest noise on the latents: estimates of a clean latent are never quite clean."""
+
+
+def face_centroids(features: ImageFeatures, people: Tensor) -> Tensor:
+    """Unit mean of each person's unit face features; zero for a person whose face nobody found.
+
+    Args:
+        features: of M pictures.
+        people: (P, Q) picture numbers of each person.
+
+    Returns:
+        (P, Df).
+    """
+    faces = F.normalize(features.face.float(), dim=-1) * features.face_found[:, None]
+    return F.normalize(faces[people].sum(1), dim=-1)
+
+
+def likeness_error(reader: FaceReader, latents: Tensor, centroids: Tensor) -> Tensor:
+    """1 - cosine between the face read from latents (B, C, h, w) and centroids (B, Df): (B,).
+
+    A zero centroid gives 1 and no gradient: nothing is known of that face.
+    """
+    return 1 - (reader(latents) * centroids).sum(-1)
+
+
+class ReaderObjective(nn.Module):
+    """Mean likeness error of real latents."""
+
+    def __init__(self, reader: FaceReader) -> None:
+        super().__init__()
+        self.reader = reader
+
+    def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a batch of `reader_batches`."""
+        error = likeness_error(self.reader, batch["latents"], batch["centroids"]).mean()
+        return error, {"cosine": 1 - error.detach()}
+
+
+def reader_batches(
+    latents: Tensor, centroids: Tensor, people: Tensor, count: int
+) -> Callable[[torch.Generator], dict[str, Tensor]]:
+    """Batches of `count` pictures with a little noise of a random amount on their latents."""
+
+    def draw(generator: torch.Generator) -> dict[str, Tensor]:
+        person = torch.randint(len(people), (count,), generator=generator)
+        which = torch.randint(people.shape[1], (count,), generator=generator)
+        clean = latents[people[person, which]].float()
+        amount = NOISE * torch.rand(count, 1, 1, 1, generator=generator)
+        noise = torch.randn(clean.shape, generator=generator)
+        return {"latents": clean + amount * noise, "centroids": centroids[person]}
+
+    return draw
+
+
+def fit(
+    reader: FaceReader,
+    latents: Tensor,
+    features: ImageFeatures,
+    people: Tensor,
+    loop: LoopConfig,
+    folder: Path,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Train the reader in place on M latents (M, C, h, w); see `loop.train` for the rest.
+
+    Args:
+        reader: changed in place.
+        latents: scaled latents of all pictures.
+        features: of the same pictures.
+        people: (P, Q) picture numbers of each person.
+        loop: the run.
+        folder: of its checkpoint and log.
+        progress: as in `loop.train`.
+    """
+    draw = reader_batches(latents, face_centroids(features, people), people, BATCH)
+    return train(ReaderObjective(reader), draw, loop, folder, progress)

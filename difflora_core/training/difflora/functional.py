@@ -1,0 +1,212 @@
+"""The functional recipe: photo to LoRA, trained through the frozen base model's denoising loss.
+
+Each sample is conditioned on one or more photos of a person and denoises *another* picture of the
+same person, so what the LoRA learns to carry is the person and not the photo (ours; close in
+spirit to HyperLoRA, arXiv:2503.16944, and LoFA, arXiv:2512.08785). No corpus of LoRAs is needed.
+
+The denoising loss alone ends in a cautious LoRA, the mean over all that the photo leaves open. With
+a FaceReader a likeness loss on the base's estimate of the clean picture makes it commit (ours,
+after the identity loss of PuLID, arXiv:2404.16022).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...adapters.attach import attach
+from ...adapters.lora import lora_adapter_set
+from ...base_model.protocol import DiffusersBase, TextCondition, stratified_timesteps
+from ...diffusion.objective import loss_weight
+from ...errors import ConfigError
+from ...methods.difflora import DiffLoRAModel
+from ...models.face_reader import FaceReader
+from ...models.mif import IdentityCondition, balance_loss
+from ...vision.features import ImageFeatures
+from ..loop import LoopConfig, Progress, train
+from ..losses import Denoised, NoisedBatch, denoise
+from .face_reader import face_centroids, likeness_error
+
+
+@dataclass(frozen=True)
+class FunctionalConfig:
+    """Settings of the functional recipe.
+
+    `batch`: identities per step, each with its own LoRA; `photos`: most photos of a person per
+    condition; `feature_noise`: noise on the standardised condition; `latent_noise`: noise on the
+    latent, which gives it a scale together with `latent_weight` (of its mean square);
+    `balance`: weight of the gate's load balance; `weighting`: of the denoising loss; `likeness`:
+    weight of the likeness loss, which counts an estimate from noise level abar sqrt(abar) times.
+    """
+
+    batch: int = 64
+    photos: int = 4
+    feature_noise: float = 0.1
+    latent_noise: float = 0.1
+    latent_weight: float = 1e-4
+    balance: float = 1e-3
+    weighting: str = "uniform"
+    likeness: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.photos < 1:
+            raise ConfigError("batch and photos must be at least 1")
+        if self.likeness < 0:
+            raise ConfigError("likeness must be 0 or more")
+
+
+@dataclass(frozen=True)
+class PersonPictures:
+    """Pictures of many people, ready for training.
+
+    `latents`: (M, C, h, w) scaled; `text`: encoded unique prompts; `prompts`: (M,) row of `text`;
+    `features`: of every picture as a reference photo, M rows; `people`: (P, Q) picture numbers of
+    each person, every person with Q pictures, Q >= 2.
+    """
+
+    latents: Tensor
+    text: TextCondition
+    prompts: Tensor
+    features: ImageFeatures
+    people: Tensor
+
+    def __post_init__(self) -> None:
+        if self.people.ndim != 2 or self.people.shape[1] < 2:
+            raise ConfigError("every person needs at least two pictures: one to see, one to draw")
+
+
+class FunctionalObjective(nn.Module):
+    """Denoising loss of the base under the LoRA predicted from other photos.
+
+    Args:
+        model: MIF, predictor and decoder are trained; DiT and LAE encoder are left alone.
+        base: frozen base model.
+        config: settings.
+        reader: frozen reader of the likeness loss; None leaves that loss out.
+    """
+
+    def __init__(
+        self,
+        model: DiffLoRAModel,
+        base: DiffusersBase,
+        config: FunctionalConfig,
+        reader: FaceReader | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+        self.reader = None if reader is None else reader.requires_grad_(False)
+        self.unet = base.unet
+        self.base = base
+        model.dit.requires_grad_(False)
+        model.lae.encoder.requires_grad_(False)
+        self.unet.requires_grad_(False)
+
+    def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a batch of `person_batches`."""
+        condition: IdentityCondition = self.model.mif(
+            batch["face"],
+            batch["face_found"],
+            batch["image"],
+            batch["image_tokens"],
+            photo_mask=batch["photo_mask"],
+        )
+        noisy = IdentityCondition(
+            condition.pooled + self.config.feature_noise * batch["feature_noise"],
+            condition.tokens,
+            condition.gate,
+        )
+        mean = self.model.predictor(noisy)
+        z = mean + self.config.latent_noise * batch["latent_noise"]
+        weights = self.model.lae.decode_weights(z)
+        names = self.model.layout.module_names
+        with attach(self.unet, lora_adapter_set(weights), names=names):
+            made = self._denoise(batch)
+        weight = loss_weight(self.config.weighting, made.abar, self.base.prediction_type)
+        error = (made.error * weight).mean()
+        spread = mean.float().pow(2).mean()
+        loss = error + self.config.latent_weight * spread
+        loss = loss + self.config.balance * balance_loss(condition.gate.float())
+        metrics = {"denoising": error.detach(), "latent": spread.detach()}
+        if self.reader is not None:
+            misses = likeness_error(self.reader, made.estimate, batch["centroids"])
+            unlike = (misses * made.abar.sqrt()).mean()
+            loss = loss + self.config.likeness * unlike
+            metrics["unlike"] = unlike.detach()
+        return loss, metrics | {"face_gate": condition.gate[:, 0].mean().detach()}
+
+    def without_lora(self, batch: Mapping[str, Any]) -> Tensor:
+        """Mean unweighted denoising loss of the same batch under the untouched base."""
+        return self._denoise(batch).error.mean()
+
+    def _denoise(self, batch: Mapping[str, Any]) -> Denoised:
+        text = TextCondition(batch["context"], batch["pooled"])
+        pictures = NoisedBatch(batch["latents"], batch["noise"], batch["timesteps"], text)
+        return denoise(self.base, pictures)
+
+
+def person_batches(
+    data: PersonPictures, model: DiffLoRAModel, config: FunctionalConfig
+) -> Callable[[torch.Generator], dict[str, Tensor]]:
+    """Batches of people: some photos to see, another picture to draw."""
+    count = config.batch
+    width, lae = model.config.mif.width, model.config.lae
+    most = min(config.photos, data.people.shape[1] - 1)
+    centroids = face_centroids(data.features, data.people)
+
+    def draw(generator: torch.Generator) -> dict[str, Tensor]:
+        people = torch.randint(len(data.people), (count,), generator=generator)
+        order = torch.rand(count, data.people.shape[1], generator=generator).argsort(1)
+        pictures = data.people[people].gather(1, order)  # B Q, shuffled
+        target = pictures[:, 0]
+        # One photo is what artists have most often; so half of the batches see one alone.
+        alone = bool(torch.rand((), generator=generator) < 0.5)
+        seen = 1 if alone else int(torch.randint(1, most + 1, (1,), generator=generator))
+        reference = pictures[:, 1 : 1 + seen]  # B N
+        flat = data.features.select(reference.flatten())
+        latents = data.latents[target].float()
+        text = data.text.select(data.prompts[target])
+
+        def rows(x: Tensor) -> Tensor:
+            return x.reshape(count, seen, *x.shape[1:])
+
+        return {
+            "face": rows(flat.face).float(),
+            "face_found": rows(flat.face_found),
+            "image": rows(flat.image).float(),
+            "image_tokens": rows(flat.image_tokens).float(),
+            "photo_mask": torch.ones(count, seen, dtype=torch.bool),
+            "feature_noise": torch.randn(count, width, generator=generator),
+            "latent_noise": torch.randn(
+                count, lae.latent_tokens, lae.latent_dim, generator=generator
+            ),
+            "centroids": centroids[people],
+            "latents": latents,
+            "noise": torch.randn(latents.shape, generator=generator),
+            "timesteps": stratified_timesteps(count, generator),
+            "context": text.context,
+            "pooled": text.pooled,
+        }
+
+    return draw
+
+
+def fit(
+    objective: FunctionalObjective,
+    data: PersonPictures,
+    loop: LoopConfig,
+    folder: Path,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Train MIF, predictor and decoder of the objective's model in place; see `loop.train`."""
+    model, photos = objective.model, data.features
+    if not bool(model.mif.get_buffer("image_mean").any()):
+        sample = photos.select(torch.arange(0, len(photos), max(1, len(photos) // 2000)))
+        model.mif.fit_statistics(
+            sample.face, sample.face_found, sample.image.float(), sample.image_tokens.float()
+        )
+    return train(objective, person_batches(data, model, objective.config), loop, folder, progress)

@@ -1,0 +1,251 @@
+"""LAE recipe: the LoRA autoencoder trained on the weights of a corpus (arXiv:2408.06740).
+
+The paper's loss is a reconstruction term plus one that favours large weights; canonical form and
+delta W terms are ours (difflora.md 3 and 6.1) and can each be switched off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import ConfigError
+from ...lora.canonical import align_to, canonical
+from ...lora.distance import squared_relative_error
+from ...lora.statistics import WeightStatistics
+from ...lora.weights import LoRALayer, LoRAWeights
+from ...models.lae.autoencoder import LoRAAutoencoder
+from ...models.lae.mirror import MirrorEncoder
+from ...models.lae.structured import StructuredEncoder
+from ..early_stopping import EarlyStopping, train_validated
+from ..loop import LoopConfig, Progress, train, write_config
+from ..losses import angular_loss, kl_loss, relative_delta_loss, weight_preserved_loss
+
+START_LOG_VARIANCE = -6.0
+
+
+@dataclass(frozen=True)
+class LAETrainConfig:
+    """Settings of the LAE recipe.
+
+    Args:
+        loop: the run.
+        batch: LoRAs per step.
+        canonical: bring every LoRA to the canonical form and turn it towards the mean (ours). It
+            matters when both factors are tokens; with a shared `down` there is no ambiguity left.
+        preserve: strength of the weight-preserved term; 0 is plain MSE.
+        preserve_power, preserve_cap: its shape, see `weight_preserved_loss`.
+        angular: weight of 1 - cosine of delta W.
+        relative: weight of the squared relative error of delta W.
+        kl: weight of the latent's KL divergence.
+        stopping: judgement on validation LoRAs, if some are given.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=3000, ema=0.999))
+    batch: int = 32
+    canonical: bool = True
+    preserve: float = 1.0
+    preserve_power: float = 1.0
+    preserve_cap: float = 10.0
+    angular: float = 0.0
+    relative: float = 0.0
+    kl: float = 1e-4
+    stopping: EarlyStopping = field(default_factory=EarlyStopping)
+
+    def __post_init__(self) -> None:
+        numbers = (self.preserve, self.preserve_power, self.angular, self.relative, self.kl)
+        if self.batch < 1 or self.preserve_cap <= 0 or min(numbers) < 0:
+            raise ConfigError("LAE: the batch must be at least 1 and no weight may be negative.")
+
+
+class LAEObjective(nn.Module):
+    """Reconstruction loss of the autoencoder on raw tokens (B, T, L)."""
+
+    def __init__(self, lae: LoRAAutoencoder, config: LAETrainConfig) -> None:
+        super().__init__()
+        self.lae, self.config = lae, config
+        self.register_buffer("mask", lae.groups.grid.mask(), persistent=False)
+        scale = torch.ones(len(lae.groups.slots), 1)
+        for n in lae.groups.lengths:
+            scale[list(lae.groups.members[n])] = lae.get_buffer(f"scale_{n}")
+        self.register_buffer("scale", scale, persistent=False)
+
+    def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of `tokens` (B, T, L) with posterior `noise` (B, K, Dz)."""
+        c, target = self.config, batch["tokens"]
+        mean, log_variance = self.lae.posterior(target)
+        z = mean + (0.5 * log_variance).exp() * batch["noise"]
+        weights = self.lae.decode_weights(z)
+        estimate = self.lae.groups.grid.encode(weights)[0].float()
+        mask, scale = self.get_buffer("mask"), self.get_buffer("scale")
+        loss = weight_preserved_loss(
+            estimate, target, mask, scale, c.preserve, c.preserve_power, c.preserve_cap
+        )
+        metrics = {"reconstruction": loss.detach()}
+        if c.angular or c.relative:
+            wanted = self.lae.groups.weights(self.lae.groups.split(target), self.lae.down_factors())
+            fine = weights.to(torch.float32)
+            loss = loss + c.angular * angular_loss(fine, wanted)
+            loss = loss + c.relative * relative_delta_loss(fine, wanted)
+        kl = kl_loss(mean.float(), log_variance.float())
+        return loss + c.kl * kl, metrics | {"kl": kl.detach()}
+
+
+def standard_form(
+    weights: LoRAWeights, rank: int, reference: LoRAWeights | None = None
+) -> tuple[LoRAWeights, LoRAWeights]:
+    """Canonical form of a batch, every LoRA turned towards one reference (difflora.md 6.1).
+
+    Args:
+        weights: batched LoRAs.
+        rank: wanted rank.
+        reference: of an earlier corpus; else the mean of this one, after two rounds of turning.
+
+    Returns:
+        The LoRAs, deltas unchanged, and the reference, which a new LoRA must be turned to as well.
+    """
+    form = canonical(weights, rank)
+    if reference is not None:
+        return align_to(form, reference), reference
+    reference = form.batch_item(0)
+    for _ in range(2):
+        reference = _mean(align_to(form, reference))
+    return align_to(form, reference), reference
+
+
+def common_down(weights: LoRAWeights, rank: int) -> dict[str, Tensor]:
+    """The rows that one shared `down` per layer should have: least squared error of delta W.
+
+    They are the leading eigenvectors of sum_m delta_m^T delta_m, found without forming delta W. A
+    corpus that was trained with one `down` is reproduced exactly.
+
+    Args:
+        weights: batched LoRAs.
+        rank: rows wanted.
+
+    Returns:
+        Layer name to (rank, in), orthonormal.
+    """
+    rows = {}
+    for name, layer in weights.folded().layers.items():
+        up, down = layer.up.double(), layer.down.double()
+        root = torch.linalg.qr(up)[1] @ down  # M r in: same delta^T delta as up @ down
+        gram = torch.einsum("mri,mrj->ij", root, root)
+        rows[name] = torch.linalg.eigh(gram)[1][:, -rank:].flip(1).mT.to(layer.down.dtype)
+    return rows
+
+
+def prepare(
+    lae: LoRAAutoencoder, corpus: LoRAWeights, config: LAETrainConfig
+) -> tuple[Tensor, LoRAWeights | None]:
+    """Sets shared `down` and statistics of the autoencoder from a corpus.
+
+    Args:
+        lae: changed in place.
+        corpus: batched LoRAs.
+        config: settings.
+
+    Returns:
+        Raw tokens (M, T, L) of the corpus, and the reference of the canonical form, if used.
+    """
+    reference = None
+    if lae.config.parts == ("up",):
+        lae.set_shared_down(common_down(corpus, lae.layout.rank))
+    elif config.canonical:
+        corpus, reference = standard_form(corpus, lae.layout.rank)
+    with torch.no_grad():
+        tokens = lae.tokens(corpus).float()
+    statistics = WeightStatistics.fit(tokens, lae.groups.grid.mask(), center=True)
+    lae.set_statistics(statistics.mean, statistics.scale[:, 0])
+    return tokens, reference
+
+
+def fit(
+    lae: LoRAAutoencoder,
+    corpus: LoRAWeights,
+    config: LAETrainConfig,
+    folder: Path,
+    validation: LoRAWeights | None = None,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Train the autoencoder on a corpus; resumable, see `loop.train`.
+
+    Args:
+        lae: changed in place: shared `down`, statistics, weights.
+        corpus: batched LoRAs of M identities.
+        config: settings.
+        folder: of checkpoints and log.
+        validation: LoRAs of other identities; the weights of their lowest squared relative delta W
+            error are kept.
+        progress: as in `loop.train`.
+
+    Returns:
+        Metrics of the run.
+    """
+    write_config(folder, config)
+    tokens, reference = prepare(lae, corpus, config)
+    lae.shared_down.requires_grad_(False)
+    _quiet_posterior(lae)
+    objective = LAEObjective(lae, config)
+    latent = (lae.config.latent_tokens, lae.config.latent_dim)
+
+    def draw(generator: torch.Generator) -> dict[str, Tensor]:
+        rows = torch.randint(len(tokens), (config.batch,), generator=generator)
+        return {
+            "tokens": tokens[rows],
+            "noise": torch.randn(config.batch, *latent, generator=generator),
+        }
+
+    if validation is None:
+        return train(objective, draw, config.loop, folder, progress)
+    if reference is not None:
+        validation, _ = standard_form(validation, lae.layout.rank, reference)
+
+    def validate() -> float:
+        return reconstruction_error(lae, validation)
+
+    return train_validated(
+        objective, draw, config.loop, folder, validate, config.stopping, progress
+    )
+
+
+@torch.no_grad()
+def reconstruction_error(lae: LoRAAutoencoder, weights: LoRAWeights) -> float:
+    """Mean squared relative error of delta W after encoding and decoding a batch of LoRAs."""
+    device = lae.get_buffer(f"scale_{lae.groups.lengths[0]}").device
+    there = weights.to(torch.float32, device)
+    back = lae.decode_weights(lae.encode_weights(there))
+    return float(squared_relative_error(back, there).mean())
+
+
+@torch.no_grad()
+def _quiet_posterior(lae: LoRAAutoencoder) -> None:
+    """Starts an untrained posterior at a small variance: unit noise would drown the latent."""
+    encoder = lae.encoder
+    if isinstance(encoder, MirrorEncoder):
+        return  # its variance is fixed, and small
+    if isinstance(encoder, StructuredEncoder):
+        last = "latent_out.bias"
+    else:
+        last = f"fold.{len(encoder.fold) - 1}.bias"
+    bias = encoder.get_parameter(last)
+    if not bool(bias.any()):
+        bias[lae.config.latent_dim :] = START_LOG_VARIANCE
+
+
+def _mean(weights: LoRAWeights) -> LoRAWeights:
+    """Mean of the factors of a batch, as one LoRA."""
+    return LoRAWeights(
+        {
+            name: LoRALayer(layer.down.mean(0), layer.up.mean(0), layer.alpha)
+            for name, layer in weights.layers.items()
+        }
+    )

@@ -1,0 +1,1 @@
+"""Between ComfyUI and the library: what several nodes share."""

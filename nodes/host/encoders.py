@@ -1,0 +1,129 @@
+"""The host's encoders as the library's: CLIP vision, face analysis, both on somebody's photos."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...difflora_core.errors import EncoderError
+from ...difflora_core.vision.face_choice import FaceOptions
+from ...difflora_core.vision.face_encoder import DetectedFace, FaceEncoder, InsightFaceEncoder
+from ...difflora_core.vision.features import ExtractedFeatures, extract_features
+from ...difflora_core.vision.image_encoder import ImageEncoder
+from . import models as bridge
+
+WHAT_THEN = {"skip": "Left out.", "image_only": "Used by the look alone."}
+"""What becomes of a photo without a face, by policy."""
+
+
+class ComfyImageEncoder:
+    """ImageEncoder over ComfyUI's CLIP_VISION."""
+
+    def __init__(self, clip_vision: Any) -> None:
+        if not callable(getattr(clip_vision, "encode_image", None)):
+            raise EncoderError(
+                f"A {type(clip_vision).__name__} is not a CLIP vision. Connect Load CLIP Vision."
+            )
+        self.clip_vision = clip_vision
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the square that the network sees."""
+        return int(self.clip_vision.image_size)
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures (N, H, W, 3) in [0, 1] to embeddings (N, Di) and token states (N, L, Dt)."""
+        output = self.clip_vision.encode_image(images)
+        return output.image_embeds.float().cpu(), output.penultimate_hidden_states.float().cpu()
+
+
+class _NoImageEncoder:
+    """Stands in when no CLIP vision is connected: features of size 0."""
+
+    image_size = 224
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Nothing about N pictures."""
+        return torch.zeros(len(images), 0), torch.zeros(len(images), 0, 0)
+
+
+class _NoFaceEncoder:
+    """Stands in when no face analysis is connected: finds nothing, features of size 0."""
+
+    embedding_dim = 0
+
+    def detect(self, image: Tensor) -> list[DetectedFace]:
+        """No face."""
+        return []
+
+
+class _Watched:
+    """Encoders that move ComfyUI's progress bar with every picture, and stop when the user asks."""
+
+    def __init__(self, faces: FaceEncoder, pictures: ImageEncoder, total: int) -> None:
+        self.faces, self.pictures = faces, pictures
+        self.done, self.total, self.step = 0, total, bridge.progress(total)
+
+    @property
+    def embedding_dim(self) -> int:
+        """Of the face features."""
+        return self.faces.embedding_dim
+
+    @property
+    def image_size(self) -> int:
+        """Of CLIP vision."""
+        return self.pictures.image_size
+
+    def detect(self, image: Tensor) -> list[DetectedFace]:
+        """The faces of a picture."""
+        self._count()
+        return self.faces.detect(image)
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What CLIP vision sees in a picture."""
+        self._count()
+        return self.pictures.encode(images)
+
+    def _count(self) -> None:
+        self.done += 1
+        self.step(self.done, self.total)
+
+
+def watched_faces(face_analysis: Any, count: int) -> FaceEncoder:
+    """A face analysis that shows its progress over so many pictures."""
+    return _Watched(InsightFaceEncoder.wrap(face_analysis), _NoImageEncoder(), count)
+
+
+def read_photos(
+    node: Any,
+    images: Tensor,
+    clip_vision: Any,
+    face_analysis: Any,
+    mask: Tensor | None,
+    options: FaceOptions,
+) -> ExtractedFeatures:
+    """Features of photos with whichever encoders are connected; the node tells what it found.
+
+    Raises:
+        EncoderError: neither is connected, or one of them is something else.
+        NoFaceError, ImageError: see extract_features.
+    """
+    if clip_vision is None and face_analysis is None:
+        raise EncoderError(
+            "Nothing looks at the photos: connect a CLIP vision, a face analysis, or both."
+        )
+    faces: FaceEncoder = _NoFaceEncoder()
+    pictures: ImageEncoder = _NoImageEncoder()
+    if face_analysis is not None:
+        faces = InsightFaceEncoder.wrap(face_analysis)
+    else:
+        options = FaceOptions(on_missing="image_only", image_region=options.image_region)
+    if clip_vision is not None:
+        pictures = ComfyImageEncoder(clip_vision)
+    watched = _Watched(faces, pictures, 2 * len(images))
+    found = extract_features(images, watched, watched, options, mask)
+    if face_analysis is not None:
+        then = [*found.notes, WHAT_THEN[options.on_missing]] if found.notes else []
+        with_face = len(images) - len(found.notes)
+        bridge.tell(node, " ".join([f"A face in {with_face} of {len(images)} photos.", *then]))
+    return found

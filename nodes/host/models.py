@@ -1,0 +1,225 @@
+"""Between ComfyUI's objects and the library's: models under its memory management, and LoRA.
+
+Nothing here decides anything about DiffLoRA; it hands tensors over and checks that both sides fit.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.lora
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.utils
+import torch
+from torch import Tensor, nn
+
+from ...difflora_core.diffusion.sampler import MAX_SEED, SampleSettings
+from ...difflora_core.errors import ConfigError, EncoderError, LayoutError, LoRAFileError
+from ...difflora_core.lora.formats.state_dict import to_state_dict
+from ...difflora_core.lora.weights import LoRAWeights
+from ...difflora_core.methods.difflora import DiffLoRAModel
+from ...difflora_core.models.lae.autoencoder import LoRALatent
+from ...difflora_core.models.mif import IdentityCondition
+from ...difflora_core.storage.checkpoint import load_model
+from ...difflora_core.vision.features import ImageFeatures
+from ..sockets import BEST_GUESS, MANUAL
+
+# Activations only; ComfyUI knows the weights. Covers a full-size model reading 16 photos.
+ACTIVATION_BYTES = 512 * 2**20
+
+
+class _Holder(nn.Module):
+    """The module that ComfyUI patches: it sets attributes of its own (device) on it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+
+@dataclass(frozen=True)
+class HostedModel:
+    """A DiffLoRA model in ComfyUI's care.
+
+    Attributes:
+        patcher: ModelPatcher that holds it; ComfyUI moves its weights.
+        name: File name, for messages.
+    """
+
+    patcher: Any = field(repr=False)
+    name: str
+
+    @property
+    def settings(self) -> DiffLoRAModel:
+        """The network, to read its configuration; it may be anywhere."""
+        return self.patcher.model.network
+
+    def ready(self) -> DiffLoRAModel:
+        """The network on the device where it computes."""
+        comfy.model_management.load_models_gpu([self.patcher], memory_required=ACTIVATION_BYTES)
+        network = self.settings
+        for name in ("latent_mean", "latent_scale"):
+            # A partly loaded model leaves them behind, and they say where inputs go.
+            setattr(network, name, network.get_buffer(name).to(self.patcher.load_device))
+        return network
+
+
+def host_model(path: str, name: str) -> HostedModel:
+    """Loads a DiffLoRA checkpoint into ComfyUI's care; strict, see storage.checkpoint."""
+    network = load_model(path, operations=comfy.ops.manual_cast).requires_grad_(False)
+    patcher = comfy.model_patcher.CoreModelPatcher(
+        _Holder(network),
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+    return HostedModel(patcher, name)
+
+
+def complete_features(features: ImageFeatures, network: DiffLoRAModel) -> ImageFeatures:
+    """Fills the part of an encoder that was not connected, when the model can do without it.
+
+    Raises:
+        EncoderError: it cannot, or the features come from other encoders than the model's.
+    """
+    sizes, sources = network.config.feature_sizes, network.config.mif.sources
+    face, image, tokens = features.face, features.image, features.image_tokens
+    if face.shape[1] == 0:
+        if sources == ("face",):
+            raise EncoderError(
+                "This DiffLoRA model knows people by their face only: connect a face analysis."
+            )
+        face = face.new_zeros(len(face), sizes.face)
+    if image.shape[1] == 0:
+        if sources != ("face",):
+            raise EncoderError(
+                "This DiffLoRA model also looks at the whole photo: connect its CLIP vision."
+            )
+        image = image.new_zeros(len(image), sizes.image)
+        tokens = tokens.new_zeros(len(image), sizes.tokens, sizes.token_dim)
+    complete = ImageFeatures(face, features.face_found, image, tokens)
+    sizes.check(complete.sizes)
+    return complete
+
+
+def gate_override(
+    gate: str, face_share: float, face_weight: float = -1.0, image_weight: float = -1.0
+) -> Tensor:
+    """Weights (2,) of face and image; NaN keeps the learned one. A weight below 0 is not set."""
+    shares = (face_share, 1.0 - face_share) if gate == MANUAL else (torch.nan, torch.nan)
+    asked = (face_weight, image_weight)
+    return torch.tensor([w if w >= 0 else s for w, s in zip(asked, shares, strict=True)])
+
+
+def mix(hosted: HostedModel, features: ImageFeatures, override: Tensor) -> IdentityCondition:
+    """Photos of one person to a condition."""
+    network = hosted.ready()
+    return network.condition(complete_features(features, network), override.to(network.device))
+
+
+def draw_latent(
+    hosted: HostedModel,
+    condition: IdentityCondition | None,
+    mode: str,
+    seed: int,
+    settings: SampleSettings,
+) -> LoRALatent:
+    """The best guess, or a sample with progress and interruption; no condition invents a person.
+
+    Raises:
+        ConfigError: a best guess without a condition.
+    """
+    network = hosted.ready()
+    if mode == BEST_GUESS and condition is None:
+        raise ConfigError(
+            "A best guess needs photos: connect a condition, or set the mode to sampled to invent "
+            "a person."
+        )
+    if condition is not None:
+        condition = condition.to(network.get_buffer("latent_mean"))
+    # A model trained on weights alone has no trained predictor: its best guess is a sample.
+    if mode == BEST_GUESS and condition is not None and network.config.preset != "paper":
+        return network.mean_latent(condition)
+    return network.sample_latent(condition, [seed], settings, callback=progress(settings.steps))
+
+
+def sample_batch(
+    hosted: HostedModel,
+    condition: IdentityCondition | None,
+    seeds: range,
+    settings: SampleSettings,
+    initial: LoRALatent | None = None,
+) -> LoRALatent:
+    """One sample for every seed, see DiffLoRAModel.sample_latent; seeds go round at the last."""
+    network = hosted.ready()
+    if condition is not None:
+        condition = condition.to(network.get_buffer("latent_mean"))
+    numbers = [seed % (MAX_SEED + 1) for seed in seeds]
+    bar = progress(settings.steps)
+    return network.sample_latent(condition, numbers, settings, callback=bar, initial=initial)
+
+
+def progress(total: int) -> Any:
+    """A step callback that moves ComfyUI's progress bar and stops when the user asks."""
+    bar = comfy.utils.ProgressBar(total)
+
+    def step(done: int, total: int, *_: Tensor) -> None:
+        bar.update_absolute(done, total)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    return step
+
+
+def tell(node: Any, text: str) -> None:
+    """Shows a line on the running node in the browser, as core's Get Image Size does."""
+    from server import PromptServer  # noqa: PLC0415  there is none before ComfyUI runs
+
+    if node.hidden.unique_id:
+        PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
+
+
+def decode(hosted: HostedModel, latent: LoRALatent, base_model: Any) -> dict[str, Tensor]:
+    """A latent to a LORA_MODEL: kohya LDM keys with alpha; checked against the base when given."""
+    weights = hosted.ready().decode(latent).batch_item(0).to(device="cpu")
+    if base_model is not None:
+        check_fits(weights, base_model, hosted.settings.layout.base)
+    return to_state_dict(weights, "kohya_ldm")
+
+
+def check_lora(lora: Any) -> dict[str, Tensor]:
+    """What came through a LoRA socket, if it is one.
+
+    Raises:
+        LoRAFileError: it is empty, or something else.
+    """
+    if not isinstance(lora, dict) or not all(isinstance(v, Tensor) for v in lora.values()):
+        raise LoRAFileError(
+            f"A {type(lora).__name__} is not a LoRA. Connect a node that makes one, for example "
+            "Personalize."
+        )
+    if not lora:
+        raise LoRAFileError("This LoRA is empty: it changes no layer. Make it again.")
+    return lora
+
+
+def check_fits(weights: LoRAWeights, base_model: Any, made_for: str) -> None:
+    """Compares every layer with the model it is meant for; ComfyUI itself only logs what is lost.
+
+    Raises:
+        LayoutError: a layer is missing there, or has another size.
+    """
+    names: Mapping[str, str] = comfy.lora.model_lora_keys_unet(base_model.model, {})
+    state = base_model.model.state_dict()
+    wrong = []
+    for name, layer in weights.layers.items():
+        key = names.get(f"lora_unet_{name.replace('.', '_')}")
+        if not isinstance(key, str) or key not in state:
+            wrong.append(name)
+        elif tuple(state[key].shape[:2]) != (layer.up.shape[0], layer.down.shape[1]):
+            wrong.append(name)
+    if wrong:
+        raise LayoutError(
+            f"This LoRA is made for {made_for}: {len(wrong)} of its {len(weights.layers)} "
+            f"layers do not fit the base model that is connected (for example {wrong[0]}). Load "
+            "the base model it was made for, or make a LoRA for this one."
+        )

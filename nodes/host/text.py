@@ -1,0 +1,226 @@
+"""New words in ComfyUI's CLIP: its encoders as ConceptText, and clones that know a word."""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import comfy.model_management
+import torch
+from torch import Tensor, nn
+
+from ...difflora_core.errors import ConfigError, InterruptedTraining, LayoutError
+from ...difflora_core.methods.perfusion import PreparedConcept
+from ...difflora_core.text.new_words import (
+    Concept,
+    EncodedPrompts,
+    WordEmbedding,
+    check_new_word,
+    check_probe,
+    find_words,
+    splice,
+    superclass_token,
+    text_probe,
+    word_encoding,
+)
+
+ENCODERS = ("clip_l", "clip_g")
+
+
+def leave_inference(module: nn.Module) -> None:
+    """Replaces tensors born in inference mode by equal ones that autograd may keep."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and parameter.is_inference():
+                part._parameters[name] = nn.Parameter(parameter.clone(), requires_grad=False)
+        for name, buffer in part._buffers.items():
+            if buffer is not None and buffer.is_inference():
+                part._buffers[name] = buffer.clone()
+
+
+@contextmanager
+def gradients_kept(encoder: nn.Module) -> Iterator[None]:
+    """ComfyUI's CLIP adds to its states in place, which autograd forbids after a norm saw them.
+
+    The norms get copies while gradients are wanted.
+    """
+    handles = []
+    if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+        leave_inference(encoder)
+        handles = [
+            part.register_forward_pre_hook(lambda _, args: (args[0].clone(), *args[1:]))
+            for part in encoder.modules()
+            if isinstance(part, nn.LayerNorm)
+        ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def stopping() -> Iterator[None]:
+    """Turns ComfyUI's interrupt, which any of its layers may raise, into that of a recipe."""
+    try:
+        yield
+    except comfy.model_management.InterruptProcessingException as stop:
+        if torch.is_inference_mode_enabled():  # no recipe is running
+            raise
+        raise InterruptedTraining("stopped inside a step") from stop
+
+
+class ComfyText:
+    """ConceptText over ComfyUI's SDXL CLIP.
+
+    Raises:
+        ConfigError: the CLIP is of another kind.
+    """
+
+    def __init__(self, clip: Any) -> None:
+        if not all(hasattr(clip.tokenizer, name) for name in ENCODERS):
+            raise ConfigError("Concepts need the two text encoders of SDXL; connect an SDXL CLIP.")
+        self.clip = clip
+
+    @property
+    def _first(self) -> Any:
+        return self.clip.tokenizer.clip_l
+
+    def tokens(self, text: str) -> list[int]:
+        """Token numbers of a text, without start and end marks."""
+        return list(self._first.tokenizer(text)["input_ids"][1:-1])
+
+    def knows(self, word: str) -> bool:
+        """True when a word has a token of its own, or was taught to this CLIP before."""
+        return word in taught_words(self.clip) or len(self.tokens(word)) == 1
+
+    def embedding(self, token: int) -> WordEmbedding:
+        """Token embedding in each encoder."""
+        tables = [table(self.clip, name) for name in ENCODERS]
+        return tuple(t.weight[token].detach().float().cpu().clone() for t in tables)
+
+    def encode(
+        self, prompts: Sequence[str], words: Mapping[str, WordEmbedding], padded: bool = True
+    ) -> EncodedPrompts:
+        """Encode prompts, always padded: ComfyUI's encoders read 77 tokens, not fewer.
+
+        Raises:
+            ConfigError: a prompt is longer than that.
+        """
+        del padded
+        pieces = [splice(prompt, list(words), self.tokens) for prompt in prompts]
+        longest, limit = max(map(len, pieces)), self._first.max_length - 2
+        if longest > limit:
+            raise ConfigError(f"A prompt has {longest} tokens; the text encoders read {limit}.")
+        self.clip.cond_stage_model.reset_clip_options()
+        if self.clip.layer_idx is not None:
+            self.clip.cond_stage_model.set_clip_options({"layer": self.clip.layer_idx})
+        self.clip.load_model()
+        device = self.clip.patcher.load_device
+        self.clip.cond_stage_model.set_clip_options({"execution_device": device})
+        states, pooled = [], torch.zeros(0)
+        for k, name in enumerate(ENCODERS):
+            own = {word: vectors[k] for word, vectors in words.items()}
+            rows = [_row(getattr(self.clip.tokenizer, name), piece, own) for piece in pieces]
+            encoder = getattr(self.clip.cond_stage_model, name)
+            with stopping(), gradients_kept(encoder):
+                with comfy.model_management.cuda_device_context(device):
+                    state, pooled = encoder(rows)[:2]
+            states.append(state)
+        context = torch.cat(states, -1)
+        index = torch.arange(context.shape[1], device=context.device)[None]
+        lengths = torch.tensor([len(piece) for piece in pieces], device=context.device)[:, None]
+        places = {
+            word: torch.tensor([p.index(word) + 1 if word in p else -1 for p in pieces])
+            for word in words
+        }
+        return EncodedPrompts(context, pooled, (index >= 1) & (index <= lengths), places)
+
+
+def table(clip: Any, name: str) -> Any:
+    """Token embedding of one of a CLIP's encoders."""
+    return getattr(clip.cond_stage_model, name).transformer.get_input_embeddings()
+
+
+def _row(tokenizer: Any, piece: Sequence[int | str], words: Mapping[str, Tensor]) -> list[Any]:
+    """One prompt as an encoder takes it: numbers, and vectors for new words."""
+    parts = [words[part] if isinstance(part, str) else part for part in piece]
+    row = [tokenizer.start_token, *parts, tokenizer.end_token]
+    return row + [tokenizer.pad_token] * (tokenizer.max_length - len(row))
+
+
+def taught_words(clip: Any) -> tuple[str, ...]:
+    """New words that a CLIP knows through `teach`."""
+    return tuple(getattr(clip.tokenizer, "difflora_words", ()))
+
+
+def teach(clip: Any, concept: Concept) -> Any:
+    """A clone of a CLIP whose prompts may hold the concept's word.
+
+    Raises:
+        ConfigError: the word is known already.
+        LayoutError: the concept is for other text encoders.
+    """
+    check_new_word(ComfyText(clip), concept.word)
+    widths = [table(clip, name).weight.shape[1] for name in ENCODERS]
+    if [len(e) for e in concept.embeddings] != widths:
+        raise LayoutError(
+            f"The concept {concept.word} has word embeddings of "
+            f"{[len(e) for e in concept.embeddings]}, but this CLIP needs {widths}: it belongs to "
+            f"another base model ({concept.base})."
+        )
+    clone = clip.clone()
+    clone.tokenizer = copy.copy(clip.tokenizer)
+    clone.tokenizer.difflora_words = (*taught_words(clip), concept.word)
+    for k, name in enumerate(ENCODERS):
+        inner = getattr(clip.tokenizer, name)
+        setattr(clone.tokenizer, name, TaughtTokenizer(inner, concept.word, concept.embeddings[k]))
+    return clone
+
+
+class TaughtTokenizer:
+    """A tokenizer of ComfyUI that knows one more word; everything else is left to it."""
+
+    def __init__(self, inner: Any, word: str, vector: Tensor) -> None:
+        self.inner, self.words = inner, {**getattr(inner, "words", {}), word: vector}
+        self.plain = getattr(inner, "plain", inner)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("inner", "plain", "words"):  # not there yet while being copied
+            raise AttributeError(name)
+        return getattr(self.plain, name)
+
+    def tokenize_with_weights(self, text: str, *args: Any, **kwargs: Any) -> Any:
+        """Tokens and weights of a prompt; ComfyUI's own embeddings and weights go on working."""
+        names = {f"difflora{k}": vector for k, vector in enumerate(self.words.values())}
+        numbers = {word: f"difflora{k}" for k, word in enumerate(self.words)}
+        pieces, end = [], 0
+        for start, stop, word in find_words(text, list(self.words)):
+            mark = f" {self.plain.embedding_identifier}{numbers[word]} "
+            pieces += [text[end:start], mark]
+            end = stop
+        reader = copy.copy(self.plain)
+        reader.embedding_directory = self.plain.embedding_directory or []
+
+        def find(name: str) -> tuple[Tensor | None, str, str]:
+            first, _, rest = name.partition(" ")
+            if first in names:
+                return names[first], first, rest.strip()
+            return self.plain._try_get_embedding(name)
+
+        reader._try_get_embedding = find
+        return reader.tokenize_with_weights("".join(pieces) + text[end:], *args, **kwargs)
+
+
+def prepare(concept: Concept, clip: Any) -> PreparedConcept:
+    """A concept with what this CLIP says of its super-class.
+
+    Raises:
+        ConfigError: the concept was trained with other text encoders.
+    """
+    text = ComfyText(clip)
+    with torch.no_grad():
+        check_probe(concept.probe, text_probe(text), f"The concept {concept.word}")
+        embedding = text.embedding(superclass_token(text, concept.superclass))
+        encoding = word_encoding(text, embedding, concept.contexts)
+    return PreparedConcept(concept, encoding.cpu())

@@ -1,0 +1,274 @@
+"""What the two training nodes of concepts share: inputs, the run with progress, the file."""
+
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import numpy as np
+import torch
+from comfy_api.latest import io
+from PIL import Image
+from torch import Tensor
+
+from ...difflora_core.errors import InterruptedTraining
+from ...difflora_core.storage.adapter_file import write_concept
+from ...difflora_core.storage.covariance_file import read_covariance, write_covariance
+from ...difflora_core.text.captions import WORLDS, captions
+from ...difflora_core.text.covariance import Covariance
+from ...difflora_core.text.covariance_builder import build_covariance
+from ...difflora_core.text.new_words import check_probe, text_probe
+from ...difflora_core.training.concept_task import concept_examples, prepare_task
+from .. import model_paths, sockets
+from . import adapters as concept_host
+from . import text as concept_text
+from .training_request import TrainingRequest
+
+logger = logging.getLogger(__name__)
+
+CAPTION_WORLDS = tuple(WORLDS)
+MASKS = (
+    "Where the concept is: one mask for all pictures or one each, for example from a segmentation "
+    "node. An empty mask, or none, counts the whole picture."
+)
+NO_MASKS = "no masks: the whole pictures counted"
+NOTHING = "nothing was learned: it only got worse. Lower the learning rates, or take more steps"
+PREVIEW_SIZE = 512
+MAX_SEED = 2**31 - 1  # the training loop mixes it with the step in 64 bits
+
+
+@dataclass(frozen=True)
+class CovarianceRequest:
+    """Which captions, how many, and whether a file that is there is built again."""
+
+    captions: str
+    count: int
+    ridge: float
+    rebuild: bool
+
+
+def covariance_for(clip: Any, path: Path, request: CovarianceRequest) -> Covariance:
+    """C of a CLIP: read from its file, or built with progress and written.
+
+    Raises:
+        ConfigError: the file there belongs to another CLIP, or C cannot be inverted.
+    """
+    text = concept_text.ComfyText(clip)
+    with torch.no_grad():
+        if path.exists() and not request.rebuild:
+            found = read_covariance(path)
+            check_probe(
+                Tensor() if found.probe is None else found.probe,
+                text_probe(text),
+                f"The covariance file {path.name}",
+            )
+            return found
+        covariance = build_covariance(
+            text, captions(request.count, request.captions), request.ridge, _progress(request.count)
+        )
+    write_covariance(path, covariance)
+    return read_covariance(path)  # as the next run will find it, to the last digit
+
+
+def _progress(total: int) -> Callable[[int, int, dict[str, float]], None]:
+    """Moves ComfyUI's bar and stops when the user asks."""
+    bar = comfy.utils.ProgressBar(total)
+
+    def step(done: int, total: int, metrics: dict[str, float]) -> None:
+        bar.update_absolute(done, total)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    return step
+
+
+def picture_sockets() -> list[io.Input]:
+    """Base model and pictures."""
+    return [
+        io.Model.Input("model", tooltip="The base model; it stays as it is."),
+        io.Clip.Input("clip", tooltip="Its CLIP, not one that knows the word already."),
+        io.Vae.Input("vae", tooltip="Its VAE."),
+        io.Image.Input(
+            "images",
+            tooltip="One to about ten pictures of the same thing, in the size that the model "
+            "draws (1024 for SDXL). Different backgrounds help.",
+        ),
+        sockets.Covariance.Input("covariance", tooltip="From Build Covariance, with this CLIP."),
+    ]
+
+
+def word_widgets() -> list[io.Input]:
+    """The word, its kind, and the prompts to train in."""
+    return [
+        io.String.Input(
+            "word",
+            default="<my-hat>",
+            tooltip="The new word for prompts: letters, digits, - _ < >, and unknown so far.",
+        ),
+        io.String.Input(
+            "superclass",
+            default="hat",
+            tooltip="One plain word for its kind, as the model knows it: cat, hat, cup, person.",
+        ),
+        io.String.Input(
+            "prompts",
+            default="",
+            multiline=True,
+            tooltip="Prompts to train in, one a line, each with the new word in it; they should "
+            "say what else is in the pictures. Empty: a photo of it, and the like.",
+        ),
+    ]
+
+
+def training_widgets() -> list[io.Input]:
+    """How to train and what to keep."""
+    return [
+        io.Int.Input(
+            "batch_size",
+            default=4,
+            min=1,
+            max=64,
+            tooltip="Pictures in each step. Fewer need less memory.",
+        ),
+        io.Int.Input(
+            "seed", default=0, min=0, max=MAX_SEED, tooltip="Of noise and order of pictures."
+        ),
+        io.String.Input(
+            "file_name",
+            default="my_concept",
+            tooltip="Name of the file in models/difflora_concepts; a number is added rather than "
+            "a file replaced.",
+        ),
+        io.Boolean.Input(
+            "mirror",
+            default=True,
+            advanced=True,
+            tooltip="Also train on mirrored pictures. Turn it off for writing and logos.",
+        ),
+        io.Boolean.Input(
+            "small_file",
+            default=False,
+            advanced=True,
+            tooltip="Keep the look as 8-bit numbers: half the size, with an error of under 1 %.",
+        ),
+    ]
+
+
+def training_guidance() -> io.Input:
+    """How guided the loss is; optional, since old workflows lack it."""
+    return io.Float.Input(
+        "guidance",
+        default=1.0,
+        min=1.0,
+        max=20.0,
+        step=0.1,
+        optional=True,
+        advanced=True,
+        tooltip="Learns the look as a sampler with this cfg draws it, in a third more time. "
+        "Raise it, to less than the cfg, where colours come out too strong; 1 is off.",
+    )
+
+
+def training_outputs() -> list[io.Output]:
+    """The concept, the CLIP that knows it, and a report."""
+    return [
+        sockets.Concept.Output(display_name="concept", tooltip="For Apply Concept."),
+        io.Clip.Output(display_name="clip", tooltip="Knows the new word."),
+        io.String.Output(display_name="report", tooltip="File, size, steps and loss."),
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What is connected to a training node."""
+
+    model: Any
+    clip: Any
+    vae: Any
+    images: Tensor
+    covariance: Covariance
+    masks: Tensor | None
+
+
+def train(
+    recipe: Callable[..., Any], config: Any, request: TrainingRequest, parts: Parts
+) -> tuple[list[Any], Any, str]:
+    """Trains, writes a file for each word, and returns concepts, taught CLIP and report.
+
+    Raises:
+        InterruptProcessingException: ComfyUI's, when the user stopped; the best so far is kept.
+    """
+    # ComfyUI runs nodes in inference mode, whose tensors cannot take part in training.
+    with torch.inference_mode(False), torch.enable_grad():
+        try:
+            result = _run(recipe, config, request, parts)
+        except InterruptedTraining as early:  # before the first step there is nothing to keep
+            raise comfy.model_management.InterruptProcessingException from early
+    files, clip = [], parts.clip
+    for concept in result.concepts:
+        path = model_paths.unused_file(model_paths.CONCEPTS, request.file_name)
+        written = write_concept(path, concept, request.small_file)
+        files.append(
+            f"{path.name}: {concept.word}, {written.size / 1024:.1f} KiB, rounding error "
+            f"{written.error:.1e}"
+        )
+        clip = concept_text.teach(clip, concept)
+    best = f"best at step {result.step} of {config.steps}, evaluation loss {result.loss:.4f}"
+    worse = result.finished and result.step == 0
+    remarks = {NO_MASKS: parts.masks is None, NOTHING: worse}
+    report = "\n".join([*files, best, *(text for text, holds in remarks.items() if holds)])
+    if worse:
+        logger.warning("%s", report)
+    if not result.finished:
+        logger.info("Training stopped; the best so far is kept. %s", report)
+        raise comfy.model_management.InterruptProcessingException
+    return [concept_text.prepare(c, parts.clip) for c in result.concepts], clip, report
+
+
+def _run(recipe: Callable[..., Any], config: Any, request: TrainingRequest, parts: Parts) -> Any:
+    """The recipe over ComfyUI's models, with its progress bar."""
+    words = request.new_words()
+    model_paths.new_file(model_paths.CONCEPTS, request.file_name)  # refuse before training
+    text = concept_text.ComfyText(parts.clip)
+    base = concept_host.ComfyBase(parts.model, parts.vae)
+    masks = None if parts.masks is None else parts.masks.clone()
+    if masks is None:
+        logger.info(NO_MASKS)
+    name = type(parts.model.model).__name__.lower()
+    task = prepare_task(base, text, parts.covariance, words, base_name=name)
+    prompts = [request.lines] * len(parts.images)
+    images = parts.images.clone()[..., :3]
+    examples = concept_examples(base, images, words, masks, prompts, request.mirror)
+    folder = model_paths.run_folder(_mark(config, request, examples.latents))
+    bar = comfy.utils.ProgressBar(config.steps)
+
+    def watch(step: int, total: int, metrics: dict[str, float], preview: Any) -> None:
+        try:
+            bar.update_absolute(step, total, ("JPEG", _picture(preview()), PREVIEW_SIZE))
+        except comfy.model_management.InterruptProcessingException as stop:
+            raise InterruptedTraining(f"stopped after step {step}") from stop
+
+    return recipe(task, examples, config, folder, watch, _interrupted)
+
+
+def _interrupted() -> bool:
+    """True when the user asked ComfyUI to stop; the request is used up."""
+    try:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+    except comfy.model_management.InterruptProcessingException:
+        return True
+    return False
+
+
+def _mark(config: Any, request: TrainingRequest, latents: Tensor) -> str:
+    """Name of the folder of a run: equal for equal settings and pictures."""
+    text = f"{config!r} {request!r} {tuple(latents.shape)} {float(latents.double().sum())}"
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _picture(images: Tensor) -> Image.Image:
+    """The first of some images (N, H, W, 3) as a picture."""
+    return Image.fromarray(np.uint8(images[0].clamp(0, 1).cpu().numpy() * 255))
