@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from difflora_core.base_model.protocol import DiffusersBase
+from difflora_core.base_model.diffusers_base import DiffusersBase
 from difflora_core.demo import paths
 from difflora_core.demo.build.features import demo_encoders
 from difflora_core.demo.networks.base import load_base

@@ -12,17 +12,17 @@ BEST_GUESS, SAMPLED = "best_guess", "sampled"
 LEARNED, MANUAL = "learned", "manual"
 
 DiffLoRAModel = io.Custom("DIFFLORA_MODEL")
-"""bridge.HostedModel"""
+"""host.models.HostedModel"""
 Features = io.Custom("DIFFLORA_FEATURES")
 """vision.features.ImageFeatures"""
 Condition = io.Custom("DIFFLORA_CONDITION")
 """models.mif.IdentityCondition"""
 Latent = io.Custom("DIFFLORA_LATENT")
-"""models.lae.LoRALatent"""
+"""models.lae.autoencoder.LoRALatent"""
 Concept = io.Custom("DIFFLORA_CONCEPT")
 """methods.perfusion.PreparedConcept"""
 Covariance = io.Custom("DIFFLORA_COVARIANCE")
-"""adapters.covariance.Covariance"""
+"""text.covariance.Covariance"""
 FaceAnalysis = io.Custom("FACEANALYSIS")
 """An insightface FaceAnalysis, as the InstantID and PuLID packs pass it."""
 

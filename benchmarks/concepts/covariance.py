@@ -18,11 +18,11 @@ from torch import Tensor
 
 from difflora_core.adapters.perfusion import SigmoidGate
 from difflora_core.demo import paths
-from difflora_core.demo.world.concepts import CONCEPTS, demo_concept_text
+from difflora_core.demo.networks.concept_text import demo_concept_text
+from difflora_core.demo.world.concepts import CONCEPTS
 from difflora_core.evaluation.report import Report
 from difflora_core.text.captions import captions
-from difflora_core.text.covariance import RIDGE, Covariance
-from difflora_core.text.covariance_builder import build_covariance
+from difflora_core.text.covariance import RIDGE, Covariance, build_covariance
 from difflora_core.text.new_words import ConceptText, superclass_token, word_encoding
 
 from ..prompts import PROMPTS

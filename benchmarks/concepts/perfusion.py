@@ -22,14 +22,15 @@ from torch import Tensor
 from difflora_core.demo import paths
 from difflora_core.demo.networks.base import load_base
 from difflora_core.demo.networks.concept_judge import load_concept_judge
+from difflora_core.demo.networks.concept_text import demo_concept_text
 from difflora_core.demo.networks.judges import Judges, load_judge
-from difflora_core.demo.world.concepts import CONCEPTS, DemoConcept, demo_concept_text, render_items
+from difflora_core.demo.world.concepts import CONCEPTS, DemoConcept, render_items
 from difflora_core.demo.world.identities import split_seeds
 from difflora_core.demo.world.scenes import Scene
 from difflora_core.evaluation.pareto import hypervolume, shortfall
 from difflora_core.evaluation.report import Report, bootstrap_interval
 from difflora_core.text.captions import captions
-from difflora_core.text.covariance_builder import build_covariance
+from difflora_core.text.covariance import build_covariance
 
 from ..prompts import CONTEXT, EXPRESSION, LOOK, with_plain_things
 from ..world import CACHE, benchmark_console, commit, machine, set_threads, write_report

@@ -25,7 +25,7 @@ from difflora_core.demo.world.renderer import COLOURS
 from difflora_core.demo.world.scenes import ITEM_PHRASES, Scene
 from difflora_core.diffusion.sampler import SampleSettings, initial_noise, sample, seeded_generators
 from difflora_core.evaluation.text_alignment import attribute_agreement
-from difflora_core.storage.checkpoint import write_atomic
+from difflora_core.storage.safetensors_io import write_atomic
 from difflora_core.text.new_words import WordEmbedding
 
 from ..prompts import asked

@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from difflora_core.adapters.base import AdapterSet
 from difflora_core.adapters.lora import lora_adapter_set
-from difflora_core.base_model.protocol import DiffusersBase
+from difflora_core.base_model.diffusers_base import DiffusersBase
 from difflora_core.demo.build.concept_training import TRAINING, concept_lesson, wordings
 from difflora_core.demo.world.concepts import ConceptPictures, DemoConcept, render_concept
 from difflora_core.demo.world.identities import split_seeds
@@ -26,7 +26,7 @@ from difflora_core.methods.base import AdaptationRequest
 from difflora_core.methods.infusion import Infusion, InfusionConfig
 from difflora_core.methods.perfusion import Perfusion, PerfusionConfig, PreparedConcept
 from difflora_core.storage.adapter_file import read_concept, write_concept
-from difflora_core.storage.checkpoint import write_atomic
+from difflora_core.storage.safetensors_io import write_atomic
 from difflora_core.text.covariance import Covariance
 from difflora_core.text.new_words import (
     Concept,

@@ -22,7 +22,8 @@ from difflora_core.evaluation.report import Report
 from difflora_core.evaluation.weight_space import reconstruction
 from difflora_core.lora.tokens import TokenGrid
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
-from difflora_core.models.lae.autoencoder import LAEConfig, LoRAAutoencoder
+from difflora_core.models.lae.autoencoder import LoRAAutoencoder
+from difflora_core.models.lae.config import LAEConfig
 from difflora_core.storage.lora_corpus import LoRACorpus
 from difflora_core.training.difflora import lae
 from difflora_core.training.difflora.linear_baselines import pca_autoencoder

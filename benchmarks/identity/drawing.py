@@ -12,8 +12,10 @@ from torch import Tensor
 
 from difflora_core.adapters.attach import attach
 from difflora_core.adapters.lora import lora_adapter_set
-from difflora_core.base_model.protocol import DiffusersBase, TextCondition, stratified_timesteps
+from difflora_core.base_model.diffusers_base import DiffusersBase
+from difflora_core.base_model.protocol import TextCondition
 from difflora_core.demo.world.scenes import Scene
+from difflora_core.diffusion.objective import stratified_timesteps
 from difflora_core.diffusion.sampler import SampleSettings, initial_noise, sample, seeded_generators
 from difflora_core.lora.layout import LoRALayout
 from difflora_core.lora.weights import LoRALayer, LoRAWeights

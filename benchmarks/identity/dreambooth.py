@@ -13,11 +13,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from difflora_core.base_model.protocol import DiffusersBase
+from difflora_core.base_model.diffusers_base import DiffusersBase
 from difflora_core.demo.build.stages_lora import CORPUS
 from difflora_core.demo.examples import DREAMBOOTH
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
-from difflora_core.storage.checkpoint import write_atomic
+from difflora_core.storage.safetensors_io import write_atomic
 from difflora_core.training.dreambooth import DreamBoothConfig, DreamBoothExamples, train_dreambooth
 
 from .drawing import groups

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from difflora_core.lora.weights import LoRAWeights
-from difflora_core.storage.checkpoint import write_atomic
+from difflora_core.storage.safetensors_io import write_atomic
 
 from ..world import World
 from .drawing import Artist, Plan, unseen_latents

@@ -14,7 +14,7 @@ from torch import Tensor
 from difflora_core.lora.layout import LoRALayout
 from difflora_core.lora.tokens import TokenGrid
 from difflora_core.lora.weights import LoRAWeights
-from difflora_core.storage.checkpoint import write_atomic
+from difflora_core.storage.safetensors_io import write_atomic
 from difflora_core.training.difflora.linear_baselines import (
     PCAAutoencoder,
     RidgeRegression,

@@ -191,3 +191,10 @@ def loss_weight(kind: str, abar: Tensor, prediction: str = "epsilon") -> Tensor:
     raise ConfigError(
         f"Unknown loss weight {kind!r}; use one of {', '.join(get_args(LossWeight))}."
     )
+
+
+def stratified_timesteps(count: int, generator: torch.Generator, steps: int = 1000) -> Tensor:
+    """Uniform timesteps, one from each of `count` equal strata: less variance, same mean."""
+    strata = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    order = torch.randperm(count, generator=generator)
+    return (strata * steps).long().clamp(max=steps - 1)[order]

@@ -10,7 +10,7 @@ from ..diffusion.objective import NoiseSchedule
 from ..errors import ConfigError
 from ..vision.features import FeatureSizes
 from .dit import DiTConfig
-from .lae.autoencoder import LAEConfig
+from .lae.config import LAEConfig
 from .mif import MIFConfig
 from .predictor import PredictorConfig
 

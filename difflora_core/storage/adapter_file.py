@@ -19,8 +19,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError, LayoutError
 from ..text.new_words import METHODS, TEMPLATES, Concept
-from .checkpoint import write_atomic
-from .safetensors_io import Header, read_header
+from .safetensors_io import Header, read_header, write_atomic
 
 FORMAT = "difflora-concept"
 FORMAT_VERSION = 1

@@ -7,8 +7,6 @@ sizes of the encoders), LoRA layout and its hash. Reading is strict and never tr
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +14,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError, LayoutError
 from ..lora.layout import LoRALayout
 from ..methods.difflora import DiffLoRAConfig, DiffLoRAModel
 from ..models.mif import SOURCES
+from .safetensors_io import write_atomic
 
 FORMAT = "difflora"
 FORMAT_VERSION = 1
@@ -93,29 +91,6 @@ def save_model(
         "source": dict(source or {}),
     }
     return write_atomic(tensors, {METADATA_KEY: json.dumps(document, sort_keys=True)}, path)
-
-
-def write_atomic(tensors: Mapping[str, Tensor], metadata: dict[str, str], path: str | Path) -> Path:
-    """Writes a .safetensors file under a temporary name in the same folder, then renames it.
-
-    Raises:
-        CheckpointError: the folder cannot be written.
-    """
-    path = Path(path)
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        save_file(dict(tensors), temporary, metadata=metadata)
-        os.chmod(temporary, 0o644)  # mkstemp and safetensors leave 0600; others share the folder
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} could not be written: {error}.") from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-    return path
 
 
 def read_info(path: str | Path) -> CheckpointInfo:

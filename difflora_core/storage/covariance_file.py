@@ -10,8 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError, ConfigError
 from ..text.covariance import Covariance
-from .checkpoint import write_atomic
-from .safetensors_io import read_header
+from .safetensors_io import read_header, write_atomic
 
 FORMAT = "difflora-covariance"
 FORMAT_VERSION = 1

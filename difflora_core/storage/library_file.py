@@ -21,8 +21,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, LibraryError
 from ..models.lae.autoencoder import LoRALatent
-from .checkpoint import write_atomic
-from .safetensors_io import Header, read_header
+from .safetensors_io import Header, read_header, write_atomic
 from .thumbnail import MAX_PICTURE_BYTES
 
 FORMAT, VERSION, METADATA_KEY = "difflora_library", 1, "difflora_library"

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import CheckpointError, LayoutError
 from ..lora.layout import LoRALayout
 from ..lora.weights import LoRALayer, LoRAWeights
-from .checkpoint import write_atomic
+from .safetensors_io import write_atomic
 
 FORMAT = "difflora-lora-corpus-1"
 

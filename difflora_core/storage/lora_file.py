@@ -21,7 +21,8 @@ from torch import Tensor
 from .. import __version__
 from ..errors import LoRAFileError
 from ..lora.formats.report import ReadResult
-from ..lora.formats.state_dict import Names, Naming, from_state_dict, to_state_dict
+from ..lora.formats.state_dict import from_state_dict, to_state_dict
+from ..lora.formats.stems import Names, Naming
 from ..lora.layout import LoRALayout
 from ..lora.weights import LoRAWeights
 from .safetensors_io import read_header

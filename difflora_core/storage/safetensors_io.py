@@ -1,4 +1,4 @@
-"""The header of a .safetensors file, checked before any tensor is touched.
+"""Reading and writing .safetensors files: headers checked before any tensor, writes in one step.
 
 Nothing in a file is trusted, and every way in which one can be wrong has its own sentence.
 """
@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import DiffLoRAError
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import CheckpointError, DiffLoRAError
 
 MAX_HEADER_BYTES = 16 * 2**20  # a LoRA of 10,000 tensors needs about 2 MiB
 _ITEM_BYTES = {
@@ -70,6 +76,29 @@ def read_header(path: Path, kind: str, error: type[DiffLoRAError]) -> Header:
     metadata = header.pop("__metadata__", None) or {}
     tensors = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
     return Header(tensors, metadata)
+
+
+def write_atomic(tensors: Mapping[str, Tensor], metadata: dict[str, str], path: str | Path) -> Path:
+    """Writes a .safetensors file under a temporary name in the same folder, then renames it.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        save_file(dict(tensors), temporary, metadata=metadata)
+        os.chmod(temporary, 0o644)  # mkstemp and safetensors leave 0600; others share the folder
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} could not be written: {error}.") from error
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+    return path
 
 
 def _why_not(start: bytes, length: int, size: int) -> str:

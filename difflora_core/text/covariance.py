@@ -6,6 +6,7 @@ language uses a lot count little. C belongs to a pair of text encoders, not to a
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from .new_words import ConceptText, text_probe
 
 RIDGE = 1e-3  # share of the mean variance; perfusion.md 6 names 1e-4 to 1e-2
+BATCH = 64  # captions encoded at a time
 MAX_CONDITION = 1e10  # beyond it float64 leaves fewer than six digits of C^-1
 
 
@@ -64,7 +67,7 @@ class Covariance:
         matrix: (d, d) symmetric, not yet regularised.
         tokens: number of encodings behind it.
         ridge: lambda; C + lambda * tr(C) / d * I is what gets inverted (ours).
-        probe: (P,) fingerprint of the text encoders, see `models.concept.text_probe`.
+        probe: (P,) fingerprint of the text encoders, see `new_words.text_probe`.
 
     Raises:
         ConfigError: not square, not symmetric, not finite, or it cannot be inverted.
@@ -149,3 +152,36 @@ class Covariance:
     def similarity(self, rows: Tensor, direction: Tensor) -> Tensor:
         """a = e' C^-1 i / (i' C^-1 i) of rows e (..., d) to a direction (d,)."""
         return rows.double() @ self.covector(direction)
+
+
+def build_covariance(
+    text: ConceptText,
+    captions: Sequence[str],
+    ridge: float = RIDGE,
+    progress: Callable[[int, int, dict[str, float]], None] | None = None,
+) -> Covariance:
+    """Uncentred second moment of the encodings of all real tokens (perfusion.md 6).
+
+    Start, end and padding do not count; the sum is divided by the number of tokens.
+
+    Args:
+        text: the frozen text encoders.
+        captions: any texts; thousands give a C that can be inverted.
+        ridge: see `Covariance`.
+        progress: called as (captions done, captions, metrics); it may raise to stop.
+
+    Raises:
+        ConfigError: no captions, or C cannot be inverted.
+    """
+    probe = text_probe(text)
+    moment: SecondMoment | None = None
+    for start in range(0, len(captions), BATCH):
+        encoded = text.encode(captions[start : start + BATCH], {}, padded=False)
+        real = encoded.real.to(encoded.context.device)
+        moment = moment or SecondMoment(encoded.context.shape[-1])
+        moment.add(encoded.context[real])
+        if progress is not None:
+            done = min(start + BATCH, len(captions))
+            progress(done, len(captions), {"tokens": float(moment.count)})
+    moment = moment or SecondMoment(1)
+    return Covariance(moment.matrix(), moment.count, ridge, probe)

@@ -17,7 +17,7 @@ from ..adapters.attach import attach
 from ..base_model.protocol import TextCondition, compute_device, compute_dtype
 from ..diffusion.objective import abar_at, add_noise, to_x0
 from ..errors import CheckpointError, InterruptedTraining
-from ..storage.checkpoint import write_atomic
+from ..storage.safetensors_io import write_atomic
 from ..text.new_words import Concept
 from .concept_task import ConceptExamples
 from .loop import LoopConfig, train

@@ -12,13 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..base_model.protocol import (
-    BaseModel,
-    TextCondition,
-    compute_device,
-    compute_dtype,
-    stratified_timesteps,
-)
+from ..base_model.protocol import BaseModel, TextCondition, compute_device, compute_dtype
+from ..diffusion.objective import stratified_timesteps
 from ..errors import ConfigError
 from ..text.covariance import Covariance
 from ..text.new_words import (

@@ -18,7 +18,9 @@ from diffusers import ControlNetModel
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..base_model.protocol import DiffusersBase, TextCondition, stratified_timesteps, time_ids
+from ..base_model.diffusers_base import DiffusersBase, time_ids
+from ..base_model.protocol import TextCondition
+from ..diffusion.objective import stratified_timesteps
 from ..errors import CheckpointError, ConfigError
 from ..lora.layout import unet_name_map
 from ..vision.keypoint_picture import keypoint_picture

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..adapters.attach import attach
 from ..adapters.lora import lora_adapter_set
-from ..base_model.protocol import BaseModel, TextCondition, stratified_timesteps
+from ..base_model.protocol import BaseModel, TextCondition
+from ..diffusion.objective import stratified_timesteps
 from ..errors import InterruptedTraining
 from ..lora.weights import LoRAWeights
 from .dreambooth_config import DreamBoothConfig, DreamBoothExamples

@@ -18,7 +18,7 @@ from ..base_model.protocol import BaseModel
 from ..errors import CheckpointError, ConfigError, LayoutError
 from ..lora.layout import LoRALayout
 from ..lora.weights import LoRALayer, LoRAWeights
-from ..storage.checkpoint import write_atomic
+from ..storage.safetensors_io import write_atomic
 from .dreambooth_config import DreamBoothConfig, DreamBoothExamples
 from .losses import NoisedBatch, denoising_error
 

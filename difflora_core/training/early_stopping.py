@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..errors import ConfigError, InterruptedTraining
-from ..storage.checkpoint import write_atomic
+from ..storage.safetensors_io import write_atomic
 from .loop import Batch, LoopConfig, Progress, train
 
 STATE = "state.safetensors"  # written by the loop

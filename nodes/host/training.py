@@ -19,8 +19,7 @@ from ...difflora_core.errors import InterruptedTraining
 from ...difflora_core.storage.adapter_file import write_concept
 from ...difflora_core.storage.covariance_file import read_covariance, write_covariance
 from ...difflora_core.text.captions import WORLDS, captions
-from ...difflora_core.text.covariance import Covariance
-from ...difflora_core.text.covariance_builder import build_covariance
+from ...difflora_core.text.covariance import Covariance, build_covariance
 from ...difflora_core.text.new_words import check_probe, text_probe
 from ...difflora_core.training.concept_task import concept_examples, prepare_task
 from .. import model_paths, sockets

@@ -4,20 +4,24 @@ import ast
 import subprocess
 import sys
 
-LEVELS = {
-    "errors": 0,
-    "lora": 1,
-    "vision": 1,
-    "diffusion": 1,
-    "models": 2,
-    "adapters": 2,
-    "methods": 3,
-    "storage": 4,
-    "training": 5,
-    "evaluation": 5,
-    "demo": 6,
-    "cli": 7,
-}
+FLOORS = (
+    ("errors",),
+    ("config",),
+    ("lora", "vision", "text", "diffusion"),
+    ("base_model", "models", "adapters"),
+    ("methods",),
+    ("storage",),
+    ("training", "evaluation"),
+    ("demo",),
+)
+LEVELS = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+DEMO_FLOORS = (
+    ("paths",),
+    ("world", "comfyui"),
+    ("networks", "examples"),
+    ("build", "workflows"),
+)
+DEMO_LEVELS = {room: level for level, rooms in enumerate(DEMO_FLOORS) for room in rooms}
 HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "execution", "folder_paths"}
 HEAVY = {
     "accelerate",
@@ -29,18 +33,13 @@ HEAVY = {
     "transformers",
 }
 SHARED_NODE_FILES = {
-    *("sockets", "bridge", "encoders", "model_paths"),
-    *("concept_host", "concept_text", "concept_training", "concept_request"),
+    *("sockets", "model_paths", "host"),
 }
 
 
 def allowed(importer: str, imported: str) -> bool:
     """The house's import law for two rooms."""
-    if importer == imported or imported == "errors":
-        return True
-    if importer == "adapters":
-        return imported == "lora"
-    return LEVELS[imported] < LEVELS[importer]
+    return importer == imported or LEVELS[imported] < LEVELS[importer]
 
 
 def test_rooms_are_known(sources):
@@ -59,6 +58,40 @@ def test_imports_point_down(sources):
                 if not allowed(source.room, parts[1]):
                     wrong.append(f"{source.path}:{line} {source.room} -> {parts[1]}")
     assert not wrong
+
+
+def test_imports_point_down_inside_the_demo(sources):
+    wrong = []
+    for source in sources:
+        room = source.path.with_suffix("").parts[2:3] if source.room == "demo" else ()
+        for line, target in source.imports() if room and room[0] in DEMO_LEVELS else []:
+            other = target.removeprefix("difflora_core.demo.").split(".")[0]
+            if target.startswith("difflora_core.demo.") and other in DEMO_LEVELS:
+                if other not in room and DEMO_LEVELS[other] >= DEMO_LEVELS[room[0]]:
+                    wrong.append(f"{source.path}:{line} {room[0]} -> {other}")
+    assert not wrong
+
+
+def test_no_file_imports_itself_through_others(sources):
+    """Circles, those of type checkers too; inside one package they count as well."""
+    files = {".".join(s.path.with_suffix("").parts): s for s in sources}
+    edges = {
+        name: {
+            module
+            for _, target in source.imports()
+            for module in (target, target.rpartition(".")[0])
+            if module in files and module != name
+        }
+        for name, source in files.items()
+    }
+    left = dict(edges)
+    while free := [name for name, targets in left.items() if not targets & left.keys()]:
+        for name in free:
+            del left[name]
+    circular = [
+        name for name in left if any(name in edges.get(target, ()) for target in edges[name])
+    ]
+    assert not left, circular or sorted(left)
 
 
 def test_core_never_imports_the_host(sources):

@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from benchmarks.identity.drawing import Plan
 from benchmarks.prompts import QUICK
 from benchmarks.world import World
-from difflora_core.base_model.protocol import DiffusersBase
+from difflora_core.base_model.diffusers_base import DiffusersBase
 from difflora_core.demo.networks.base import SCHEDULER_CONFIG, UNET_CONFIG, new_base
 from difflora_core.demo.networks.judges import RECIPES, JudgeNetwork, Judges
 from difflora_core.demo.networks.vae import new_vae

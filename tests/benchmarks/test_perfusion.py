@@ -38,7 +38,7 @@ from difflora_core.demo.world.concepts import CONCEPTS, KNOWN, render_concept, r
 from difflora_core.demo.world.scenes import render_portraits
 from difflora_core.text.captions import captions
 from difflora_core.text.clip_pair import ClipPairText, TokenMarks
-from difflora_core.text.covariance_builder import build_covariance
+from difflora_core.text.covariance import build_covariance
 
 HAT, CAT = CONCEPTS[0], CONCEPTS[4]
 TINY = Size((0, 4), perfusion.SCENES[:2], 1, ((0, 4),), 1, Recipes(steps=2, batch=1))

@@ -9,7 +9,8 @@ from difflora_core.lora.layout import LayerShape, LoRALayout
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.methods.difflora import DiffLoRAConfig, DiffLoRAModel
 from difflora_core.models.dit import DiTConfig
-from difflora_core.models.lae.autoencoder import LAEConfig, LoRALatent
+from difflora_core.models.lae.autoencoder import LoRALatent
+from difflora_core.models.lae.config import LAEConfig
 from difflora_core.models.mif import MIFConfig
 from difflora_core.models.predictor import PredictorConfig
 from difflora_core.storage.adapter_file import write_concept

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from difflora_core.lora.formats.families import loha_layer, lokr_layer
-from difflora_core.lora.formats.state_dict import stem_table, to_state_dict
+from difflora_core.lora.formats.state_dict import to_state_dict
+from difflora_core.lora.formats.stems import stem_table
 from difflora_core.lora.layout import SD15_UNET_CONFIG, SDXL_UNET_CONFIG, sdxl_layout, unet_name_map
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from difflora_core.errors import ConfigError
 from difflora_core.models.difflora_config import DiffLoRAConfig
 from difflora_core.models.dit import DiTConfig
-from difflora_core.models.lae.autoencoder import LAEConfig
+from difflora_core.models.lae.config import LAEConfig
 from difflora_core.models.mif import MIFConfig
 from difflora_core.models.predictor import PredictorConfig
 from difflora_core.vision.features import FeatureSizes

@@ -12,7 +12,8 @@ from difflora_core.lora.layout import LayerShape, LoRALayout, sdxl_layout
 from difflora_core.lora.tokens import TokenGrid
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.models.difflora_config import DiffLoRAConfig
-from difflora_core.models.lae.autoencoder import LAEConfig, LoRAAutoencoder
+from difflora_core.models.lae.autoencoder import LoRAAutoencoder
+from difflora_core.models.lae.config import LAEConfig
 from difflora_core.models.lae.conv1d import strides
 
 LAYOUT = LoRALayout(

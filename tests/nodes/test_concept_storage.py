@@ -94,7 +94,7 @@ def test_weights_off_the_device(parts, unet):
 
 def test_a_covariance_is_the_same_built_and_read(parts, tmp_path):
     """To the last digit, or a training after the first one would end elsewhere."""
-    training = parts("nodes.concept_training")
+    training = parts("nodes.host.training")
     (base, *_), _ = parts("nodes.model_paths").demo_paths()
     clip = parts("nodes.demo").load_demo_clip(base)
     request = training.CovarianceRequest("demo", 200, 0.01, False)

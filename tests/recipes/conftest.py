@@ -4,7 +4,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
-from difflora_core.base_model.protocol import DiffusersBase, TextCondition
+from difflora_core.base_model.diffusers_base import DiffusersBase
+from difflora_core.base_model.protocol import TextCondition
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.training.dreambooth import DreamBoothExamples
 

@@ -10,7 +10,7 @@ from difflora_core.errors import ConfigError
 from difflora_core.methods.difflora import DiffLoRAConfig, DiffLoRAModel
 from difflora_core.models.dit import DiTConfig
 from difflora_core.models.face_reader import FaceReader, FaceReaderConfig
-from difflora_core.models.lae.autoencoder import LAEConfig
+from difflora_core.models.lae.config import LAEConfig
 from difflora_core.models.mif import MIFConfig
 from difflora_core.models.predictor import PredictorConfig
 from difflora_core.training.difflora import face_reader

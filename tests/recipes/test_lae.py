@@ -6,7 +6,8 @@ import torch
 from difflora_core.errors import ConfigError
 from difflora_core.lora.distance import relative_error
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
-from difflora_core.models.lae.autoencoder import LAEConfig, LoRAAutoencoder
+from difflora_core.models.lae.autoencoder import LoRAAutoencoder
+from difflora_core.models.lae.config import LAEConfig
 from difflora_core.training.difflora import lae as recipe
 from difflora_core.training.difflora.lae_encoder import (
     EncoderExamples,

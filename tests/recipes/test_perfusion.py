@@ -23,8 +23,7 @@ from difflora_core.methods.infusion import Infusion, InfusionConfig
 from difflora_core.methods.perfusion import Perfusion, PerfusionConfig, PreparedConcept
 from difflora_core.text.captions import captions
 from difflora_core.text.clip_pair import ClipPairText, TokenMarks
-from difflora_core.text.covariance import Covariance
-from difflora_core.text.covariance_builder import build_covariance
+from difflora_core.text.covariance import Covariance, build_covariance
 from difflora_core.text.new_words import TEMPLATES, superclass_token, text_probe, word_encoding
 from difflora_core.training.concept_task import (
     ConceptExamples,

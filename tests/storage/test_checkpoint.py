@@ -14,16 +14,11 @@ from difflora_core.errors import CheckpointError
 from difflora_core.lora.layout import LayerShape, LoRALayout
 from difflora_core.methods.difflora import DiffLoRAConfig, DiffLoRAModel
 from difflora_core.models.dit import DiTConfig
-from difflora_core.models.lae.autoencoder import LAEConfig
+from difflora_core.models.lae.config import LAEConfig
 from difflora_core.models.mif import MIFConfig
 from difflora_core.models.predictor import PredictorConfig
-from difflora_core.storage.checkpoint import (
-    METADATA_KEY,
-    load_model,
-    read_info,
-    save_model,
-    write_atomic,
-)
+from difflora_core.storage.checkpoint import METADATA_KEY, load_model, read_info, save_model
+from difflora_core.storage.safetensors_io import write_atomic
 
 LAYOUT = LoRALayout(
     "tiny", 2, tuple(LayerShape(f"middle_block.1.attn1.to_{p}", 8, 6) for p in "qkv")

@@ -139,7 +139,7 @@ def test_what_does_not_belong(path):
 
 WRITER = """
 import sys, torch
-from difflora_core.models.lae import LoRALatent
+from difflora_core.models.lae.autoencoder import LoRALatent
 from difflora_core.storage.identity_library import add_people
 path, number = sys.argv[1], int(sys.argv[2])
 z = torch.full((1, 3, 4), float(number))

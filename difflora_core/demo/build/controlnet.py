@@ -10,9 +10,9 @@ from diffusers import DDIMScheduler
 from safetensors import safe_open
 from torch import Tensor
 
-from ...base_model.protocol import DiffusersBase
+from ...base_model.diffusers_base import DiffusersBase
 from ...diffusion.sampler import SampleSettings, initial_noise, sample, seeded_generators
-from ...storage.checkpoint import write_atomic
+from ...storage.safetensors_io import write_atomic
 from ...training.controlnet import (
     ControlledBase,
     ControlLoRA,

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from ...base_model.protocol import DiffusersBase
-from ...storage.checkpoint import write_atomic
+from ...base_model.diffusers_base import DiffusersBase
+from ...storage.safetensors_io import write_atomic
 from ...training.difflora.functional import PersonPictures
 from ...training.loop import Progress
 from ...vision.face_choice import FaceOptions

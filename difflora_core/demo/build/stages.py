@@ -13,8 +13,8 @@ from diffusers import AutoencoderKL
 from safetensors import safe_open
 from torch import Tensor
 
-from ...base_model.protocol import DiffusersBase
-from ...storage.checkpoint import write_atomic
+from ...base_model.diffusers_base import DiffusersBase
+from ...storage.safetensors_io import write_atomic
 from ...training.loop import LoopConfig, Progress, train
 from .. import paths
 from ..networks.base import BaseObjective, base_batches, load_base, new_base, save_base

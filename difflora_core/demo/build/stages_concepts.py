@@ -9,15 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...base_model.protocol import DiffusersBase
+from ...base_model.diffusers_base import DiffusersBase
 from ...storage.adapter_file import write_concept
 from ...text.captions import captions
-from ...text.covariance_builder import build_covariance
+from ...text.covariance import build_covariance
 from ...training.loop import Progress
 from ...training.perfusion import train_perfusion
 from .. import paths
 from ..networks.base import load_base
 from ..networks.concept_judge import judge_pictures, train_concept_judge
+from ..networks.concept_text import demo_concept_text
 from ..networks.judges import (
     PROMPTS,
     Judges,
@@ -28,7 +29,7 @@ from ..networks.judges import (
 )
 from ..networks.views import Report, attribute_labels
 from ..world.concept_examples import SHIPPED, SHIPPED_PHOTOS, concept_photos
-from ..world.concepts import CONCEPTS, DemoConcept, demo_concept_text, render_concept
+from ..world.concepts import CONCEPTS, DemoConcept, render_concept
 from ..world.identities import split_seeds
 from .concept_training import TRAINING, concept_lesson
 from .stages import Figures, validation_pool

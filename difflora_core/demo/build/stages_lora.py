@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from ...base_model.protocol import DiffusersBase
+from ...base_model.diffusers_base import DiffusersBase
 from ...lora.weights import LoRAWeights
 from ...methods.difflora import DiffLoRAConfig, DiffLoRAModel
 from ...models.dit import DiTConfig
 from ...models.face_reader import FaceReader, FaceReaderConfig
-from ...models.lae.autoencoder import LAEConfig
+from ...models.lae.config import LAEConfig
 from ...models.predictor import PredictorConfig
 from ...storage.checkpoint import load_model, save_model
 from ...storage.lora_corpus import LoRACorpus

@@ -29,8 +29,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...base_model.protocol import TextCondition, stratified_timesteps
-from ...storage.checkpoint import write_atomic
+from ...base_model.protocol import TextCondition
+from ...diffusion.objective import stratified_timesteps
+from ...storage.safetensors_io import write_atomic
 from ...training.loop import LoopConfig, Progress, train
 from .. import paths
 from ..networks.base import (

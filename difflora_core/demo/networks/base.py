@@ -18,10 +18,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from ...base_model.protocol import DiffusersBase, TextCondition, time_ids
+from ...base_model.diffusers_base import DiffusersBase, time_ids
+from ...base_model.protocol import TextCondition
 from ...diffusion.objective import abar_at, add_noise, training_target
 from ...lora.layout import LoRALayout, layout_from_unet_config, unet_name_map
-from ...storage.checkpoint import write_atomic
+from ...storage.safetensors_io import write_atomic
 from ..world.pool import PicturePool
 from .text import clip_numbers, encode, new_text_encoders, tokenize
 from .vae import VAE_CONFIG

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...storage.checkpoint import write_atomic
+from ...storage.safetensors_io import write_atomic
 from ..world.concepts import KNOWN, DemoConcept
 from ..world.identities import split_seeds
 from ..world.renderer import COLOURS

@@ -8,14 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ...text.clip_pair import ClipPairText, TokenMarks
-from ..networks.base import load_text
-from ..networks.text import END, LENGTH, PAD, START, UNKNOWN, word_numbers
 from .scenes import ITEM_PHRASES, Scene, random_scenes, render_things
 
 
@@ -109,10 +105,3 @@ def _layer(scenes: Sequence[Scene], things: Sequence[DemoConcept]) -> tuple[list
     """Scenes with one thing each, and its colours."""
     shown = [replace(s, item=thing.kind) for s, thing in zip(scenes, things, strict=True)]
     return shown, torch.tensor([(thing.main, thing.mark) for thing in things])
-
-
-def demo_concept_text(path: Path, words: Path | None = None) -> ClipPairText:
-    """The demo base's text encoders from its file; `words` as for `base.load_base`."""
-    text = load_text(path, words)
-    marks = TokenMarks(START, END, (END, PAD), UNKNOWN, LENGTH)
-    return ClipPairText((text.text_l, text.text_g), word_numbers, marks)

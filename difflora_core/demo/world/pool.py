@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ...storage.checkpoint import write_atomic
+from ...storage.safetensors_io import write_atomic
 from .identities import identity_parameters, split_seeds
 from .renderer import LOOKS
 from .scenes import Pictures, Scene, render_pairs, render_portraits

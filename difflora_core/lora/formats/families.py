@@ -1,13 +1,17 @@
-"""LyCORIS LoKr and LoHa as ordinary LoRA: truncated SVD of delta W, which is never formed.
+"""The adapter families of LoRA files: the tensors of one layer in any form to a LoRALayer.
 
 LoKr: delta W = scale * kron(w1, w2); its singular triplets are products of those of w1 and w2.
 LoHa: delta W = scale * (w1_a w1_b) * (w2_a w2_b), element-wise; exactly a LoRA of rank r1 * r2
-(FedPara, arXiv 2108.06098; LyCORIS, arXiv 2309.14859).
+(FedPara, arXiv 2108.06098; LyCORIS, arXiv 2309.14859). Neither delta W is ever formed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +19,212 @@ from torch import Tensor
 from ...errors import LoRAFileError
 from ..canonical import truncated_layer
 from ..weights import LoRALayer
+
+_ADAPTER = r"(?:\.(?!weight$)[\w-]+)?"  # PEFT writes its adapter name here: lora_A.default.weight
+_SUFFIXES: tuple[tuple[str, str], ...] = (
+    (r"\.lora_(?:up|linear_layer\.up)\.weight", "up"),
+    (r"\.lora_(?:down|linear_layer\.down)\.weight", "down"),
+    (r"[._]lora\.up\.weight", "up"),
+    (r"[._]lora\.down\.weight", "down"),
+    (rf"\.lora_B{_ADAPTER}\.weight", "up_peft"),
+    (rf"\.lora_A{_ADAPTER}\.weight", "down_peft"),
+    (r"\.lora_B", "up_peft"),
+    (r"\.lora_A", "down_peft"),
+    (r"\.alpha", "alpha"),
+    (r"\.lora_mid\.weight", "mid"),
+    (r"\.dora_scale", "dora"),
+    (r"\.lora_magnitude_vector(?:\.[\w-]+)*", "dora"),
+    (r"\.(lokr_w[12](?:_[ab])?|hada_w[12]_[ab]|diff)", ""),  # the role is the suffix
+    (r"\.(?:lokr_t2|hada_t[12])", "tucker"),
+    (r"\.reshape_weight", "reshape"),
+    (r"\.(?:set_weight|w_norm)", "whole weight"),
+    (rf"\.(?:diff_b|b_norm|lora_B{_ADAPTER}\.bias|lora_bias)", "bias"),
+    (r"\.(?:oft_blocks|oft_diag|rescale|[ab][12]\.weight)", "other method"),
+)
+_PATTERNS = tuple((re.compile(f"(.+?){suffix}$"), role) for suffix, role in _SUFFIXES)
+_LONGEST_KEY = 1000  # real keys have about 100 characters; matching a hostile one could take hours
+_UNSUPPORTED = {
+    "tucker": "convolution in Tucker form",
+    "mid": "convolution in Tucker form",
+    "reshape": "changes the shape of the weight",
+    "whole weight": "replaces a whole weight",
+    "bias": "changes a bias only",
+    "other method": "OFT, BOFT or GLoRA, not a low-rank sum",
+}
+
+
+def split_key(key: str) -> tuple[str, str] | None:
+    """(stem, role) of a key of a LoRA file, None when no known suffix matches."""
+    if len(key) > _LONGEST_KEY:
+        return None
+    for pattern, role in _PATTERNS:
+        match = pattern.match(key)
+        if match:
+            return match[1], role or match[2]
+    return None
+
+
+def group_keys(state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """Tensors by stem and role, and the keys without a known suffix.
+
+    Raises:
+        LoRAFileError: when a layer has two tensors for one role (two adapters in one file), or a
+            tensor holds NaN or infinity.
+    """
+    groups: dict[str, dict[str, Tensor]] = {}
+    unknown = []
+    for key, tensor in state.items():
+        split = split_key(key)
+        if split is None:
+            unknown.append(key)
+            continue
+        stem, role = split
+        group = groups.setdefault(stem, {})
+        if role in group and role != "bias":
+            raise LoRAFileError(
+                f"Layer {stem} is described twice in this file (at {key}); it seems to hold "
+                "several adapters. Save them as separate files."
+            )
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            raise LoRAFileError(
+                f"The tensor {key} holds NaN or infinite values: this LoRA is broken "
+                "(training diverged, or the file is damaged)."
+            )
+        group[role] = tensor
+    return groups, unknown
+
+
+def _plain(stem: str, role: str, tensor: Tensor) -> Tensor | None:
+    """Matrix in float32 or better; None for a convolution larger than 1 x 1."""
+    if not tensor.is_floating_point():
+        raise LoRAFileError(f"{stem}: the {role} factor holds {tensor.dtype}, not real numbers.")
+    if tensor.ndim > 2 and math.prod(tensor.shape[2:]) == 1:
+        tensor = tensor.flatten(1)
+    if tensor.ndim > 2:
+        return None
+    if tensor.ndim < 2 or not tensor.numel():
+        raise LoRAFileError(f"{stem}: the {role} factor has shape {tuple(tensor.shape)}.")
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _alpha(stem: str, group: Mapping[str, Tensor]) -> float | None:
+    """The layer's alpha, None when the file has none."""
+    tensor = group.get("alpha")
+    if tensor is None:
+        return None
+    if tensor.numel() != 1:
+        raise LoRAFileError(f"{stem}: alpha should be one number, got {tuple(tensor.shape)}.")
+    return float(tensor)
+
+
+def layer_from_group(
+    stem: str, group: Mapping[str, Tensor], rank: int | None, peft_alpha: float | None
+) -> tuple[LoRALayer, float] | str:
+    """One LoRA layer from the tensors of a stem.
+
+    Args:
+        stem: for messages.
+        group: role to tensor, from ``group_keys``.
+        rank: rank for layers that are not stored as LoRA factors (LoKr, LoHa, ``.diff``).
+        peft_alpha: alpha of PEFT factors that have none of their own; None means scale 1.
+
+    Returns:
+        Layer and the relative error of its delta W (0 for plain LoRA), or the reason why the
+        layer cannot be read.
+
+    Raises:
+        LoRAFileError: when factors are missing, do not fit, or need the base weight (DoRA).
+    """
+    if "dora" in group:
+        raise LoRAFileError(
+            f"{stem}: this is a DoRA. Its effect depends on the base model's weights, so it is not "
+            "a LoRA; load it with the host's own loader, or train it without weight decomposition."
+        )
+    reasons = [_UNSUPPORTED[role] for role in group if role in _UNSUPPORTED and role != "bias"]
+    matrices = {}
+    for role in group:
+        if role != "alpha" and role not in _UNSUPPORTED:
+            matrix = _plain(stem, role, group[role])
+            if matrix is None:
+                reasons.append("convolution larger than 1 x 1")
+            else:
+                matrices[role.removesuffix("_peft")] = matrix
+    if reasons:
+        return reasons[0]
+    if not matrices:
+        return _UNSUPPORTED["bias"] if "bias" in group else "has no factors"
+    alpha = _alpha(stem, group)
+    try:
+        if "up" in matrices or "down" in matrices:
+            if alpha is None and "up_peft" in group:
+                alpha = peft_alpha
+            return _factors(stem, matrices, alpha), 0.0
+        return _approximated(stem, matrices, alpha, rank)
+    except RuntimeError as error:  # matrices whose inner sizes do not agree
+        raise LoRAFileError(f"{stem}: the tensors do not fit together ({error}).") from error
+
+
+def _factors(stem: str, matrices: Mapping[str, Tensor], alpha: float | None) -> LoRALayer:
+    """Plain LoRA factors."""
+    up, down = matrices.get("up"), matrices.get("down")
+    if up is None or down is None:
+        have, lack = ("up", "down") if down is None else ("down", "up")
+        raise LoRAFileError(
+            f"{stem}: the {have} factor is there, but the {lack} factor is missing."
+        )
+    if up.shape[1] != down.shape[0]:
+        raise LoRAFileError(
+            f"{stem}: up {tuple(up.shape)} and down {tuple(down.shape)} have different ranks; "
+            "the file is damaged."
+        )
+    return LoRALayer(down, up, float(down.shape[0]) if alpha is None else alpha)
+
+
+def _approximated(
+    stem: str, matrices: Mapping[str, Tensor], alpha: float | None, rank: int | None
+) -> tuple[LoRALayer, float]:
+    """LoKr, LoHa or whole weight change as truncated SVD."""
+    if rank is None:
+        raise LoRAFileError(
+            f"{stem}: this layer is stored as LoKr, LoHa or a whole weight change. Choose a rank "
+            "to read it as LoRA."
+        )
+    if "diff" in matrices:
+        layer, error = full_layer(matrices["diff"], rank)
+    elif any(role.startswith("hada") for role in matrices):
+        layer, error = loha_layer(matrices, alpha, rank)
+    else:
+        layer, error = lokr_layer(matrices, alpha, rank)
+    return layer, float(error)
+
+
+def peft_alphas(metadata: Mapping[str, str] | None) -> Callable[[str, int], float | None]:
+    """Alpha by (stem, rank) from the PEFT configuration that diffusers stores in the metadata.
+
+    PEFT files have no ``.alpha`` tensors; without this their scale would silently read as 1.
+    """
+    try:
+        config: dict[str, Any] = json.loads((metadata or {}).get("lora_adapter_metadata", "{}"))
+    except json.JSONDecodeError as error:
+        raise LoRAFileError(
+            f"The PEFT settings in the file's metadata are damaged: {error}."
+        ) from error
+
+    def alpha(stem: str, rank: int) -> float | None:
+        part = next(
+            (p for p in ("unet.", "text_encoder.", "text_encoder_2.") if stem.startswith(p)), ""
+        )
+        settings = {k.removeprefix(part): v for k, v in config.items() if k.startswith(part)}
+        value = settings.get("lora_alpha")
+        for pattern, special in (settings.get("alpha_pattern") or {}).items():
+            if stem == pattern or stem.endswith(f".{pattern}"):
+                value = special
+        if value is None:
+            return None
+        # rank-stabilised LoRA (arXiv 2312.03732) divides by sqrt(r) instead of r
+        return float(value) * (math.sqrt(rank) if settings.get("use_rslora") else 1.0)
+
+    return alpha
 
 
 def _matrix(parts: Mapping[str, Tensor], name: str) -> tuple[Tensor, int | None]:

@@ -1,12 +1,8 @@
-"""Key names of LoRA files to canonical layer names and back: every family that ComfyUI knows, and
-the PEFT/diffusers export that it drops.
-"""
+"""A LoRA file's tensors to LoRAWeights and back, in every naming."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,75 +10,9 @@ from torch import Tensor
 from ...errors import LayoutError, LoRAFileError
 from ..layout import LoRALayout
 from ..weights import LoRALayer, LoRAWeights
-from .groups import group_keys, layer_from_group, peft_alphas
+from .families import group_keys, layer_from_group, peft_alphas
 from .report import ReadReport, ReadResult, conform, total_error
-
-Naming = Literal["kohya_ldm", "kohya_diffusers", "generic", "diffusers"]
-Names = LoRALayout | Mapping[str, str]
-
-_TEXT_KOHYA = re.compile(
-    r"lora_te(?P<n>[12]?)_text_model_encoder_layers_(?P<layer>\d+)_"
-    r"(?P<block>self_attn|mlp)_(?P<part>[qkv]_proj|out_proj|fc[12])$"
-)
-_TEXT_PROJECTION = re.compile(r"lora_te(?P<n>[12]?)_text_projection$")
-_TEXT_DIFFUSERS = re.compile(r"text_encoder(?P<n>_2)?\.(?:base_model\.model\.)?(?P<path>.+)$")
-
-
-def _pairs(names: Names) -> dict[str, str]:
-    """Diffusers name to canonical name."""
-    if isinstance(names, LoRALayout):
-        return {layer.diffusers_name or layer.name: layer.name for layer in names}
-    return dict(names)
-
-
-def stem_table(names: Names) -> dict[str, str]:
-    """Every accepted UNet stem to its canonical layer name.
-
-    Args:
-        names: a layout, or a map of diffusers names to canonical names (``unet_name_map``).
-    """
-    table: dict[str, str] = {}
-    for diffusers, ldm in _pairs(names).items():
-        old = diffusers.replace(".to_", ".processor.to_")
-        dotted = (diffusers, old, old.removesuffix(".0"), diffusers.replace(".to_out.0", ".to_out"))
-        stems = [f"lora_unet_{ldm.replace('.', '_')}", f"diffusion_model.{ldm}", ldm]
-        stems += [f"{p}_{diffusers.replace('.', '_')}" for p in ("lora_unet", "lycoris")]
-        prefixes = ("", "unet.", "base_model.model.", "unet.base_model.model.")
-        stems += [prefix + name for prefix in prefixes for name in dotted]
-        table.update({stem: ldm for stem in stems})
-    return table
-
-
-def _text_encoder_name(stem: str) -> str | None:
-    """Canonical name (te1., te2.) of a text encoder stem."""
-    match = _TEXT_KOHYA.match(stem)
-    if match:
-        path = f"text_model.encoder.layers.{match['layer']}.{match['block']}.{match['part']}"
-        return f"te{match['n'] or 1}.{path}"
-    match = _TEXT_PROJECTION.match(stem)
-    if match:
-        return f"te{match['n'] or 1}.text_projection"
-    match = _TEXT_DIFFUSERS.match(stem)
-    return f"te{2 if match['n'] else 1}.{match['path']}" if match else None
-
-
-def _stem(name: str, naming: Naming, to_diffusers: Mapping[str, str]) -> str:
-    """File stem of a canonical layer."""
-    encoder = re.match(r"te([12])\.(.+)$", name)
-    if encoder and naming == "diffusers":
-        return f"text_encoder{'_2' if encoder[1] == '2' else ''}.{encoder[2]}"
-    if encoder:
-        return f"lora_te{encoder[1]}_{encoder[2].replace('.', '_')}"
-    if naming == "kohya_ldm":
-        return f"lora_unet_{name.replace('.', '_')}"
-    if naming == "generic":
-        return f"diffusion_model.{name}"
-    diffusers = to_diffusers.get(name)
-    if diffusers is None:
-        raise LayoutError(f"The diffusers name of layer {name} is not known for this base model.")
-    return (
-        f"unet.{diffusers}" if naming == "diffusers" else f"lora_unet_{diffusers.replace('.', '_')}"
-    )
+from .stems import Names, Naming, diffusers_pairs, file_stem, stem_table, text_encoder_name
 
 
 def to_state_dict(
@@ -109,10 +39,10 @@ def to_state_dict(
         raise LoRAFileError(f"Unknown LoRA key naming {naming!r}.")
     if weights.batch_shape:
         raise LayoutError("A LoRA file holds one LoRA: choose one of the batch first.")
-    to_diffusers = {} if names is None else {v: k for k, v in _pairs(names).items()}
+    to_diffusers = {} if names is None else {v: k for k, v in diffusers_pairs(names).items()}
     state: dict[str, Tensor] = {}
     for name, layer in weights.layers.items():
-        stem = _stem(name, naming, to_diffusers)
+        stem = file_stem(name, naming, to_diffusers)
         if naming == "diffusers":
             layer = layer.folded()
             tensors = {"lora_A.weight": layer.down, "lora_B.weight": layer.up}
@@ -191,7 +121,7 @@ def _read_groups(
     skipped: dict[str, str] = {}
     outside = []
     for stem, group in groups.items():
-        name = table.get(stem) or _text_encoder_name(stem)
+        name = table.get(stem) or text_encoder_name(stem)
         if name is None or (wanted is not None and name not in wanted):
             outside.append(stem)
             continue

@@ -2,8 +2,8 @@
 
 Source: DiffLoRA (arXiv:2408.06740): an autoencoder with 1-D convolutions that compresses a LoRA
 nearly 300 times. Its layers are not public. Two encoder/decoder pairs stand behind one class:
-`conv1d` (the paper's, lae_conv1d.py) and `structured` (ours, lae_structured.py); the structured
-decoder may also have an encoder that mirrors it (lae_mirror.py).
+`conv1d` (the paper's) and `structured` (ours); the structured decoder may also have an encoder that
+mirrors it.
 """
 
 from __future__ import annotations
@@ -15,78 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...config import Config, check_range
 from ...errors import ConfigError, LayoutError
 from ...lora.layout import LoRALayout
-from ...lora.weights import LoRAWeights
+from ...lora.weights import LoRALayer, LoRAWeights
+from .config import LAEConfig
 from .conv1d import Conv1dDecoder, Conv1dEncoder
-from .mirror import MirrorEncoder
-from .shared_down import project, random_down
-from .structured import StructuredDecoder, StructuredEncoder
+from .structured import MirrorEncoder, StructuredDecoder, StructuredEncoder
 from .tokens import TokenGroups
-
-KINDS = ("structured", "conv1d")
-ENCODERS = ("own", "mirror")
-
-
-@dataclass(frozen=True)
-class LAEConfig(Config):
-    """Sizes of the autoencoder.
-
-    Args:
-        kind: `structured` or `conv1d`.
-        latent_tokens: K.
-        latent_dim: Dz.
-        parts: which factors are generated; `("up",)` with one shared `down` per layer, which
-            removes the up/down ambiguity and halves the numbers, or `("down", "up")`.
-        learn_down: train the shared `down` together with the rest.
-        width: features inside the structured encoder.
-        depth: its transformer blocks.
-        heads: its attention heads.
-        basis_size: basis vectors per token in the structured decoder.
-        decoder_width: features of the structured decoder's trunk.
-        decoder_depth: residual blocks of that trunk.
-        conv_channels: channels inside the convolutions.
-        conv_fold: stride of one convolution level.
-        encoder: `own`, the one that goes with the kind, or `mirror` of the structured decoder.
-
-    Raises:
-        ConfigError: a value out of range, or kinds that are unknown or do not fit together.
-    """
-
-    kind: str = "structured"
-    latent_tokens: int = 8
-    latent_dim: int = 16
-    parts: tuple[str, ...] = ("up",)
-    learn_down: bool = False
-    width: int = 128
-    depth: int = 2
-    heads: int = 4
-    basis_size: int = 64
-    decoder_width: int = 192
-    decoder_depth: int = 1
-    conv_channels: int = 16
-    conv_fold: int = 5
-    encoder: str = "own"
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ConfigError(f"Unknown LAE kind {self.kind!r}; use one of {', '.join(KINDS)}.")
-        mirrors = self.encoder == "mirror"
-        if self.encoder not in ENCODERS or (mirrors and self.kind != "structured"):
-            raise ConfigError(
-                f"LAE: encoder {self.encoder!r} with kind {self.kind!r}; use `own`, or `mirror` "
-                "with `structured`."
-            )
-        for name in ("latent_tokens", "latent_dim", "width", "basis_size", "decoder_width"):
-            check_range("LAE", name, getattr(self, name), 1, 16_384)
-        check_range("LAE", "conv_channels", self.conv_channels, 1, 4096)
-        check_range("LAE", "conv_fold", self.conv_fold, 2, 64)
-        check_range("LAE", "depth", self.depth, 1, 64)
-        check_range("LAE", "decoder_depth", self.decoder_depth, 0, 64)
-        check_range("LAE", "heads", self.heads, 1, 256)
-        if self.width % self.heads:
-            raise ConfigError(f"LAE: width {self.width} cannot be split into {self.heads} heads.")
 
 
 @dataclass(frozen=True)
@@ -288,3 +223,27 @@ class LoRAAutoencoder(nn.Module):
                 f"The LoRA latent has size {tuple(z.shape[1:])}; this model decodes {expected}."
             )
         return self.decoder(z, self._statistics(z))
+
+
+def project(layer: LoRALayer, shared: Tensor) -> LoRALayer:
+    """Least-squares fit of a layer's delta W by `up @ shared`."""
+    inverse = torch.linalg.pinv(shared.detach().float()).to(layer.down)  # in r
+    up = layer.scaling * layer.up @ (layer.down @ inverse)
+    down = shared.to(layer.down).expand(*layer.batch_shape, -1, -1)
+    return LoRALayer(down, up, float(layer.rank))
+
+
+def random_down(
+    layout: LoRALayout, learned: bool, generator: torch.Generator | None
+) -> nn.ParameterDict:
+    """Row-orthonormal random `down` per layer, stacked by input size: (layers, r, in)."""
+    stacks = nn.ParameterDict()
+    for size in sorted({shape.in_features for shape in layout.layers}):
+        count = sum(shape.in_features == size for shape in layout.layers)
+        value = torch.empty(count, layout.rank, size)
+        if not value.is_meta:
+            value.normal_(generator=generator)
+            if size >= layout.rank:
+                value = torch.linalg.qr(value.mT)[0].mT.contiguous()
+        stacks[str(size)] = nn.Parameter(value, requires_grad=learned)
+    return stacks

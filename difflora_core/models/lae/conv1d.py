@@ -8,17 +8,15 @@ instance norms are left out, because they erase the amplitude of a LoRA (ours).
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import initialise, zero
+from .config import LAEConfig
 from .tokens import TokenGroups
-
-if TYPE_CHECKING:
-    from .autoencoder import LAEConfig
 
 KERNEL = 5  # of the stride-1 convolutions, as in p-diff's medium network
 SLOPE = 0.2

@@ -20,8 +20,7 @@ from ...lora.distance import squared_relative_error
 from ...lora.statistics import WeightStatistics
 from ...lora.weights import LoRALayer, LoRAWeights
 from ...models.lae.autoencoder import LoRAAutoencoder
-from ...models.lae.mirror import MirrorEncoder
-from ...models.lae.structured import StructuredEncoder
+from ...models.lae.structured import MirrorEncoder, StructuredEncoder
 from ..early_stopping import EarlyStopping, train_validated
 from ..loop import LoopConfig, Progress, train, write_config
 from ..losses import angular_loss, kl_loss, relative_delta_loss, weight_preserved_loss

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from ...adapters.attach import attach
 from ...adapters.lora import lora_adapter_set
-from ...base_model.protocol import BaseModel, TextCondition, stratified_timesteps
+from ...base_model.protocol import BaseModel, TextCondition
+from ...diffusion.objective import stratified_timesteps
 from ...errors import ConfigError
 from ...lora.statistics import WeightStatistics
 from ...lora.weights import LoRAWeights
 from ...models.lae.autoencoder import LoRAAutoencoder
-from ...models.lae.mirror import MirrorEncoder
-from ...models.lae.structured import StructuredDecoder
+from ...models.lae.structured import MirrorEncoder, StructuredDecoder
 from ..dreambooth import DreamBoothExamples
 from ..early_stopping import EarlyStopping, train_validated
 from ..loop import LoopConfig, Progress, train

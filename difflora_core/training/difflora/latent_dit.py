@@ -16,8 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...base_model.protocol import stratified_timesteps
-from ...diffusion.objective import abar_at, add_noise, loss_weight, training_target
+from ...diffusion.objective import (
+    abar_at,
+    add_noise,
+    loss_weight,
+    stratified_timesteps,
+    training_target,
+)
 from ...errors import ConfigError
 from ...lora.weights import LoRAWeights
 from ...methods.difflora import DiffLoRAModel

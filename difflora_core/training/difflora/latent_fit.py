@@ -24,7 +24,7 @@ from ...lora.distance import cosine_similarity, squared_norm, squared_relative_e
 from ...lora.weights import LoRALayer, LoRAWeights
 from ...methods.difflora import DiffLoRAModel
 from ...models.lae.autoencoder import LoRALatent
-from ...models.lae.mirror import MirrorEncoder
+from ...models.lae.structured import MirrorEncoder
 
 LEARNING_RATE = 0.1  # latents have unit spread
 NATIVE = 0.8  # agreement from which a LoRA counts as one that the decoder can make

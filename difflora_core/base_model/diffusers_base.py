@@ -1,0 +1,77 @@
+"""SDXL's classes from diffusers as a base model, full size or tiny."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..lora.layout import LoRALayout, layout_from_unet_config
+from .protocol import TextCondition
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+
+
+class DiffusersBase:
+    """SDXL's classes from diffusers, full size or tiny.
+
+    Args:
+        unet, vae: modules, already frozen. encode_prompts: prompts to TextCondition.
+        scheduler: gives noise schedule and prediction type.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        encode_prompts: Callable[[Sequence[str]], TextCondition],
+        scheduler: DDIMScheduler,
+    ) -> None:
+        self.unet, self.vae, self.scheduler = unet, vae, scheduler
+        self._encode_prompts = encode_prompts
+        self.alphas_cumprod: Tensor = scheduler.alphas_cumprod
+        self.prediction_type: str = scheduler.config.prediction_type
+
+    def layout(self, base: str, rank: int) -> LoRALayout:
+        """LoRA layout of the UNet's attention projections."""
+        config: Mapping[str, Any] = self.unet.config
+        return layout_from_unet_config(base, dict(config), rank)
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> TextCondition:
+        """Encode prompts; equal prompts are encoded once."""
+        unique = list(dict.fromkeys(prompts))
+        text = self._encode_prompts(unique)
+        return text.select(torch.tensor([unique.index(p) for p in prompts]))
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Scaled latents (N, C, h, w) of images (N, H, W, 3) in [0, 1]; the posterior's mean."""
+        parts = [
+            self.vae.encode(chunk.permute(0, 3, 1, 2) * 2 - 1).latent_dist.mean
+            for chunk in images.split(16)
+        ]
+        return torch.cat(parts) * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Images (N, H, W, 3) in [0, 1] of scaled latents."""
+        scaled = latents / self.vae.config.scaling_factor
+        parts = [self.vae.decode(chunk).sample for chunk in scaled.split(16)]
+        return (torch.cat(parts) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float()
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, text: TextCondition) -> Tensor:
+        """The UNet's output for noisy latents (B, C, h, w) at timesteps (B,)."""
+        added = {"text_embeds": text.pooled, "time_ids": time_ids(noisy)}
+        output: Tensor = self.unet(noisy, timesteps, text.context, added_cond_kwargs=added).sample
+        return output
+
+
+def time_ids(latents: Tensor) -> Tensor:
+    """SDXL's size conditioning (B, 6) as ComfyUI fills it in: eight times the latent's size."""
+    height, width = latents.shape[-2] * 8, latents.shape[-1] * 8
+    row = torch.tensor([height, width, 0, 0, height, width], device=latents.device)
+    return row.to(latents.dtype).expand(len(latents), 6)

@@ -1,0 +1,77 @@
+"""Names of layers in LoRA files: every family that ComfyUI knows, and the PEFT/diffusers export."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+from ...errors import LayoutError
+from ..layout import LoRALayout
+
+Naming = Literal["kohya_ldm", "kohya_diffusers", "generic", "diffusers"]
+Names = LoRALayout | Mapping[str, str]
+
+_TEXT_KOHYA = re.compile(
+    r"lora_te(?P<n>[12]?)_text_model_encoder_layers_(?P<layer>\d+)_"
+    r"(?P<block>self_attn|mlp)_(?P<part>[qkv]_proj|out_proj|fc[12])$"
+)
+_TEXT_PROJECTION = re.compile(r"lora_te(?P<n>[12]?)_text_projection$")
+_TEXT_DIFFUSERS = re.compile(r"text_encoder(?P<n>_2)?\.(?:base_model\.model\.)?(?P<path>.+)$")
+
+
+def diffusers_pairs(names: Names) -> dict[str, str]:
+    """Diffusers name to canonical name."""
+    if isinstance(names, LoRALayout):
+        return {layer.diffusers_name or layer.name: layer.name for layer in names}
+    return dict(names)
+
+
+def stem_table(names: Names) -> dict[str, str]:
+    """Every accepted UNet stem to its canonical layer name.
+
+    Args:
+        names: a layout, or a map of diffusers names to canonical names (``unet_name_map``).
+    """
+    table: dict[str, str] = {}
+    for diffusers, ldm in diffusers_pairs(names).items():
+        old = diffusers.replace(".to_", ".processor.to_")
+        dotted = (diffusers, old, old.removesuffix(".0"), diffusers.replace(".to_out.0", ".to_out"))
+        stems = [f"lora_unet_{ldm.replace('.', '_')}", f"diffusion_model.{ldm}", ldm]
+        stems += [f"{p}_{diffusers.replace('.', '_')}" for p in ("lora_unet", "lycoris")]
+        prefixes = ("", "unet.", "base_model.model.", "unet.base_model.model.")
+        stems += [prefix + name for prefix in prefixes for name in dotted]
+        table.update({stem: ldm for stem in stems})
+    return table
+
+
+def text_encoder_name(stem: str) -> str | None:
+    """Canonical name (te1., te2.) of a text encoder stem."""
+    match = _TEXT_KOHYA.match(stem)
+    if match:
+        path = f"text_model.encoder.layers.{match['layer']}.{match['block']}.{match['part']}"
+        return f"te{match['n'] or 1}.{path}"
+    match = _TEXT_PROJECTION.match(stem)
+    if match:
+        return f"te{match['n'] or 1}.text_projection"
+    match = _TEXT_DIFFUSERS.match(stem)
+    return f"te{2 if match['n'] else 1}.{match['path']}" if match else None
+
+
+def file_stem(name: str, naming: Naming, to_diffusers: Mapping[str, str]) -> str:
+    """File stem of a canonical layer."""
+    encoder = re.match(r"te([12])\.(.+)$", name)
+    if encoder and naming == "diffusers":
+        return f"text_encoder{'_2' if encoder[1] == '2' else ''}.{encoder[2]}"
+    if encoder:
+        return f"lora_te{encoder[1]}_{encoder[2].replace('.', '_')}"
+    if naming == "kohya_ldm":
+        return f"lora_unet_{name.replace('.', '_')}"
+    if naming == "generic":
+        return f"diffusion_model.{name}"
+    diffusers = to_diffusers.get(name)
+    if diffusers is None:
+        raise LayoutError(f"The diffusers name of layer {name} is not known for this base model.")
+    return (
+        f"unet.{diffusers}" if naming == "diffusers" else f"lora_unet_{diffusers.replace('.', '_')}"
+    )
