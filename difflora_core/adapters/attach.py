@@ -2,41 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import LayoutError
-from .base import AdapterEntry, AdapterSet, LayerAdapter
-
-Strength = float | Tensor
-"""One number, or one for each sample of the batch: (B,)."""
+from .base import AdapterEntry, AdapterSet, LayerAdapter, Strength
 
 
 def _blend(plain: Tensor, edited: Tensor, strength: Strength) -> Tensor:
-    """plain + strength * (edited - plain), exact at strength 1."""
+    """plain + strength * (edited - plain), exact at strengths 0 and 1."""
     if edited is plain or (not isinstance(strength, Tensor) and strength == 1.0):
         return edited
-    return plain + _weighted(edited - plain, strength)
+    if not isinstance(strength, Tensor):
+        return plain + strength * (edited - plain)
+    rows = _rows(strength, plain)
+    blended = torch.where(rows == 1, edited, plain + rows * (edited - plain))
+    return torch.where(rows == 0, plain, blended)
 
 
 def _weighted(change: Tensor, strength: Strength) -> Tensor:
-    """strength * change (B, ...).
+    """strength * change (B, ...)."""
+    return (_rows(strength, change) if isinstance(strength, Tensor) else strength) * change
+
+
+def _rows(strength: Tensor, like: Tensor) -> Tensor:
+    """Strengths (B,) shaped to multiply `like` (n * B, ...).
+
+    A layer may see every sample in n parts, one after another (HyperTile's tiles).
 
     Raises:
-        LayoutError: when there are strengths for another number of samples.
+        LayoutError: when the batch is no multiple of the number of strengths.
     """
-    if not isinstance(strength, Tensor):
-        return strength * change
-    if strength.shape != change.shape[:1]:
+    parts, rest = divmod(like.shape[0], len(strength))
+    if rest or not parts:
         raise LayoutError(
-            f"There are strengths for {tuple(strength.shape)} samples, but the batch has "
-            f"{change.shape[0]}."
+            f"There are strengths for {len(strength)} samples, but the batch has {like.shape[0]}."
         )
-    return strength.to(change).view(-1, *[1] * (change.ndim - 1)) * change
+    rows = strength.to(like).repeat_interleave(parts)
+    return rows.view(-1, *[1] * (like.ndim - 1))
 
 
 class _LayerHook:
@@ -49,6 +59,8 @@ class _LayerHook:
 
     def _active(self) -> list[tuple[LayerAdapter, Strength]]:
         """Adapters with a strength other than zero."""
+        if self.owner.paused:
+            return []
         pairs = [(e.adapter, e.strength * self.owner.strength) for e in self.entries]
         return [(a, s) for a, s in pairs if isinstance(s, Tensor) or s != 0.0]
 
@@ -83,12 +95,14 @@ class _LayerHook:
 class AttachHandle:
     """A running attachment: leave the ``with`` block or call ``remove`` to take it off.
 
-    ``strength`` may be changed while attached; 0 gives the base model bit-exactly.
+    ``strength`` may be changed while attached; 0 gives the base model bit-exactly. Inside `hold`
+    the end of the ``with`` block only pauses it.
     """
 
     def __init__(self, strength: Strength, layers: tuple[str, ...]) -> None:
         self.strength = strength
         self.layers = layers
+        self.paused = False
         self._handles: list[RemovableHandle] = []
 
     def hold(self, *handles: RemovableHandle) -> None:
@@ -110,7 +124,59 @@ class AttachHandle:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.remove()
+        held = _HELD.get()
+        if held is None:
+            self.remove()
+        else:
+            held.take(self)
+
+
+class HeldAttachments:
+    """Attachments whose own block has ended, kept until the backward pass is through."""
+
+    def __init__(self) -> None:
+        self._handles: list[AttachHandle] = []
+
+    def take(self, handle: AttachHandle) -> None:
+        """Pause an attachment, to resume it later.
+
+        Raises:
+            LayoutError: one of its layers is held already; recomputing would apply both.
+        """
+        handle.paused = True
+        self._handles.append(handle)
+        layers = [layer for own in self._handles for layer in own.layers]
+        if len(set(layers)) < len(layers):
+            raise LayoutError("Adapters were attached twice to one layer in a training step.")
+
+    def resume(self) -> None:
+        """Let the attachments act again, as they did in the forward pass."""
+        for handle in self._handles:
+            handle.paused = False
+
+    def remove(self) -> None:
+        """Take all of them off."""
+        for handle in self._handles:
+            handle.remove()
+
+
+_HELD: ContextVar[HeldAttachments | None] = ContextVar("held attachments", default=None)
+
+
+@contextmanager
+def hold() -> Iterator[HeldAttachments]:
+    """Keep attachments for the backward pass: checkpointed layers are computed a second time there.
+
+    Inside, an attachment whose block ends is paused instead of removed; `resume` before the
+    backward pass lets it act again. All are off when this block ends.
+    """
+    held = HeldAttachments()
+    token = _HELD.set(held)
+    try:
+        yield held
+    finally:
+        _HELD.reset(token)
+        held.remove()
 
 
 def _modules(

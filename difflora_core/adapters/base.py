@@ -13,6 +13,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+Strength = float | Tensor
+"""One number, or one for each sample of the batch: (B,)."""
+
 
 class LayerAdapter(Protocol):
     """What a method does to one layer. Neither function sees the weight. Ours.
@@ -50,7 +53,7 @@ class AdapterEntry:
 
     layer: str
     adapter: LayerAdapter
-    strength: float = 1.0
+    strength: Strength = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +79,7 @@ class AdapterSet:
         """Layer names without repetition, in order of first appearance."""
         return tuple(dict.fromkeys(entry.layer for entry in self.entries))
 
-    def scaled(self, strength: float) -> AdapterSet:
+    def scaled(self, strength: Strength) -> AdapterSet:
         """Every entry's strength multiplied by ``strength``."""
         return AdapterSet(
             tuple(AdapterEntry(e.layer, e.adapter, e.strength * strength) for e in self.entries)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from difflora_core.adapters.attach import attach, merged_weights
+from difflora_core.adapters.attach import attach, hold, merged_weights
 from difflora_core.adapters.base import AdapterEntry, AdapterSet, LayerAdapter
 from difflora_core.adapters.lora import LoRAAdapter, lora_adapter_set
 from difflora_core.errors import LayoutError
@@ -115,6 +115,59 @@ def test_gradients_of_a_batch_equal_those_of_single_loras():
             net(x[index : index + 1]).square().sum().backward()
         for together, one in zip(factors, alone, strict=True):
             torch.testing.assert_close(together.grad[index], one.grad)
+
+
+def test_strengths_of_tiles_follow_their_sample():
+    """HyperTile cuts every sample into tiles, one after another."""
+    net, lora = Net().double(), weights()
+    x = inputs(2, 3, 4, 6)  # 2 samples of 3 tiles
+    with attach(net, lora_adapter_set(lora), torch.tensor([0.0, 1.0])):
+        got = net(x.flatten(0, 1)).unflatten(0, (2, 3))
+    assert torch.equal(got[0], net(x[0]))
+    torch.testing.assert_close(got[1], reference(net, x[1], lora, 1.0), rtol=1e-12, atol=1e-12)
+
+
+def test_strengths_0_and_1_are_exact_beside_others():
+    net, lora, x = Net(), weights(dtype=torch.float32), inputs(3, 4, 6, dtype=torch.float32)
+    with attach(net, lora_adapter_set(lora), torch.tensor([0.0, 1.0, 0.3])):
+        got = net(x)
+    with attach(net, lora_adapter_set(lora), 1.0):
+        assert torch.equal(got[1], net(x)[1])
+    assert torch.equal(got[0], net(x)[0])
+
+
+def test_held_attachments_act_again_in_the_backward_pass():
+    """A checkpointed layer is computed twice; without `hold` the second time lacks the adapter."""
+    net, x = Net().double().requires_grad_(False), inputs(3, 6)
+
+    def factors():
+        lora = weights()
+        return lora, [t.requires_grad_() for v in lora.layers.values() for t in (v.down, v.up)]
+
+    plain, wanted = factors()
+    with attach(net, lora_adapter_set(plain)):
+        net(x).square().sum().backward()
+    lora, got = factors()
+    with hold() as held:
+        with attach(net, lora_adapter_set(lora)):
+            y = torch.utils.checkpoint.checkpoint(net, x, use_reentrant=False)
+        assert torch.equal(net(x), Net().double()(x))  # paused: the plain network again
+        held.resume()
+        y.square().sum().backward()
+    assert hooks(net) == 0
+    for one, other in zip(wanted, got, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_a_layer_is_held_once():
+    net = Net().double()
+    with hold():
+        with attach(net, lora_adapter_set(weights(1))):
+            pass
+        again = attach(net, lora_adapter_set(weights(2)))
+        with pytest.raises(LayoutError, match="twice"):
+            again.__exit__(None, None, None)
+    assert hooks(net) == 0
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
