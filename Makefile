@@ -1,7 +1,7 @@
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 RUN := .venv/bin/python
 export OMP_NUM_THREADS ?= 1
-.PHONY: setup browser test test-slow demo demo-world comfyui bench contracts workflows
+.PHONY: setup browser test test-slow demo demo-world comfyui bench contracts workflows pictures
 
 setup:  # private environment, real ComfyUI, this pack linked into it; instant the second time
 	@$(PYTHON) .ci/setup.py
@@ -34,3 +34,6 @@ contracts: setup  # record new nodes, inputs and file fields; refuses what would
 
 workflows: browser  # every file in workflows/ in ComfyUI's front end; screenshots in output/workflows/
 	@$(RUN) -m difflora_core.demo.workflows
+
+pictures: setup  # docs/pictures/, from runs of the demo's workflows
+	@$(RUN) -m difflora_core.demo.workflows.pictures
