@@ -74,25 +74,6 @@ def test_what_is_wrong_would_be_found(tmp_path, root):
     page = tmp_path / "page.md"
     links = "[a](gone.md) [b](#a-heading-here) [c](#gone) [d](page.md)"
     page.write_text(f"# A heading: here\n{links}\n")
-    assert broken_links(page) == []
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_quoted_commands_exist(page, root):
-    assert unknown_commands(page.read_text("utf-8"), root) == []
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_quoted_paths_exist(page, root):
-    quoted = QUOTED_PATH.findall(page.read_text("utf-8"))
-    assert [path for path in quoted if not (root / path).exists()] == []
-
-
-def test_what_is_wrong_would_be_found(tmp_path, root):
-    page = tmp_path / "page.md"
-    page.write_text(
-        "# A heading: here\n[a](gone.md) [b](#a-heading-here) [c](#gone) [d](page.md)\n"
-    )
     assert broken_links(page) == ["](gone.md)", "](#gone)"]
     block = "```\nmake bench name=gone\nmake bench name=identity\n```"
     text = f"make sense\n`make test`, `make tea`\n{block}\n"
