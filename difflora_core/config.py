@@ -7,7 +7,8 @@ import json
 import math
 import types
 import typing
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import ConfigError
 
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
 
 class Config:
     """Base of frozen configuration dataclasses: `to_json`, `from_json`, strict about fields."""
+
+    def check_choices(self, where: str) -> None:
+        """Raises ConfigError where a field annotated as Literal holds another value."""
+        for name, hint in typing.get_type_hints(type(self)).items():
+            if typing.get_origin(hint) is Literal:
+                _choice(hint, getattr(self, name), f"{where}: {name}")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns nested plain dictionaries, lists and numbers."""
@@ -66,15 +73,40 @@ def _build(kind: Any, data: Any, where: str) -> Any:
             return None
         real = [option for option in typing.get_args(kind) if option is not type(None)]
         return _build(real[0], data, where)
+    if origin is Literal:
+        return _choice(kind, data, where)
     if origin is tuple:
-        if not isinstance(data, list | tuple):
-            raise ConfigError(f"{where}: expected a list, got {type(data).__name__}.")
-        return tuple(_build(typing.get_args(kind)[0], item, where) for item in data)
+        return _build_tuple(typing.get_args(kind), data, where)
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"{where}: expected a table, got {type(data).__name__}.")
+        names, values = typing.get_args(kind)
+        return {_build(names, k, where): _build(values, v, f"{where}.{k}") for k, v in data.items()}
     if kind is float and isinstance(data, int) and not isinstance(data, bool):
         return float(data)
     if isinstance(data, bool) is not (kind is bool) or not isinstance(data, kind):
         raise ConfigError(f"{where}: expected {kind.__name__}, got {data!r}.")
     return data
+
+
+def _choice(kind: Any, data: Any, where: str) -> Any:
+    """One of the values of a Literal."""
+    known = typing.get_args(kind)
+    if not any(data == value and type(data) is type(value) for value in known):
+        listed = ", ".join(str(value) for value in known)
+        raise ConfigError(f"{where}: unknown value {data!r}; use one of {listed}.")
+    return data
+
+
+def _build_tuple(kinds: tuple[Any, ...], data: Any, where: str) -> tuple[Any, ...]:
+    """`tuple[X, ...]` of any length, `tuple[X, Y]` of just these."""
+    if not isinstance(data, list | tuple):
+        raise ConfigError(f"{where}: expected a list, got {type(data).__name__}.")
+    if kinds[-1] is Ellipsis:
+        kinds = kinds[:1] * len(data)
+    if len(kinds) != len(data):
+        raise ConfigError(f"{where}: expected {len(kinds)} values, got {len(data)}.")
+    return tuple(_build(kind, item, where) for kind, item in zip(kinds, data, strict=True))
 
 
 def _build_record(kind: type, data: Any, where: str) -> Any:

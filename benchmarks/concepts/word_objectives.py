@@ -14,7 +14,7 @@ from difflora_core.adapters.base import AdapterSet
 from difflora_core.adapters.lora import lora_adapter_set
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.text.new_words import EncodedPrompts, WordEmbedding
-from difflora_core.training.concept_run import concept_loop, masked_loss
+from difflora_core.training.adaptation_run import adaptation_loop, masked_loss
 from difflora_core.training.concept_task import ConceptTask
 from difflora_core.training.loop import LoopConfig
 
@@ -34,7 +34,7 @@ class YardstickConfig:
     @property
     def loop(self) -> LoopConfig:
         """The run: the same course as that of the concept recipes."""
-        return concept_loop(self.steps, self.rate, self.evaluate_every, self.seed)
+        return adaptation_loop(self.steps, self.rate, self.evaluate_every, self.seed)
 
 
 class WordObjective(nn.Module):

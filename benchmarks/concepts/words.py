@@ -35,7 +35,7 @@ from difflora_core.text.new_words import (
     superclass_token,
     word_encoding,
 )
-from difflora_core.training.concept_run import run_concepts
+from difflora_core.training.adaptation_run import run_adaptation
 from difflora_core.training.concept_task import ConceptExamples, ConceptTask
 from difflora_core.training.infusion import InfusionObjective, InfusionTraining
 from difflora_core.training.perfusion import PerfusionObjective
@@ -131,7 +131,7 @@ class School:
             task, examples = self.lesson(concept, photos)
             objective = OBJECTIVES[method](task, config)
             run = self.folder / f"{mark}.run"
-            result = run_concepts(objective, examples, config.batch, config.loop, run)
+            result = run_adaptation(objective, examples, config.batch, config.loop, run)
             seconds = time.process_time() - started
             self._write(path, method, result.concepts[0], seconds)
             shutil.rmtree(run)

@@ -27,7 +27,6 @@ from difflora_core.models.lae.config import LAEConfig
 from difflora_core.storage.lora_corpus import LoRACorpus
 from difflora_core.training.difflora import lae
 from difflora_core.training.difflora.linear_baselines import pca_autoencoder
-from difflora_core.training.early_stopping import EarlyStopping
 from difflora_core.training.loop import LoopConfig
 
 from ..prompts import QUICK
@@ -164,13 +163,10 @@ def through_autoencoder(
             for weights in (held_out, seen)
         )
     model = LoRAAutoencoder(config, world.layout, generator=torch.Generator().manual_seed(seed))
-    loop = LoopConfig(steps=recipe.steps, learning_rate=2e-3, ema=0.99, log_every=50)
-    settings = lae.LAETrainConfig(
-        loop=loop,
-        canonical=False,
-        preserve=recipe.preserve,
-        stopping=EarlyStopping(every=100, patience=4),
+    loop = LoopConfig(
+        steps=recipe.steps, learning_rate=2e-3, ema=0.99, validate_every=100, patience=4
     )
+    settings = lae.LAETrainConfig(loop=loop, canonical=False, preserve=recipe.preserve)
     folder = world.cache / "compression" / recipe.key(config, learn)
     lae.fit(model, learn, settings, folder, held_out)
     with torch.no_grad():

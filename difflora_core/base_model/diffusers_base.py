@@ -49,25 +49,40 @@ class DiffusersBase:
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """Scaled latents (N, C, h, w) of images (N, H, W, 3) in [0, 1]; the posterior's mean."""
+        """Scaled latents (N, C, h, w) of images (N, H, W, 3) in [0, 1]; the posterior's mean.
+
+        float32 or better, whatever the VAE computes in.
+        """
+        dtype, count = self._vae_dtype, _at_once(images.shape[1] * images.shape[2])
         parts = [
-            self.vae.encode(chunk.permute(0, 3, 1, 2) * 2 - 1).latent_dist.mean
-            for chunk in images.split(16)
+            self.vae.encode((chunk.permute(0, 3, 1, 2) * 2 - 1).to(dtype)).latent_dist.mean
+            for chunk in images.split(count)
         ]
-        return torch.cat(parts) * self.vae.config.scaling_factor
+        fine = torch.promote_types(dtype, torch.float32)
+        return torch.cat(parts).to(fine) * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Images (N, H, W, 3) in [0, 1] of scaled latents."""
-        scaled = latents / self.vae.config.scaling_factor
-        parts = [self.vae.decode(chunk).sample for chunk in scaled.split(16)]
-        return (torch.cat(parts) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float()
+        scaled = (latents / self.vae.config.scaling_factor).to(self._vae_dtype)
+        count = _at_once(scaled.shape[2] * scaled.shape[3] * 8**2)
+        parts = [self.vae.decode(chunk).sample.float() for chunk in scaled.split(count)]
+        return (torch.cat(parts) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+
+    @property
+    def _vae_dtype(self) -> torch.dtype:
+        return next(self.vae.parameters()).dtype
 
     def predict(self, noisy: Tensor, timesteps: Tensor, text: TextCondition) -> Tensor:
         """The UNet's output for noisy latents (B, C, h, w) at timesteps (B,)."""
         added = {"text_embeds": text.pooled, "time_ids": time_ids(noisy)}
         output: Tensor = self.unet(noisy, timesteps, text.context, added_cond_kwargs=added).sample
         return output
+
+
+def _at_once(pixels: int) -> int:
+    """Pictures of a size that the VAE sees at once: 16, or one of 1024 x 1024."""
+    return max(1, min(16, 2**20 // pixels))
 
 
 def time_ids(latents: Tensor) -> Tensor:

@@ -21,10 +21,12 @@ from torch.nn.utils import parametrize
 from ..base_model.diffusers_base import DiffusersBase, time_ids
 from ..base_model.protocol import TextCondition
 from ..diffusion.objective import stratified_timesteps
+from ..config import Config
 from ..errors import CheckpointError, ConfigError
 from ..lora.layout import unet_name_map
 from ..vision.keypoint_picture import keypoint_picture
-from .loop import LoopConfig, Progress, train
+from .fingerprint import fingerprint
+from .loop import Hooks, LoopConfig, Progress, train
 from .losses import NoisedBatch, denoising_error
 
 HINT_SCALE = 8
@@ -166,7 +168,7 @@ class KeypointPictures:
 
 
 @dataclass(frozen=True)
-class ControlNetConfig:
+class ControlNetConfig(Config):
     """Settings of the recipe: `batch` pictures per step, `rank` of the change of every layer."""
 
     batch: int = 16
@@ -262,7 +264,9 @@ def fit(
     """Train `control` in place; see `loop.train` for the rest."""
     config = config or ControlNetConfig()
     objective = ControlObjective(control, base)
-    return train(objective, control_batches(base, sets, config.batch), loop, folder, progress)
+    draw = control_batches(base, sets, config.batch)
+    hooks = Hooks(progress, base=base, fingerprint=fingerprint(config, sets))
+    return train(objective, draw, loop, folder, hooks)
 
 
 def _names(config: Mapping[str, Any], net: ControlNetModel) -> dict[str, str]:

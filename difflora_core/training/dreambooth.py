@@ -7,25 +7,31 @@ in a group gives what training alone gives, to rounding (ours).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from ..adapters.attach import attach
 from ..adapters.lora import lora_adapter_set
 from ..base_model.protocol import BaseModel, TextCondition
 from ..diffusion.objective import stratified_timesteps
-from ..errors import InterruptedTraining
-from ..lora.weights import LoRAWeights
+from ..lora.weights import LoRALayer, LoRAWeights
+from ..storage.safetensors_io import write_atomic
 from .dreambooth_config import DreamBoothConfig, DreamBoothExamples
-from .dreambooth_state import DreamBoothState, mixed_generator, starting_weights
-from .losses import NoisedBatch
+from .dreambooth_start import mixed_generator, starting_weights
+from .fingerprint import fingerprint
+from .loop import Batch, ByStep, Hooks, Progress, train
+from .losses import NoisedBatch, denoising_error
+from .processes import launched
 
 __all__ = ["DreamBoothConfig", "DreamBoothExamples", "train_dreambooth"]
 
-Progress = Callable[[int, int, dict[str, float]], None]
+FOLDER = "dreambooth"
 
 
 def train_dreambooth(
@@ -62,38 +68,121 @@ def train_dreambooth(
     """
     layout = base.layout("base", config.rank)
     start = starting_weights(layout, examples.seeds, config, initial, shared_down)
-    state = DreamBoothState(start, base, config, examples)
-    path = None if folder is None else folder / "dreambooth.safetensors"
-    try:
-        with attach(base.unet, lora_adapter_set(state.weights), names=layout.module_names):
-            _run(state, _Source(base, examples, config), config, progress, path)
-    except InterruptedTraining:
-        if path is not None:
-            state.save(path)
-        raise
-    if path is not None:
-        path.unlink(missing_ok=True)
-    return dict(sorted(state.kept.items()))
+    source = _Source(base, examples, config)
+    fine = torch.promote_types(examples.latents.dtype, torch.float32)
+    objective = DreamBoothObjective(base, start.to(fine, source.device), source.text, config)
+    run = None if folder is None else folder / FOLDER
+    kept: dict[int, LoRAWeights] = {}
+
+    def keep(step: int) -> None:
+        if step in {*config.snapshots, config.steps}:
+            kept[step] = objective.copy()
+            if run is not None and launched().is_main:
+                _write(kept[step], run / f"snapshot-{step}.safetensors")
+
+    hooks = Hooks(
+        progress=progress,
+        after_step=keep,
+        scale_gradients=objective.scale_gradients,
+        base=base,
+        fingerprint=fingerprint(config, examples, _factors(start)),
+    )
+    with attach(base.unet, lora_adapter_set(objective.weights), names=layout.module_names):
+        train(objective, ByStep(source.batch), config.loop, run, hooks, source.device)
+    for step in {*config.snapshots, config.steps} - kept.keys():
+        kept[step] = _read(start, (run or Path()) / f"snapshot-{step}.safetensors")
+    processes = launched()
+    processes.agree(None)  # all have read
+    if run is not None and processes.is_main:
+        shutil.rmtree(run)
+    return dict(sorted(kept.items()))
 
 
-def _run(
-    state: DreamBoothState,
-    source: _Source,
-    config: DreamBoothConfig,
-    progress: Progress | None,
-    path: Path | None,
-) -> None:
-    """Steps from where the checkpoint ends to the last one."""
-    if path is not None:
-        state.resume(path)
-    while state.step < config.steps:
-        loss = state.update(source.batch(state.step))
-        if state.step in {*config.snapshots, config.steps}:
-            state.keep()
-        if progress is not None:
-            progress(state.step, config.steps, {"loss": loss})
-        if path is not None and state.step % config.checkpoint_every == 0:
-            state.save(path)
+class DreamBoothObjective(nn.Module):
+    """Factors of B people; forward maps a batch of `_Source` to (loss, metrics).
+
+    Args:
+        base: the base model, with adapters of `weights` attached to its UNet.
+        start: the factors before the first step, (B, r, in) and (B, out, r).
+        text: all captions, encoded.
+        config: settings.
+    """
+
+    def __init__(
+        self, base: BaseModel, start: LoRAWeights, text: TextCondition, config: DreamBoothConfig
+    ) -> None:
+        super().__init__()
+        self.base, self.text, self.config = base, text, config
+        self.factors = nn.ParameterList()
+        layers = {}
+        for name, layer in start.layers.items():
+            down, up = (nn.Parameter(p.detach().clone()) for p in (layer.down, layer.up))
+            down.requires_grad_(config.train_down)
+            self.factors.extend([down, up])
+            layers[name] = LoRALayer(down, up, layer.alpha)
+        self.weights = LoRAWeights(layers)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sum over people of their mean losses (`loss` among the metrics is the mean).
+
+        The sum, because a person's gradient must not depend on the size of the group.
+        """
+        people = batch["captions"].shape[1]
+        flat = {name: part.flatten(0, 1) for name, part in batch.items()}  # m B ... -> mB ...
+        text = self.text.select(flat["captions"])
+        noised = NoisedBatch(flat["latents"], flat["noise"], flat["timesteps"], text)
+        error = denoising_error(self.base, noised, self.config.loss_weighting)
+        losses = error.unflatten(0, (-1, people)).mean(0)  # B
+        return losses.sum(), {"loss": losses.detach().mean()}
+
+    @torch.no_grad()
+    def scale_gradients(self) -> None:
+        """Scale each person's gradient by its own norm over all layers."""
+        trained = [p for p in self.factors if p.grad is not None]
+        gradients = [p.grad for p in trained if p.grad is not None]
+        norm = torch.stack([g.square().sum((1, 2)) for g in gradients]).sum(0).sqrt()  # B
+        if self.config.normalise_gradient:
+            scale = 1 / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+        elif self.config.clip:
+            scale = self.config.clip / norm.clamp_min(self.config.clip)
+        else:
+            return
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            parameter.grad = gradient * scale[:, None, None]
+
+    def copy(self) -> LoRAWeights:
+        """The weights as they are now, on the CPU."""
+        return LoRAWeights(
+            {
+                name: LoRALayer(
+                    layer.down.detach().cpu().clone(), layer.up.detach().cpu().clone(), layer.alpha
+                )
+                for name, layer in self.weights.layers.items()
+            }
+        )
+
+
+def _factors(weights: LoRAWeights) -> dict[str, Tensor]:
+    """Factors under the names of a snapshot file."""
+    return {
+        f"{part}.{name}": tensor
+        for name, layer in weights.layers.items()
+        for part, tensor in (("down", layer.down), ("up", layer.up))
+    }
+
+
+def _write(weights: LoRAWeights, path: Path) -> None:
+    write_atomic({k: t.contiguous() for k, t in _factors(weights).items()}, {}, path)
+
+
+def _read(like: LoRAWeights, path: Path) -> LoRAWeights:
+    tensors = load_file(path)
+    return LoRAWeights(
+        {
+            name: LoRALayer(tensors[f"down.{name}"], tensors[f"up.{name}"], layer.alpha)
+            for name, layer in like.layers.items()
+        }
+    )
 
 
 class _Source:
@@ -113,18 +202,17 @@ class _Source:
         number = {prompt: index for index, prompt in enumerate(unique)}
         self.caption = torch.tensor([[number[p] for p in row] for row in examples.prompts])
 
-    def batch(self, step: int) -> NoisedBatch:
-        """Samples of one step, sample-major: row k * B + b is sample k of person b."""
+    def batch(self, step: int) -> dict[str, Any]:
+        """Samples of one step: entry (k, b) of every tensor (m, B, ...) is sample k of person b."""
         draws = [self._draw(seed, step) for seed in self.examples.seeds]
         pictures, times, noise = (torch.stack(part, 1) for part in zip(*draws, strict=True))
         people = torch.arange(len(self.examples)).expand_as(pictures)  # m B
-        latents = self.examples.latents[people, pictures].flatten(0, 1)
-        return NoisedBatch(
-            latents.to(self.device),
-            noise.flatten(0, 1).to(self.device),
-            times.flatten().to(self.device),
-            self.text.select(self.caption[people, pictures].flatten().to(self.device)),
-        )
+        return {
+            "latents": self.examples.latents[people, pictures],
+            "noise": noise,
+            "timesteps": times,
+            "captions": self.caption[people, pictures],
+        }
 
     def _draw(self, seed: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Picture numbers (m,), timesteps (m,), noise (m, C, h, w) of one person."""

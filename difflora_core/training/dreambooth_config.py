@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
 
 from ..config import Config, check_range
 from ..errors import ConfigError
-
-DECAYS = ("constant", "linear", "cosine")
+from .fingerprint import SAME_COURSE
+from .loop_config import LoopConfig, Precision
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,10 @@ class DreamBoothConfig(Config):
         clip: else the largest gradient norm of an identity; 0 leaves gradients alone.
         betas: of Adam.
         weight_decay: of AdamW.
-        precision: `no`, or `bf16` for autocast.
+        precision: see `LoopConfig`.
         seed: together with each identity's seed it fixes start and draws.
         checkpoint_every: steps between checkpoints, when a folder is given.
+        accumulate, checkpointing: see `LoopConfig`; both save memory.
 
     Raises:
         ConfigError: a value is out of range or unknown.
@@ -47,18 +48,20 @@ class DreamBoothConfig(Config):
     steps: int = 300
     samples_per_step: int = 4
     learning_rate: float = 1e-2
-    decay: str = "constant"
+    decay: Literal["constant", "linear", "cosine"] = "constant"
     warmup: int = 0
     train_down: bool = True
     loss_weighting: str = "high_noise"
     snapshots: tuple[int, ...] = ()
     normalise_gradient: bool = True
     clip: float = 1.0
-    betas: tuple[float, ...] = (0.9, 0.99)
+    betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
-    precision: str = "no"
+    precision: Precision = "no"
     seed: int = 0
-    checkpoint_every: int = 500
+    checkpoint_every: int = field(default=500, metadata=SAME_COURSE)
+    accumulate: int = field(default=1, metadata=SAME_COURSE)
+    checkpointing: bool = field(default=False, metadata=SAME_COURSE)
 
     def __post_init__(self) -> None:
         for name in ("rank", "steps", "samples_per_step", "checkpoint_every"):
@@ -68,21 +71,27 @@ class DreamBoothConfig(Config):
         check_range("DreamBooth", "learning_rate", self.learning_rate, 1e-9, 10)
         for step in self.snapshots:
             check_range("DreamBooth", "snapshots", step, 1, self.steps)
-        for name, known in (("decay", DECAYS), ("precision", ("no", "bf16"))):
-            if getattr(self, name) not in known:
-                raise ConfigError(
-                    f"DreamBooth: unknown {name} {getattr(self, name)!r}; use one of "
-                    f"{', '.join(known)}."
-                )
+        self.check_choices("DreamBooth")
         if len(self.betas) != 2:
             raise ConfigError("DreamBooth: Adam needs two betas.")
 
-    def rate(self, step: int) -> float:
-        """Learning rate of step number `step`, from 0."""
-        rise = min(1.0, (step + 1) / max(self.warmup, 1))
-        left = 1.0 - step / self.steps
-        course = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}
-        return self.learning_rate * rise * course[self.decay]
+    @property
+    def loop(self) -> LoopConfig:
+        """The run, for `loop.train`; gradients are scaled by the recipe."""
+        return LoopConfig(
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            warmup=self.warmup,
+            schedule=self.decay,
+            weight_decay=self.weight_decay,
+            betas=self.betas,
+            clip=0.0,
+            checkpoint_every=self.checkpoint_every,
+            log_every=1,
+            precision=self.precision,
+            accumulate=self.accumulate,
+            checkpointing=self.checkpointing,
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from ..adapters.infusion import InfusionValueAdapter, token_concept
 from ..adapters.perfusion import ConceptMatcher
 from ..errors import ConfigError
 from ..text.new_words import Concept, EncodedPrompts
-from .concept_run import ConceptResult, Watch, concept_loop, masked_loss, run_concepts
+from .adaptation_run import AdaptationResult, Watch, adaptation_loop, masked_loss, run_adaptation
 from .concept_task import ConceptExamples, ConceptTask
 from .loop import LoopConfig
 from .losses import check_guidance
@@ -55,7 +55,7 @@ class InfusionTraining:
     @property
     def loop(self) -> LoopConfig:
         """The run, for `loop.train`."""
-        return concept_loop(
+        return adaptation_loop(
             self.steps, self.learning_rate, self.evaluate_every, self.seed, self.precision
         )
 
@@ -123,7 +123,7 @@ def train_infusion(
     folder: Path,
     watch: Watch | None = None,
     stop: Callable[[], bool] | None = None,
-) -> ConceptResult:
+) -> AdaptationResult[Concept]:
     """Learn value residuals for one or several words; arguments as in `train_perfusion`.
 
     Raises:
@@ -131,4 +131,4 @@ def train_infusion(
         CheckpointError: the folder holds another run.
     """
     objective = InfusionObjective(task, config)
-    return run_concepts(objective, examples, config.batch, config.loop, folder, watch, stop)
+    return run_adaptation(objective, examples, config.batch, config.loop, folder, watch, stop)

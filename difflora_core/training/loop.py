@@ -1,7 +1,14 @@
 """The one training loop: every recipe hands it a module whose forward is the loss.
 
-The batch of a step depends only on the seed, the step and the process rank, so a run that was
-stopped and resumed repeats exactly what the uninterrupted run would have done.
+**The batch of a step is a function of seed and step alone.** Every process draws the same batch and
+computes its own rows of it, part by part where `accumulate` says so; gradients are averaged. So a
+run on 1, 2 or 4 processes, with any `accumulate`, gives the same weights to rounding, as long as
+the loss is a mean over samples. A loss that is normalised by something else must take its norm from
+the whole batch (the drawing function puts it into the batch as a scalar, which all parts share); a
+loss that compares samples with each other says so with `Hooks.splits`.
+
+A run that was stopped and resumed, on as many processes or others, repeats exactly what the
+uninterrupted run would have done.
 """
 
 from __future__ import annotations
@@ -9,292 +16,523 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 
-from ..errors import CheckpointError, ConfigError, InterruptedTraining
+from ..adapters.attach import hold
+from ..base_model.checkpointing import gradient_checkpointing
+from ..base_model.protocol import BaseModel, compute_dtype
+from ..errors import ConfigError, InterruptedTraining
+from ..storage.safetensors_io import write_atomic
+from .fingerprint import fingerprint
+from .loop_config import LoopConfig
+from .loop_state import (
+    BEST,
+    STATE,
+    Average,
+    Best,
+    Meter,
+    buffers_of,
+    check_model,
+    check_run,
+    damaged,
+    meter_from,
+    meter_text,
+    on_cpu,
+    optimizer_tensors,
+    optimizers,
+    put,
+    put_optimizers,
+    read_best,
+    read_file,
+    state_of,
+    write_best,
+)
+from .processes import Processes, launched, split
+
+__all__ = ["Batch", "ByStep", "Draw", "Hooks", "LoopConfig", "Progress", "Stopped", "train"]
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Batch = Mapping[str, Any]
 Progress = Callable[[int, int, dict[str, float]], None]
 
+_SMALLEST_SCALE = 2.0**-14
+"""Of a float16 loss; gradients that overflow at it will never do anything else."""
+
 
 @dataclass(frozen=True)
-class LoopConfig:
-    """How to run a recipe.
+class ByStep:
+    """Batches by a recipe's own random numbers.
 
-    `steps`: optimiser steps in total. `learning_rate`: peak, after `warmup` steps; it falls
-    linearly to zero over the last `decay` share of the steps. `matrix_rate`: when not 0, the
-    weights of linear layers are trained by Muon at this rate (orthogonalised momentum; far fewer
-    steps than AdamW for transformers) and the rest by AdamW. `clip`: largest gradient norm.
-    `ema`: decay of the running average of the weights, 0 = off. `checkpoint_every`: steps.
-    `precision`: "no" or "bf16". `seed`: of batches and noise. `compile`: use torch.compile.
+    Args:
+        make: step number, from 0, to the batch of all processes.
+        generator: what `make` draws from, if that goes on from step to step; its state becomes
+            part of the checkpoint.
     """
 
-    steps: int
-    learning_rate: float = 1e-3
-    matrix_rate: float = 0.0
-    warmup: int = 50
-    decay: float = 0.3
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.99)
-    clip: float = 1.0
-    ema: float = 0.0
-    checkpoint_every: int = 500
-    log_every: int = 50
-    precision: str = "no"
-    seed: int = 0
-    compile: bool = False
+    make: Callable[[int], Batch]
+    generator: torch.Generator | None = None
 
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.checkpoint_every < 1 or self.log_every < 1:
-            raise ConfigError("steps, checkpoint_every and log_every must be at least 1")
-        if not 0 <= self.decay <= 1 or not 0 <= self.ema < 1:
-            raise ConfigError("decay must lie in [0, 1] and ema in [0, 1)")
 
-    def rate(self, step: int) -> float:
-        """Factor on the learning rates at a step: warm-up, plateau, linear fall."""
-        start = self.steps * (1 - self.decay)
-        fall = (self.steps - step) / max(self.steps - start, 1) if step > start else 1.0
-        return min(1.0, (step + 1) / max(self.warmup, 1)) * max(fall, 0.0)
+Draw = Callable[[torch.Generator], Batch] | ByStep
+"""Makes the batch of a step from a generator that belongs to the step."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a recipe adds to the loop.
+
+    Args:
+        progress: called on the main process as (step, steps, metrics) at every log; it may raise
+            InterruptedTraining, which saves first.
+        validate: loss of the objective as it is now on what it is not trained on. It is asked on
+            every process, with the averaged weights in place and without autocast.
+        stop: asked on every process before every step; True stops the run.
+        after_step: called on every process with the number of steps done.
+        scale_gradients: changes the gradients of the whole batch in place, instead of `clip`.
+        matrices: what Muon trains; the weights of all linear layers unless given.
+        splits: False when the loss compares the samples of a batch with each other.
+        base: the frozen base model that the loss runs through. Its layers are computed again in
+            the backward pass where `checkpointing` says so, and the loss is scaled where it
+            computes in float16.
+        fingerprint: of settings and data, see `fingerprint`; a folder with another one is refused.
+    """
+
+    progress: Progress | None = None
+    validate: Callable[[], float] | None = None
+    stop: Callable[[], bool] | None = None
+    after_step: Callable[[int], None] | None = None
+    scale_gradients: Callable[[], None] | None = None
+    matrices: list[nn.Parameter] | None = None
+    splits: bool = True
+    base: BaseModel | None = None
+    fingerprint: str = ""
+
+
+class Stopped(InterruptedTraining):
+    """A run was stopped. `result` is what `train` would have returned at this step."""
+
+    def __init__(self, message: str, result: dict[str, float]) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 def train(
     objective: nn.Module,
-    draw: Callable[[torch.Generator], Batch],
+    draw: Draw,
     config: LoopConfig,
-    folder: Path,
-    progress: Progress | None = None,
+    folder: Path | None,
+    hooks: Hooks | None = None,
+    device: torch.device | None = None,
 ) -> dict[str, float]:
     """Train until `config.steps`, from the last checkpoint in `folder` if there is one.
 
     Args:
         objective: module whose forward maps a batch to (loss, metrics); its parameters that
-            require a gradient are trained. It holds the averaged weights afterwards when
-            `config.ema` is set.
-        draw: makes a batch from a generator; called once per step and process.
+            require a gradient are trained. Afterwards it holds the averaged weights when
+            `config.ema` is set; with `hooks.validate` those of the lowest validation loss, also
+            when the run was stopped.
+        draw: makes the batch of a step for all processes: tensors and lists hold one entry for
+            each sample, anything else is shared.
         config: the run.
-        folder: of the checkpoint (state.safetensors) and the event log (events.jsonl).
-        progress: called as (step, steps, metrics) at every log; it may raise
-            InterruptedTraining, which saves first.
+        folder: of the checkpoint (state.safetensors), the best weights (best.safetensors) and the
+            event log (events.jsonl); all processes must see it. None keeps nothing.
+        hooks: what the recipe adds.
+        device: where to train; by default what the launcher of several processes chose, else
+            where the objective is.
 
     Returns:
-        The metrics of the last log.
+        The metrics of the last log; with `hooks.validate` also `validation`, the lowest loss,
+        `best_step`, its step, and `steps`, how many were done.
 
     Raises:
         InterruptedTraining: the run was stopped; call again to go on.
-        CheckpointError: the checkpoint in `folder` belongs to another model.
+        CheckpointError: the checkpoint in `folder` is damaged or belongs to another run.
+        ConfigError: the loss is not a finite number, or the batch cannot be split.
     """
-    run = _Run(objective, config, folder)
-    metrics: dict[str, float] = {}
-    done = run.start
-    try:
-        while done < config.steps:
-            run.advance(done, draw)
-            done += 1
-            last = done == config.steps
-            if done % config.log_every == 0 or last:
-                metrics = run.meter.pop()
-                run.report(done, metrics, progress)
-            if done % config.checkpoint_every == 0 or last:
-                run.save(done)
-    except (InterruptedTraining, KeyboardInterrupt) as stop:
-        run.save(done)
-        raise InterruptedTraining(f"stopped after step {done}; run it again to go on") from stop
-    run.average.copy_to(objective)
-    return metrics
+    processes, hooks = launched(), hooks or Hooks()
+    device = device or processes.device or next(objective.parameters()).device
+    objective.to(device)
+    with _checkpointing(config, hooks.base), _deferred_interrupt() as interrupted:
+        run = _Run(objective, draw, config, folder, hooks, processes)
+        try:
+            run.begin()
+            while not run.finished:
+                run.step(interrupted)
+        except InterruptedTraining as stop:
+            raise run.stopped() from stop
+        return run.end()
 
 
 class _Run:
-    """What a run holds: the module on its device, the optimisers, the average and the meter."""
+    """What a run holds: the module, the optimisers, the average and the meter."""
 
-    def __init__(self, objective: nn.Module, config: LoopConfig, folder: Path) -> None:
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-        from accelerate.utils import DistributedDataParallelKwargs
-
-        self.objective, self.config, self.folder = objective, config, folder
-        # Text encoders end before their last layer, whose weights get no gradient.
-        unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-        AcceleratorState._reset_state()  # recipes of one process may differ in precision
-        self.accelerator = Accelerator(
-            mixed_precision=config.precision,
-            cpu=not torch.cuda.is_available(),
-            kwargs_handlers=[unused],
-        )
-        self.optimizers = _optimizers(objective, config)
-        self.average = _Average(objective, config.ema)
-        self.meter = _Meter()
-        folder.mkdir(parents=True, exist_ok=True)
-        state = folder / "state.safetensors"
-        self.start = _resume(state, objective, self.optimizers, self.average)
-        runner, *self.prepared = self.accelerator.prepare(objective, *self.optimizers)
-        self.call = torch.compile(runner, dynamic=False) if config.compile else runner
+    def __init__(
+        self,
+        objective: nn.Module,
+        draw: Draw,
+        config: LoopConfig,
+        folder: Path | None,
+        hooks: Hooks,
+        processes: Processes,
+    ) -> None:
+        self.objective, self.draw, self.config = objective, draw, config
+        self.folder, self.hooks, self.processes = folder, hooks, processes
+        self.device = next(objective.parameters()).device
+        self.call = torch.compile(objective, dynamic=False) if config.compile else objective
         self.trained = [p for p in objective.parameters() if p.requires_grad]
+        self.buffers = buffers_of(objective)
+        self.optimizers = optimizers(objective, config, hooks.matrices)
+        self.average, self.best = Average(objective, config.ema), Best()
+        self.meter, self.seen = Meter(), list[Mapping[str, Any]]()
+        self.scaler = GradScaler(self.device.type, enabled=_half(config, hooks.base))
+        self.fingerprint = fingerprint(config, hooks.fingerprint)
+        self.parts = processes.count * config.accumulate
+        self.done, self.judged, self.value = 0, -1, math.inf
+        self.metrics: dict[str, float] = {}
+        self._together(self._resume)
+        self._together(self._check)
 
-    def advance(self, step: int, draw: Callable[[torch.Generator], Batch]) -> None:
-        """One step: draw, loss, gradient, update, average."""
-        config, device = self.config, self.accelerator.device
-        generator = _generator(config.seed, step, self.accelerator.process_index)
+    @property
+    def finished(self) -> bool:
+        """True when all steps are done or patience has run out."""
+        waited = (self.judged - self.best.step) // self.config.validate_every
+        patience = self.config.patience if self.hooks.validate is not None else 0
+        return self.done >= self.config.steps or 0 < patience <= waited
+
+    def begin(self) -> None:
+        """The validation before the first step, or the one that a stop came before."""
+        if self._due() or (self.config.validate_first and self.judged < 0):
+            self._judge()
+
+    def step(self, interrupted: Callable[[], bool]) -> None:
+        """One step: batch, loss, gradient, update; then what is due after it."""
+        before = {name: buffer.clone() for name, buffer in self.buffers.items()}
+        error = None
+        try:
+            if interrupted() or (self.hooks.stop is not None and self.hooks.stop()):
+                raise InterruptedTraining("stopped between two steps")
+            self._gradients()
+        except (Exception, KeyboardInterrupt) as raised:
+            error = raised
+        given = [float(p.grad is not None) for p in self.trained] if self.parts > 1 else []
+        try:
+            given = self.processes.agree_on(error, given)
+        except InterruptedTraining:
+            put(self.objective, before)  # what the forward pass of an unfinished step changed
+            raise
+        got = [p for p, count in zip(self.trained, given, strict=bool(given)) if count]
+        self.processes.average_gradients(got)
+        self._update()
+        self._after()
+
+    def stopped(self) -> Stopped:
+        """Save, and leave the objective at the best state, which may be the present one."""
+        self._save()
+        if self.hooks.validate is not None and self.judged >= 0:
+            self._compare_present()
+            self._restore()
+        message = f"stopped after step {self.done}; run it again to go on"
+        return Stopped(message, self._result())
+
+    def end(self) -> dict[str, float]:
+        """Leave the objective at the best weights, or at the average."""
+        self._restore()
+        return self._result()
+
+    def _gradients(self) -> None:
+        """Gradients of this process's parts of the batch."""
+        config, accumulate = self.config, self.config.accumulate
         for group in (g for optimizer in self.optimizers for g in optimizer.param_groups):
-            group["lr"] = config.rate(step) * group["peak"]
-        with self.accelerator.autocast():
-            loss, parts = self.call(_to(draw(generator), device))
-        if not math.isfinite(loss.item()):
-            raise ConfigError(f"the loss is {loss.item()} at step {step}: lower learning_rate")
-        self.accelerator.backward(loss)
-        if config.clip:
-            self.accelerator.clip_grad_norm_(self.trained, config.clip)
-        for optimizer in self.prepared:
-            optimizer.step()
+            group["lr"] = config.rate(group["peak"], self.done)
+        first = self.processes.rank * accumulate
+        self.seen = []
+        for part in split(dict(self._batch()), self.parts)[first : first + accumulate]:
+            with hold() as held:  # checkpointed layers are computed again with their adapters
+                with _autocast(self.device, config.precision):
+                    loss, metrics = self.call(_to(part, self.device))
+                self._check_loss(float(loss.detach()), part)
+                held.resume()
+                self.scaler.scale(loss / accumulate if accumulate > 1 else loss).backward()
+            self.seen.append({"loss": loss.detach(), **metrics})
+
+    def _update(self) -> None:
+        """Take the step that the gradients ask for."""
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        if self.hooks.scale_gradients is not None:
+            self.hooks.scale_gradients()
+        elif self.config.clip:
+            nn.utils.clip_grad_norm_(self.trained, self.config.clip)
+        before = self.scaler.get_scale()
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        for optimizer in self.optimizers:
             optimizer.zero_grad()
-        self.average.update(self.objective)
-        self.meter.add({"loss": loss.detach(), **parts})
+        scale = self.scaler.get_scale()
+        if scale < _SMALLEST_SCALE:
+            raise ConfigError(
+                f"The gradients are too large for float16 at step {self.done + 1}, however the "
+                "loss is scaled: lower learning_rate, or take precision bf16."
+            )
+        if scale >= before:  # else gradients overflowed, and nothing was done
+            self.average.update(self.objective)
 
-    def report(self, step: int, metrics: dict[str, float], progress: Progress | None) -> None:
-        """Write the event log and tell the caller, once per machine group."""
-        if self.accelerator.is_main_process:
+    def _after(self) -> None:
+        """Count the step; validate, report and save what is due."""
+        config, after_step = self.config, self.hooks.after_step
+        self.done += 1
+        for metrics in self.seen:
+            self.meter.add(metrics)
+        if after_step is not None:
+            self._together(lambda: after_step(self.done))
+        if self._due():
+            self._judge()
+        if self.done % config.log_every == 0 or self.finished:
+            self._report()
+        if self.done % config.checkpoint_every == 0 or self.finished:
+            self._save()
+
+    def _due(self) -> bool:
+        """True when this step is to be validated and is not yet."""
+        at = self.done > 0 and self.done % self.config.validate_every == 0
+        asked = self.hooks.validate is not None and self.judged < self.done
+        return asked and (at or self.done == self.config.steps)
+
+    def _judge(self) -> None:
+        """Validate the averaged weights; keep them when they are the best so far."""
+        self.value, self.judged = self._validate(), self.done
+        if self.value < self.best.value:
+            self._keep()
+            if self.folder is not None:
+                path = self.folder / BEST
+                self._on_main(lambda: write_best(path, self.best, self.fingerprint))
+
+    def _compare_present(self) -> None:
+        """A run stopped between validations may be at its best: keep that, but not on disk."""
+        if self.judged == self.done:
+            return
+        try:
+            value = self._validate()
+        except InterruptedTraining:
+            return
+        if value < self.best.value:
+            self.value = value
+            self._keep()
+
+    def _validate(self) -> float:
+        """The main process's validation loss; every process computes it."""
+        validate = self.hooks.validate or (lambda: math.inf)
+        with self.average.in_place(self.objective):
+            value = self._together(validate)
+        return self.processes.from_main(value)
+
+    def _keep(self) -> None:
+        """Remember the present weights as the best."""
+        with self.average.in_place(self.objective):
+            self.best = Best(self.value, self.done, on_cpu(state_of(self.objective)))
+
+    def _restore(self) -> None:
+        """Put the best weights in place, or the average where nothing was validated."""
+        if self.best.tensors:
+            put(self.objective, self.best.tensors)
+        else:
+            self.average.copy_to(self.objective)
+
+    def _result(self) -> dict[str, float]:
+        if self.hooks.validate is None or self.judged < 0:
+            return self.metrics
+        best = {"validation": self.best.value, "best_step": float(self.best.step)}
+        return {**self.metrics, **best, "steps": float(self.done)}
+
+    def _report(self) -> None:
+        """Write the event log and tell the caller."""
+        self._join_meters()
+        self.metrics = self.meter.pop()
+        if self.judged == self.done:
+            self.metrics["validation"] = self.value
+        self._on_main(self._tell)
+
+    def _tell(self) -> None:
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / "events.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
-            if progress is not None:
-                progress(step, self.config.steps, metrics)
+                file.write(json.dumps({"step": self.done, **self.metrics}) + "\n")
+        if self.hooks.progress is not None:
+            self.hooks.progress(self.done, self.config.steps, self.metrics)
 
-    def save(self, step: int) -> None:
-        """Write the checkpoint of a step."""
-        if self.accelerator.is_main_process:
-            path = self.folder / "state.safetensors"
-            _save(path, self.objective, self.optimizers, self.average, step)
+    def _join_meters(self) -> None:
+        """Bring all processes' metrics to the main one."""
+        if self.processes.count > 1:
+            found = [m for m in self.processes.gathered(self.meter) if isinstance(m, Meter)]
+            self.meter.join(found if self.processes.is_main else [])
+
+    def _save(self) -> None:
+        """Write the checkpoint of this step; the same for any number of processes."""
+        if self.folder is None:
+            return
+        self._join_meters()
+        self._on_main(self._write)
+
+    def _write(self) -> None:
+        tensors = {f"buffer.{name}": buffer for name, buffer in self.buffers.items()}
+        named = self.objective.named_parameters()
+        tensors |= {f"model.{name}": p for name, p in named if p.requires_grad}
+        tensors |= {f"ema.{name}": p for name, p in self.average.weights.items()}
+        tensors |= optimizer_tensors(self.optimizers)
+        if isinstance(self.draw, ByStep) and self.draw.generator is not None:
+            tensors["generator"] = self.draw.generator.get_state()
+        facts = {
+            "step": str(self.done),
+            "judged": str(self.judged),
+            "updates": str(self.average.updates),
+            "meter": meter_text(self.meter),
+            "scaler": json.dumps(self.scaler.state_dict()),
+            "fingerprint": self.fingerprint,
+        }
+        folder = self.folder or Path()
+        stored = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        write_atomic(stored, facts, folder / STATE)
+
+    def _resume(self) -> None:
+        """Take up the checkpoint, if there is one."""
+        if self.folder is None or not (path := self.folder / STATE).exists():
+            return
+        tensors, facts = read_file(path)
+        check_model(path, self.objective, tensors, "model.")
+        check_run(path, facts, self.fingerprint)
+        try:
+            put(self.objective, _under("model.", tensors) | _under("buffer.", tensors))
+            for name, weight in self.average.weights.items():
+                weight.copy_(tensors[f"ema.{name}"])
+            put_optimizers(self.optimizers, tensors)
+            if isinstance(self.draw, ByStep) and self.draw.generator is not None:
+                self.draw.generator.set_state(tensors["generator"])
+            self.average.updates, self.judged = int(facts["updates"]), int(facts["judged"])
+            self.meter = meter_from(facts["meter"]) if self.processes.is_main else Meter()
+            if self.scaler.is_enabled():
+                self.scaler.load_state_dict(json.loads(facts["scaler"]))
+            self.done = int(facts["step"])
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise damaged(path) from error
+        self.best = read_best(self.folder / BEST, self.objective, self.fingerprint)
+        logger.info("going on from step %d of %s", self.done, path)
+
+    def _batch(self) -> Batch:
+        """The batch of the step that comes, for all processes; drawn in the run's precision."""
+        with _autocast(self.device, self.config.precision):
+            if isinstance(self.draw, ByStep):
+                return self.draw.make(self.done)
+            return self.draw(_generator(self.config.seed, self.done))
+
+    def _check(self) -> None:
+        """Refuse, before the first step, what cannot be trained."""
+        if any(p.dtype in (torch.float16, torch.bfloat16) for p in self.trained):
+            raise ConfigError("Weights are trained in float32; these are in half precision.")
+        if self.parts == 1 or self.finished:
+            return
+        if not self.hooks.splits:
+            raise ConfigError(
+                "The loss of this training compares the samples of a batch with each other, so a "
+                "batch cannot be split: train in one process, with accumulate 1."
+            )
+        own = self.draw.generator if isinstance(self.draw, ByStep) else None
+        state = None if own is None else own.get_state()
+        split(dict(self._batch()), self.parts)
+        if own is not None and state is not None:
+            own.set_state(state)
+
+    def _check_loss(self, loss: float, part: Batch) -> None:
+        if math.isfinite(loss):
+            return
+        who = f", {self.processes}" if self.processes.count > 1 else ""
+        names = "".join(f", {n} {list(part[n])}" for n in ("names", "prompts") if n in part)
+        raise ConfigError(
+            f"The loss is no longer a number ({loss}) at step {self.done + 1}{who} (batch of seed "
+            f"{self.config.seed}{names}): lower learning_rate, or look for damaged training "
+            "pictures."
+        )
+
+    def _on_main(self, work: Callable[[], object]) -> None:
+        """Let the main process do something; all stop when it fails."""
+        self._together(work if self.processes.is_main else lambda: None)
+
+    def _together(self, work: Callable[[], T]) -> T:
+        """Do something on every process; all stop when one fails."""
+        error = None
+        try:
+            result = work()
+        except (Exception, KeyboardInterrupt) as raised:
+            error = raised
+        self.processes.agree(error)
+        return result
 
 
-def write_config(folder: Path, config: Any) -> None:
-    """Write the resolved configuration of a run beside its checkpoint."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / "config.part"
-    temporary.write_text(json.dumps(asdict(config), indent=2, default=str))
-    temporary.replace(folder / "config.json")
-
-
-def _optimizers(objective: nn.Module, config: LoopConfig) -> list[torch.optim.Optimizer]:
-    """AdamW, and Muon for the weights of linear layers when it is asked for."""
-    linear = {
-        id(m.weight) for m in objective.modules() if isinstance(m, nn.Linear) and config.matrix_rate
-    }
-    trained = [p for p in objective.parameters() if p.requires_grad]
-    rest = [p for p in trained if id(p) not in linear]
-    matrices = [p for p in trained if id(p) in linear]
-    decay = config.weight_decay
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(rest, config.learning_rate, config.betas, weight_decay=decay)
-    ]
-    if matrices:
-        optimizers.append(torch.optim.Muon(matrices, config.matrix_rate, weight_decay=decay))
-    for group in (g for optimizer in optimizers for g in optimizer.param_groups):
-        group["peak"] = group["lr"]
-    return optimizers
-
-
-class _Average:
-    """Exponential moving average of the trained weights, with the usual warm-up."""
-
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay, self.updates = decay, 0
-        named = ((n, p) for n, p in module.named_parameters() if p.requires_grad and decay > 0)
-        self.weights = {n: p.detach().clone().float() for n, p in named}
-
-    @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for name, p in module.named_parameters():
-            if name in self.weights:
-                average = self.weights[name].to(p.device)  # moves once, with the module
-                self.weights[name] = average.lerp_(p.detach().float(), 1 - decay)
-
-    @torch.no_grad()
-    def copy_to(self, module: nn.Module) -> None:
-        for name, p in module.named_parameters():
-            if name in self.weights:
-                p.copy_(self.weights[name])
-
-
-class _Meter:
-    """Means of the metrics between two logs."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.count = 0
-
-    def add(self, values: Mapping[str, Tensor]) -> None:
-        self.count += 1
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value)
-
-    def pop(self) -> dict[str, float]:
-        means = {name: value / max(self.count, 1) for name, value in self.sums.items()}
-        self.sums, self.count = {}, 0
-        return means
-
-
-def _generator(seed: int, step: int, rank: int) -> torch.Generator:
-    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 4_099 + rank)
+def _generator(seed: int, step: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 4_099)
 
 
 def _to(batch: Batch, device: torch.device) -> dict[str, Any]:
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
-def _save(
-    path: Path,
-    module: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
-    average: _Average,
-    step: int,
-) -> None:
-    trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    tensors = {f"model.{n}": p.detach().cpu().contiguous() for n, p in trained.items()}
-    tensors |= {f"ema.{n}": p.cpu().contiguous() for n, p in average.weights.items()}
-    for number, optimizer in enumerate(optimizers):
-        for index, state in optimizer.state_dict()["state"].items():
-            named = {f"optimizer.{number}.{index}.{k}": v for k, v in state.items()}
-            tensors |= {k: torch.as_tensor(v).cpu() for k, v in named.items()}
-    temporary = path.with_suffix(".part")
-    facts = {"step": str(step), "updates": str(average.updates)}
-    save_file({k: t.clone() for k, t in tensors.items()}, temporary, metadata=facts)
-    temporary.replace(path)
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
 
-def _resume(
-    path: Path, module: nn.Module, optimizers: list[torch.optim.Optimizer], average: _Average
-) -> int:
-    if not path.exists():
-        return 0
-    with safe_open(path, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
-        facts = file.metadata()
-    trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    saved = {k[6:]: t for k, t in tensors.items() if k.startswith("model.")}
-    if {n: p.shape for n, p in trained.items()} != {n: t.shape for n, t in saved.items()}:
-        raise CheckpointError(f"{path} belongs to another model; move it away to start anew")
-    with torch.no_grad():
-        for name, p in trained.items():
-            p.copy_(saved[name])
-    for name in average.weights:
-        average.weights[name] = tensors[f"ema.{name}"]
-    average.updates = int(facts["updates"])
-    for number, optimizer in enumerate(optimizers):
-        state = optimizer.state_dict()
-        for key, tensor in tensors.items():
-            if key.startswith(f"optimizer.{number}."):
-                index, name = key.split(".", 3)[2:]
-                state["state"].setdefault(int(index), {})[name] = tensor
-        optimizer.load_state_dict(state)
-    logger.info("going on from step %s of %s", facts["step"], path)
-    return int(facts["step"])
+def _half(config: LoopConfig, base: BaseModel | None) -> bool:
+    """True when losses and gradients pass through float16, where small ones vanish."""
+    through_base = base is not None and compute_dtype(base) == torch.float16
+    return config.precision == "fp16" or (config.precision == "no" and through_base)
+
+
+def _autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    if precision == "no":
+        return nullcontext()
+    half = torch.bfloat16 if precision == "bf16" else torch.float16
+    return torch.autocast(device.type, half)
+
+
+def _checkpointing(config: LoopConfig, base: BaseModel | None) -> AbstractContextManager[None]:
+    if not config.checkpointing:
+        return nullcontext()
+    if base is None:
+        raise ConfigError(
+            "checkpointing is on, but this training runs no base model whose layers could be "
+            "computed again: turn it off."
+        )
+    return gradient_checkpointing(base.unet)
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """A first Ctrl-C lets the step end, so that it can be saved; a second one acts at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    usual = signal.getsignal(signal.SIGINT) or signal.SIG_DFL
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        asked.set()
+        signal.signal(signal.SIGINT, usual)
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, usual)

@@ -56,31 +56,32 @@ def denoise(base: BaseModel, batch: NoisedBatch, mask: Tensor | None = None) -> 
 
     Args:
         base: the base model.
-        batch: B noised samples; floating inputs are cast to the UNet's dtype.
+        batch: B noised samples. Schedule and noising are computed in float32 or better, whatever
+            the UNet computes in: bfloat16 has no noise level between 0 and .06.
         mask: (B, h, w) in [0, 1], multiplies the error before it is squared; None counts all.
 
     Returns:
         float32 or better.
     """
-    dtype = compute_dtype(base)
-    fine = torch.promote_types(dtype, torch.float32)
-    clean, noise = batch.latents.to(dtype), batch.noise.to(dtype)
+    fine = torch.promote_types(compute_dtype(base), torch.float32)
+    clean, noise = batch.latents.to(fine), batch.noise.to(fine)
     abar = abar_at(base.alphas_cumprod, batch.timesteps, clean)
     noisy = add_noise(clean, noise, abar)
-    prediction = _predict(base, noisy, batch.timesteps, batch.text).to(fine)
+    prediction = _predict(base, noisy, batch.timesteps, batch.text)
     if batch.null is not None:
         prediction = torch.lerp(batch.null.to(fine), prediction, batch.guidance)
-    difference = prediction - training_target(clean, noise, abar, base.prediction_type).to(fine)
+    difference = prediction - training_target(clean, noise, abar, base.prediction_type)
     if mask is not None:
         difference = difference * mask.to(difference)[:, None]
-    estimate = to_x0(prediction, noisy.to(fine), abar.to(fine), base.prediction_type)
-    return Denoised(difference.square().flatten(1).mean(1), estimate, abar.flatten().to(fine))
+    estimate = to_x0(prediction, noisy, abar, base.prediction_type)
+    return Denoised(difference.square().flatten(1).mean(1), estimate, abar.flatten())
 
 
 def _predict(base: BaseModel, noisy: Tensor, timesteps: Tensor, text: TextCondition) -> Tensor:
-    """The base's answer; the prompts are brought to where and how it computes."""
-    here = TextCondition(text.context.to(noisy), text.pooled.to(noisy))
-    return base.predict(noisy, timesteps, here)
+    """The base's answer to float32 latents, in their dtype; it is asked in its own."""
+    seen = noisy.to(compute_dtype(base))
+    here = TextCondition(text.context.to(seen), text.pooled.to(seen))
+    return base.predict(seen, timesteps, here).to(noisy)
 
 
 def check_guidance(scale: float) -> None:
@@ -108,8 +109,8 @@ def under_guidance(
     if scale == 1.0:
         return batch
     rows = nothing.select(torch.zeros(len(batch.latents), dtype=torch.long))
-    dtype = compute_dtype(base)
-    clean, noise = batch.latents.to(dtype), batch.noise.to(dtype)
+    fine = torch.promote_types(compute_dtype(base), torch.float32)
+    clean, noise = batch.latents.to(fine), batch.noise.to(fine)
     noisy = add_noise(clean, noise, abar_at(base.alphas_cumprod, batch.timesteps, clean))
     null = _predict(base, noisy, batch.timesteps, rows)
     return replace(batch, null=null, guidance=scale)
@@ -163,12 +164,19 @@ def weight_preserved_loss(
     Returns:
         Scalar.
     """
+    omega = preservation_weight(target, mask, strength, power, cap)
+    error = estimate - target if scale is None else (estimate - target) / scale
+    return (omega * error.square()).sum() / omega.sum()
+
+
+def preservation_weight(
+    target: Tensor, mask: Tensor, strength: float = 1.0, power: float = 1.0, cap: float = 10.0
+) -> Tensor:
+    """omega of `weight_preserved_loss`, (B, T, L); arguments as there."""
     size = target.detach().abs() * mask
     mean = size.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp_min(1)  # B T 1
     relative = size / mean.clamp_min(torch.finfo(size.dtype).tiny)
-    omega = (1 + strength * relative.clamp_max(cap).pow(power)) * mask
-    error = estimate - target if scale is None else (estimate - target) / scale
-    return (omega * error.square()).sum() / omega.sum()
+    return (1 + strength * relative.clamp_max(cap).pow(power)) * mask
 
 
 def angular_loss(estimate: LoRAWeights, target: LoRAWeights) -> Tensor:

@@ -30,7 +30,7 @@ from ..errors import ConfigError
 from ..methods.perfusion import key_layer
 from ..text.new_words import Concept, EncodedPrompts, WordEmbedding
 from .calibration import AttentionRecord, binding_loss, record_attention, separation_loss
-from .concept_run import ConceptResult, Watch, concept_loop, run_concepts
+from .adaptation_run import AdaptationResult, Watch, adaptation_loop, run_adaptation
 from .concept_task import ConceptExamples, ConceptTask
 from .loop import LoopConfig
 from .losses import NoisedBatch, check_guidance, denoise
@@ -97,7 +97,7 @@ class PerfusionTraining:
     @property
     def loop(self) -> LoopConfig:
         """The run, for `loop.train`."""
-        return concept_loop(
+        return adaptation_loop(
             self.steps, self.value_rate, self.evaluate_every, self.seed, self.precision
         )
 
@@ -265,7 +265,7 @@ def train_perfusion(
     folder: Path,
     watch: Watch | None = None,
     stop: Callable[[], bool] | None = None,
-) -> ConceptResult:
+) -> AdaptationResult[Concept]:
     """Teach one or several words.
 
     Args:
@@ -273,7 +273,7 @@ def train_perfusion(
         examples: from `concept_examples`.
         config: settings.
         folder: keeps the state of a stopped run; the same call goes on from there.
-        watch: see `run_concepts`; it may raise InterruptedTraining.
+        watch: see `run_adaptation`; it may raise InterruptedTraining.
         stop: asked before every step; True stops the run.
 
     Returns:
@@ -286,4 +286,4 @@ def train_perfusion(
     if config.separation and len(task.words) < 2:
         raise ConfigError("Attention maps can be kept apart for two words or more; this is one.")
     objective = PerfusionObjective(task, config)
-    return run_concepts(objective, examples, config.batch, config.loop, folder, watch, stop)
+    return run_adaptation(objective, examples, config.batch, config.loop, folder, watch, stop)

@@ -99,7 +99,7 @@ def test_every_row_and_conclusion_is_there(report, gallery):
 
 
 def test_a_second_table_takes_everything_from_disk(report, gallery, monkeypatch):
-    monkeypatch.setattr("benchmarks.concepts.words.run_concepts", None)
+    monkeypatch.setattr("benchmarks.concepts.words.run_adaptation", None)
     monkeypatch.setattr("benchmarks.concepts.perfusion.costs", lambda *_: {})
     again = measure(gallery, TINY)
     for name, row in again.rows.items():

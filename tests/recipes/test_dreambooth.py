@@ -82,7 +82,7 @@ def test_equals_a_plain_implementation(base, people):
 
 def pictures(examples, config, step):
     """Which pictures the trainer draws at a step."""
-    from difflora_core.training.dreambooth_state import mixed_generator
+    from difflora_core.training.dreambooth_start import mixed_generator
 
     g = mixed_generator(config.seed, examples.seeds[0], step + 1)
     return torch.randperm(PICTURES, generator=g)[: config.samples_per_step].tolist()

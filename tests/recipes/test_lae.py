@@ -1,5 +1,7 @@
 """LAE recipes: weights alone, and through the base model's loss."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -16,7 +18,6 @@ from difflora_core.training.difflora.lae_encoder import (
     fit_mirror,
 )
 from difflora_core.training.difflora.lae_encoder import fit as fit_encoder
-from difflora_core.training.early_stopping import EarlyStopping
 from difflora_core.training.loop import LoopConfig
 
 LOOP = LoopConfig(steps=40, learning_rate=5e-3, warmup=5, log_every=10, checkpoint_every=60)
@@ -140,7 +141,7 @@ def test_judged_on_other_people(layout, weights_of, tmp_path):
     others = weights_of(layout, 8, seed=1, shared_down=True, directions=1)
     lae = tiny(layout)
     config = recipe.LAETrainConfig(
-        loop=LOOP, batch=24, preserve=0.0, stopping=EarlyStopping(every=20)
+        loop=replace(LOOP, validate_every=20), batch=24, preserve=0.0
     )
     recipe.prepare(lae, corpus, config)
     untrained = recipe.reconstruction_error(lae, others)  # of the mean LoRA
@@ -182,11 +183,12 @@ def test_encoder_learns_through_the_base(base, layout, weights_of, people, tmp_p
         weights = lae.decode_weights(latents)  # LoRAs that the decoder can express
     examples = EncoderExamples(weights, people(range(6)), latents)
     config = EncoderTrainConfig(
-        loop=LoopConfig(steps=12, learning_rate=1e-2, warmup=1, log_every=4, ema=0.5),
+        loop=LoopConfig(
+            steps=12, learning_rate=1e-2, warmup=1, log_every=4, ema=0.5, validate_every=4
+        ),
         batch=6,
         train_decoder=train_decoder,
         anchor=1.0,
-        stopping=EarlyStopping(every=4),
     )
     before = {n: p.clone() for n, p in lae.decoder.named_parameters()}
     seen = []

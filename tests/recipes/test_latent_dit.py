@@ -1,5 +1,7 @@
 """Latent diffusion recipe: both presets on a tiny model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -18,7 +20,6 @@ from difflora_core.training.difflora.latent_dit import (
     fit,
     photo_latents,
 )
-from difflora_core.training.early_stopping import EarlyStopping
 from difflora_core.training.loop import LoopConfig
 from difflora_core.vision.features import ImageFeatures
 
@@ -72,7 +73,7 @@ def test_paper_preset_learns_people_it_has_not_seen(model_of, tmp_path):
     model = model_of("paper")
     features, who = photos(64)
     other, others = photos(32, seed=1)
-    config = LatentDiTConfig(loop=LOOP, batch=64, stopping=EarlyStopping(every=20))
+    config = LatentDiTConfig(loop=replace(LOOP, validate_every=20), batch=64)
     seen = []
     result = fit(
         model,

@@ -23,7 +23,6 @@ from ...training.difflora import face_reader, lae, lae_encoder, latent_dit
 from ...training.difflora import functional as difflora
 from ...training.difflora.lora_corpus import CorpusConfig, build_corpus
 from ...training.dreambooth import DreamBoothConfig, DreamBoothExamples
-from ...training.early_stopping import EarlyStopping
 from ...training.loop import LoopConfig, Progress
 from ...vision.face_choice import FaceOptions
 from ...vision.features import FeatureSizes, extract_features
@@ -57,8 +56,9 @@ FUNCTIONAL_LOOP = LoopConfig(
 )
 FUNCTIONAL = difflora.FunctionalConfig(batch=64, likeness=2.0)
 DISTRIBUTION = latent_dit.LatentDiTConfig(
-    loop=LoopConfig(steps=2000, learning_rate=1e-3, ema=0.99, weight_decay=0.1, log_every=50),
-    stopping=EarlyStopping(every=250, patience=3),
+    loop=LoopConfig(
+        steps=2000, learning_rate=1e-3, ema=0.99, weight_decay=0.1, validate_every=250, patience=3
+    ),
 )
 CORPUS_PEOPLE, CORPUS_HELD_OUT = 192, 32
 CORPUS = CorpusConfig(
@@ -173,8 +173,10 @@ def paper(progress: Progress) -> Figures:
     corpus = corpus_of_loras(base, progress)
     model = new_model(4, "paper", predictor=PredictorConfig(width=32, depth=1), lae=PAPER_LAE)
     train, held_out = slice(0, CORPUS_PEOPLE), slice(CORPUS_PEOPLE, None)
-    loop = LoopConfig(steps=1500, learning_rate=2e-3, ema=0.99, log_every=50)
-    settings = lae.LAETrainConfig(loop=loop, stopping=EarlyStopping(every=250, patience=3))
+    loop = LoopConfig(
+        steps=1500, learning_rate=2e-3, ema=0.99, validate_every=250, patience=3
+    )
+    settings = lae.LAETrainConfig(loop=loop)
     folder = paths.BUILD / "paper"
     learned = lae.fit(
         model.lae, _rows(corpus, train), settings, folder / "lae", _rows(corpus, held_out), progress

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ...models.face_reader import FaceReader
 from ...vision.features import ImageFeatures
-from ..loop import LoopConfig, Progress, train
+from ..fingerprint import fingerprint
+from ..loop import Hooks, LoopConfig, Progress, train
 
 BATCH = 128
 NOISE = 0.4
@@ -94,5 +95,7 @@ def fit(
         folder: of its checkpoint and log.
         progress: as in `loop.train`.
     """
-    draw = reader_batches(latents, face_centroids(features, people), people, BATCH)
-    return train(ReaderObjective(reader), draw, loop, folder, progress)
+    centroids = face_centroids(features, people)
+    draw = reader_batches(latents, centroids, people, BATCH)
+    hooks = Hooks(progress, fingerprint=fingerprint(latents, centroids, people))
+    return train(ReaderObjective(reader), draw, loop, folder, hooks)

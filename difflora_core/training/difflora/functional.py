@@ -24,18 +24,20 @@ from ...adapters.lora import lora_adapter_set
 from ...base_model.diffusers_base import DiffusersBase
 from ...base_model.protocol import TextCondition
 from ...diffusion.objective import loss_weight, stratified_timesteps
+from ...config import Config
 from ...errors import ConfigError
 from ...methods.difflora import DiffLoRAModel
 from ...models.face_reader import FaceReader
 from ...models.mif import IdentityCondition, balance_loss
 from ...vision.features import ImageFeatures
-from ..loop import LoopConfig, Progress, train
+from ..fingerprint import fingerprint
+from ..loop import Hooks, LoopConfig, Progress, train
 from ..losses import Denoised, NoisedBatch, denoise
 from .face_reader import face_centroids, likeness_error
 
 
 @dataclass(frozen=True)
-class FunctionalConfig:
+class FunctionalConfig(Config):
     """Settings of the functional recipe.
 
     `batch`: identities per step, each with its own LoRA; `photos`: most photos of a person per
@@ -210,4 +212,5 @@ def fit(
         model.mif.fit_statistics(
             sample.face, sample.face_found, sample.image.float(), sample.image_tokens.float()
         )
-    return train(objective, person_batches(data, model, objective.config), loop, folder, progress)
+    hooks = Hooks(progress, base=objective.base, fingerprint=fingerprint(objective.config, data))
+    return train(objective, person_batches(data, model, objective.config), loop, folder, hooks)

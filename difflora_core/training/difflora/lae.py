@@ -6,7 +6,7 @@ delta W terms are ours (difflora.md 3 and 6.1) and can each be switched off.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...config import Config
 from ...errors import ConfigError
 from ...lora.canonical import align_to, canonical
 from ...lora.distance import squared_relative_error
@@ -21,19 +22,25 @@ from ...lora.statistics import WeightStatistics
 from ...lora.weights import LoRALayer, LoRAWeights
 from ...models.lae.autoencoder import LoRAAutoencoder
 from ...models.lae.structured import MirrorEncoder, StructuredEncoder
-from ..early_stopping import EarlyStopping, train_validated
-from ..loop import LoopConfig, Progress, train, write_config
-from ..losses import angular_loss, kl_loss, relative_delta_loss, weight_preserved_loss
+from ..fingerprint import fingerprint
+from ..loop import Hooks, LoopConfig, Progress, train
+from ..losses import (
+    angular_loss,
+    kl_loss,
+    preservation_weight,
+    relative_delta_loss,
+    weight_preserved_loss,
+)
 
 START_LOG_VARIANCE = -6.0
 
 
 @dataclass(frozen=True)
-class LAETrainConfig:
+class LAETrainConfig(Config):
     """Settings of the LAE recipe.
 
     Args:
-        loop: the run.
+        loop: the run, and how often to validate where validation LoRAs are given.
         batch: LoRAs per step.
         canonical: bring every LoRA to the canonical form and turn it towards the mean (ours). It
             matters when both factors are tokens; with a shared `down` there is no ambiguity left.
@@ -42,7 +49,6 @@ class LAETrainConfig:
         angular: weight of 1 - cosine of delta W.
         relative: weight of the squared relative error of delta W.
         kl: weight of the latent's KL divergence.
-        stopping: judgement on validation LoRAs, if some are given.
 
     Raises:
         ConfigError: a value out of range.
@@ -57,7 +63,6 @@ class LAETrainConfig:
     angular: float = 0.0
     relative: float = 0.0
     kl: float = 1e-4
-    stopping: EarlyStopping = field(default_factory=EarlyStopping)
 
     def __post_init__(self) -> None:
         numbers = (self.preserve, self.preserve_power, self.angular, self.relative, self.kl)
@@ -78,7 +83,11 @@ class LAEObjective(nn.Module):
         self.register_buffer("scale", scale, persistent=False)
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of `tokens` (B, T, L) with posterior `noise` (B, K, Dz)."""
+        """Loss of `tokens` (B, T, L) with posterior `noise` (B, K, Dz).
+
+        `weight` is the mean preservation weight of a sample in the whole batch, of which this one
+        may be a part.
+        """
         c, target = self.config, batch["tokens"]
         mean, log_variance = self.lae.posterior(target)
         z = mean + (0.5 * log_variance).exp() * batch["noise"]
@@ -88,6 +97,7 @@ class LAEObjective(nn.Module):
         loss = weight_preserved_loss(
             estimate, target, mask, scale, c.preserve, c.preserve_power, c.preserve_cap
         )
+        loss = loss * (self.weight(target) / batch["weight"])  # 1 for a whole batch
         metrics = {"reconstruction": loss.detach()}
         if c.angular or c.relative:
             wanted = self.lae.groups.weights(self.lae.groups.split(target), self.lae.down_factors())
@@ -96,6 +106,14 @@ class LAEObjective(nn.Module):
             loss = loss + c.relative * relative_delta_loss(fine, wanted)
         kl = kl_loss(mean.float(), log_variance.float())
         return loss + c.kl * kl, metrics | {"kl": kl.detach()}
+
+    def weight(self, tokens: Tensor) -> Tensor:
+        """Mean preservation weight of a sample of tokens (B, T, L), scalar."""
+        c, mask = self.config, self.get_buffer("mask")
+        omega = preservation_weight(
+            tokens, mask.to(tokens.device), c.preserve, c.preserve_power, c.preserve_cap
+        )
+        return omega.sum() / len(tokens)
 
 
 def standard_form(
@@ -189,7 +207,8 @@ def fit(
     Returns:
         Metrics of the run.
     """
-    write_config(folder, config)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(config.to_json() + "\n", "utf-8")
     tokens, reference = prepare(lae, corpus, config)
     lae.shared_down.requires_grad_(False)
     _quiet_posterior(lae)
@@ -201,19 +220,25 @@ def fit(
         return {
             "tokens": tokens[rows],
             "noise": torch.randn(config.batch, *latent, generator=generator),
+            "weight": objective.weight(tokens[rows]),
         }
 
-    if validation is None:
-        return train(objective, draw, config.loop, folder, progress)
-    if reference is not None:
-        validation, _ = standard_form(validation, lae.layout.rank, reference)
-
-    def validate() -> float:
-        return reconstruction_error(lae, validation)
-
-    return train_validated(
-        objective, draw, config.loop, folder, validate, config.stopping, progress
+    hooks = Hooks(
+        progress=progress,
+        validate=_validation(lae, validation, reference),
+        fingerprint=fingerprint(config, tokens, validation),
     )
+    return train(objective, draw, config.loop, folder, hooks)
+
+
+def _validation(
+    lae: LoRAAutoencoder, weights: LoRAWeights | None, reference: LoRAWeights | None
+) -> Callable[[], float] | None:
+    """Reconstruction error of other LoRAs, in the standard form of the corpus."""
+    if weights is None:
+        return None
+    turned = weights if reference is None else standard_form(weights, lae.layout.rank, reference)[0]
+    return lambda: reconstruction_error(lae, turned)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ a decoder that was itself trained through the base model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,15 @@ from ...adapters.attach import attach
 from ...adapters.lora import lora_adapter_set
 from ...base_model.protocol import BaseModel, TextCondition
 from ...diffusion.objective import stratified_timesteps
+from ...config import Config
 from ...errors import ConfigError
 from ...lora.statistics import WeightStatistics
 from ...lora.weights import LoRAWeights
 from ...models.lae.autoencoder import LoRAAutoencoder
 from ...models.lae.structured import MirrorEncoder, StructuredDecoder
 from ..dreambooth import DreamBoothExamples
-from ..early_stopping import EarlyStopping, train_validated
-from ..loop import LoopConfig, Progress, train
+from ..fingerprint import fingerprint
+from ..loop import Hooks, LoopConfig, Progress, train
 from ..losses import NoisedBatch, denoising_error
 from .linear_baselines import best_ridge
 
@@ -35,17 +36,16 @@ MIRROR_RIDGES = tuple(10.0**k for k in range(-3, 5))
 
 
 @dataclass(frozen=True)
-class EncoderTrainConfig:
+class EncoderTrainConfig(Config):
     """Settings of the functional encoder recipe.
 
     Args:
-        loop: the run.
+        loop: the run, and how often to validate where validation people are given.
         batch: people per step, each with one picture.
         train_decoder: let decoder and shared `down` follow; off, the latent space stays as it is.
         denoising: weight of the denoising loss; 0 leaves the base model out, which is fast.
         anchor: weight of the squared distance to known latents of the same people, if given.
         weighting: of the denoising loss.
-        stopping: judgement on validation people, if some are given.
 
     Raises:
         ConfigError: a value out of range.
@@ -57,7 +57,6 @@ class EncoderTrainConfig:
     denoising: float = 1.0
     anchor: float = 0.1
     weighting: str = "high_noise"
-    stopping: EarlyStopping = field(default_factory=EarlyStopping)
 
     def __post_init__(self) -> None:
         if self.batch < 1 or min(self.denoising, self.anchor) < 0:
@@ -249,17 +248,25 @@ def fit(
     draw = EncoderBatches(lae, base, examples, config.batch)
     adopt_statistics(lae, draw.tokens)
     objective = EncoderObjective(lae, base, config)
-    if validation is None:
-        return train(objective, draw, config.loop, folder, progress)
-    judged = EncoderBatches(lae, base, validation, 4 * config.batch)
-    fixed = judged(torch.Generator().manual_seed(config.loop.seed + 1))
+    hooks = Hooks(
+        progress=progress,
+        validate=None if validation is None else _validation(objective, validation),
+        base=base if config.denoising else None,
+        fingerprint=fingerprint(config, examples, validation),
+    )
+    return train(objective, draw, config.loop, folder, hooks)
+
+
+def _validation(objective: EncoderObjective, examples: EncoderExamples) -> Callable[[], float]:
+    """Loss on one fixed batch of other people."""
+    config = objective.config
+    draw = EncoderBatches(objective.lae, objective.base, examples, 4 * config.batch)
+    fixed = draw(torch.Generator().manual_seed(config.loop.seed + 1))
 
     @torch.no_grad()
     def validate() -> float:
-        device = next(lae.parameters()).device
+        device = next(objective.lae.parameters()).device
         there = {key: value.to(device) for key, value in fixed.items()}
         return float(objective(there)[0])
 
-    return train_validated(
-        objective, draw, config.loop, folder, validate, config.stopping, progress
-    )
+    return validate

@@ -23,19 +23,20 @@ from ...diffusion.objective import (
     stratified_timesteps,
     training_target,
 )
+from ...config import Config
 from ...errors import ConfigError
 from ...lora.weights import LoRAWeights
 from ...methods.difflora import DiffLoRAModel
 from ...models.mif import balance_loss
 from ...vision.features import ImageFeatures
-from ..early_stopping import EarlyStopping, train_validated
-from ..loop import LoopConfig, Progress, train
+from ..fingerprint import fingerprint
+from ..loop import Hooks, LoopConfig, Progress, train
 
 VALIDATION_DRAWS = 8  # batches of fixed noise that one judgement averages over
 
 
 @dataclass(frozen=True)
-class LatentDiTConfig:
+class LatentDiTConfig(Config):
     """Settings of the latent diffusion recipe.
 
     Args:
@@ -46,7 +47,6 @@ class LatentDiTConfig:
         feature_noise: noise on the photo features, in units of their spread over people.
         weighting: kind of `diffusion.objective.loss_weight`.
         balance: weight of the gate's load balance, where MIF is trained.
-        stopping: judgement on validation people, if some are given.
 
     Raises:
         ConfigError: a value out of range.
@@ -61,7 +61,6 @@ class LatentDiTConfig:
     feature_noise: float = 0.1
     weighting: str = "min_snr"
     balance: float = 1e-2
-    stopping: EarlyStopping = field(default_factory=EarlyStopping)
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.photos < 1 or min(self.feature_noise, self.balance) < 0:
@@ -248,12 +247,11 @@ def fit(
         model.mif.fit_statistics(some.face, some.face_found, some.image, some.image_tokens)
     objective = LatentDiTObjective(model, config)
     draw = LatentBatches(model, examples, config)
-    if validation is None:
-        return train(objective, draw, config.loop, folder, progress)
-    validate = _validation(objective, LatentBatches(model, validation, config))
-    return train_validated(
-        objective, draw, config.loop, folder, validate, config.stopping, progress
-    )
+    validate = None
+    if validation is not None:
+        validate = _validation(objective, LatentBatches(model, validation, config))
+    hooks = Hooks(progress, validate, fingerprint=fingerprint(config, examples, validation))
+    return train(objective, draw, config.loop, folder, hooks)
 
 
 def _validation(objective: LatentDiTObjective, draw: LatentBatches) -> Callable[[], float]:

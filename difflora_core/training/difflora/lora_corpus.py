@@ -14,7 +14,8 @@ from ...base_model.protocol import BaseModel
 from ...config import Config, check_range
 from ...errors import CheckpointError
 from ...storage.lora_corpus import LoRACorpus, load_corpus, save_corpus
-from ..dreambooth import DreamBoothConfig, DreamBoothExamples, Progress, train_dreambooth
+from ..dreambooth import DreamBoothConfig, DreamBoothExamples, train_dreambooth
+from ..loop import Progress
 
 __all__ = ["CorpusConfig", "build_corpus", "load_corpus"]
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from ...base_model.protocol import BaseModel
 from ...lora.weights import LoRAWeights
-from ..dreambooth import DreamBoothConfig, DreamBoothExamples, Progress, train_dreambooth
+from ..dreambooth import DreamBoothConfig, DreamBoothExamples, train_dreambooth
+from ..loop import Progress
 
 REFINEMENT_STEPS = 25
 

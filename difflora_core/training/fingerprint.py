@@ -1,0 +1,57 @@
+"""One fingerprint of a run: equal for equal settings, pictures and words."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+SAME_COURSE = {"same_course": True}
+"""Metadata of a setting that changes how a run is computed, not what comes out of it."""
+
+
+def fingerprint(*parts: object) -> str:
+    """SHA-256 of settings and data.
+
+    Args:
+        parts: numbers, texts, None, tensors, and any nesting of them in mappings, sequences and
+            dataclasses, whose fields with the metadata `SAME_COURSE` do not count.
+
+    Raises:
+        TypeError: something else.
+    """
+    digest = hashlib.sha256()
+    for piece in _pieces(parts):
+        digest.update(len(piece).to_bytes(8, "little"))
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _pieces(part: object) -> Iterator[bytes]:
+    """What is hashed, piece by piece; every kind names itself, so that none passes for another."""
+    if part is None or isinstance(part, bool | int | float | str):
+        yield f"{type(part).__name__} {part!r}".encode()
+    elif isinstance(part, Tensor):
+        yield f"tensor {part.dtype} {tuple(part.shape)}".encode()
+        plain = part.detach().cpu().contiguous().reshape(-1)
+        yield plain.view(torch.uint8).numpy().tobytes()
+    elif dataclasses.is_dataclass(part):
+        yield type(part).__name__.encode()
+        for field in dataclasses.fields(part):
+            if not field.metadata.get("same_course"):
+                yield field.name.encode()
+                yield from _pieces(getattr(part, field.name))
+    elif isinstance(part, Mapping):
+        yield f"mapping {len(part)}".encode()
+        for name, value in part.items():
+            yield from _pieces(name)
+            yield from _pieces(value)
+    elif isinstance(part, Sequence):
+        yield f"sequence {len(part)}".encode()
+        for value in part:
+            yield from _pieces(value)
+    else:
+        raise TypeError(f"{type(part).__name__} cannot take part in a fingerprint")

@@ -1,0 +1,246 @@
+"""What a run of the training loop holds from step to step, and its file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..storage.safetensors_io import write_atomic
+from .loop_config import LoopConfig
+
+STATE = "state.safetensors"
+BEST = "best.safetensors"
+
+
+def optimizers(
+    objective: nn.Module, config: LoopConfig, matrices: Sequence[nn.Parameter] | None
+) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon for matrices when it is asked for.
+
+    Args:
+        objective: whose parameters that require a gradient are trained.
+        config: learning rates and weight decay.
+        matrices: what Muon trains; all weights of linear layers unless given.
+    """
+    linear = (m.weight for m in objective.modules() if isinstance(m, nn.Linear))
+    wanted = linear if matrices is None else matrices
+    chosen = {id(p) for p in wanted if config.matrix_rate}
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    rest = [p for p in trained if id(p) not in chosen]
+    large = [p for p in trained if id(p) in chosen]
+    rate, decay = config.learning_rate, config.weight_decay
+    found: list[torch.optim.Optimizer] = []
+    if rest:
+        found.append(torch.optim.AdamW(rest, rate, config.betas, weight_decay=decay))
+    if large:
+        found.append(torch.optim.Muon(large, config.matrix_rate, weight_decay=decay))
+    for group in (g for optimizer in found for g in optimizer.param_groups):
+        group["peak"] = group["lr"]
+    return found
+
+
+class Average:
+    """Exponential moving average of the trained weights, with the usual warm-up."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay, self.updates = decay, 0
+        named = ((n, p) for n, p in module.named_parameters() if p.requires_grad and decay > 0)
+        self.weights = {n: p.detach().clone().float() for n, p in named}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """Take in the weights of a step."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for name, p in module.named_parameters():
+            if name in self.weights:
+                self.weights[name].lerp_(p.detach().float(), 1 - decay)
+
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module) -> None:
+        """Put the average in place of the weights."""
+        for name, p in module.named_parameters():
+            if name in self.weights:
+                p.copy_(self.weights[name])
+
+    @contextmanager
+    def in_place(self, module: nn.Module) -> Iterator[None]:
+        """The module at the average while the block runs."""
+        own = {n: p.detach().clone() for n, p in module.named_parameters() if n in self.weights}
+        self.copy_to(module)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, p in module.named_parameters():
+                    if name in own:
+                        p.copy_(own[name])
+
+
+@dataclass
+class Meter:
+    """Means of the metrics between two logs."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, values: Mapping[str, Tensor | float]) -> None:
+        """Take in the metrics of one part of a step."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def join(self, others: Sequence[Meter]) -> None:
+        """Become the sum of several meters."""
+        self.sums, self.counts = {}, {}
+        for other in others:
+            for name, value in other.sums.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value
+                self.counts[name] = self.counts.get(name, 0) + other.counts[name]
+
+    def pop(self) -> dict[str, float]:
+        """The means; it starts anew."""
+        means = {name: value / self.counts[name] for name, value in self.sums.items()}
+        self.sums, self.counts = {}, {}
+        return means
+
+
+@dataclass
+class Best:
+    """The weights of the lowest validation loss so far."""
+
+    value: float = float("inf")
+    step: int = 0
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    """What training changes: parameters that require a gradient, and buffers; by name."""
+    named = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
+    return named | buffers_of(module)
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that belong to a module's state dict."""
+    kept = module.state_dict(keep_vars=True)
+    return {name: b for name, b in module.named_buffers() if name in kept}
+
+
+@torch.no_grad()
+def put(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors over those of `state_of`."""
+    own = state_of(module)
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)
+
+
+def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies that later steps do not change."""
+    return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+
+
+def optimizer_tensors(found: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """State of the optimisers under `optimizer.NUMBER.INDEX.NAME`."""
+    return {
+        f"optimizer.{number}.{index}.{name}": torch.as_tensor(value)
+        for number, optimizer in enumerate(found)
+        for index, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+    }
+
+
+def put_optimizers(
+    found: Sequence[torch.optim.Optimizer], tensors: Mapping[str, Tensor]
+) -> None:
+    """Take up what `optimizer_tensors` returned, in the memory layout of the parameters."""
+    for number, optimizer in enumerate(found):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        state = optimizer.state_dict()
+        for key, tensor in tensors.items():
+            if key.startswith(f"optimizer.{number}."):
+                index, name = key.split(".", 3)[2:]
+                like = parameters[int(index)]
+                if tensor.shape == like.shape:
+                    tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor).detach()
+                state["state"].setdefault(int(index), {})[name] = tensor
+        optimizer.load_state_dict(state)
+
+
+def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a state file.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            return tensors, file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise damaged(path) from error
+
+
+def damaged(path: Path) -> CheckpointError:
+    """What to say of a file that cannot be taken up."""
+    return CheckpointError(f"{path} is damaged; delete it to start anew.")
+
+
+def check_run(path: Path, facts: Mapping[str, str], mark: str) -> None:
+    """Raises CheckpointError unless a file belongs to the run with this fingerprint."""
+    if facts.get("fingerprint") != mark:
+        raise CheckpointError(
+            f"{path.parent} holds the state of another training (other settings, words or "
+            "pictures); delete it or take another folder."
+        )
+
+
+def check_model(path: Path, module: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> None:
+    """Raises CheckpointError unless tensors under a prefix are those of a module's parameters."""
+    wanted = {n: p.shape for n, p in module.named_parameters() if p.requires_grad}
+    found = {k.removeprefix(prefix): t.shape for k, t in tensors.items() if k.startswith(prefix)}
+    buffers = buffers_of(module).keys()
+    if wanted != {name: shape for name, shape in found.items() if name not in buffers}:
+        raise CheckpointError(f"{path} belongs to another model; move it away to start anew.")
+
+
+def write_best(path: Path, best: Best, mark: str) -> None:
+    """Write the best weights so far."""
+    facts = {"value": best.value.hex(), "best_step": str(best.step), "fingerprint": mark}
+    write_atomic(best.tensors, facts, path)
+
+
+def read_best(path: Path, module: nn.Module, mark: str) -> Best:
+    """What `write_best` wrote, or none so far.
+
+    Raises:
+        CheckpointError: the file is damaged, or belongs to another model or run.
+    """
+    if not path.exists():
+        return Best()
+    tensors, facts = read_file(path)
+    check_model(path, module, tensors, "")
+    check_run(path, facts, mark)
+    try:
+        return Best(float.fromhex(facts["value"]), int(facts["best_step"]), tensors)
+    except (KeyError, ValueError) as error:
+        raise damaged(path) from error
+
+
+def meter_text(meter: Meter) -> str:
+    """A meter as text, exactly."""
+    return json.dumps({name: [value.hex(), meter.counts[name]] for name, value in meter.sums.items()})
+
+
+def meter_from(text: str) -> Meter:
+    """What `meter_text` wrote."""
+    rows = json.loads(text)
+    sums = {name: float.fromhex(value) for name, (value, _) in rows.items()}
+    return Meter(sums, {name: int(count) for name, (_, count) in rows.items()})

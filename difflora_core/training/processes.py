@@ -1,0 +1,180 @@
+"""Several processes that train together: who they are, what they share, how they stop (ours).
+
+Every process holds the same weights and draws the same batch of a step; each computes its own part
+of it. Gradients are averaged after the backward pass and not, as in DistributedDataParallel, during
+it: a process that fails inside its step can then still tell the others, which would otherwise wait
+for its gradients for ever.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from .. import errors
+from ..errors import ConfigError, DiffLoRAError, InterruptedTraining
+
+_BUCKET = 2**24
+"""Numbers that are sent at once."""
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of a run; `device` is what the launcher gave it, if one did."""
+
+    rank: int = 0
+    count: int = 1
+    device: torch.device | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """True for the one that writes files and speaks to the caller."""
+        return self.rank == 0
+
+    def __str__(self) -> str:
+        return f"process {self.rank + 1} of {self.count}"
+
+    def agree(self, error: BaseException | None) -> None:
+        """Go on only if no process has an error; all call this at the same place.
+
+        Raises:
+            BaseException: its own error, or one that says what happened to another process. An
+                error counts more than a stop, so that all take the same way out.
+        """
+        self.agree_on(error, [])
+
+    def agree_on(self, error: BaseException | None, numbers: Sequence[float]) -> list[float]:
+        """Like `agree`; returns the sums of numbers over all processes, in one message."""
+        if isinstance(error, KeyboardInterrupt):
+            error = InterruptedTraining("stopped from the keyboard")
+        if self.count == 1:
+            if error is not None:
+                raise error
+            return list(numbers)
+        status = torch.tensor([float(error is not None), *numbers], dtype=torch.float64)
+        failed, *sums = self._sum(status).tolist()
+        if failed:
+            self._raise_together(error)
+        return sums
+
+    def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Replace gradients by their mean over processes; None counts as zero."""
+        if self.count == 1:
+            return
+        kinds = {p.dtype for p in parameters}
+        for kind in sorted(kinds, key=str):
+            bucket: list[nn.Parameter] = []
+            for parameter in [p for p in parameters if p.dtype == kind]:
+                bucket.append(parameter)
+                if sum(p.numel() for p in bucket) >= _BUCKET:
+                    self._average(bucket)
+                    bucket = []
+            self._average(bucket)
+
+    def from_main(self, value: float) -> float:
+        """The main process's value of a number."""
+        return self.agree_on(None, [value if self.is_main else 0.0])[0]
+
+    def gathered(self, value: object) -> list[object]:
+        """One object of every process, in the order of their ranks."""
+        if self.count == 1:
+            return [value]
+        found: list[object] = [None] * self.count
+        dist.all_gather_object(found, value)
+        return found
+
+    def _average(self, bucket: Sequence[nn.Parameter]) -> None:
+        if not bucket:
+            return
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+        flat = torch.cat([part.flatten() for part in parts])
+        dist.all_reduce(flat)
+        flat /= self.count
+        sizes = [p.numel() for p in bucket]
+        for parameter, part in zip(bucket, flat.split(sizes), strict=True):
+            parameter.grad = part.view_as(parameter).clone()
+
+    def _sum(self, numbers: Tensor) -> Tensor:
+        there = numbers.to(self.device) if self.device is not None else numbers
+        dist.all_reduce(there)
+        return there.cpu()
+
+    def _raise_together(self, error: BaseException | None) -> None:
+        """Raise on every process, each naming the one where it happened."""
+        kind = None if error is None else "stop" if isinstance(error, InterruptedTraining) else "error"
+        told = self.gathered((kind, type(error).__name__, str(error)))
+        reports = [(rank, *report) for rank, report in enumerate(told) if isinstance(report, tuple)]
+        worst = "error" if any(kind == "error" for _, kind, _, _ in reports) else "stop"
+        if error is not None and kind == worst:
+            raise error
+        rank, _, name, message = next(report for report in reports if report[1] == worst)
+        where = f"process {rank + 1} of {self.count}"
+        if worst == "stop":
+            raise InterruptedTraining(f"stopped by {where}: {message}")
+        own = getattr(errors, name, None)
+        if isinstance(own, type) and issubclass(own, DiffLoRAError):
+            raise own(message if where in message else f"{message} ({where})")
+        raise DiffLoRAError(f"Training stopped because {where} failed: {name}: {message}")
+
+
+def launched() -> Processes:
+    """This process, as `accelerate launch` or `torchrun` started it; alone when neither did."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if not (several or (dist.is_available() and dist.is_initialized())):
+        return Processes()
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.cuda.is_available())
+    return Processes(state.process_index, state.num_processes, state.device)
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """Mean of a tensor over all processes, without gradient; the tensor itself when there is one.
+
+    For what an objective updates in its forward pass in training, a moving average for example: it
+    must stay the same on every process. Every process must call it equally often, so never while
+    it evaluates.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return values
+    total = values.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def split(batch: dict[str, object], parts: int) -> list[dict[str, object]]:
+    """Cut a batch into equal parts along its samples.
+
+    Tensors with a dimension and lists hold one entry for each sample; all else (numbers, scalars,
+    texts, tuples) belongs to every part.
+
+    Raises:
+        ConfigError: it cannot be cut evenly.
+    """
+    if parts == 1:
+        return [batch]
+    sized = {name: part for name, part in batch.items() if _has_samples(part)}
+    counts = {len(part) for part in sized.values()}  # type: ignore[arg-type]
+    if len(counts) != 1 or next(iter(counts)) % parts:
+        found = " and ".join(str(count) for count in sorted(counts)) or "no"
+        raise ConfigError(
+            f"A step has {found} samples; they cannot be shared evenly by {parts} parts "
+            "(processes times accumulate). Choose a batch that is a multiple of "
+            f"{parts}, or fewer processes or parts."
+        )
+    size = next(iter(counts)) // parts
+    return [
+        {
+            name: part[k * size : (k + 1) * size] if name in sized else part  # type: ignore[index]
+            for name, part in batch.items()
+        }
+        for k in range(parts)
+    ]
+
+
+def _has_samples(part: object) -> bool:
+    return isinstance(part, list) or (isinstance(part, Tensor) and part.ndim > 0)
