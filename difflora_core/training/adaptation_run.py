@@ -179,9 +179,7 @@ def run_adaptation(
     return AdaptationResult(objective.concepts(facts), finished, step, result["validation"])
 
 
-def _evaluation(
-    module: nn.Module, draw: Callable[[torch.Generator], Batch]
-) -> Callable[[], float]:
+def _evaluation(module: nn.Module, draw: Callable[[torch.Generator], Batch]) -> Callable[[], float]:
     """Mean loss of a module on fixed batches."""
     generator = torch.Generator().manual_seed(EVALUATION_SEED)
     batches = [draw(generator) for _ in range(EVALUATION_BATCHES)]

@@ -20,8 +20,8 @@ from torch.nn.utils import parametrize
 
 from ..base_model.diffusers_base import DiffusersBase, time_ids
 from ..base_model.protocol import TextCondition
-from ..diffusion.objective import stratified_timesteps
 from ..config import Config
+from ..diffusion.objective import stratified_timesteps
 from ..errors import CheckpointError, ConfigError
 from ..lora.layout import unet_name_map
 from ..vision.keypoint_picture import keypoint_picture

@@ -25,19 +25,19 @@ def fingerprint(*parts: object) -> str:
     """
     digest = hashlib.sha256()
     for piece in _pieces(parts):
-        digest.update(len(piece).to_bytes(8, "little"))
+        digest.update(memoryview(piece).nbytes.to_bytes(8, "little"))
         digest.update(piece)
     return digest.hexdigest()
 
 
-def _pieces(part: object) -> Iterator[bytes]:
+def _pieces(part: object) -> Iterator[bytes | memoryview]:
     """What is hashed, piece by piece; every kind names itself, so that none passes for another."""
     if part is None or isinstance(part, bool | int | float | str):
         yield f"{type(part).__name__} {part!r}".encode()
     elif isinstance(part, Tensor):
         yield f"tensor {part.dtype} {tuple(part.shape)}".encode()
         plain = part.detach().cpu().contiguous().reshape(-1)
-        yield plain.view(torch.uint8).numpy().tobytes()
+        yield plain.view(torch.uint8).numpy().data
     elif dataclasses.is_dataclass(part):
         yield type(part).__name__.encode()
         for field in dataclasses.fields(part):

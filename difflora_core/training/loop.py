@@ -14,15 +14,10 @@ uninterrupted run would have done.
 from __future__ import annotations
 
 import json
-import logging
 import math
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -31,10 +26,11 @@ from torch.amp.grad_scaler import GradScaler
 
 from ..adapters.attach import hold
 from ..base_model.checkpointing import gradient_checkpointing
-from ..base_model.protocol import BaseModel, compute_dtype
+from ..base_model.precision import autocast, needs_loss_scale
+from ..base_model.protocol import BaseModel
 from ..errors import ConfigError, InterruptedTraining
-from ..storage.safetensors_io import write_atomic
 from .fingerprint import fingerprint
+from .hooks import Batch, ByStep, Draw, Hooks, Progress, Stopped
 from .loop_config import LoopConfig
 from .loop_state import (
     BEST,
@@ -42,91 +38,23 @@ from .loop_state import (
     Average,
     Best,
     Meter,
+    RunState,
     buffers_of,
-    check_model,
-    check_run,
-    damaged,
-    meter_from,
-    meter_text,
     on_cpu,
-    optimizer_tensors,
     optimizers,
     put,
-    put_optimizers,
     read_best,
-    read_file,
     state_of,
     write_best,
 )
-from .processes import Processes, launched, split
+from .processes import Processes, deferred_interrupt, launched, split
 
 __all__ = ["Batch", "ByStep", "Draw", "Hooks", "LoopConfig", "Progress", "Stopped", "train"]
 
-logger = logging.getLogger(__name__)
-
 T = TypeVar("T")
-Batch = Mapping[str, Any]
-Progress = Callable[[int, int, dict[str, float]], None]
 
 _SMALLEST_SCALE = 2.0**-14
 """Of a float16 loss; gradients that overflow at it will never do anything else."""
-
-
-@dataclass(frozen=True)
-class ByStep:
-    """Batches by a recipe's own random numbers.
-
-    Args:
-        make: step number, from 0, to the batch of all processes.
-        generator: what `make` draws from, if that goes on from step to step; its state becomes
-            part of the checkpoint.
-    """
-
-    make: Callable[[int], Batch]
-    generator: torch.Generator | None = None
-
-
-Draw = Callable[[torch.Generator], Batch] | ByStep
-"""Makes the batch of a step from a generator that belongs to the step."""
-
-
-@dataclass(frozen=True)
-class Hooks:
-    """What a recipe adds to the loop.
-
-    Args:
-        progress: called on the main process as (step, steps, metrics) at every log; it may raise
-            InterruptedTraining, which saves first.
-        validate: loss of the objective as it is now on what it is not trained on. It is asked on
-            every process, with the averaged weights in place and without autocast.
-        stop: asked on every process before every step; True stops the run.
-        after_step: called on every process with the number of steps done.
-        scale_gradients: changes the gradients of the whole batch in place, instead of `clip`.
-        matrices: what Muon trains; the weights of all linear layers unless given.
-        splits: False when the loss compares the samples of a batch with each other.
-        base: the frozen base model that the loss runs through. Its layers are computed again in
-            the backward pass where `checkpointing` says so, and the loss is scaled where it
-            computes in float16.
-        fingerprint: of settings and data, see `fingerprint`; a folder with another one is refused.
-    """
-
-    progress: Progress | None = None
-    validate: Callable[[], float] | None = None
-    stop: Callable[[], bool] | None = None
-    after_step: Callable[[int], None] | None = None
-    scale_gradients: Callable[[], None] | None = None
-    matrices: list[nn.Parameter] | None = None
-    splits: bool = True
-    base: BaseModel | None = None
-    fingerprint: str = ""
-
-
-class Stopped(InterruptedTraining):
-    """A run was stopped. `result` is what `train` would have returned at this step."""
-
-    def __init__(self, message: str, result: dict[str, float]) -> None:
-        super().__init__(message)
-        self.result = result
 
 
 def train(
@@ -165,7 +93,7 @@ def train(
     processes, hooks = launched(), hooks or Hooks()
     device = device or processes.device or next(objective.parameters()).device
     objective.to(device)
-    with _checkpointing(config, hooks.base), _deferred_interrupt() as interrupted:
+    with _checkpointing(config, hooks.base), deferred_interrupt() as interrupted:
         run = _Run(objective, draw, config, folder, hooks, processes)
         try:
             run.begin()
@@ -192,29 +120,36 @@ class _Run:
         self.folder, self.hooks, self.processes = folder, hooks, processes
         self.device = next(objective.parameters()).device
         self.call = torch.compile(objective, dynamic=False) if config.compile else objective
-        self.trained = [p for p in objective.parameters() if p.requires_grad]
         self.buffers = buffers_of(objective)
-        self.optimizers = optimizers(objective, config, hooks.matrices)
-        self.average, self.best = Average(objective, config.ema), Best()
-        self.meter, self.seen = Meter(), list[Mapping[str, Any]]()
-        self.scaler = GradScaler(self.device.type, enabled=_half(config, hooks.base))
+        last = {id(p) for p in hooks.matrices or ()}  # the order in which norms are summed
+        trained = (p for p in objective.parameters() if p.requires_grad)
+        self.trained = sorted(trained, key=lambda p: id(p) in last)
+        scaled = needs_loss_scale(config.precision, hooks.base)
+        self.state = RunState(
+            objective,
+            optimizers(objective, config, hooks.matrices),
+            Average(objective, config.ema),
+            GradScaler(self.device.type, enabled=scaled),
+            draw.generator if isinstance(draw, ByStep) else None,
+        )
+        self.best, self.value = Best(), math.inf
+        self.seen: list[Mapping[str, Any]] = []
+        self.metrics: dict[str, float] = {}
         self.fingerprint = fingerprint(config, hooks.fingerprint)
         self.parts = processes.count * config.accumulate
-        self.done, self.judged, self.value = 0, -1, math.inf
-        self.metrics: dict[str, float] = {}
         self._together(self._resume)
         self._together(self._check)
 
     @property
     def finished(self) -> bool:
         """True when all steps are done or patience has run out."""
-        waited = (self.judged - self.best.step) // self.config.validate_every
+        waited = (self.state.judged - self.best.step) // self.config.validate_every
         patience = self.config.patience if self.hooks.validate is not None else 0
-        return self.done >= self.config.steps or 0 < patience <= waited
+        return self.state.done >= self.config.steps or 0 < patience <= waited
 
     def begin(self) -> None:
         """The validation before the first step, or the one that a stop came before."""
-        if self._due() or (self.config.validate_first and self.judged < 0):
+        if self._due() or (self.config.validate_first and self.state.judged < 0):
             self._judge()
 
     def step(self, interrupted: Callable[[], bool]) -> None:
@@ -241,10 +176,10 @@ class _Run:
     def stopped(self) -> Stopped:
         """Save, and leave the objective at the best state, which may be the present one."""
         self._save()
-        if self.hooks.validate is not None and self.judged >= 0:
+        if self.hooks.validate is not None and self.state.judged >= 0:
             self._compare_present()
             self._restore()
-        message = f"stopped after step {self.done}; run it again to go on"
+        message = f"stopped after step {self.state.done}; run it again to go on"
         return Stopped(message, self._result())
 
     def end(self) -> dict[str, float]:
@@ -255,66 +190,66 @@ class _Run:
     def _gradients(self) -> None:
         """Gradients of this process's parts of the batch."""
         config, accumulate = self.config, self.config.accumulate
-        for group in (g for optimizer in self.optimizers for g in optimizer.param_groups):
-            group["lr"] = config.rate(group["peak"], self.done)
+        for group in (g for optimizer in self.state.optimizers for g in optimizer.param_groups):
+            group["lr"] = config.rate(group["peak"], self.state.done)
         first = self.processes.rank * accumulate
         self.seen = []
         for part in split(dict(self._batch()), self.parts)[first : first + accumulate]:
             with hold() as held:  # checkpointed layers are computed again with their adapters
-                with _autocast(self.device, config.precision):
+                with autocast(self.device, config.precision):
                     loss, metrics = self.call(_to(part, self.device))
                 self._check_loss(float(loss.detach()), part)
                 held.resume()
-                self.scaler.scale(loss / accumulate if accumulate > 1 else loss).backward()
+                self.state.scaler.scale(loss / accumulate if accumulate > 1 else loss).backward()
             self.seen.append({"loss": loss.detach(), **metrics})
 
     def _update(self) -> None:
         """Take the step that the gradients ask for."""
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
+        for optimizer in self.state.optimizers:
+            self.state.scaler.unscale_(optimizer)
         if self.hooks.scale_gradients is not None:
             self.hooks.scale_gradients()
         elif self.config.clip:
             nn.utils.clip_grad_norm_(self.trained, self.config.clip)
-        before = self.scaler.get_scale()
-        for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
-        self.scaler.update()
-        for optimizer in self.optimizers:
+        before = self.state.scaler.get_scale()
+        for optimizer in self.state.optimizers:
+            self.state.scaler.step(optimizer)
+        self.state.scaler.update()
+        for optimizer in self.state.optimizers:
             optimizer.zero_grad()
-        scale = self.scaler.get_scale()
+        scale = self.state.scaler.get_scale()
         if scale < _SMALLEST_SCALE:
             raise ConfigError(
-                f"The gradients are too large for float16 at step {self.done + 1}, however the "
-                "loss is scaled: lower learning_rate, or take precision bf16."
+                f"The gradients are too large for float16 at step {self.state.done + 1}, however "
+                "the loss is scaled: lower learning_rate, or take precision bf16."
             )
         if scale >= before:  # else gradients overflowed, and nothing was done
-            self.average.update(self.objective)
+            self.state.average.update(self.objective)
 
     def _after(self) -> None:
         """Count the step; validate, report and save what is due."""
         config, after_step = self.config, self.hooks.after_step
-        self.done += 1
+        self.state.done += 1
         for metrics in self.seen:
-            self.meter.add(metrics)
+            self.state.meter.add(metrics)
         if after_step is not None:
-            self._together(lambda: after_step(self.done))
+            self._together(lambda: after_step(self.state.done))
         if self._due():
             self._judge()
-        if self.done % config.log_every == 0 or self.finished:
+        if self.state.done % config.log_every == 0 or self.finished:
             self._report()
-        if self.done % config.checkpoint_every == 0 or self.finished:
+        if self.state.done % config.checkpoint_every == 0 or self.finished:
             self._save()
 
     def _due(self) -> bool:
         """True when this step is to be validated and is not yet."""
-        at = self.done > 0 and self.done % self.config.validate_every == 0
-        asked = self.hooks.validate is not None and self.judged < self.done
-        return asked and (at or self.done == self.config.steps)
+        at = self.state.done > 0 and self.state.done % self.config.validate_every == 0
+        asked = self.hooks.validate is not None and self.state.judged < self.state.done
+        return asked and (at or self.state.done == self.config.steps)
 
     def _judge(self) -> None:
         """Validate the averaged weights; keep them when they are the best so far."""
-        self.value, self.judged = self._validate(), self.done
+        self.value, self.state.judged = self._validate(), self.state.done
         if self.value < self.best.value:
             self._keep()
             if self.folder is not None:
@@ -323,7 +258,7 @@ class _Run:
 
     def _compare_present(self) -> None:
         """A run stopped between validations may be at its best: keep that, but not on disk."""
-        if self.judged == self.done:
+        if self.state.judged == self.state.done:
             return
         try:
             value = self._validate()
@@ -336,33 +271,33 @@ class _Run:
     def _validate(self) -> float:
         """The main process's validation loss; every process computes it."""
         validate = self.hooks.validate or (lambda: math.inf)
-        with self.average.in_place(self.objective):
+        with self.state.average.in_place(self.objective):
             value = self._together(validate)
         return self.processes.from_main(value)
 
     def _keep(self) -> None:
         """Remember the present weights as the best."""
-        with self.average.in_place(self.objective):
-            self.best = Best(self.value, self.done, on_cpu(state_of(self.objective)))
+        with self.state.average.in_place(self.objective):
+            self.best = Best(self.value, self.state.done, on_cpu(state_of(self.objective)))
 
     def _restore(self) -> None:
         """Put the best weights in place, or the average where nothing was validated."""
         if self.best.tensors:
             put(self.objective, self.best.tensors)
         else:
-            self.average.copy_to(self.objective)
+            self.state.average.copy_to(self.objective)
 
     def _result(self) -> dict[str, float]:
-        if self.hooks.validate is None or self.judged < 0:
+        if self.hooks.validate is None or self.state.judged < 0:
             return self.metrics
         best = {"validation": self.best.value, "best_step": float(self.best.step)}
-        return {**self.metrics, **best, "steps": float(self.done)}
+        return {**self.metrics, **best, "steps": float(self.state.done)}
 
     def _report(self) -> None:
         """Write the event log and tell the caller."""
         self._join_meters()
-        self.metrics = self.meter.pop()
-        if self.judged == self.done:
+        self.metrics = self.state.meter.pop()
+        if self.state.judged == self.state.done:
             self.metrics["validation"] = self.value
         self._on_main(self._tell)
 
@@ -370,15 +305,15 @@ class _Run:
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / "events.jsonl").open("a") as file:
-                file.write(json.dumps({"step": self.done, **self.metrics}) + "\n")
+                file.write(json.dumps({"step": self.state.done, **self.metrics}) + "\n")
         if self.hooks.progress is not None:
-            self.hooks.progress(self.done, self.config.steps, self.metrics)
+            self.hooks.progress(self.state.done, self.config.steps, self.metrics)
 
     def _join_meters(self) -> None:
         """Bring all processes' metrics to the main one."""
         if self.processes.count > 1:
-            found = [m for m in self.processes.gathered(self.meter) if isinstance(m, Meter)]
-            self.meter.join(found if self.processes.is_main else [])
+            found = [m for m in self.processes.gathered(self.state.meter) if isinstance(m, Meter)]
+            self.state.meter.join(found if self.processes.is_main else [])
 
     def _save(self) -> None:
         """Write the checkpoint of this step; the same for any number of processes."""
@@ -388,55 +323,23 @@ class _Run:
         self._on_main(self._write)
 
     def _write(self) -> None:
-        tensors = {f"buffer.{name}": buffer for name, buffer in self.buffers.items()}
-        named = self.objective.named_parameters()
-        tensors |= {f"model.{name}": p for name, p in named if p.requires_grad}
-        tensors |= {f"ema.{name}": p for name, p in self.average.weights.items()}
-        tensors |= optimizer_tensors(self.optimizers)
-        if isinstance(self.draw, ByStep) and self.draw.generator is not None:
-            tensors["generator"] = self.draw.generator.get_state()
-        facts = {
-            "step": str(self.done),
-            "judged": str(self.judged),
-            "updates": str(self.average.updates),
-            "meter": meter_text(self.meter),
-            "scaler": json.dumps(self.scaler.state_dict()),
-            "fingerprint": self.fingerprint,
-        }
-        folder = self.folder or Path()
-        stored = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        write_atomic(stored, facts, folder / STATE)
+        if self.folder is not None:
+            self.state.write(self.folder / STATE, self.fingerprint)
 
     def _resume(self) -> None:
-        """Take up the checkpoint, if there is one."""
-        if self.folder is None or not (path := self.folder / STATE).exists():
-            return
-        tensors, facts = read_file(path)
-        check_model(path, self.objective, tensors, "model.")
-        check_run(path, facts, self.fingerprint)
-        try:
-            put(self.objective, _under("model.", tensors) | _under("buffer.", tensors))
-            for name, weight in self.average.weights.items():
-                weight.copy_(tensors[f"ema.{name}"])
-            put_optimizers(self.optimizers, tensors)
-            if isinstance(self.draw, ByStep) and self.draw.generator is not None:
-                self.draw.generator.set_state(tensors["generator"])
-            self.average.updates, self.judged = int(facts["updates"]), int(facts["judged"])
-            self.meter = meter_from(facts["meter"]) if self.processes.is_main else Meter()
-            if self.scaler.is_enabled():
-                self.scaler.load_state_dict(json.loads(facts["scaler"]))
-            self.done = int(facts["step"])
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise damaged(path) from error
-        self.best = read_best(self.folder / BEST, self.objective, self.fingerprint)
-        logger.info("going on from step %d of %s", self.done, path)
+        """Take up the files of this run, if there are any."""
+        if self.folder is not None:
+            self.state.read(self.folder / STATE, self.fingerprint)
+            self.best = read_best(self.folder / BEST, self.objective, self.fingerprint)
+        if not self.processes.is_main:
+            self.state.meter = Meter()
 
     def _batch(self) -> Batch:
         """The batch of the step that comes, for all processes; drawn in the run's precision."""
-        with _autocast(self.device, self.config.precision):
+        with autocast(self.device, self.config.precision):
             if isinstance(self.draw, ByStep):
-                return self.draw.make(self.done)
-            return self.draw(_generator(self.config.seed, self.done))
+                return self.draw.make(self.state.done)
+            return self.draw(_generator(self.config.seed, self.state.done))
 
     def _check(self) -> None:
         """Refuse, before the first step, what cannot be trained."""
@@ -449,11 +352,11 @@ class _Run:
                 "The loss of this training compares the samples of a batch with each other, so a "
                 "batch cannot be split: train in one process, with accumulate 1."
             )
-        own = self.draw.generator if isinstance(self.draw, ByStep) else None
-        state = None if own is None else own.get_state()
+        generator = self.state.generator
+        before = None if generator is None else generator.get_state()
         split(dict(self._batch()), self.parts)
-        if own is not None and state is not None:
-            own.set_state(state)
+        if generator is not None and before is not None:
+            generator.set_state(before)
 
     def _check_loss(self, loss: float, part: Batch) -> None:
         if math.isfinite(loss):
@@ -461,8 +364,8 @@ class _Run:
         who = f", {self.processes}" if self.processes.count > 1 else ""
         names = "".join(f", {n} {list(part[n])}" for n in ("names", "prompts") if n in part)
         raise ConfigError(
-            f"The loss is no longer a number ({loss}) at step {self.done + 1}{who} (batch of seed "
-            f"{self.config.seed}{names}): lower learning_rate, or look for damaged training "
+            f"The loss is no longer a number ({loss}) at step {self.state.done + 1}{who} (batch of "
+            f"seed {self.config.seed}{names}): lower learning_rate, or look for damaged training "
             "pictures."
         )
 
@@ -493,19 +396,6 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
 
-def _half(config: LoopConfig, base: BaseModel | None) -> bool:
-    """True when losses and gradients pass through float16, where small ones vanish."""
-    through_base = base is not None and compute_dtype(base) == torch.float16
-    return config.precision == "fp16" or (config.precision == "no" and through_base)
-
-
-def _autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    if precision == "no":
-        return nullcontext()
-    half = torch.bfloat16 if precision == "bf16" else torch.float16
-    return torch.autocast(device.type, half)
-
-
 def _checkpointing(config: LoopConfig, base: BaseModel | None) -> AbstractContextManager[None]:
     if not config.checkpointing:
         return nullcontext()
@@ -515,24 +405,3 @@ def _checkpointing(config: LoopConfig, base: BaseModel | None) -> AbstractContex
             "computed again: turn it off."
         )
     return gradient_checkpointing(base.unet)
-
-
-@contextmanager
-def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """A first Ctrl-C lets the step end, so that it can be saved; a second one acts at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-    usual = signal.getsignal(signal.SIGINT) or signal.SIG_DFL
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        del number, frame
-        asked.set()
-        signal.signal(signal.SIGINT, usual)
-
-    signal.signal(signal.SIGINT, ask)
-    try:
-        yield asked.is_set
-    finally:
-        signal.signal(signal.SIGINT, usual)

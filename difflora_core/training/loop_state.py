@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,10 +12,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 
 from ..errors import CheckpointError
 from ..storage.safetensors_io import write_atomic
 from .loop_config import LoopConfig
+
+logger = logging.getLogger(__name__)
 
 STATE = "state.safetensors"
 BEST = "best.safetensors"
@@ -147,7 +151,7 @@ def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
 
 
-def optimizer_tensors(found: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+def _optimizer_tensors(found: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """State of the optimisers under `optimizer.NUMBER.INDEX.NAME`."""
     return {
         f"optimizer.{number}.{index}.{name}": torch.as_tensor(value)
@@ -157,10 +161,8 @@ def optimizer_tensors(found: Sequence[torch.optim.Optimizer]) -> dict[str, Tenso
     }
 
 
-def put_optimizers(
-    found: Sequence[torch.optim.Optimizer], tensors: Mapping[str, Tensor]
-) -> None:
-    """Take up what `optimizer_tensors` returned, in the memory layout of the parameters."""
+def _put_optimizers(found: Sequence[torch.optim.Optimizer], tensors: Mapping[str, Tensor]) -> None:
+    """Take up what `_optimizer_tensors` returned, in the memory layout of the parameters."""
     for number, optimizer in enumerate(found):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         state = optimizer.state_dict()
@@ -234,13 +236,83 @@ def read_best(path: Path, module: nn.Module, mark: str) -> Best:
         raise damaged(path) from error
 
 
-def meter_text(meter: Meter) -> str:
+def _meter_text(meter: Meter) -> str:
     """A meter as text, exactly."""
-    return json.dumps({name: [value.hex(), meter.counts[name]] for name, value in meter.sums.items()})
+    return json.dumps(
+        {name: [value.hex(), meter.counts[name]] for name, value in meter.sums.items()}
+    )
 
 
-def meter_from(text: str) -> Meter:
-    """What `meter_text` wrote."""
+def _meter_from(text: str) -> Meter:
+    """What `_meter_text` wrote."""
     rows = json.loads(text)
     sums = {name: float.fromhex(value) for name, (value, _) in rows.items()}
     return Meter(sums, {name: int(count) for name, (_, count) in rows.items()})
+
+
+@dataclass
+class RunState:
+    """All that a checkpoint keeps; the same for any number of processes.
+
+    `generator`: of a recipe that draws from one generator in every step; `meter`: of all processes
+    on the main one; `done`: steps; `judged`: steps at the last validation, -1 before any.
+    """
+
+    objective: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    average: Average
+    scaler: GradScaler
+    generator: torch.Generator | None
+    meter: Meter = field(default_factory=Meter)
+    done: int = 0
+    judged: int = -1
+
+    def write(self, path: Path, mark: str) -> None:
+        """Write the file of the run with this fingerprint."""
+        named = self.objective.named_parameters()
+        tensors = {f"model.{name}": p.detach() for name, p in named if p.requires_grad}
+        tensors |= {f"buffer.{name}": b for name, b in buffers_of(self.objective).items()}
+        tensors |= {f"ema.{name}": p for name, p in self.average.weights.items()}
+        tensors |= _optimizer_tensors(self.optimizers)
+        if self.generator is not None:
+            tensors["generator"] = self.generator.get_state()
+        facts = {
+            "step": str(self.done),
+            "judged": str(self.judged),
+            "updates": str(self.average.updates),
+            "meter": _meter_text(self.meter),
+            "scaler": json.dumps(self.scaler.state_dict()),
+            "fingerprint": mark,
+        }
+        stored = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        write_atomic(stored, facts, path)
+
+    def read(self, path: Path, mark: str) -> None:
+        """Take up what `write` wrote, if there is a file.
+
+        Raises:
+            CheckpointError: it is damaged, or belongs to another model or run.
+        """
+        if not path.exists():
+            return
+        tensors, facts = read_file(path)
+        check_model(path, self.objective, tensors, "model.")
+        check_run(path, facts, mark)
+        try:
+            put(self.objective, _under("model.", tensors) | _under("buffer.", tensors))
+            for name, weight in self.average.weights.items():
+                weight.copy_(tensors[f"ema.{name}"])
+            _put_optimizers(self.optimizers, tensors)
+            if self.generator is not None:
+                self.generator.set_state(tensors["generator"])
+            if self.scaler.is_enabled():
+                self.scaler.load_state_dict(json.loads(facts["scaler"]))
+            self.average.updates, self.meter = int(facts["updates"]), _meter_from(facts["meter"])
+            self.done, self.judged = int(facts["step"]), int(facts["judged"])
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise damaged(path) from error
+        logger.info("going on from step %d of %s", self.done, path)
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}

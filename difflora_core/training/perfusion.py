@@ -29,8 +29,8 @@ from ..diffusion.objective import loss_weight
 from ..errors import ConfigError
 from ..methods.perfusion import key_layer
 from ..text.new_words import Concept, EncodedPrompts, WordEmbedding
-from .calibration import AttentionRecord, binding_loss, record_attention, separation_loss
 from .adaptation_run import AdaptationResult, Watch, adaptation_loop, run_adaptation
+from .calibration import AttentionRecord, binding_loss, record_attention, separation_loss
 from .concept_task import ConceptExamples, ConceptTask
 from .loop import LoopConfig
 from .losses import NoisedBatch, check_guidance, denoise

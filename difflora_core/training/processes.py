@@ -9,8 +9,12 @@ for its gradients for ever.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +25,7 @@ from ..errors import ConfigError, DiffLoRAError, InterruptedTraining
 
 _BUCKET = 2**24
 """Numbers that are sent at once."""
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -105,7 +110,8 @@ class Processes:
 
     def _raise_together(self, error: BaseException | None) -> None:
         """Raise on every process, each naming the one where it happened."""
-        kind = None if error is None else "stop" if isinstance(error, InterruptedTraining) else "error"
+        kind = "stop" if isinstance(error, InterruptedTraining) else "error"
+        kind = kind if error is not None else ""
         told = self.gathered((kind, type(error).__name__, str(error)))
         reports = [(rank, *report) for rank, report in enumerate(told) if isinstance(report, tuple)]
         worst = "error" if any(kind == "error" for _, kind, _, _ in reports) else "stop"
@@ -178,3 +184,24 @@ def split(batch: dict[str, object], parts: int) -> list[dict[str, object]]:
 
 def _has_samples(part: object) -> bool:
     return isinstance(part, list) or (isinstance(part, Tensor) and part.ndim > 0)
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """A first Ctrl-C lets the step end, so that it can be saved; a second one acts at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    usual = signal.getsignal(signal.SIGINT) or signal.SIG_DFL
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        asked.set()
+        signal.signal(signal.SIGINT, usual)
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, usual)

@@ -140,9 +140,7 @@ def test_judged_on_other_people(layout, weights_of, tmp_path):
     corpus = weights_of(layout, 48, shared_down=True, directions=1)
     others = weights_of(layout, 8, seed=1, shared_down=True, directions=1)
     lae = tiny(layout)
-    config = recipe.LAETrainConfig(
-        loop=replace(LOOP, validate_every=20), batch=24, preserve=0.0
-    )
+    config = recipe.LAETrainConfig(loop=replace(LOOP, validate_every=20), batch=24, preserve=0.0)
     recipe.prepare(lae, corpus, config)
     untrained = recipe.reconstruction_error(lae, others)  # of the mean LoRA
     result = recipe.fit(lae, corpus, config, tmp_path, validation=others)

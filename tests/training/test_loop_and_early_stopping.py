@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from difflora_core.training.early_stopping import EarlyStopping, train_validated
 from torch import nn
 
 from difflora_core.errors import CheckpointError, ConfigError, InterruptedTraining
-from difflora_core.training.early_stopping import EarlyStopping, train_validated
 from difflora_core.training.loop import LoopConfig, train
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ...base_model.diffusers_base import DiffusersBase
 from ...storage.safetensors_io import write_atomic
-from ...training.loop import LoopConfig, Progress, train
+from ...training.fingerprint import fingerprint
+from ...training.loop import Hooks, LoopConfig, Progress, train
 from .. import paths
 from ..networks.base import BaseObjective, base_batches, load_base, new_base, save_base
 from ..networks.vae import (
@@ -94,14 +95,10 @@ def vae(progress: Progress) -> Figures:
     """Train the VAE on portraits."""
     model, loss = new_vae(0), VaeLoss()
     folder = paths.BUILD / "vae"
-    train(
-        VaeObjective(model, loss),
-        vae_batches(train_pool(), VAE_BATCH, loss),
-        VAE_LOOP,
-        folder,
-        progress,
-    )
-    standardise_latents(model, train_pool().images[:4096])
+    pool = train_pool()
+    hooks = Hooks(progress, fingerprint=fingerprint(loss, VAE_BATCH, pool.images))
+    train(VaeObjective(model, loss), vae_batches(pool, VAE_BATCH, loss), VAE_LOOP, folder, hooks)
+    standardise_latents(model, pool.images[:4096])
     model.save_pretrained(folder / "trained")
     held_out = validation_pool().images[:256]
     again = decode_latents(model, encode_pool(model, held_out).float())
@@ -120,7 +117,9 @@ def base(progress: Progress) -> Figures:
     unet, text = new_base(1)
     objective = BaseObjective(unet, text)
     draw = base_batches((latents[0], portraits), (latents[1], pairs), BASE_BATCH)
-    train(objective, draw, BASE_LOOP, paths.BUILD / "base", progress)
+    data = (latents[0], portraits.captions, latents[1], pairs.captions, BASE_BATCH)
+    hooks = Hooks(progress, fingerprint=fingerprint(*data))
+    train(objective, draw, BASE_LOOP, paths.BUILD / "base", hooks)
     save_base(paths.BASE, unet, text, model)
     return {"validation_loss": base_loss(objective, latents[2], held_out)}
 

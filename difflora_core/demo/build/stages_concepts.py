@@ -27,7 +27,7 @@ from ..networks.judges import (
     load_judge,
     save_judge,
 )
-from ..networks.views import Report, attribute_labels
+from ..networks.views import attribute_labels
 from ..world.concept_examples import SHIPPED, SHIPPED_PHOTOS, concept_photos
 from ..world.concepts import CONCEPTS, DemoConcept, render_concept
 from ..world.identities import split_seeds
@@ -40,11 +40,13 @@ JUDGED = 40
 PROMPT_PICTURES, CHUNK = 24_000, 200
 
 
-def judge(progress: Report) -> Figures:
+def judge(progress: Progress) -> Figures:
     """Train the judge of concepts; the figures are shares of real pictures that it recognises."""
     through = partial(_through_vae, load_base(paths.BASE))
     pictures = judge_pictures(through, paths.POOLS / "judge_things.safetensors", progress)
-    trained = train_concept_judge(pictures, paths.CONCEPT_JUDGE, progress=progress)
+    trained = train_concept_judge(
+        pictures, paths.CONCEPT_JUDGE, paths.BUILD / "concept_judge", progress=progress
+    )
     people = split_seeds("validation", JUDGED, 3000)
     shares: dict[str, list[float]] = {"real": [], "through_vae": []}
     for concept in CONCEPTS:
@@ -54,7 +56,7 @@ def judge(progress: Report) -> Figures:
     return {name: sum(each) / len(each) for name, each in shares.items()}
 
 
-def prompt_judge(progress: Report) -> Figures:
+def prompt_judge(progress: Progress) -> Figures:
     """Train the classifier that says whether pictures of taught words show the rest of the prompt.
 
     Half of its pictures went through the VAE, which blurs what tells a sad face from a neutral one.
@@ -65,7 +67,7 @@ def prompt_judge(progress: Report) -> Figures:
         blurred = pool.images[start : start + CHUNK : 2]
         blurred.copy_((_through_vae(base, blurred / 255) * 255).round())
     training = JudgeTraining("attributes", pool, PROMPTS)
-    training.run(progress)
+    training.run(paths.BUILD / "prompt_judge", progress)
     save_judge(training.model, PROMPTS, paths.PROMPT_JUDGE)
     judges, unseen = Judges({"attributes": load_judge(paths.PROMPT_JUDGE)}), validation_pool()
     labels, real = attribute_labels(unseen.scenes), unseen.images / 255

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from ...training.loop import Progress
 from ...vision.face_encoder import InsightFaceEncoder
 from .. import paths
 from ..networks.clip_vision import ClipVisionRecipe, train_clip_vision
 from ..networks.detector import DetectorRecipe, detection_figures, train_detector
 from ..networks.judges import RECIPES, judge_figures, load_judges, train_judge
 from ..networks.recogniser import RecogniserRecipe, train_recogniser
-from ..networks.views import Report
 from ..world.identities import PARAMETERS
 from ..world.pool import PicturePool, cached_pool, portrait_pool
 from .stages import Figures, pairs_pool, train_pool, validation_pool
@@ -19,32 +19,44 @@ def judge_pool() -> PicturePool:
     return cached_pool(paths.POOLS / "judge.safetensors", lambda: portrait_pool("judge", 8000, 6))
 
 
-def clip_vision(progress: Report) -> Figures:
+def clip_vision(progress: Progress) -> Figures:
     """Train CLIP vision; the figures are R squared of each parameter in the pooled embedding."""
     measured = train_clip_vision(
-        train_pool(), ClipVisionRecipe(), paths.ARTEFACTS, validation_pool(), progress
+        train_pool(),
+        ClipVisionRecipe(),
+        paths.ARTEFACTS,
+        paths.BUILD / "clip_vision",
+        validation_pool(),
+        progress,
     )
     read = measured["pooled"]
     each = {name: round(value, 3) for name, value in zip(PARAMETERS, read, strict=True)}
     return {"mean_r2": sum(read) / len(read), "r2": each}
 
 
-def recogniser(progress: Report) -> Figures:
+def recogniser(progress: Progress) -> Figures:
     """Train the face recogniser."""
     figures = train_recogniser(
-        train_pool(), RecogniserRecipe(), paths.FACES, validation_pool(), progress
+        train_pool(),
+        RecogniserRecipe(),
+        paths.FACES,
+        paths.BUILD / "recogniser",
+        validation_pool(),
+        progress,
     )
     return dict(figures)
 
 
-def detector(progress: Report) -> Figures:
+def detector(progress: Progress) -> Figures:
     """Train the face detector and measure it inside insightface."""
-    train_detector(train_pool(), pairs_pool(), DetectorRecipe(), paths.FACES, progress)
+    run = paths.BUILD / "detector"
+    train_detector(train_pool(), pairs_pool(), DetectorRecipe(), paths.FACES, run, progress)
     return dict(detection_figures(InsightFaceEncoder(paths.FACES), validation_pool()))
 
 
-def judges(progress: Report) -> Figures:
+def judges(progress: Progress) -> Figures:
     """Train the three judges."""
     for name, recipe in RECIPES.items():
-        train_judge(name, judge_pool(), recipe, paths.JUDGES, progress)
+        run = paths.BUILD / "judges" / name
+        train_judge(name, judge_pool(), recipe, paths.JUDGES, run, progress)
     return dict(judge_figures(load_judges(paths.JUDGES), validation_pool()))

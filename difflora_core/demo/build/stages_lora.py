@@ -173,9 +173,7 @@ def paper(progress: Progress) -> Figures:
     corpus = corpus_of_loras(base, progress)
     model = new_model(4, "paper", predictor=PredictorConfig(width=32, depth=1), lae=PAPER_LAE)
     train, held_out = slice(0, CORPUS_PEOPLE), slice(CORPUS_PEOPLE, None)
-    loop = LoopConfig(
-        steps=1500, learning_rate=2e-3, ema=0.99, validate_every=250, patience=3
-    )
+    loop = LoopConfig(steps=1500, learning_rate=2e-3, ema=0.99, validate_every=250, patience=3)
     settings = lae.LAETrainConfig(loop=loop)
     folder = paths.BUILD / "paper"
     learned = lae.fit(

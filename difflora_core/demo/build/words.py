@@ -32,7 +32,8 @@ from torch.nn import functional as F
 from ...base_model.protocol import TextCondition
 from ...diffusion.objective import stratified_timesteps
 from ...storage.safetensors_io import write_atomic
-from ...training.loop import LoopConfig, Progress, train
+from ...training.fingerprint import fingerprint
+from ...training.loop import Hooks, LoopConfig, Progress, train
 from .. import paths
 from ..networks.base import (
     BaseObjective,
@@ -211,7 +212,10 @@ def words(progress: Progress) -> Figures:
     # On a CPU plain attention trains faster than the fused kernel, whose backward is slow.
     base.unet.set_attn_processor(AttnProcessor())
     objective = WordsObjective(base.unet, text)
-    train(objective, word_batches(portraits, things, BATCH), LOOP, paths.BUILD / "words", progress)
+    mark = fingerprint(portraits[0], pool.captions, things, BATCH, PAIR_SHARE, THING_WEIGHT)
+    # Captions end with the end marks of others in the batch, so it is never split.
+    hooks = Hooks(progress, splits=False, fingerprint=mark)
+    train(objective, word_batches(portraits, things, BATCH), LOOP, paths.BUILD / "words", hooks)
     write_words(paths.WORDS, paths.BASE, base.unet, text)
     return {
         "validation_loss": base_loss(told, held_out, unseen),

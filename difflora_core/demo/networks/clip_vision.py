@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from ...config import Config
+from ...training.fingerprint import fingerprint
+from ...training.loop import Batch, ByStep, Hooks, Progress
 from ...vision.preprocess import CLIP_MEAN, CLIP_STD
 from ..world.identities import PARAMETERS
 from ..world.pool import PicturePool
@@ -27,7 +30,6 @@ from .views import (
     ATTRIBUTES,
     NO_LABEL,
     PersonSampler,
-    Report,
     Schedule,
     as_planes,
     attribute_labels,
@@ -47,7 +49,7 @@ FILE_NAME = "clip_vision.safetensors"
 
 
 @dataclass(frozen=True)
-class ClipVisionRecipe:
+class ClipVisionRecipe(Config):
     """Size of the network and length of its training.
 
     `people`: people in a batch (two pictures each); `whole`: share of uncropped pictures;
@@ -107,10 +109,11 @@ class Heads(nn.Module):
         return read[:, :-10], read[:, -10:]
 
 
-class ClipVisionTraining:
-    """One training run: draws views, computes the loss, measures the result."""
+class ClipVisionTraining(nn.Module):
+    """Draws views, computes the loss, measures the result."""
 
     def __init__(self, pool: PicturePool, recipe: ClipVisionRecipe) -> None:
+        super().__init__()
         self.recipe, self.pool = recipe, pool
         config = CLIPVisionConfig(**recipe.network(), attn_implementation="eager")
         self.model = CLIPVisionModelWithProjection(config)
@@ -119,42 +122,48 @@ class ClipVisionTraining:
         initialise(self.heads, recipe.seed + 1)
         self.generator = torch.Generator().manual_seed(recipe.seed + 2)
         self.sampler = PersonSampler(pool.identities, self.generator)
-        self.parameters = pool.parameters()
+        self.truth = pool.parameters()
         self.labels = attribute_labels(pool.scenes)
-        self.spread = self.parameters.std(0)
+        self.spread = self.truth.std(0)
 
-    def run(self, progress: Report | None = None) -> None:
-        """Train the model in place."""
+    def run(self, folder: Path, progress: Progress | None = None) -> None:
+        """Train the model in place; `folder` keeps the state of a stopped run."""
         layers = [
             weight
             for name, weight in self.model.named_parameters()
             if weight.ndim == 2 and ".layers." in name
         ]
-        chosen = {id(weight) for weight in layers}
-        everything = [*self.model.parameters(), *self.heads.parameters()]
-        rest = [weight for weight in everything if id(weight) not in chosen]
+        mark = fingerprint(self.recipe, self.pool.images)
+        hooks = Hooks(progress, matrices=layers, fingerprint=mark)
         self.model.train()
-        fit(rest, self.loss, self.recipe.schedule, layers, progress)
+        fit(self, ByStep(self.draw, self.generator), self.recipe.schedule, folder, hooks)
         self.model.eval()
 
-    def loss(self, step: int) -> Tensor:
-        """All terms on a fresh batch."""
+    def draw(self, step: int) -> dict[str, Tensor]:
+        """Views of people with what is to be read from them."""
+        del step
         index = self.sampler.draw(self.recipe.people)
         views, points = self.views(index)
-        pooled, tokens = encode(self.model, views)
-        truth = self.parameters[index] / self.spread
+        labels = torch.stack([column[index] for column in self.labels.values()], 1)
+        truth = self.truth[index] / self.spread
+        return {"views": views, "points": points, "truth": truth, "labels": labels}
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """All terms of the loss."""
+        truth, points = batch["truth"], batch["points"]
+        pooled, tokens = encode(self.model, batch["views"])
         seen, found = self.heads.read_tokens(tokens)
         terms = F.mse_loss(self.heads.pooled(pooled).float(), truth)
         terms = terms + F.mse_loss(seen.float(), truth)
         terms = terms + self.recipe.point_weight * F.mse_loss(found.float(), points)
         answers = self.heads.attributes(pooled).float().split(self.heads.sizes, 1)
         asked = [
-            F.cross_entropy(answer, labels[index], ignore_index=NO_LABEL)
-            for answer, labels in zip(answers, self.labels.values(), strict=True)
+            F.cross_entropy(answer, labels, ignore_index=NO_LABEL)
+            for answer, labels in zip(answers, batch["labels"].unbind(1), strict=True)
         ]
         terms = terms + self.recipe.attribute_weight * torch.stack(asked).mean()
         contrast = contrastive_loss(self.heads.contrast(pooled), 0.1)
-        return terms + self.recipe.contrast_weight * contrast
+        return terms + self.recipe.contrast_weight * contrast, {}
 
     def views(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Whole pictures and squares around the face (B, 3, S, S), face points (B, 10)."""
@@ -211,16 +220,19 @@ def train_clip_vision(
     pool: PicturePool,
     recipe: ClipVisionRecipe,
     folder: Path,
+    run: Path,
     validation: PicturePool | None = None,
-    progress: Report | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, list[float]]:
     """Train on a pool of portraits and write `clip_vision.safetensors` to `folder`.
+
+    `run` is the folder of the training's state.
 
     Returns:
         What `ClipVisionTraining.measure` says on `validation`; empty without it.
     """
     training = ClipVisionTraining(pool, recipe)
-    training.run(progress)
+    training.run(run, progress)
     measured = training.measure(validation) if validation is not None else {}
     save_clip_vision(training.model, recipe, measured, folder / FILE_NAME)
     return measured

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...storage.safetensors_io import write_atomic
+from ...training.fingerprint import fingerprint
+from ...training.loop import Batch, ByStep, Hooks, Progress
 from ..world.concepts import KNOWN, DemoConcept
 from ..world.identities import split_seeds
 from ..world.renderer import COLOURS
 from ..world.things import draw_things
 from .judges import JudgeRecipe, Residual, read_judge, save_judge
-from .views import Report, Schedule, as_planes, disturb, fit, initialise, lay_out
+from .views import Schedule, as_planes, disturb, fit, initialise, lay_out
 
 KINDS = ("hat", "cup", "cat", "flower")
 RECIPE = JudgeRecipe(
@@ -118,7 +120,7 @@ class ConceptJudge:
 
 
 def judge_pictures(
-    through: Callable[[Tensor], Tensor], path: Path, progress: Report | None = None
+    through: Callable[[Tensor], Tensor], path: Path, progress: Progress | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the judge learns from, kept on disk: every second picture went through the VAE.
 
@@ -158,30 +160,46 @@ def _chunk(start: int) -> tuple[Tensor, Tensor, Tensor]:
     return drawn.images, there, paint
 
 
+class ThingTraining(nn.Module):
+    """Loss of the judge on `judge_pictures`; forward maps a batch to (loss, metrics)."""
+
+    def __init__(self, pictures: tuple[Tensor, Tensor, Tensor], recipe: JudgeRecipe) -> None:
+        super().__init__()
+        self.images, self.there, self.paint = pictures
+        self.model = ThingReader(recipe.widths)
+        initialise(self.model, recipe.seed)
+        self.generator = torch.Generator().manual_seed(recipe.seed + 1)
+
+    def draw(self, step: int) -> dict[str, Tensor]:
+        """Disturbed pictures with what is on them."""
+        del step
+        index = torch.randint(len(self.images), (BATCH,), generator=self.generator)
+        planes = disturb(as_planes(self.images[index]), self.generator, 0.5)
+        return {"planes": planes, "there": self.there[index], "paint": self.paint[index]}
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Which things are there, and their colours where they are."""
+        there = batch["there"]
+        said, colours = self.model(batch["planes"].contiguous(memory_format=torch.channels_last))
+        wrong = (colours - batch["paint"]).square().sum((2, 3))
+        colour = (wrong * there).sum() / there.sum()
+        seen = F.binary_cross_entropy_with_logits(said, there)
+        return seen + COLOUR_WEIGHT * colour, {}
+
+
 def train_concept_judge(
     pictures: tuple[Tensor, Tensor, Tensor],
     path: Path,
+    run: Path,
     recipe: JudgeRecipe = RECIPE,
-    progress: Report | None = None,
+    progress: Progress | None = None,
 ) -> ConceptJudge:
-    """Train the judge on `judge_pictures` and write it."""
-    images, there, paint = pictures
-    model = ThingReader(recipe.widths)
-    initialise(model, recipe.seed)
-    generator = torch.Generator().manual_seed(recipe.seed + 1)
-
-    def loss(step: int) -> Tensor:
-        index = torch.randint(len(images), (BATCH,), generator=generator)
-        planes = disturb(as_planes(images[index]), generator, 0.5)
-        said, colours = model(planes.contiguous(memory_format=torch.channels_last))
-        wrong = (colours - paint[index]).square().sum((2, 3))
-        colour = (wrong * there[index]).sum() / there[index].sum()
-        seen = F.binary_cross_entropy_with_logits(said, there[index])
-        return seen + COLOUR_WEIGHT * colour
-
-    lay_out(model.train(), torch.channels_last)
-    fit(list(model.parameters()), loss, recipe.schedule, progress=progress)
-    save_judge(model.eval(), recipe, path)
+    """Train the judge on `judge_pictures` and write it; `run` keeps the training's state."""
+    training = ThingTraining(pictures, recipe)
+    lay_out(training.model.train(), torch.channels_last)
+    hooks = Hooks(progress, fingerprint=fingerprint(recipe, pictures))
+    fit(training, ByStep(training.draw, training.generator), recipe.schedule, run, hooks)
+    save_judge(training.model.eval(), recipe, path)
     return load_concept_judge(path)
 
 

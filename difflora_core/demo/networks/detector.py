@@ -18,6 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...config import Config
+from ...training.fingerprint import fingerprint
+from ...training.loop import Batch, ByStep, Hooks, Progress
 from ...vision.face_encoder import InsightFaceEncoder
 from ..world.people import draw_item
 from ..world.pool import PicturePool
@@ -35,7 +38,6 @@ from ..world.renderer import (
 from .detector_targets import ANCHORS, STRIDES, assign, detection_loss
 from .recogniser import describe_onnx, export_onnx
 from .views import (
-    Report,
     Schedule,
     as_planes,
     convolution_block,
@@ -52,7 +54,7 @@ FILE_NAME = "det_demo.onnx"
 
 
 @dataclass(frozen=True)
-class DetectorRecipe:
+class DetectorRecipe(Config):
     """Size of the network and length of its training.
 
     `size`: side of the input; `widths`: channels from stride 2 to stride 32; `portraits`, `wide`,
@@ -145,10 +147,11 @@ def empty_pictures(count: int, generator: torch.Generator) -> Tensor:
     return finish(painter, stage).permute(0, 2, 3, 1)
 
 
-class DetectorTraining:
-    """One training run: lays pictures into the input square, computes the loss."""
+class DetectorTraining(nn.Module):
+    """Lays pictures into the input square, computes the loss."""
 
     def __init__(self, portraits: PicturePool, wide: PicturePool, recipe: DetectorRecipe) -> None:
+        super().__init__()
         self.recipe, self.pools = recipe, (portraits, wide)
         self.model = Detector(recipe.widths)
         initialise(self.model, recipe.seed)
@@ -161,23 +164,26 @@ class DetectorTraining:
         self.generator = torch.Generator().manual_seed(recipe.seed + 1)
         self.empty = empty_pictures(1000, self.generator)
 
-    def run(self, progress: Report | None = None) -> None:
-        """Train the model in place."""
+    def run(self, folder: Path, progress: Progress | None = None) -> None:
+        """Train the model in place; `folder` keeps the state of a stopped run."""
         lay_out(self.model.train(), torch.channels_last)
-        parameters = list(self.model.parameters())
-        fit(parameters, self.loss, self.recipe.schedule, progress=progress)
+        mark = fingerprint(self.recipe, *(pool.images for pool in self.pools))
+        draw = ByStep(self.draw, self.generator)
+        fit(self, draw, self.recipe.schedule, folder, Hooks(progress, fingerprint=mark))
         self.model.eval()
 
-    def loss(self, step: int) -> Tensor:
-        """Loss of a fresh batch; black and continued borders take turns."""
-        padding = "zeros" if step % 2 else "border"
-        inputs, boxes, points = self.batch(padding)
-        maps = self.model(
-            ((inputs * 255 - 127.5) / 128).contiguous(memory_format=torch.channels_last)
-        )
-        size = self.recipe.size
+    def draw(self, step: int) -> dict[str, Tensor]:
+        """A fresh batch; black and continued borders take turns."""
+        inputs, boxes, points = self.batch("zeros" if step % 2 else "border")
+        return {"inputs": inputs, "boxes": boxes, "points": points}
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of the faces that are found."""
+        boxes, points, size = batch["boxes"], batch["points"], self.recipe.size
+        pixels = (batch["inputs"] * 255 - 127.5) / 128
+        maps = self.model(pixels.contiguous(memory_format=torch.channels_last))
         targets = [assign(boxes, points, size, level) for level in range(len(STRIDES))]
-        return detection_loss(maps, targets)
+        return detection_loss(maps, targets), {}
 
     def batch(self, padding: str) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs (B, 3, S, S), boxes (B, 2, 4) and points (B, 2, 10), NaN where no face is."""
@@ -232,11 +238,15 @@ def train_detector(
     wide: PicturePool,
     recipe: DetectorRecipe,
     folder: Path,
-    progress: Report | None = None,
+    run: Path,
+    progress: Progress | None = None,
 ) -> Path:
-    """Train on portraits and wide pictures and write `det_demo.onnx` to `folder`."""
+    """Train on portraits and wide pictures and write `det_demo.onnx` to `folder`.
+
+    `run` is the folder of the training's state.
+    """
     training = DetectorTraining(portraits, wide, recipe)
-    training.run(progress)
+    training.run(run, progress)
     return export_detector(training.model, recipe, folder / FILE_NAME)
 
 

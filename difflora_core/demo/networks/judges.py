@@ -28,6 +28,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...config import Config
+from ...training.fingerprint import fingerprint
+from ...training.loop import Batch, ByStep, Hooks, Progress
 from ...vision.preprocess import resize_square
 from ..world.identities import PARAMETERS
 from ..world.pool import PicturePool
@@ -38,7 +41,6 @@ from .views import (
     ATTRIBUTES,
     NO_LABEL,
     PersonSampler,
-    Report,
     Schedule,
     as_planes,
     attribute_labels,
@@ -62,7 +64,7 @@ _CHUNK = 256
 
 
 @dataclass(frozen=True)
-class JudgeRecipe:
+class JudgeRecipe(Config):
     """One judge.
 
     `outputs`: numbers per picture; `widths`: channels of the stages; `people`: people in a batch
@@ -135,8 +137,8 @@ class JudgeNetwork(nn.Module):
         return self.read(self.norm(x.flatten(1)))
 
 
-class JudgeTraining:
-    """One training run of one judge on people of the split `judge`.
+class JudgeTraining(nn.Module):
+    """Loss of one judge on people of the split `judge`; forward maps a batch to (loss, metrics).
 
     Args:
         name: key of RECIPES, which decides the loss.
@@ -145,6 +147,7 @@ class JudgeTraining:
     """
 
     def __init__(self, name: str, pool: PicturePool, recipe: JudgeRecipe) -> None:
+        super().__init__()
         self.name, self.recipe, self.pool = name, recipe, pool
         self.model = JudgeNetwork(recipe.widths, recipe.outputs)
         initialise(self.model, recipe.seed)
@@ -154,33 +157,45 @@ class JudgeTraining:
         kept |= torch.rand(len(pool), generator=self.generator) < recipe.paintings
         self.index = kept.nonzero().flatten()
         self.sampler = PersonSampler(pool.identities[self.index], self.generator)
-        self.parameters = pool.parameters()
-        self.spread = self.parameters.std(0)
+        self.truth = pool.parameters()
+        self.spread = self.truth.std(0)
 
-    def run(self, progress: Report | None = None) -> None:
-        """Train the model in place."""
+    def run(self, folder: Path, progress: Progress | None = None) -> None:
+        """Train the model in place; `folder` keeps the state of a stopped run."""
         lay_out(self.model.train(), torch.channels_last)
-        fit(list(self.model.parameters()), self.loss, self.recipe.schedule, progress=progress)
+        mark = fingerprint(self.name, self.recipe, self.pool.images)
+        draw = ByStep(self.draw, self.generator)
+        fit(self, draw, self.recipe.schedule, folder, Hooks(progress, fingerprint=mark))
         if self.name == "parameters":  # it was trained on parameters of unit deviation
             with torch.no_grad():
                 self.model.read.weight.mul_(self.spread[:, None])
                 self.model.read.bias.mul_(self.spread)
         self.model.eval()
 
-    def loss(self, step: int) -> Tensor:
-        """Loss of a fresh batch."""
+    def draw(self, step: int) -> dict[str, Tensor]:
+        """Views of people with what is to be said about them."""
+        del step
         index = self.index[self.sampler.draw(self.recipe.people)]
-        said = self.model(self.views(index).contiguous(memory_format=torch.channels_last)).float()
+        labels = torch.stack([column[index] for column in self.labels.values()], 1)
+        return {
+            "views": self.views(index),
+            "truth": self.truth[index] / self.spread,
+            "labels": labels,
+        }
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The judge's own loss."""
+        said = self.model(batch["views"].contiguous(memory_format=torch.channels_last)).float()
         if self.name == "embedder":
-            return contrastive_loss(said, self.recipe.temperature)
+            return contrastive_loss(said, self.recipe.temperature), {}
         if self.name == "parameters":
-            return F.mse_loss(said, self.parameters[index] / self.spread)
+            return F.mse_loss(said, batch["truth"]), {}
         answers = said.split([len(a) for a in ATTRIBUTES.values()], 1)
         terms = [
-            F.cross_entropy(answer, labels[index], ignore_index=NO_LABEL)
-            for answer, labels in zip(answers, self.labels.values(), strict=True)
+            F.cross_entropy(answer, labels, ignore_index=NO_LABEL)
+            for answer, labels in zip(answers, batch["labels"].unbind(1), strict=True)
         ]
-        return torch.stack(terms).mean()
+        return torch.stack(terms).mean(), {}
 
     def views(self, index: Tensor) -> Tensor:
         """Slightly shifted, scaled and disturbed pictures (B, 3, 64, 64)."""
@@ -260,11 +275,15 @@ def train_judge(
     pool: PicturePool,
     recipe: JudgeRecipe,
     folder: Path,
-    progress: Report | None = None,
+    run: Path,
+    progress: Progress | None = None,
 ) -> nn.Module:
-    """Train one judge on people of the split `judge` and write `name.safetensors` to `folder`."""
+    """Train one judge on people of the split `judge` and write `name.safetensors` to `folder`.
+
+    `run` is the folder of the training's state.
+    """
     training = JudgeTraining(name, pool, recipe)
-    training.run(progress)
+    training.run(run, progress)
     save_judge(training.model, recipe, folder / f"{name}.safetensors")
     return training.model
 

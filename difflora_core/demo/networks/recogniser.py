@@ -20,12 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...config import Config
+from ...training.fingerprint import fingerprint
+from ...training.loop import Batch, ByStep, Hooks, Progress
 from ...vision.preprocess import ARCFACE_POINTS, ARCFACE_SIZE
 from ..world.identities import PARAMETERS
 from ..world.pool import PicturePool
 from .views import (
     PersonSampler,
-    Report,
     Schedule,
     as_planes,
     convolution_block,
@@ -41,7 +43,7 @@ FILE_NAME = "rec_demo.onnx"
 
 
 @dataclass(frozen=True)
-class RecogniserRecipe:
+class RecogniserRecipe(Config):
     """Size of the network and length of its training.
 
     `widths`: channels of the stages; `embedding`: Df; `people`: people in a batch (two pictures
@@ -113,10 +115,11 @@ def margin_loss(features: Tensor, temperature: float, margin: float) -> Tensor:
     return F.cross_entropy(cosines / temperature, partner)
 
 
-class RecogniserTraining:
-    """One training run: draws crops, computes the loss, measures the result."""
+class RecogniserTraining(nn.Module):
+    """Draws crops, computes the loss, measures the result."""
 
     def __init__(self, pool: PicturePool, recipe: RecogniserRecipe) -> None:
+        super().__init__()
         self.pool, self.recipe = pool, recipe
         self.model = Recogniser(recipe.widths, recipe.embedding)
         self.head = nn.Linear(recipe.embedding, len(PARAMETERS))
@@ -124,28 +127,33 @@ class RecogniserTraining:
         initialise(self.head, recipe.seed + 1)
         self.generator = torch.Generator().manual_seed(recipe.seed + 2)
         self.sampler = PersonSampler(pool.identities, self.generator)
-        self.parameters = pool.parameters()
-        self.spread = self.parameters.std(0)
+        self.truth = pool.parameters()
+        self.spread = self.truth.std(0)
 
-    def run(self, progress: Report | None = None) -> None:
-        """Train the model in place."""
+    def run(self, folder: Path, progress: Progress | None = None) -> None:
+        """Train the model in place; `folder` keeps the state of a stopped run."""
         lay_out(self.model.train(), torch.channels_last)
-        parameters = [*self.model.parameters(), *self.head.parameters()]
-        fit(parameters, self.loss, self.recipe.schedule, progress=progress)
+        hooks = Hooks(progress, fingerprint=fingerprint(self.recipe, self.pool.images))
+        draw = ByStep(self.draw, self.generator)
+        fit(self, draw, self.recipe.schedule, folder, hooks)
         self.model.eval()
 
-    def loss(self, step: int) -> Tensor:
+    def draw(self, step: int) -> dict[str, Tensor]:
+        """Crops of people, aligned by face points as a detector finds them."""
+        del step
+        index = self.sampler.draw(self.recipe.people)
+        points = self.pool.keypoints[index, 0]
+        noise = torch.randn(points.shape, generator=self.generator) * self.recipe.point_noise
+        crops = align_batch(as_planes(self.pool.images[index]), points + noise) * 2 - 1
+        return {"crops": crops, "truth": self.truth[index] / self.spread}
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Margin loss between two pictures of one person, and the parameters' error."""
         recipe = self.recipe
-        index = self.sampler.draw(recipe.people)
-        points = self.pool.keypoints[index, 0]
-        noise = torch.randn(points.shape, generator=self.generator) * recipe.point_noise
-        crops = align_batch(as_planes(self.pool.images[index]), points + noise) * 2 - 1
-        features = self.model(crops.contiguous(memory_format=torch.channels_last))
+        features = self.model(batch["crops"].contiguous(memory_format=torch.channels_last))
         same = margin_loss(features, recipe.temperature, recipe.margin)
-        read = self.head(features).float()
-        error = F.mse_loss(read, self.parameters[index] / self.spread)
-        return same + recipe.parameter_weight * error
+        error = F.mse_loss(self.head(features).float(), batch["truth"])
+        return same + recipe.parameter_weight * error, {}
 
     @torch.no_grad()
     def embed(self, pool: PicturePool) -> Tensor:
@@ -191,16 +199,19 @@ def train_recogniser(
     pool: PicturePool,
     recipe: RecogniserRecipe,
     folder: Path,
+    run: Path,
     validation: PicturePool | None = None,
-    progress: Report | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, float]:
     """Train on a pool of portraits and write `rec_demo.onnx` to `folder`.
+
+    `run` is the folder of the training's state.
 
     Returns:
         `recognition_figures` on `validation`; empty without it.
     """
     training = RecogniserTraining(pool, recipe)
-    training.run(progress)
+    training.run(run, progress)
     measured = {}
     if validation is not None:
         measured = recognition_figures(training.embed(validation), validation.identities)

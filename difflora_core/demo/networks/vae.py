@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from ...config import Config
 from ..world.pool import PicturePool
 
 VAE_CONFIG: dict[str, Any] = {
@@ -26,7 +27,7 @@ VAE_CONFIG: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class VaeLoss:
+class VaeLoss(Config):
     """Weights of the loss.
 
     `face`: how much more a pixel inside a face box counts; `kl`: of the mean divergence of a

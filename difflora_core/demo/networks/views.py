@@ -1,18 +1,20 @@
-"""What the encoders and judges of the demo world share: views of pictures, labels, a short loop.
+"""What the encoders and judges of the demo world share: views of pictures, labels, a schedule.
 
 A view is a picture cut, turned and resized in one bilinear or bicubic step, for whole batches.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...config import Config
+from ...training.loop import ByStep, Hooks, LoopConfig, train
 from ..world.renderer import BACKGROUNDS, COLOURS, EXPRESSIONS, LOOKS, OBJECTS, PATTERNS
 from ..world.scenes import Scene
 
@@ -26,9 +28,6 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "item_colour": tuple(COLOURS),
 }
 """What a classifier can be asked about a scene, with the possible answers."""
-
-Report = Callable[[int, int, dict[str, float]], None]
-"""Called with the step, the number of steps, and what was measured."""
 
 NO_LABEL = -100
 """Label of a question without an answer: the colour of an item that is not there."""
@@ -191,8 +190,8 @@ def lay_out(module: nn.Module, memory_format: torch.memory_format) -> None:
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """How long and how fast to train.
+class Schedule(Config):
+    """How long and how fast to train a network of the demo world.
 
     `steps`; `rate`: peak of AdamW's one-cycle learning rate; `matrix_rate`: peak for Muon, which
     trains the matrices named to `fit`; `decay`: weight decay of both.
@@ -203,46 +202,32 @@ class Schedule:
     matrix_rate: float = 0.02
     decay: float = 0.02
 
+    def loop(self, with_matrices: bool) -> LoopConfig:
+        """The run: a warm-up, a cosine decay to zero, and bfloat16 products."""
+        return LoopConfig(
+            steps=self.steps,
+            learning_rate=self.rate,
+            matrix_rate=self.matrix_rate if with_matrices else 0.0,
+            warmup=max(1, self.steps // 20),
+            schedule="one_cycle",
+            weight_decay=self.decay,
+            precision="bf16",
+            checkpoint_every=100,
+            log_every=20,
+        )
 
-def fit(
-    parameters: Sequence[nn.Parameter],
-    loss: Callable[[int], Tensor],
-    schedule: Schedule,
-    matrices: Sequence[nn.Parameter] = (),
-    progress: Report | None = None,
-) -> None:
-    """Train with a warm-up, a cosine decay to zero, and bfloat16 products.
+
+def fit(objective: nn.Module, draw: ByStep, schedule: Schedule, folder: Path, hooks: Hooks) -> None:
+    """Train in place; resumable. Batches are whole: batch norms and losses compare their pictures.
 
     Args:
-        parameters: trained by AdamW.
-        loss: step number to a scalar.
+        objective: see `loop.train`.
+        draw: makes the batches.
         schedule: how long and how fast.
-        matrices: 2-D weights of a transformer, trained by Muon (orthogonalised momentum): after
-            200 steps CLIP vision explained .24 of the identity with it, .09 without.
-        progress: told the loss every 20 steps.
+        folder: of the run's state.
+        hooks: see `loop.train`; `matrices` are 2-D weights of a transformer for Muon
+            (orthogonalised momentum): after 200 steps CLIP vision explained .24 of the identity
+            with it, .09 without.
     """
-    optimisers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(parameters, schedule.rate, (0.9, 0.99), weight_decay=schedule.decay)
-    ]
-    if matrices:
-        optimisers.append(
-            torch.optim.Muon(matrices, schedule.matrix_rate, weight_decay=schedule.decay)
-        )
-    peaks = [group["lr"] for o in optimisers for group in o.param_groups]
-    warm = max(1, schedule.steps // 20)
-    for step in range(schedule.steps):
-        done = max(0.0, (step - warm) / max(1, schedule.steps - warm))
-        factor = min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * done))
-        groups = [group for o in optimisers for group in o.param_groups]
-        for group, peak in zip(groups, peaks, strict=True):
-            group["lr"] = peak * factor
-        with torch.autocast("cpu", torch.bfloat16):
-            value = loss(step)
-        for optimiser in optimisers:
-            optimiser.zero_grad(set_to_none=True)
-        value.backward()
-        torch.nn.utils.clip_grad_norm_([*parameters, *matrices], 1.0)
-        for optimiser in optimisers:
-            optimiser.step()
-        if progress is not None and (step % 20 == 19 or step + 1 == schedule.steps):
-            progress(step + 1, schedule.steps, {"loss": float(value.detach())})
+    loop = schedule.loop(with_matrices=hooks.matrices is not None)
+    train(objective, draw, loop, folder, replace(hooks, splits=False))

@@ -23,8 +23,8 @@ from ...adapters.attach import attach
 from ...adapters.lora import lora_adapter_set
 from ...base_model.diffusers_base import DiffusersBase
 from ...base_model.protocol import TextCondition
-from ...diffusion.objective import loss_weight, stratified_timesteps
 from ...config import Config
+from ...diffusion.objective import loss_weight, stratified_timesteps
 from ...errors import ConfigError
 from ...methods.difflora import DiffLoRAModel
 from ...models.face_reader import FaceReader

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ...adapters.attach import attach
 from ...adapters.lora import lora_adapter_set
 from ...base_model.protocol import BaseModel, TextCondition
-from ...diffusion.objective import stratified_timesteps
 from ...config import Config
+from ...diffusion.objective import stratified_timesteps
 from ...errors import ConfigError
 from ...lora.statistics import WeightStatistics
 from ...lora.weights import LoRAWeights

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...config import Config
 from ...diffusion.objective import (
     abar_at,
     add_noise,
@@ -23,7 +24,6 @@ from ...diffusion.objective import (
     stratified_timesteps,
     training_target,
 )
-from ...config import Config
 from ...errors import ConfigError
 from ...lora.weights import LoRAWeights
 from ...methods.difflora import DiffLoRAModel
