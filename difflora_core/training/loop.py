@@ -154,7 +154,7 @@ class _Run:
 
     def step(self, interrupted: Callable[[], bool]) -> None:
         """One step: batch, loss, gradient, update; then what is due after it."""
-        before = {name: buffer.clone() for name, buffer in self.buffers.items()}
+        before, drawn = {n: b.clone() for n, b in self.buffers.items()}, self.state.drawn()
         error = None
         try:
             if interrupted() or (self.hooks.stop is not None and self.hooks.stop()):
@@ -166,7 +166,8 @@ class _Run:
         try:
             given = self.processes.agree_on(error, given)
         except InterruptedTraining:
-            put(self.objective, before)  # what the forward pass of an unfinished step changed
+            put(self.objective, before)  # what an unfinished step changed
+            self.state.draw_again(drawn)
             raise
         got = [p for p, count in zip(self.trained, given, strict=bool(given)) if count]
         self.processes.average_gradients(got)
@@ -352,11 +353,9 @@ class _Run:
                 "The loss of this training compares the samples of a batch with each other, so a "
                 "batch cannot be split: train in one process, with accumulate 1."
             )
-        generator = self.state.generator
-        before = None if generator is None else generator.get_state()
+        drawn = self.state.drawn()
         split(dict(self._batch()), self.parts)
-        if generator is not None and before is not None:
-            generator.set_state(before)
+        self.state.draw_again(drawn)
 
     def _check_loss(self, loss: float, part: Batch) -> None:
         if math.isfinite(loss):

@@ -267,6 +267,15 @@ class RunState:
     done: int = 0
     judged: int = -1
 
+    def drawn(self) -> Tensor | None:
+        """Where the recipe's generator stands."""
+        return None if self.generator is None else self.generator.get_state()
+
+    def draw_again(self, drawn: Tensor | None) -> None:
+        """Go back to where the recipe's generator stood."""
+        if self.generator is not None and drawn is not None:
+            self.generator.set_state(drawn)
+
     def write(self, path: Path, mark: str) -> None:
         """Write the file of the run with this fingerprint."""
         named = self.objective.named_parameters()
@@ -274,8 +283,8 @@ class RunState:
         tensors |= {f"buffer.{name}": b for name, b in buffers_of(self.objective).items()}
         tensors |= {f"ema.{name}": p for name, p in self.average.weights.items()}
         tensors |= _optimizer_tensors(self.optimizers)
-        if self.generator is not None:
-            tensors["generator"] = self.generator.get_state()
+        if (drawn := self.drawn()) is not None:
+            tensors["generator"] = drawn
         facts = {
             "step": str(self.done),
             "judged": str(self.judged),

@@ -85,8 +85,8 @@ class LAEObjective(nn.Module):
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of `tokens` (B, T, L) with posterior `noise` (B, K, Dz).
 
-        `weight` is the mean preservation weight of a sample in the whole batch, of which this one
-        may be a part.
+        `weight`, if given, is the mean preservation weight of a sample in the whole batch, of which
+        this one may be a part.
         """
         c, target = self.config, batch["tokens"]
         mean, log_variance = self.lae.posterior(target)
@@ -97,7 +97,8 @@ class LAEObjective(nn.Module):
         loss = weight_preserved_loss(
             estimate, target, mask, scale, c.preserve, c.preserve_power, c.preserve_cap
         )
-        loss = loss * (self.weight(target) / batch["weight"])  # 1 for a whole batch
+        if "weight" in batch:
+            loss = loss * (self.weight(target) / batch["weight"])  # 1 for a whole batch
         metrics = {"reconstruction": loss.detach()}
         if c.angular or c.relative:
             wanted = self.lae.groups.weights(self.lae.groups.split(target), self.lae.down_factors())
