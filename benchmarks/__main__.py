@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
-import runpy
+import importlib
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 
-HERE = Path(__file__).parent
+BENCHMARKS = {
+    "identity": ("identity.identity", "the main table: likeness of predicted LoRAs"),
+    "composition": ("identity.composition", "people blended, invented and put side by side"),
+    "compression": ("identity.compression", "how far a LoRA can be compressed"),
+    "seeds": ("identity.seeds", "spread of the two headline rows between seeds"),
+    "choose_strength": ("identity.choose_strength", "strengths, chosen on validation people"),
+    "fit_linear": ("identity.fit_linear", "fits the linear baselines, PCA and ridge regression"),
+    "perfusion": ("concepts.perfusion", "new words by Perfusion and by other methods"),
+    "covariance": ("concepts.covariance", "how many captions the covariance C needs"),
+    "choose_rates": ("concepts.choose_rates", "learning rates, chosen on validation concepts"),
+    "overhead": ("cost.overhead", "what a LoRA or a concept costs while sampling"),
+    "full_size": ("cost.full_size", "time and memory of the full-size model"),
+}
+"""Name to module and what it measures: one line a benchmark. The module has `main(arguments)`."""
 
 
-def main(arguments: list[str]) -> None:
-    """Runs the benchmark named first with the remaining arguments."""
-    found = {
-        path.stem: ".".join(path.relative_to(HERE.parent).with_suffix("").parts)
-        for path in HERE.rglob("*.py")
-        if "def main(" in path.read_text("utf-8") and path.stem != "__main__"
-    }
-    if not arguments or arguments[0] not in found:
-        raise SystemExit(f"Name a benchmark: {', '.join(sorted(found))}.")
-    name = arguments[0]
-    sys.argv = [f"benchmarks {name}", *arguments[1:]]
-    runpy.run_module(found[name], run_name="__main__")
+def main(arguments: Sequence[str]) -> int:
+    """Runs the benchmark named first with the remaining arguments.
+
+    Raises:
+        SystemExit: no name, or none of BENCHMARKS; the message lists them.
+    """
+    name, *rest = arguments or ("",)
+    if name not in BENCHMARKS:
+        raise SystemExit(f"{f'There is no benchmark {name!r}. ' if name else ''}{listing()}")
+    sys.argv[0] = f"python -m benchmarks {name}"  # as --help shows it
+    module = importlib.import_module(f"benchmarks.{BENCHMARKS[name][0]}")
+    return int(module.main(rest) or 0)
+
+
+def listing() -> str:
+    """Every name with what it measures."""
+    lines = [f"  {name:<16}{about}" for name, (_, about) in BENCHMARKS.items()]
+    return "\n".join(["Choose one, for example make bench name=identity args='--quick':", *lines])
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""`python -m benchmarks choose_rates`: the learning rates of taught words, on validation concepts.
+"""`make bench name=choose_rates`: the learning rates of taught words, on validation concepts.
 
 For each method the rates at which its own knob spans the largest area of likeness and obedience.
 They are then written into `words.RATES` by hand.
@@ -6,7 +6,6 @@ They are then written into `words.RATES` by hand.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,8 +14,8 @@ from rich.console import Console
 from difflora_core.demo.world.concepts import VALIDATION_CONCEPTS
 from difflora_core.evaluation.pareto import hypervolume
 
+from ..command import benchmark_console, command_parser, set_threads
 from ..prompts import with_plain_things
-from ..world import benchmark_console, set_threads
 from .perfusion import SCENES, gallery, goals, means, sweep
 from .word_pictures import Gallery, wishes
 from .words import DREAMBOOTH, INFUSION, INVERSION, METHODS, PERFUSION, Recipes
@@ -33,10 +32,11 @@ NUMBER = 900
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Choose learning rates on validation concepts.")
+    parser = command_parser(
+        "Choose learning rates on validation concepts.", report=False, threads=1
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--prompts", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads, 0 = all cores")
     options = parser.parse_args(arguments)
     set_threads(options.threads)
     console = benchmark_console()
@@ -81,7 +81,3 @@ def choose(
         best[method] = max(areas, key=lambda rates: areas[rates])
         console.print(f"{method}: {best[method]}")
     return best
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""`python -m benchmarks covariance [--quick] [--json FILE]`: how many captions C needs.
+"""`make bench name=covariance args='--quick --json FILE'`: how many captions C needs.
 
 C of the demo world's text encoders from 1,000, 10,000 and 50,000 captions, three selections each,
 against a C of 50,000 captions that share none of their selections. What an artist feels is the
@@ -7,11 +7,9 @@ gate: it is compared on prompts that the captions do not hold, for every concept
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,8 +23,15 @@ from difflora_core.text.captions import captions
 from difflora_core.text.covariance import RIDGE, Covariance, build_covariance
 from difflora_core.text.new_words import ConceptText, superclass_token, word_encoding
 
+from ..command import (
+    benchmark_console,
+    command_parser,
+    commit,
+    machine,
+    set_threads,
+    write_report,
+)
 from ..prompts import PROMPTS
-from ..world import benchmark_console, commit, machine, set_threads, write_report
 
 COUNTS, QUICK_COUNTS = (1_000, 10_000, 50_000), (500, 2_000)
 SELECTIONS, REFERENCE_SEED = (0, 1, 2), 9
@@ -49,10 +54,8 @@ class Probes:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description="How many captions the covariance needs.")
+    parser = command_parser("How many captions the covariance needs.", threads=1)
     parser.add_argument("--quick", action="store_true", help="500 and 2,000 captions")
-    parser.add_argument("--json", type=Path, help="write the table to this file")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads, 0 = all cores")
     options = parser.parse_args(arguments)
     set_threads(options.threads)
     counts = QUICK_COUNTS if options.quick else COUNTS
@@ -127,7 +130,3 @@ def make_probes(text: ConceptText) -> Probes:
         hit = (number == place)[real]
         own.append(torch.stack([hit if k == kind else torch.zeros_like(hit) for k in kinds]))
     return Probes(torch.stack(directions), torch.cat(encodings), torch.cat(own, 1))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""`python -m benchmarks perfusion [--quick] [--json FILE]`: words by Perfusion and by others.
+"""`make bench name=perfusion args='--quick --json FILE'`: words by Perfusion and by others.
 
 Eight concepts, 20 prompts, two noises; every method learns from the same four pictures, masks,
 steps, batches and seeds, and draws from the same noise. Likeness against obedience along each
@@ -8,12 +8,10 @@ one picture.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -32,8 +30,16 @@ from difflora_core.evaluation.report import Report, bootstrap_interval
 from difflora_core.text.captions import captions
 from difflora_core.text.covariance import build_covariance
 
+from ..command import (
+    CACHE,
+    benchmark_console,
+    command_parser,
+    commit,
+    machine,
+    set_threads,
+    write_report,
+)
 from ..prompts import CONTEXT, EXPRESSION, LOOK, with_plain_things
-from ..world import CACHE, benchmark_console, commit, machine, set_threads, write_report
 from .word_pictures import GUIDANCE, STEPS, Columns, Gallery, Wish, wishes
 from .words import (
     DREAMBOOTH,
@@ -95,10 +101,8 @@ QUICK = Size((0, 4), SCENES[:6], 1, ((0, 4),), 4, Recipes(steps=200))
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Words taught by Perfusion and by others.")
+    parser = command_parser("New words by Perfusion and by others.", threads=1)
     parser.add_argument("--quick", action="store_true", help="2 concepts, 6 prompts, 200 steps")
-    parser.add_argument("--json", type=Path, help="write everything to this file")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads, 0 = all cores")
     options = parser.parse_args(arguments)
     set_threads(options.threads)
     console, started = benchmark_console(), time.perf_counter()
@@ -319,7 +323,3 @@ def tell(report: Report, console: Console) -> None:
     for name in ("two_concepts_both", "two_concepts_both_lora"):
         low, high = facts[f"{name}_ci95"]
         console.print(f"{name}: {facts[name]:.2f} [{low:.2f}, {high:.2f}]")
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

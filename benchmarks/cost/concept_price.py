@@ -1,4 +1,4 @@
-"""What concepts cost in a step of full-size SDXL: `python -m benchmarks overhead --perfusion`.
+"""What concepts cost in a step of full-size SDXL: `make bench name=overhead args=--perfusion`.
 
 The real UNet with all its layers and random weights. Layers of equal shape share their weights, so
 that it fits into 3 GB; what is computed stays the same. Text encodings do not grow with a picture,

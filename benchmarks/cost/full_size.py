@@ -1,4 +1,4 @@
-"""`python -m benchmarks full_size [--device cuda]`: photo features to LoRA file at SDXL's size.
+"""`make bench name=full_size args='--device cuda'`: photo features to LoRA file at SDXL's size.
 
 The full-size preset with random weights: 560 attention projections at rank 8, a DiT of 16 layers.
 What is measured does not depend on what the weights say: seconds, memory and the file's size. The
@@ -7,7 +7,6 @@ encoders (insightface, CLIP) are the user's own and are not counted.
 
 from __future__ import annotations
 
-import argparse
 import resource
 import tempfile
 import time
@@ -23,17 +22,22 @@ from difflora_core.methods.difflora import DiffLoRAConfig, DiffLoRAModel
 from difflora_core.storage.lora_file import write_lora_file
 from difflora_core.vision.features import ImageFeatures
 
-from ..world import benchmark_console, commit, machine, set_threads, write_report
+from ..command import (
+    benchmark_console,
+    command_parser,
+    commit,
+    machine,
+    set_threads,
+    write_report,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Time and memory of the full-size model.")
+    parser = command_parser("Time and memory of the full-size model.")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--steps", type=int, default=20, help="of the DiT sampler")
-    parser.add_argument("--json", type=Path, help="write the table to this file")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = all cores")
     options = parser.parse_args(arguments)
     set_threads(options.threads)
     console = benchmark_console()
@@ -113,7 +117,3 @@ def peak_gigabytes(device: str) -> float:
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

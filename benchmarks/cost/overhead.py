@@ -1,4 +1,4 @@
-"""`python -m benchmarks overhead [--quick] [--perfusion] [--json FILE]`: the price in sampling.
+"""`make bench name=overhead args='--quick --perfusion --json FILE'`: the price in sampling.
 
 Real ComfyUI, one server, the demo world's base on the CPU. Every round samples once in each way,
 in an order that rotates, so that a machine that gets slower slows every row; ratios to the plain
@@ -10,7 +10,6 @@ machine disturb less. `base_again` is the base a second time: the noise of the m
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -29,7 +28,14 @@ from difflora_core.demo.workflows.masked_people import PERSONALIZE
 from difflora_core.evaluation.report import Report
 from difflora_core.storage.image_files import write_image
 
-from ..world import benchmark_console, commit, machine, set_threads, write_report
+from ..command import (
+    benchmark_console,
+    command_parser,
+    commit,
+    machine,
+    set_threads,
+    write_report,
+)
 from .concept_price import price
 
 STEPS, BATCH = 10, 2
@@ -51,9 +57,8 @@ ROWS: Mapping[str, tuple[Any, tuple[Any, Any]]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description="The price of a LoRA while sampling.")
+    parser = command_parser("The price of a LoRA while sampling.", threads=None)
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds")
-    parser.add_argument("--json", type=Path, help="write the table to this file")
     parser.add_argument(
         "--perfusion", action="store_true", help="concepts on full-size SDXL instead"
     )
@@ -200,6 +205,3 @@ _SAMPLING = {
     "scheduler": "normal",
     "denoise": 1.0,
 }
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""`python -m benchmarks choose_strength`: the strength of every row, chosen on validation people.
+"""`make bench name=choose_strength`: the strength of every row, chosen on validation people.
 
 Both judges count the same. A strength at which pictures follow their prompts clearly less than the
 base model's do is not chosen.
@@ -6,7 +6,6 @@ base model's do is not chosen.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,11 +13,12 @@ from typing import Any
 
 from rich.console import Console
 
+from ..command import benchmark_console, command_parser, set_threads
 from ..prompts import PROMPTS
-from ..world import STRENGTHS, benchmark_console, load_world, set_threads
+from .artefacts import STRENGTHS, load_artefacts
 from .drawing import Plan
 from .experiment import Experiment, Trial, score
-from .rows import Effort, wanted_row
+from .rows import DreamBoothRuns, wanted_row
 
 GRID = (0.75, 1.0, 1.25, 1.5, 2.0)
 AGREEMENT_LOSS = 0.03
@@ -27,7 +27,7 @@ _SCENES = PROMPTS[::3]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Choose strengths on validation people.")
+    parser = command_parser("Choose strengths on validation people.", report=False)
     parser.add_argument("--people", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=6)
     parser.add_argument(
@@ -36,15 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="TEXT",
         help="only rows whose name contains one of these; =TEXT: is TEXT",
     )
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = all cores")
     options = parser.parse_args(arguments)
     set_threads(options.threads)
     console = benchmark_console()
     plan = Plan(_SCENES[: options.prompts], repeats=0, seed=1)
-    experiment = Experiment(load_world(say=console.print), plan, "validation", options.people)
+    experiment = Experiment(load_artefacts(log=console.print), plan, "validation", options.people)
     chosen = choose(experiment, options.rows, console)
-    kept = read_choices(STRENGTHS) if options.rows else {}
-    write_strengths(STRENGTHS, kept | chosen)
+    others = read_choices(STRENGTHS) if options.rows else {}
+    write_strengths(STRENGTHS, others | chosen)
     console.print(f"wrote {STRENGTHS.name}")
     return 0
 
@@ -61,25 +60,25 @@ def choose(
         experiment: validation people.
         wanted: only rows whose name contains one of these; None takes all. DreamBooth LoRAs are
             trained only when they are wanted.
-        console: where to tell.
+        console: where to print.
         grid: strengths.
     """
     base, real = experiment.base(), experiment.real()[0]
     result: dict[str, dict[str, object]] = {}
-    for row in experiment.rows(Effort().only(wanted)):
+    for row in experiment.rows(DreamBoothRuns().only(wanted)):
         if row.like or not wanted_row(row.name, wanted):
             continue
         trials = experiment.trials([(row, strength) for strength in grid], console)
         scores = {trial.strength: score(trial, base, real) for trial in trials}
         best = best_strength(trials, scores, base)
         result[row.name] = {"strength": best, "scores": {f"{k:g}": v for k, v in scores.items()}}
-        told = "  ".join(f"{k:g}: {v:.3f}" for k, v in scores.items())
-        console.print(f"{row.name}: strength {best:g}  ({told})")
+        line = "  ".join(f"{k:g}: {v:.3f}" for k, v in scores.items())
+        console.print(f"{row.name}: strength {best:g}  ({line})")
     return result
 
 
 def best_strength(trials: Sequence[Trial], scores: Mapping[float, float], base: Trial) -> float:
-    """The best score among the strengths that keep the prompt; of all when none does."""
+    """The best score among the strengths that follow the prompt; of all when none does."""
     floor = float(base.columns["prompt_agreement"].mean()) - AGREEMENT_LOSS
     faithful = [
         trial.strength
@@ -105,7 +104,3 @@ def read_choices(path: Path) -> dict[str, dict[str, Any]]:
     """What `write_strengths` wrote; empty when nothing was chosen yet."""
     rows: dict[str, dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else {}
     return rows
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

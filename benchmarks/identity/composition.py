@@ -1,4 +1,4 @@
-"""`python -m benchmarks composition [--quick] [--json FILE]`: identities as material, judged.
+"""`make bench name=composition args='--quick --json FILE'`: identities as material, judged.
 
 - `two_people`: real ComfyUI puts two people side by side, with masks and without; each half is
   read by the judge that conditions nothing.
@@ -11,7 +11,6 @@ People of a split that no trained part has met; every picture of a comparison ha
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from difflora_core.config import Config
 from difflora_core.demo.comfyui.server import ComfyServer
 from difflora_core.demo.networks.judges import PLAIN_LOOKS, Judges
 from difflora_core.demo.workflows.masked_people import PICTURE, MaskedScene, masked_people
@@ -34,9 +34,17 @@ from difflora_core.models.lae.autoencoder import LoRALatent
 from difflora_core.models.latent_math import blend
 from difflora_core.storage.image_files import write_image
 
+from ..command import (
+    benchmark_console,
+    command_parser,
+    commit,
+    machine,
+    set_threads,
+    write_report,
+)
 from ..prompts import PROMPTS
-from ..world import World, benchmark_console, commit, load_world, machine, set_threads, write_report
-from .drawing import Artist, Plan
+from .artefacts import Artefacts, load_artefacts
+from .drawing import PictureSampler, Plan
 from .likeness import rank_correlation, three_distributions
 
 PLAIN_PROMPTS = tuple(scene for scene in PROMPTS if scene.look in PLAIN_LOOKS)
@@ -46,7 +54,7 @@ KNOWN_PICTURES = range(40, 56)
 
 
 @dataclass(frozen=True)
-class Size:
+class Size(Config):
     """How much is drawn.
 
     `pairs`: pairs of people; `ways`: points from A to B; `prompts`: pictures at each point;
@@ -83,25 +91,24 @@ class Cast:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Blended, invented and placed people, judged.")
+    parser = command_parser("Blended, invented and placed people, judged.")
     parser.add_argument("--quick", action="store_true", help="5 pairs, 8 invented people")
-    parser.add_argument("--json", type=Path, help="write everything to this file")
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     parser.add_argument("--model", type=Path, help="another model than the shipped one")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = all cores")
     options = parser.parse_args(arguments)
     set_threads(options.threads)
     console, started = benchmark_console(), time.perf_counter()
     size = QUICK if options.quick else Size()
-    world = load_world({"functional": options.model} if options.model else None, console.print)
-    cast = make_cast(world.judges, options.split, size.pairs)
+    models = {"functional": options.model} if options.model else None
+    artefacts = load_artefacts(models, console.print)
+    cast = make_cast(artefacts.judges, options.split, size.pairs)
     results: dict[str, Mapping[str, object]] = {
-        "blend": measure_blend(world, cast, size),
-        "invented": measure_invented(world, cast, size),
+        "blend": measure_blend(artefacts, cast, size),
+        "invented": measure_invented(artefacts, cast, size),
     }
     with tempfile.TemporaryDirectory() as folder, ComfyServer(Path(folder)) as server:
-        results["two_people"] = measure_two_people(server, world.judges, cast)
-    tell(results, console)
+        results["two_people"] = measure_two_people(server, artefacts.judges, cast)
+    print_results(results, console)
     facts = {
         **results,
         "split": options.split,
@@ -132,17 +139,17 @@ def known(judges: Judges, seeds: Sequence[int], numbers: Sequence[int]) -> Tenso
     return torch.cat(rows)
 
 
-def measure_blend(world: World, cast: Cast, size: Size) -> dict[str, object]:
+def measure_blend(artefacts: Artefacts, cast: Cast, size: Size) -> dict[str, object]:
     """Likeness to both ends along the way of every pair."""
-    model = world.models["functional"]
-    ends = photo_latents(world, model, cast)
+    model = artefacts.models["functional"]
+    ends = photo_latents(artefacts, model, cast)
     ways = [k / (size.ways - 1) for k in range(size.ways)]
     first, second = (LoRALatent(part, ends.layout_hash, ends.space) for part in ends.z.chunk(2))
     to_a, to_b = [], []
-    draw = artist(world, cast.seeds[: size.pairs], PLAIN_PROMPTS[: size.prompts])
+    draw = person_sampler(artefacts, cast.seeds[: size.pairs], PLAIN_PROMPTS[: size.prompts])
     for way in ways:
         pictures = draw(model, blend([first, second], [1 - way, way]))
-        faces = world.judges.embed(pictures.flatten(0, 1)).unflatten(0, (size.pairs, -1))
+        faces = artefacts.judges.embed(pictures.flatten(0, 1)).unflatten(0, (size.pairs, -1))
         for likeness, known_people in zip((to_a, to_b), cast.centroids.chunk(2), strict=True):
             likeness.append(torch.einsum("pce,pe->pc", faces, known_people).mean(1))
     a, b = torch.stack(to_a, 1), torch.stack(to_b, 1)  # pairs, ways
@@ -158,19 +165,19 @@ def measure_blend(world: World, cast: Cast, size: Size) -> dict[str, object]:
     }
 
 
-def measure_invented(world: World, cast: Cast, size: Size) -> dict[str, object]:
+def measure_invented(artefacts: Artefacts, cast: Cast, size: Size) -> dict[str, object]:
     """How much invented people are themselves, each other, and somebody of the training."""
-    model = world.models["functional"]
+    model = artefacts.models["functional"]
     scenes = PLAIN_PROMPTS[:INVENTED_PROMPTS]
     people = model.sample_latent(None, range(size.invented))
-    draw = artist(world, range(size.invented), scenes)
-    faces = world.judges.embed(draw(model, people).flatten(0, 1))
+    draw = person_sampler(artefacts, range(size.invented), scenes)
+    faces = artefacts.judges.embed(draw(model, people).flatten(0, 1))
     own = faces.unflatten(0, (size.invented, len(scenes)))
-    predicted = photo_latents(world, model, cast)
-    drawn = artist(world, cast.seeds, scenes)(model, predicted)
-    real = world.judges.embed(drawn.flatten(0, 1)).unflatten(0, (len(cast.seeds), len(scenes)))
+    predicted = photo_latents(artefacts, model, cast)
+    drawn = person_sampler(artefacts, cast.seeds, scenes)(model, predicted)
+    real = artefacts.judges.embed(drawn.flatten(0, 1)).unflatten(0, (len(cast.seeds), len(scenes)))
     training = known(
-        world.judges, split_seeds("train", size.training), range(size.training_pictures)
+        artefacts.judges, split_seeds("train", size.training), range(size.training_pictures)
     )
     return {
         **three_distributions(own, training, ""),
@@ -225,23 +232,24 @@ def placed_right(faces: Tensor, cast: Cast) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def photo_latents(world: World, model: DiffLoRAModel, cast: Cast) -> LoRALatent:
+def photo_latents(artefacts: Artefacts, model: DiffLoRAModel, cast: Cast) -> LoRALatent:
     """The best guess for everybody from one photo."""
-    return model.mean_latent(model.condition(world.features(cast.photos[:, None])))
+    return model.mean_latent(model.condition(artefacts.features(cast.photos[:, None])))
 
 
-def artist(world: World, seeds: Sequence[int], scenes: Sequence[Scene]):
+def person_sampler(artefacts: Artefacts, seeds: Sequence[int], scenes: Sequence[Scene]):
     """Draws people (model, latents) in fixed scenes under fixed noise: (I, scenes, H, W, 3)."""
-    drawing = Artist(world.base, world.layout, Plan(tuple(scenes), repeats=0), list(seeds))
+    plan = Plan(tuple(scenes), repeats=0)
+    sampler = PictureSampler(artefacts.base, artefacts.layout, plan, list(seeds))
 
     def draw(model: DiffLoRAModel, latents: LoRALatent) -> Tensor:
         with torch.no_grad():
-            return drawing.pictures(model.decode(latents))
+            return sampler.pictures(model.decode(latents))
 
     return draw
 
 
-def tell(results: Mapping[str, Mapping[str, object]], console: Console) -> None:
+def print_results(results: Mapping[str, Mapping[str, object]], console: Console) -> None:
     """Print what was found."""
     blended, invented, two = (results[name] for name in ("blend", "invented", "two_people"))
     for end in ("a", "b"):
@@ -261,7 +269,3 @@ def tell(results: Mapping[str, Mapping[str, object]], console: Console) -> None:
             f"{two[f'{word}_regions']:.0%} of the halves, {two[f'{word}_rank1']:.0%} nearest "
             "among everybody"
         )
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,22 +1,21 @@
-"""`python -m benchmarks compression`: how far a LoRA can be compressed before likeness suffers.
+"""`make bench name=compression`: how far a LoRA can be compressed before likeness suffers.
 
 Both kinds of the autoencoder and PCA, at several latent sizes, trained on the weights of the same
 corpus, and the functional model's autoencoder at its one size; then what the weight-preserved loss
 and the canonical form do. All are judged on LoRAs of validation people: the share of the original
-LoRA's gain over the base model that its reconstruction keeps.
+LoRA's gain over the base model that survives in its reconstruction.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from rich.console import Console
 
+from difflora_core.config import Config
 from difflora_core.demo.build import stages_lora
 from difflora_core.evaluation.report import Report
 from difflora_core.evaluation.weight_space import reconstruction
@@ -29,8 +28,16 @@ from difflora_core.training.difflora import lae
 from difflora_core.training.difflora.linear_baselines import pca_autoencoder
 from difflora_core.training.loop import LoopConfig
 
+from ..command import (
+    benchmark_console,
+    command_parser,
+    commit,
+    machine,
+    set_threads,
+    write_report,
+)
 from ..prompts import QUICK
-from ..world import World, benchmark_console, commit, load_world, machine, set_threads, write_report
+from .artefacts import Artefacts, load_artefacts
 from .drawing import Plan
 from .experiment import Experiment, Trial
 from .rows import Row, corpus_row
@@ -40,7 +47,7 @@ KINDS = ("structured", "conv1d")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Config):
     """How an autoencoder is trained on weights.
 
     `preserve`: strength of the weight-preserved term; `both_factors`: `down` is generated too;
@@ -75,22 +82,20 @@ _JUDGES = ("face_similarity", "parameter_error")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Ratio against likeness of LoRA autoencoders.")
+    parser = command_parser("Ratio against likeness of LoRA autoencoders.")
     parser.add_argument("--people", type=int, default=8)
     parser.add_argument("--steps", type=int, default=800, help="training steps per autoencoder")
-    parser.add_argument("--json", type=Path, help="write the curve to this file")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = all cores")
     options = parser.parse_args(arguments)
     set_threads(options.threads)
     console = benchmark_console()
-    world = load_world(say=console.print)
+    artefacts = load_artefacts(log=console.print)
     plan = Plan(QUICK, repeats=0, seed=2)
-    experiment = Experiment(world, plan, "validation", options.people)
-    original = corpus_row(world, experiment.people)
+    experiment = Experiment(artefacts, plan, "validation", options.people)
+    original = corpus_row(artefacts, experiment.people)
     if original is None:
         console.print("The curve needs the functional model, whose `down` the corpus shares.")
         return 1
-    corpus = stages_lora.corpus_of_loras(world.base, lambda step, total, metrics: None)
+    corpus = stages_lora.corpus_of_loras(artefacts.base, lambda step, total, metrics: None)
     rows = curve(experiment, original, corpus, options.steps, console)
     report = Report(rows, {"seed": plan.seed, "commit": commit(), "machine": machine()})
     console.print(report.to_markdown({"numbers": 0, "ratio": 0}))
@@ -102,34 +107,35 @@ def curve(
     experiment: Experiment, original: Row, corpus: LoRACorpus, steps: int, console: Console
 ) -> dict[str, dict[str, float]]:
     """Rows of the curve, the smallest ratio last for each kind; then the ablations."""
-    kept = round(len(corpus) * 6 / 7)
+    learned = round(len(corpus) * 6 / 7)
     halves = tuple(
         corpus.select(names).weights
-        for names in (corpus.identities[:kept], corpus.identities[kept:])
+        for names in (corpus.identities[:learned], corpus.identities[learned:])
     )
-    world, size = experiment.world, stages_lora.LAE.latent_dim
+    artefacts, size = experiment.artefacts, stages_lora.LAE.latent_dim
     ends = experiment.base(), experiment.trial(original, 1.0)
     rows = {}
 
     def judge(name: str, again: LoRAWeights, numbers: int) -> None:
         rows[name] = columns(experiment, again, original.weights, ends, numbers)
-        told = "  ".join(f"{key} {value:.3g}" for key, value in rows[name].items())
-        console.print(f"{name}: {told}")
+        line = "  ".join(f"{key} {value:.3g}" for key, value in rows[name].items())
+        console.print(f"{name}: {line}")
 
     def trained(kind: str, tokens: int, recipe: Recipe) -> LoRAWeights:
         config = replace(stages_lora.PAPER_LAE, kind=kind, latent_tokens=tokens)
-        return through_autoencoder(world, config, replace(recipe, steps=steps), halves, original)
+        recipe = replace(recipe, steps=steps)
+        return through_autoencoder(artefacts, config, recipe, halves, original)
 
     for kind in KINDS:
         for tokens in LATENT_TOKENS:
             judge(
                 f"{kind}, {tokens * size} numbers", trained(kind, tokens, Recipe()), tokens * size
             )
-    for numbers in (tokens * size for tokens in LATENT_TOKENS if tokens * size < kept):
-        again = through_pca(world, original.weights, halves[0], numbers)
+    for numbers in (tokens * size for tokens in LATENT_TOKENS if tokens * size < learned):
+        again = through_pca(artefacts, original.weights, halves[0], numbers)
         judge(f"pca, {numbers} numbers", again, numbers)
     usual = stages_lora.LAE.latent_tokens
-    model = world.models["functional"]
+    model = artefacts.models["functional"]
     with torch.no_grad():
         again = model.decode(model.encode(original.weights))
     judge(f"functional, {usual * size} numbers", again, usual * size)
@@ -140,7 +146,7 @@ def curve(
 
 
 def through_autoencoder(
-    world: World,
+    artefacts: Artefacts,
     config: LAEConfig,
     recipe: Recipe,
     corpus: tuple[LoRAWeights, LoRAWeights],
@@ -157,17 +163,17 @@ def through_autoencoder(
             for number, weights in enumerate((learn, held_out, seen))
         )
     if recipe.canonical:
-        learn, reference = lae.standard_form(learn, world.layout.rank)
+        learn, reference = lae.standard_form(learn, artefacts.layout.rank)
         held_out, seen = (
-            lae.standard_form(weights, world.layout.rank, reference)[0]
+            lae.standard_form(weights, artefacts.layout.rank, reference)[0]
             for weights in (held_out, seen)
         )
-    model = LoRAAutoencoder(config, world.layout, generator=torch.Generator().manual_seed(seed))
+    model = LoRAAutoencoder(config, artefacts.layout, generator=torch.Generator().manual_seed(seed))
     loop = LoopConfig(
         steps=recipe.steps, learning_rate=2e-3, ema=0.99, validate_every=100, patience=4
     )
     settings = lae.LAETrainConfig(loop=loop, canonical=False, preserve=recipe.preserve)
-    folder = world.cache / "compression" / recipe.key(config, learn)
+    folder = artefacts.cache / "compression" / recipe.key(config, learn)
     lae.fit(model, learn, settings, folder, held_out)
     with torch.no_grad():
         return model.eval().decode_weights(model.encode_weights(seen))
@@ -184,10 +190,10 @@ def turned(weights: LoRAWeights, generator: torch.Generator) -> LoRAWeights:
 
 
 def through_pca(
-    world: World, weights: LoRAWeights, corpus: LoRAWeights, numbers: int
+    artefacts: Artefacts, weights: LoRAWeights, corpus: LoRAWeights, numbers: int
 ) -> LoRAWeights:
     """The LoRAs in the span of the corpus' first components."""
-    grid = TokenGrid(world.layout, ("up",))
+    grid = TokenGrid(artefacts.layout, ("up",))
     pca = pca_autoencoder(grid.encode(corpus)[0].float(), numbers)
     tokens = pca.decode(pca.encode(grid.encode(weights)[0].float()))
     return grid.decode(tokens, {name: layer.down[0] for name, layer in weights.layers.items()})
@@ -200,16 +206,12 @@ def columns(
     ends: tuple[Trial, Trial],
     numbers: int,
 ) -> dict[str, float]:
-    """Ratio, kept gains by both judges, and the error of delta W."""
+    """Ratio, surviving shares of the gain by both judges, and the error of delta W."""
     trial = experiment.trial(Row("reconstruction", again), 1.0)
     base, whole = (one.means() for one in ends)
-    result = {"numbers": float(numbers), "ratio": experiment.world.layout.numel / numbers}
+    result = {"numbers": float(numbers), "ratio": experiment.artefacts.layout.numel / numbers}
     for column in _JUDGES:
         gain = trial.means()[column] - base[column]
         result[f"kept_{column}"] = gain / (whole[column] - base[column])
     error = reconstruction(again, original)["relative_error"]
     return result | {"relative_error": float(error.mean())}
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

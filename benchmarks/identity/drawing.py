@@ -14,6 +14,7 @@ from difflora_core.adapters.attach import attach
 from difflora_core.adapters.lora import lora_adapter_set
 from difflora_core.base_model.diffusers_base import DiffusersBase
 from difflora_core.base_model.protocol import TextCondition
+from difflora_core.config import Config
 from difflora_core.demo.world.scenes import Scene
 from difflora_core.diffusion.objective import stratified_timesteps
 from difflora_core.diffusion.sampler import SampleSettings, initial_noise, sample, seeded_generators
@@ -25,7 +26,7 @@ from .people import RealPictures
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Config):
     """How every row is drawn; one plan for the whole table.
 
     `scenes`: one prompt each; `repeats`: the first so many prompts get a second seed; `steps` and
@@ -54,7 +55,7 @@ class Plan:
         return len(self.cells) - len(self.scenes)
 
 
-class Artist:
+class PictureSampler:
     """Draws a fixed set of pictures of fixed people, whatever LoRA they are given.
 
     Args:
@@ -90,7 +91,7 @@ class Artist:
         """Pictures (I, cells, H, W, 3) in [0, 1]; `weights` is a batch of one LoRA per person."""
         parts = []
         for rows in torch.arange(len(self.owner)).split(self.plan.batch):
-            with self._dressed(weights, self.owner[rows], strength):
+            with self._with_loras(weights, self.owner[rows], strength):
                 parts.append(self._draw(rows))
         return torch.cat(parts).unflatten(0, (self.people, len(self.plan.cells)))
 
@@ -107,7 +108,7 @@ class Artist:
                 unseen.timesteps[rows],
                 unseen.text.select(unseen.caption[rows]),
             )
-            with self._dressed(weights, unseen.owner[rows], strength), self._precision():
+            with self._with_loras(weights, unseen.owner[rows], strength), self._precision():
                 parts.append(denoising_error(self.base, batch, "uniform"))
         return torch.cat(parts).float().unflatten(0, (self.people, -1)).mean(1)
 
@@ -127,7 +128,7 @@ class Artist:
             z = sample(denoise, self.noise[rows], scheduler, settings)
             return self.base.decode_latents(z)
 
-    def _dressed(self, weights: LoRAWeights | None, owner: Tensor, strength: float):
+    def _with_loras(self, weights: LoRAWeights | None, owner: Tensor, strength: float):
         """The base with each sample's own LoRA attached."""
         if weights is None:
             return nullcontext()

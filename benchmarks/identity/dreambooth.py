@@ -1,11 +1,11 @@
-"""DreamBooth LoRAs of the benchmark's people, kept on disk by all that they depend on."""
+"""DreamBooth LoRAs of the benchmark's people, cached on disk by all that they depend on."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.storage.safetensors_io import write_atomic
 from difflora_core.training.dreambooth import DreamBoothConfig, DreamBoothExamples, train_dreambooth
 
+from ..command import Log
 from .drawing import groups
 from .people import RealPictures
 
@@ -31,22 +32,20 @@ SETTINGS = DREAMBOOTH
 CORPUS_SETTINGS = CORPUS.dreambooth
 """How the corpus was trained, over a shared `down`: the LoRAs that autoencoders are made for."""
 
-Say = Callable[[str], None]
-
 
 @dataclass(frozen=True)
-class Workshop:
+class DreamBoothTrainer:
     """What DreamBooth training needs beside the pictures.
 
     `base`: frozen base; `base_hash`: of its file; `shared_down`: the `down` factors of runs that
-    do not train their own; `cache`: folder; `say`: prints a line.
+    do not train their own; `cache`: folder; `log`: prints a line.
     """
 
     base: DiffusersBase
     base_hash: str
     shared_down: Mapping[str, Tensor] | None
     cache: Path
-    say: Say
+    log: Log
 
     def train(
         self, pictures: RealPictures, seeds: Sequence[int], config: DreamBoothConfig
@@ -87,7 +86,7 @@ class Workshop:
         trained = made[config.steps]
         seconds = time.perf_counter() - started
         count = pictures.images.shape[1]
-        self.say(
+        self.log(
             f"trained DreamBooth LoRAs of {len(seeds)} people from {count} pictures each: "
             f"{config.steps} steps in {seconds:.0f} s"
         )
@@ -125,7 +124,7 @@ def concatenate(parts: Sequence[LoRAWeights]) -> LoRAWeights:
 
 
 def _write(path: Path, weights: LoRAWeights) -> None:
-    """Keep a group; all factors, so that the file needs nothing else."""
+    """Cache a group; all factors, so that the file needs nothing else."""
     tensors = {}
     for name, layer in weights.layers.items():
         tensors[f"{name}|down"] = layer.down.clone(memory_format=torch.contiguous_format)

@@ -15,14 +15,14 @@ from torch import Tensor
 from difflora_core.lora.weights import LoRAWeights
 from difflora_core.storage.safetensors_io import write_atomic
 
-from ..world import World
-from .drawing import Artist, Plan, unseen_latents
-from .measure import Bench, file_kilobytes
+from .artefacts import Artefacts
+from .drawing import PictureSampler, Plan, unseen_latents
+from .measure import Evaluator, file_kilobytes
 from .people import People, benchmark_people
-from .rows import BASE, REAL, REAL_VAE, Effort, Row, build_rows
+from .rows import BASE, REAL, REAL_VAE, DreamBoothRuns, Row, build_rows
 
 PROTOCOL = 1
-"""To be raised with every change of drawing or judging: it makes kept trials invalid."""
+"""To be raised with every change of drawing or judging: it makes cached trials invalid."""
 
 Columns = dict[str, Tensor]
 
@@ -45,44 +45,44 @@ class Experiment:
     """People of a split, drawn under one plan.
 
     Args:
-        world: artefacts.
+        artefacts: artefacts.
         plan: what is drawn.
         split: whose people. count: how many.
     """
 
-    def __init__(self, world: World, plan: Plan, split: str, count: int) -> None:
-        self.world, self.plan = world, plan
+    def __init__(self, artefacts: Artefacts, plan: Plan, split: str, count: int) -> None:
+        self.artefacts, self.plan = artefacts, plan
         self.people: People = benchmark_people(split, count, plan.scenes)
-        self.artist = Artist(world.base, world.layout, plan, self.people.seeds)
-        self.unseen = unseen_latents(world.base, self.people.unseen, plan, self.people.seeds)
-        self.bench = Bench(world.judges, self.people, plan)
+        self.sampler = PictureSampler(artefacts.base, artefacts.layout, plan, self.people.seeds)
+        self.unseen = unseen_latents(artefacts.base, self.people.unseen, plan, self.people.seeds)
+        self.evaluator = Evaluator(artefacts.judges, self.people, plan)
 
-    def rows(self, effort: Effort) -> list[Row]:
+    def rows(self, runs: DreamBoothRuns) -> list[Row]:
         """Train, predict, reconstruct."""
-        return build_rows(self.world, self.people, effort)
+        return build_rows(self.artefacts, self.people, runs)
 
     def real(self) -> list[Trial]:
         """The ceiling: real pictures of the prompted scenes, as they are and through the VAE."""
         images = self.people.prompted.images
-        base = self.world.base
+        base = self.artefacts.base
         again = base.decode_latents(base.encode_images(images.flatten(0, 1)))
         pairs = ((REAL, images), (REAL_VAE, again.unflatten(0, images.shape[:2])))
-        return [Trial(name, 0.0, self.bench.columns(shown), {}) for name, shown in pairs]
+        return [Trial(name, 0.0, self.evaluator.columns(shown), {}) for name, shown in pairs]
 
     def base(self) -> Trial:
         """The base model without any LoRA."""
-        columns = self.bench.columns(self.artist.pictures())
-        columns["denoising_loss"] = self.artist.losses(self.unseen)
+        columns = self.evaluator.columns(self.sampler.pictures())
+        columns["denoising_loss"] = self.sampler.losses(self.unseen)
         return Trial(BASE, 0.0, columns, {})
 
     def trial(self, row: Row, strength: float) -> Trial:
         """A row at a strength; what was measured before is read from the cache."""
-        path = self.world.cache / "trials" / f"{self._key(row.weights, strength)}.safetensors"
+        path = self.artefacts.cache / "trials" / f"{self._key(row.weights, strength)}.safetensors"
         if path.exists():
             columns = load_file(path)
         else:
-            columns = self.bench.columns(self.artist.pictures(row.weights, strength))
-            columns["denoising_loss"] = self.artist.losses(self.unseen, row.weights, strength)
+            columns = self.evaluator.columns(self.sampler.pictures(row.weights, strength))
+            columns["denoising_loss"] = self.sampler.losses(self.unseen, row.weights, strength)
             write_atomic(columns, {}, path)
         facts = {"strength": strength, "file_kb": file_kilobytes(row.weights)}
         if row.seconds is not None:
@@ -92,9 +92,9 @@ class Experiment:
     def _key(self, weights: LoRAWeights, strength: float) -> str:
         """Digest of all that a trial's columns depend on, but the benchmark's own code."""
         digest = hashlib.sha256()
-        facts = (self.world.base_hash, self.plan, self.people.seeds, strength, PROTOCOL)
+        facts = (self.artefacts.base_hash, self.plan, self.people.seeds, strength, PROTOCOL)
         digest.update(repr(facts).encode())
-        for judge in self.world.judges.networks.values():
+        for judge in self.artefacts.judges.networks.values():
             for tensor in judge.state_dict().values():
                 digest.update(tensor.numpy().tobytes())
         for name, layer in weights.layers.items():

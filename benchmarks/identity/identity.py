@@ -1,8 +1,8 @@
-"""`python -m benchmarks identity [--quick] [--json FILE] [--split validation]`: the main table.
+"""`make bench name=identity args='--quick --json FILE --split validation'`: the main table.
 
 The protocol of the DiffLoRA paper at demo scale: 25 people that no trained part has met, 30
 prompts, the same noise for every row; --quick takes 5 people and 6 prompts. Every LoRA row stands
-at strength 1 and at the strength that validation people chose (benchmarks.choose_strength).
+at strength 1 and at the strength that validation people chose (choose_strength.py).
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from rich.console import Console
 
 from difflora_core.evaluation.report import Report, recovered_share, share_improved
 
-from ..prompts import PROMPTS, QUICK
-from ..world import (
-    STRENGTHS,
+from ..command import (
     benchmark_console,
+    command_parser,
     commit,
-    load_world,
     machine,
     set_threads,
     write_report,
 )
+from ..prompts import PROMPTS, QUICK
+from .artefacts import STRENGTHS, load_artefacts
 from .choose_strength import read_strengths
 from .drawing import Plan
 from .experiment import Experiment, Trial
 from .measure import COLUMNS
 from .people import PHOTOS
-from .rows import BASE, CONTROLS, HEADLINE, Effort, Row, wanted_row
+from .rows import BASE, CONTROLS, HEADLINE, DreamBoothRuns, Row, wanted_row
 
 FULL_PLAN = Plan(PROMPTS, repeats=6, noises=4)
 QUICK_PLAN = Plan(QUICK, repeats=1, noises=2)
-QUICK_EFFORT = Effort(one_photo=(), all_photos=(300,))
+QUICK_RUNS = DreamBoothRuns(one_photo=(), all_photos=(300,))
 PEOPLE, QUICK_PEOPLE = 25, 5
 YARDSTICK = f"DreamBooth, {PHOTOS} photos"
 
@@ -46,31 +46,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     set_threads(options.threads)
     console, started = benchmark_console(), time.perf_counter()
     models = dict(pair.split("=", 1) for pair in options.model)
-    world = load_world({name: Path(path) for name, path in models.items()}, console.print)
+    artefacts = load_artefacts({name: Path(path) for name, path in models.items()}, console.print)
     plan = QUICK_PLAN if options.quick else FULL_PLAN
-    experiment = Experiment(world, plan, options.split, QUICK_PEOPLE if options.quick else PEOPLE)
+    experiment = Experiment(
+        artefacts, plan, options.split, QUICK_PEOPLE if options.quick else PEOPLE
+    )
     if options.quick:
         console.print("left out: DreamBooth from 1 photo, and from 8 photos at 100 steps")
     strengths = read_strengths(STRENGTHS)
     if not strengths:
-        console.print("no strengths chosen yet: run python -m benchmarks choose_strength")
-    effort = QUICK_EFFORT if options.quick else Effort()
-    trials = run(experiment, effort.only(options.rows), strengths, console, options.rows)
+        console.print("no strengths chosen yet: run make bench name=choose_strength")
+    runs = QUICK_RUNS if options.quick else DreamBoothRuns()
+    trials = run(experiment, runs.only(options.rows), strengths, console, options.rows)
     minutes = (time.perf_counter() - started) / 60
     facts = {"split": options.split, "quick": options.quick, "minutes": minutes}
     report = make_report(trials, experiment, facts)
-    tell(report, console)
+    print_results(report, console)
     write_report(report, options.json, console)
     return 0
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Options of the command."""
-    parser = argparse.ArgumentParser(
-        description="Likeness of predicted LoRAs, judged on people that no trained part has met."
+    parser = command_parser(
+        "Likeness of predicted LoRAs, judged on people that no trained part has met."
     )
     parser.add_argument("--quick", action="store_true", help="5 people, 6 prompts, 4 minutes")
-    parser.add_argument("--json", type=Path, help="write everything to this file")
     parser.add_argument(
         "--split",
         choices=("validation", "test"),
@@ -90,19 +91,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="TEXT",
         help="only rows whose name contains one of these; =TEXT: is TEXT",
     )
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = all cores")
     return parser.parse_args(arguments)
 
 
 def run(
     experiment: Experiment,
-    effort: Effort,
+    runs: DreamBoothRuns,
     strengths: Mapping[str, float],
     console: Console,
     only: Sequence[str] | None = None,
 ) -> list[Trial]:
     """Real pictures, base, and every row (or `only` some) at strength 1 and at the chosen one."""
-    rows = [row for row in experiment.rows(effort) if wanted_row(row.name, only)]
+    rows = [row for row in experiment.rows(runs) if wanted_row(row.name, only)]
     wanted = [(row, strength) for row in rows for strength in strengths_of(row, strengths)]
     return [*experiment.real(), experiment.base(), *experiment.trials(wanted, console)]
 
@@ -202,7 +202,7 @@ def control_gaps(trials: Sequence[Trial], base: Trial) -> dict[str, float]:
     }
 
 
-def tell(report: Report, console: Console) -> None:
+def print_results(report: Report, console: Console) -> None:
     """Print the table and, as the last line, the recovered share."""
     console.print(report.to_markdown({"strength": 2, "file_kb": 0, "denoising_loss": 4}))
     facts = report.facts
@@ -220,7 +220,3 @@ def tell(report: Report, console: Console) -> None:
             f"(against {facts[f'yardstick{suffix}']}; {facts[f'improved{suffix}']:.0%} improve)"
         )
     console.print(f"recovered share: {'; '.join(parts)}")
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

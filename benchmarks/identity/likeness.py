@@ -36,8 +36,8 @@ def three_distributions(faces: Tensor, training: Tensor, prefix: str) -> dict[st
         "nearest_training": nearest,
         "own": own,
     }
-    told = {f"{prefix}{name}": distribution(values) for name, values in rows.items()}
-    return {**told, f"{prefix}distinct": float((own > nearest).float().mean())}
+    found = {f"{prefix}{name}": distribution(values) for name, values in rows.items()}
+    return {**found, f"{prefix}distinct": float((own > nearest).float().mean())}
 
 
 def within(faces: Tensor) -> Tensor:

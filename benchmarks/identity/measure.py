@@ -42,7 +42,7 @@ prompts alone, because a painting veils the hues.
 """
 
 
-class Bench:
+class Evaluator:
     """The judges and what they know of the people.
 
     Args:

@@ -10,12 +10,13 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from difflora_core.config import Config
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.methods.difflora import DiffLoRAModel
 from difflora_core.models.lae.autoencoder import LoRALatent
 from difflora_core.training.difflora.refine import refine, refinement_config
 
-from ..world import World
+from .artefacts import Artefacts
 from .drawing import groups, select
 from .dreambooth import CORPUS_SETTINGS, GROUP, SETTINGS, concatenate
 from .people import PHOTOS, People, RealPictures
@@ -51,19 +52,19 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Effort:
+class DreamBoothRuns(Config):
     """How much DreamBooth to train: runs of so many steps from one photo and from all photos."""
 
     one_photo: tuple[int, ...] = (100, 300)
     all_photos: tuple[int, ...] = (100, 300)
 
-    def only(self, wanted: Sequence[str] | None) -> Effort:
+    def only(self, wanted: Sequence[str] | None) -> DreamBoothRuns:
         """The runs whose rows are wanted."""
 
-        def kept(photos: str, lengths: tuple[int, ...]) -> tuple[int, ...]:
+        def chosen(photos: str, lengths: tuple[int, ...]) -> tuple[int, ...]:
             return tuple(n for n in lengths if wanted_row(dreambooth_name(photos, n), wanted))
 
-        return Effort(kept(ONE, self.one_photo), kept(ALL, self.all_photos))
+        return DreamBoothRuns(chosen(ONE, self.one_photo), chosen(ALL, self.all_photos))
 
 
 def wanted_row(name: str, wanted: Sequence[str] | None) -> bool:
@@ -81,24 +82,24 @@ def dreambooth_name(photos: str, steps: int) -> str:
     return f"DreamBooth, {photos}, {steps} steps"
 
 
-def build_rows(world: World, people: People, effort: Effort) -> list[Row]:
+def build_rows(artefacts: Artefacts, people: People, runs: DreamBoothRuns) -> list[Row]:
     """Every row that the artefacts allow, in the order of the table."""
-    features = world.features(people.photos.images[:, :4])
-    trained = dreambooth_rows(world, people, effort)
-    original = corpus_row(world, people)
+    features = artefacts.features(people.photos.images[:, :4])
+    trained = dreambooth_rows(artefacts, people, runs)
+    original = corpus_row(artefacts, people)
     rows = controls(trained[-1], original) if trained else []
-    functional = world.models.get("functional")
+    functional = artefacts.models.get("functional")
     if functional is not None:
         guess = predict(functional, [row.select([0]) for row in features])
         rows.append(Row(WRONG, rolled(guess), None, HEADLINE))
     if original is not None:
-        rows += [original, *reconstructions(world, original)]
-    for name, model in world.models.items():
-        rows += predicted_rows(world, name, model, features, people)
+        rows += [original, *reconstructions(artefacts, original)]
+    for name, model in artefacts.models.items():
+        rows += predicted_rows(artefacts, name, model, features, people)
     rows += trained
     if functional is not None:
-        rows.append(refined_row(world, people, guess, rows))
-    return rows + ridge_row(world, [row.select([0]) for row in features])
+        rows.append(refined_row(artefacts, people, guess, rows))
+    return rows + ridge_row(artefacts, [row.select([0]) for row in features])
 
 
 def controls(best: Row, original: Row | None) -> list[Row]:
@@ -110,36 +111,36 @@ def controls(best: Row, original: Row | None) -> list[Row]:
     ]
 
 
-def corpus_row(world: World, people: People) -> Row | None:
+def corpus_row(artefacts: Artefacts, people: People) -> Row | None:
     """LoRAs trained like the corpus of the autoencoders, whose originals they reconstruct."""
-    if world.shared_down is None:
+    if artefacts.shared_down is None:
         return None
-    weights = world.workshop.train(people.photos, people.seeds, CORPUS_SETTINGS)
-    per_step = world.workshop.seconds_alone(people.photos, CORPUS_SETTINGS)
+    weights = artefacts.trainer.train(people.photos, people.seeds, CORPUS_SETTINGS)
+    per_step = artefacts.trainer.seconds_alone(people.photos, CORPUS_SETTINGS)
     return Row(CORPUS_LORA, weights, per_step * CORPUS_SETTINGS.steps)
 
 
 @torch.no_grad()
-def reconstructions(world: World, original: Row) -> list[Row]:
+def reconstructions(artefacts: Artefacts, original: Row) -> list[Row]:
     """The originals through every autoencoder whose encoder was trained, and through PCA."""
     rows = []
-    for name, model in world.models.items():
+    for name, model in artefacts.models.items():
         if learned_to_encode(model):
             again = model.decode(model.encode(original.weights))
             rows.append(Row(f"LAE reconstruction, {name}", again))
-    if world.linear is not None:
-        again = world.linear.reconstruct(original.weights, world.layout)
-        rows.append(Row(f"PCA-{world.linear.size} reconstruction", again))
+    if artefacts.linear is not None:
+        again = artefacts.linear.reconstruct(original.weights, artefacts.layout)
+        rows.append(Row(f"PCA-{artefacts.linear.size} reconstruction", again))
     return rows
 
 
 def predicted_rows(
-    world: World, name: str, model: DiffLoRAModel, features: list, people: People
+    artefacts: Artefacts, name: str, model: DiffLoRAModel, features: list, people: People
 ) -> list[Row]:
     """From one and from four photos, and a DiT sample where the best guess is not one."""
     one = [row.select([0]) for row in features]
-    seconds = seconds_to_lora(world, model, people.photos.images[:, :1])
-    four_seconds = seconds_to_lora(world, model, people.photos.images[:, :4])
+    seconds = seconds_to_lora(artefacts, model, people.photos.images[:, :1])
+    four_seconds = seconds_to_lora(artefacts, model, people.photos.images[:, :4])
     rows = [
         Row(f"{name}, 1 photo", predict(model, one), seconds),
         Row(f"{name}, 4 photos", predict(model, features), four_seconds),
@@ -172,53 +173,53 @@ def sampled_latent(model: DiffLoRAModel, features: list) -> LoRALatent:
     return model.sample_latent(model.condition(features), [0] * len(features))
 
 
-def seconds_to_lora(world: World, model: DiffLoRAModel, photos: Tensor) -> float:
+def seconds_to_lora(artefacts: Artefacts, model: DiffLoRAModel, photos: Tensor) -> float:
     """Median seconds from the photos (I, N, H, W, 3) of one person to LoRA factors, warm."""
 
     def once(images: Tensor) -> float:
         started = time.perf_counter()
-        predict(model, [world.photo_features(images)])
+        predict(model, [artefacts.photo_features(images)])
         return time.perf_counter() - started
 
     once(photos[0])
     return median(once(images) for images in photos[:TIMED_PEOPLE])
 
 
-def dreambooth_rows(world: World, people: People, effort: Effort) -> list[Row]:
+def dreambooth_rows(artefacts: Artefacts, people: People, runs: DreamBoothRuns) -> list[Row]:
     """DreamBooth from one photo and from all of them, every length a run of its own."""
     rows = []
-    for count, lengths in ((1, effort.one_photo), (PHOTOS, effort.all_photos)):
+    for count, lengths in ((1, runs.one_photo), (PHOTOS, runs.all_photos)):
         pictures = first_photos(people, count)
-        per_step = world.workshop.seconds_alone(pictures, SETTINGS) if lengths else 0.0
+        per_step = artefacts.trainer.seconds_alone(pictures, SETTINGS) if lengths else 0.0
         photos = ONE if count == 1 else ALL
         for steps in lengths:
             config = replace(SETTINGS, steps=steps)
-            weights = world.workshop.train(pictures, people.seeds, config)
+            weights = artefacts.trainer.train(pictures, people.seeds, config)
             rows.append(Row(dreambooth_name(photos, steps), weights, per_step * steps))
     return rows
 
 
-def refined_row(world: World, people: People, guess: LoRAWeights, rows: list[Row]) -> Row:
+def refined_row(artefacts: Artefacts, people: People, guess: LoRAWeights, rows: list[Row]) -> Row:
     """The prediction after 25 steps on its one photo."""
-    config = replace(refinement_config(world.layout.rank), precision=SETTINGS.precision)
+    config = replace(refinement_config(artefacts.layout.rank), precision=SETTINGS.precision)
     pictures = first_photos(people, 1)
     parts = []
     for group in groups(len(people), GROUP):
         chosen = RealPictures(pictures.images[group], [pictures.captions[k] for k in group])
-        examples = world.workshop.examples(chosen, [people.seeds[k] for k in group])
-        parts.append(refine(world.base, select(guess, group), examples, config))
-    per_step = world.workshop.seconds_alone(pictures, config)
+        examples = artefacts.trainer.examples(chosen, [people.seeds[k] for k in group])
+        parts.append(refine(artefacts.base, select(guess, group), examples, config))
+    per_step = artefacts.trainer.seconds_alone(pictures, config)
     start = next(row.seconds for row in rows if row.name == HEADLINE)
     seconds = (start or 0.0) + per_step * config.steps
     return Row(f"{HEADLINE}, {config.steps} refinement steps", concatenate(parts), seconds)
 
 
-def ridge_row(world: World, photos: list) -> list[Row]:
+def ridge_row(artefacts: Artefacts, photos: list) -> list[Row]:
     """Ridge regression on the features of one photo."""
-    if world.linear is None or world.shared_down is None:
+    if artefacts.linear is None or artefacts.shared_down is None:
         return []
     started = time.perf_counter()
-    weights = world.linear.predict(photos, world.layout, world.shared_down)
+    weights = artefacts.linear.predict(photos, artefacts.layout, artefacts.shared_down)
     seconds = (time.perf_counter() - started) / len(photos)
     return [Row("ridge regression, 1 photo", weights, seconds)]
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks seeds [--steps 600] [--seeds 3]`: the two headline rows, trained again.
+"""`make bench name=seeds args='--steps 600 --seeds 3'`: the two headline rows, trained again.
 
 Every seed trains a DiffLoRA model from nothing and, for every person, a DreamBooth LoRA. The model
 that is shipped was trained much longer than the default here, which shows the spread alone.
@@ -6,10 +6,8 @@ that is shipped was trained much longer than the default here, which shows the s
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -21,16 +19,15 @@ from difflora_core.evaluation.report import Report
 from difflora_core.methods.difflora import DiffLoRAModel
 from difflora_core.storage.checkpoint import load_model, save_model
 
-from ..world import (
-    STRENGTHS,
-    World,
+from ..command import (
     benchmark_console,
+    command_parser,
     commit,
-    load_world,
     machine,
     set_threads,
     write_report,
 )
+from .artefacts import STRENGTHS, Artefacts, load_artefacts
 from .choose_strength import read_strengths
 from .dreambooth import SETTINGS
 from .experiment import Experiment, Trial
@@ -43,22 +40,20 @@ DREAMBOOTH = dreambooth_name(ALL, SETTINGS.steps)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Spread of the headline rows between seeds.")
+    parser = command_parser("Spread of the headline rows between seeds.")
     parser.add_argument("--steps", type=int, default=600, help="steps of the DiffLoRA training")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--people", type=int, default=10)
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
-    parser.add_argument("--json", type=Path, help="write everything to this file")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0 = all cores")
     options = parser.parse_args(arguments)
     set_threads(options.threads)
     console = benchmark_console()
-    world = load_world(say=console.print)
-    experiment = Experiment(world, QUICK_PLAN, options.split, options.people)
+    artefacts = load_artefacts(log=console.print)
+    experiment = Experiment(artefacts, QUICK_PLAN, options.split, options.people)
     strengths = read_strengths(STRENGTHS)
     trials: dict[str, list[Trial]] = {HEADLINE: [], DREAMBOOTH: []}
     for seed in range(options.seeds):
-        model = functional_model(world, options.steps, seed, console)
+        model = functional_model(artefacts, options.steps, seed, console)
         for row in (functional_row(experiment, model), dreambooth_row(experiment, seed)):
             trials[row.name].append(experiment.trial(row, strengths.get(row.name, 1.0)))
     facts = {"steps": options.steps, "commit": commit(), "machine": machine()}
@@ -72,17 +67,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def functional_model(world: World, steps: int, seed: int, console: Console) -> DiffLoRAModel:
-    """A model that was trained for so many steps from this seed; kept on disk."""
-    folder = world.cache / "seeds" / f"{world.base_hash[:12]}-{steps}-{seed}"
+def functional_model(
+    artefacts: Artefacts, steps: int, seed: int, console: Console
+) -> DiffLoRAModel:
+    """A model that was trained for so many steps from this seed, cached on disk."""
+    folder = artefacts.cache / "seeds" / f"{artefacts.base_hash[:12]}-{steps}-{seed}"
     path = folder / "model.safetensors"
     if not path.exists():
         model = stages_lora.new_model(100 + seed)
         loop = replace(stages_lora.FUNCTIONAL_LOOP, steps=steps, seed=seed)
 
         def progress(step: int, total: int, metrics: dict[str, float]) -> None:
-            told = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-            console.print(f"seed {seed}, step {step} of {total}: {told}")
+            line = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            console.print(f"seed {seed}, step {step} of {total}: {line}")
 
         stages_lora.train_functional(model, loop, folder / "run", progress)
         save_model(model, path, torch.float16, {"steps": str(steps), "seed": str(seed)})
@@ -92,13 +89,13 @@ def functional_model(world: World, steps: int, seed: int, console: Console) -> D
 def functional_row(experiment: Experiment, model: DiffLoRAModel) -> Row:
     """The prediction from one photo."""
     photos = experiment.people.photos.images[:, :1]
-    return Row(HEADLINE, predict(model, experiment.world.features(photos)))
+    return Row(HEADLINE, predict(model, experiment.artefacts.features(photos)))
 
 
 def dreambooth_row(experiment: Experiment, seed: int) -> Row:
     """LoRAs trained from another seed."""
     people, config = experiment.people, replace(SETTINGS, seed=seed)
-    return Row(DREAMBOOTH, experiment.world.workshop.train(people.photos, people.seeds, config))
+    return Row(DREAMBOOTH, experiment.artefacts.trainer.train(people.photos, people.seeds, config))
 
 
 def table(trials: dict[str, list[Trial]]) -> dict[str, dict[str, float]]:
@@ -137,7 +134,3 @@ def interval(values: Tensor, level: float = 0.95) -> tuple[float, float, float]:
         return mean, float("nan"), float("nan")
     half = float(student.ppf((1 + level) / 2, count - 1)) * float(values.std()) / count**0.5
     return mean, mean - half, mean + half
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -6,9 +6,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
+from benchmarks.identity.artefacts import Artefacts
 from benchmarks.identity.drawing import Plan
 from benchmarks.prompts import QUICK
-from benchmarks.world import World
 from difflora_core.base_model.diffusers_base import DiffusersBase
 from difflora_core.demo.networks.base import SCHEDULER_CONFIG, UNET_CONFIG, new_base
 from difflora_core.demo.networks.judges import RECIPES, JudgeNetwork, Judges
@@ -81,13 +81,13 @@ def judge(name: str) -> JudgeNetwork:
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def artefacts(tmp_path_factory: pytest.TempPathFactory) -> Artefacts:
     base = tiny_base()
     layout = layout_from_unet_config("demo", dict(base.unet.config), 4)
     functional = random_model(layout, "functional", 3)
     paper = random_model(layout, "paper", 4)
     paper.lae.set_shared_down(functional.lae.down_factors())
-    return World(
+    return Artefacts(
         base=base,
         base_hash="tiny",
         layout=layout,

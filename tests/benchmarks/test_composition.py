@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
+from benchmarks.command import benchmark_console
 from benchmarks.identity import composition
 from benchmarks.identity.composition import (
     Cast,
@@ -15,7 +16,7 @@ from benchmarks.identity.composition import (
     measure_blend,
     measure_invented,
     placed_right,
-    tell,
+    print_results,
 )
 from benchmarks.identity.likeness import (
     between,
@@ -24,7 +25,6 @@ from benchmarks.identity.likeness import (
     three_distributions,
     within,
 )
-from benchmarks.world import benchmark_console
 from difflora_core.evaluation.report import Report
 
 SMALL = Size(pairs=2, ways=3, prompts=1, invented=2, training=3, training_pictures=2)
@@ -36,18 +36,18 @@ def few_pictures(monkeypatch):
     monkeypatch.setattr(composition, "KNOWN_PICTURES", range(40, 42))
 
 
-def test_everything_is_measured(world, few_pictures, capsys):
-    cast = make_cast(world.judges, "validation", SMALL.pairs)
+def test_everything_is_measured(artefacts, few_pictures, capsys):
+    cast = make_cast(artefacts.judges, "validation", SMALL.pairs)
     assert len(cast.seeds) == len(cast.photos) == len(cast.centroids) == 4
     results = {
-        "blend": measure_blend(world, cast, SMALL),
-        "invented": measure_invented(world, cast, SMALL),
+        "blend": measure_blend(artefacts, cast, SMALL),
+        "invented": measure_invented(artefacts, cast, SMALL),
         "two_people": {"pairs": 2}
         | {
             f"{w}_{n}": 1.0 for w in ("masked", "unmasked") for n in ("correct", "regions", "rank1")
         },
     }
-    tell(results, benchmark_console())
+    print_results(results, benchmark_console())
     said = capsys.readouterr().out
     assert "Spearman" in said
     assert "nearest_training" in said
@@ -57,15 +57,15 @@ def test_everything_is_measured(world, few_pictures, capsys):
     assert told["invented"]["consistency"]["min"] <= told["invented"]["consistency"]["max"]
 
 
-def test_ends_of_the_blend_are_the_people_themselves(world, few_pictures):
-    cast = make_cast(world.judges, "validation", SMALL.pairs)
-    model = world.models["functional"]
-    pictures = composition.artist(world, cast.seeds[:2], composition.PLAIN_PROMPTS[:1])(
-        model, composition.photo_latents(world, model, Cast(cast.seeds[:2], cast.photos[:2], None))
-    )
-    faces = world.judges.embed(pictures.flatten(0, 1))
+def test_ends_of_the_blend_are_the_people_themselves(artefacts, few_pictures):
+    cast = make_cast(artefacts.judges, "validation", SMALL.pairs)
+    model = artefacts.models["functional"]
+    draw = composition.person_sampler(artefacts, cast.seeds[:2], composition.PLAIN_PROMPTS[:1])
+    ends = Cast(cast.seeds[:2], cast.photos[:2], None)
+    pictures = draw(model, composition.photo_latents(artefacts, model, ends))
+    faces = artefacts.judges.embed(pictures.flatten(0, 1))
     likeness = float((faces * cast.centroids[:2]).sum(1).mean())
-    found = measure_blend(world, cast, SMALL)["likeness_to_a"]
+    found = measure_blend(artefacts, cast, SMALL)["likeness_to_a"]
     assert math.isclose(found[0], likeness, abs_tol=2e-3)  # bfloat16
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.identity.drawing import Artist, groups, select, unseen_latents
+from benchmarks.identity.drawing import PictureSampler, groups, select, unseen_latents
 from benchmarks.identity.people import benchmark_people
 from benchmarks.prompts import PROMPTS, QUICK, asked
 from difflora_core.demo.world.identities import SPLITS
@@ -20,7 +20,7 @@ def people():
 
 
 @pytest.fixture(scope="module")
-def loras(world):
+def loras(artefacts):
     """Two different LoRAs, strong enough to show."""
     generator = torch.Generator().manual_seed(9)
 
@@ -29,45 +29,47 @@ def loras(world):
         up = torch.randn(2, shape.out_features, 4, generator=generator) * 0.3
         return LoRALayer(down, up, 4.0)
 
-    return LoRAWeights({shape.name: layer(shape) for shape in world.layout})
+    return LoRAWeights({shape.name: layer(shape) for shape in artefacts.layout})
 
 
-def test_grouped_sampling_equals_single_sampling(world, plan, loras):
-    together = Artist(world.base, world.layout, plan, SEEDS).pictures(loras, 1.5)
+def test_grouped_sampling_equals_single_sampling(artefacts, plan, loras):
+    together = PictureSampler(artefacts.base, artefacts.layout, plan, SEEDS).pictures(loras, 1.5)
     assert together.shape == (2, 3, 64, 64, 3)
     for k, seed in enumerate(SEEDS):
-        alone = Artist(world.base, world.layout, replace(plan, batch=1), [seed])
+        alone = PictureSampler(artefacts.base, artefacts.layout, replace(plan, batch=1), [seed])
         torch.testing.assert_close(
             alone.pictures(select(loras, [k]), 1.5)[0], together[k], atol=2e-4, rtol=0
         )
 
 
-def test_every_person_gets_the_own_lora(world, plan, loras):
-    artist = Artist(world.base, world.layout, plan, SEEDS)
-    straight, swapped = artist.pictures(loras), artist.pictures(select(loras, [1, 0]))
-    base = artist.pictures()
+def test_every_person_gets_the_own_lora(artefacts, plan, loras):
+    sampler = PictureSampler(artefacts.base, artefacts.layout, plan, SEEDS)
+    straight, swapped = sampler.pictures(loras), sampler.pictures(select(loras, [1, 0]))
+    base = sampler.pictures()
     assert float((straight - base).abs().max()) > 1e-3
     assert float((straight - swapped).abs().max()) > 1e-3
-    torch.testing.assert_close(artist.pictures(loras, 0.0), base, atol=0, rtol=0)
-    torch.testing.assert_close(artist.pictures(), base, atol=0, rtol=0)  # no hook stayed
+    torch.testing.assert_close(sampler.pictures(loras, 0.0), base, atol=0, rtol=0)
+    torch.testing.assert_close(sampler.pictures(), base, atol=0, rtol=0)  # no hook stayed
 
 
-def test_guidance_and_half_precision_change_little_but_something(world, plan):
-    base = Artist(world.base, world.layout, plan, SEEDS).pictures()
-    half = Artist(world.base, world.layout, replace(plan, half=True), SEEDS).pictures()
-    guided = Artist(world.base, world.layout, replace(plan, guidance=3.0), SEEDS).pictures()
+def test_guidance_and_half_precision_change_little_but_something(artefacts, plan):
+    def drawn(changed):
+        return PictureSampler(artefacts.base, artefacts.layout, changed, SEEDS).pictures()
+
+    base, half = drawn(plan), drawn(replace(plan, half=True))
+    guided = drawn(replace(plan, guidance=3.0))
     assert 0 < float((half - base).abs().mean()) < 0.05
     assert float((guided - base).abs().max()) > 0
 
 
-def test_grouped_losses_equal_single_losses(world, plan, loras, people):
-    artist = Artist(world.base, world.layout, plan, SEEDS)
-    unseen = unseen_latents(world.base, people.unseen, plan, SEEDS)
-    together = artist.losses(unseen, loras)
+def test_grouped_losses_equal_single_losses(artefacts, plan, loras, people):
+    sampler = PictureSampler(artefacts.base, artefacts.layout, plan, SEEDS)
+    unseen = unseen_latents(artefacts.base, people.unseen, plan, SEEDS)
+    together = sampler.losses(unseen, loras)
     for k, seed in enumerate(SEEDS):
         one = benchmark_people("validation", 1, QUICK[:1], start=k).unseen
-        alone = Artist(world.base, world.layout, plan, [seed])
-        single = alone.losses(unseen_latents(world.base, one, plan, [seed]), select(loras, [k]))
+        alone = PictureSampler(artefacts.base, artefacts.layout, plan, [seed])
+        single = alone.losses(unseen_latents(artefacts.base, one, plan, [seed]), select(loras, [k]))
         torch.testing.assert_close(single[0], together[k], atol=1e-5, rtol=1e-4)
 
 

@@ -28,14 +28,14 @@ from benchmarks.identity.identity import (
 )
 from benchmarks.identity.linear import fit_linear
 from benchmarks.identity.people import benchmark_people
-from benchmarks.identity.rows import BASE, HEADLINE, Effort, Row
+from benchmarks.identity.rows import BASE, HEADLINE, DreamBoothRuns, Row
 from difflora_core.demo.build import stages_lora
 from difflora_core.lora.tokens import TokenGrid
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.storage.lora_corpus import LoRACorpus
 
 QUIET = Console(quiet=True)
-EFFORT = Effort(one_photo=(1,), all_photos=(1, 2))
+RUNS = DreamBoothRuns(one_photo=(1,), all_photos=(1, 2))
 
 
 def trial(row: str, face: list[float], error: list[float], strength: float = 1.0) -> Trial:
@@ -125,22 +125,22 @@ def short(monkeypatch):
     monkeypatch.setattr(rows, "refinement_config", lambda rank: few)
 
 
-def linear_baselines(world):
+def linear_baselines(artefacts):
     """PCA and ridge fitted on predictions of the functional model for five training people."""
-    model, down = world.models["functional"], world.shared_down
+    model, down = artefacts.models["functional"], artefacts.shared_down
     crowd = benchmark_people("train", 5, ())
-    seen = world.features(crowd.photos.images[:, :2])
+    seen = artefacts.features(crowd.photos.images[:, :2])
     weights = rows.predict(model, seen)
-    grid = TokenGrid(world.layout, ("up",))
+    grid = TokenGrid(artefacts.layout, ("up",))
     halves = [grid.decode(part, down) for part in grid.encode(weights)[0].split(3)]
     photos = [[person.select(k) for k in range(2)] for person in seen]
-    return fit_linear(tuple(halves), (photos[:3], photos[3:]), world.layout, 2)
+    return fit_linear(tuple(halves), (photos[:3], photos[3:]), artefacts.layout, 2)
 
 
-def test_whole_table_on_a_tiny_world(world, plan, short, tmp_path):
-    linear = linear_baselines(world)
-    experiment = Experiment(replace(world, linear=linear), plan, "validation", 2)
-    trials = run(experiment, EFFORT, {HEADLINE: 1.5}, QUIET)
+def test_whole_table_on_a_tiny_world(artefacts, plan, short, tmp_path):
+    linear = linear_baselines(artefacts)
+    experiment = Experiment(replace(artefacts, linear=linear), plan, "validation", 2)
+    trials = run(experiment, RUNS, {HEADLINE: 1.5}, QUIET)
     names = [label(one) for one in trials]
     for wanted in (
         "real pictures",
@@ -181,13 +181,13 @@ def test_whole_table_on_a_tiny_world(world, plan, short, tmp_path):
     assert len(read["per_identity"]["base"]["face_similarity"]) == 2
 
 
-def test_dreambooth_is_trained_once(world, plan, short):
+def test_dreambooth_is_trained_once(artefacts, plan, short):
     lines = []
-    told = replace(world, say=lines.append, cache=world.cache / "once")
-    crowd = Experiment(told, plan, "validation", 2).people
-    first = rows.dreambooth_rows(told, crowd, EFFORT)
+    logged = replace(artefacts, log=lines.append, cache=artefacts.cache / "once")
+    crowd = Experiment(logged, plan, "validation", 2).people
+    first = rows.dreambooth_rows(logged, crowd, RUNS)
     count = len(lines)
-    again = rows.dreambooth_rows(told, crowd, EFFORT)
+    again = rows.dreambooth_rows(logged, crowd, RUNS)
     assert len(lines) == count == 3
     for one, two in zip(first, again, strict=True):
         assert one.name == two.name
@@ -195,14 +195,14 @@ def test_dreambooth_is_trained_once(world, plan, short):
             torch.testing.assert_close(one.weights[name].up, two.weights[name].up, atol=0, rtol=0)
 
 
-def test_a_trial_is_drawn_once_for_the_same_weights_and_strength(world, plan, monkeypatch):
-    kept = replace(world, cache=world.cache / "kept")
-    experiment = Experiment(kept, replace(plan, repeats=0), "validation", 1)
-    features = kept.features(experiment.people.photos.images[:, :1])
-    row = Row("some", rows.predict(kept.models["functional"], features))
+def test_a_trial_is_drawn_once_for_the_same_weights_and_strength(artefacts, plan, monkeypatch):
+    cached = replace(artefacts, cache=artefacts.cache / "drawn once")
+    experiment = Experiment(cached, replace(plan, repeats=0), "validation", 1)
+    features = cached.features(experiment.people.photos.images[:, :1])
+    row = Row("some", rows.predict(cached.models["functional"], features))
     first = experiment.trial(row, 1.0)
     drawn = []
-    monkeypatch.setattr(experiment.artist, "pictures", lambda *a: drawn.append(a) or 1 / 0)
+    monkeypatch.setattr(experiment.sampler, "pictures", lambda *a: drawn.append(a) or 1 / 0)
     again = experiment.trial(replace(row, name="other"), 1.0)
     assert again.row == "other"
     for name, column in first.columns.items():
@@ -213,8 +213,8 @@ def test_a_trial_is_drawn_once_for_the_same_weights_and_strength(world, plan, mo
     assert len(drawn) == 2
 
 
-def test_choosing_strengths_on_a_tiny_world(world, plan, short):
-    experiment = Experiment(world, replace(plan, repeats=0), "validation", 1)
+def test_choosing_strengths_on_a_tiny_world(artefacts, plan, short):
+    experiment = Experiment(artefacts, replace(plan, repeats=0), "validation", 1)
     chosen = choose(experiment, ["functional, 1", "wrong"], QUIET, grid=(1.0, 2.0))
     assert "wrong photo" not in chosen
     assert "functional, 4 photos" not in chosen
@@ -223,7 +223,7 @@ def test_choosing_strengths_on_a_tiny_world(world, plan, short):
     assert set(chosen[HEADLINE]["scores"]) == {"1", "2"}
 
 
-def test_strengths_of_other_rows_are_kept(tmp_path):
+def test_strengths_of_other_rows_stay(tmp_path):
     path = tmp_path / "strengths.json"
     assert read_choices(path) == {}
     old = {"a": {"strength": 1.5, "scores": {"1.5": 0.4}}}
@@ -238,8 +238,8 @@ def test_rows_are_chosen_by_what_their_name_contains_or_is():
     assert rows.wanted_row("functional, 1 photo, sampled", ["sampled", "ridge"])
     assert not rows.wanted_row("functional, 1 photo, sampled", ["=functional, 1 photo"])
     assert rows.wanted_row("functional, 1 photo", ["=functional, 1 photo"])
-    assert Effort().only(["8 photos, 300"]) == Effort((), (300,))
-    assert Effort().only(["1 photo, 100", "100 steps"]) == Effort((100,), (100,))
+    assert DreamBoothRuns().only(["8 photos, 300"]) == DreamBoothRuns((), (300,))
+    assert DreamBoothRuns().only(["1 photo, 100", "100 steps"]) == DreamBoothRuns((100,), (100,))
 
 
 def test_options():
@@ -260,7 +260,7 @@ def test_turned_factors_make_the_same_lora():
     assert not torch.allclose(again.down, layer.down, atol=0.1)
 
 
-def test_compression_curve_on_a_tiny_world(world, plan, short, monkeypatch):
+def test_compression_curve_on_a_tiny_world(artefacts, plan, short, monkeypatch):
     """PCA and both kinds give a row each; a PCA larger than the corpus is left out."""
     monkeypatch.setattr(compression, "LATENT_TOKENS", (1, 8))
     sizes = replace(stages_lora.LAE, latent_tokens=1, latent_dim=2)
@@ -268,11 +268,11 @@ def test_compression_curve_on_a_tiny_world(world, plan, short, monkeypatch):
     small = replace(stages_lora.PAPER_LAE, latent_dim=2, basis_size=3)
     monkeypatch.setattr(compression.stages_lora, "PAPER_LAE", small)
     weights = rows.predict(
-        world.models["functional"],
-        world.features(benchmark_people("train", 7, ()).photos.images[:, :1]),
+        artefacts.models["functional"],
+        artefacts.features(benchmark_people("train", 7, ()).photos.images[:, :1]),
     )
-    corpus = LoRACorpus(world.layout, tuple(range(7)), weights)
-    experiment = Experiment(world, replace(plan, repeats=0), "validation", 1)
+    corpus = LoRACorpus(artefacts.layout, tuple(range(7)), weights)
+    experiment = Experiment(artefacts, replace(plan, repeats=0), "validation", 1)
     original = Row("original", select(weights, [0]))
     table = compression.curve(experiment, original, corpus, 2, QUIET)
     trained = {f"{kind}, {n} numbers" for kind in ("structured", "conv1d") for n in (2, 16)}
@@ -286,5 +286,5 @@ def test_compression_curve_on_a_tiny_world(world, plan, short, monkeypatch):
         2,
     )
     assert exact["kept_face_similarity"] == pytest.approx(1.0)
-    assert exact["ratio"] == world.layout.numel / 2
+    assert exact["ratio"] == artefacts.layout.numel / 2
     assert exact["relative_error"] < 1e-3

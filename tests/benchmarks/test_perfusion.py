@@ -58,15 +58,15 @@ def text():
 
 
 @pytest.fixture(scope="module")
-def gallery(world, text, tmp_path_factory):
+def gallery(artefacts, text, tmp_path_factory):
     folder = tmp_path_factory.mktemp("words")
     c = build_covariance(text, captions(200, "demo"), ridge=1e-2)
-    school = School(world.base, text, c, "tiny", folder / "words")
+    school = School(artefacts.base, text, c, "tiny", folder / "words")
     with torch.random.fork_rng():
         torch.random.default_generator.manual_seed(4)
         network = concept_judge.ThingReader((4, 4, 4)).eval()
     judge = concept_judge.ConceptJudge(network, [HAT, CAT])
-    return Gallery(school, world.judges, judge, folder / "trials")
+    return Gallery(school, artefacts.judges, judge, folder / "trials")
 
 
 @pytest.fixture(scope="module")

@@ -40,13 +40,15 @@ def test_table_and_differences_by_hand():
     assert seeds.differences(made)["parameter_error"][0] == pytest.approx(0.25)
 
 
-def test_another_seed_trains_another_lora(world, monkeypatch):
+def test_another_seed_trains_another_lora(artefacts, monkeypatch):
     short = dreambooth.replace(dreambooth.SETTINGS, steps=2)
     monkeypatch.setattr(seeds, "SETTINGS", short)
-    experiment = Experiment(world, Plan(QUICK[:1], repeats=0, steps=1, noises=1), "validation", 1)
+    experiment = Experiment(
+        artefacts, Plan(QUICK[:1], repeats=0, steps=1, noises=1), "validation", 1
+    )
     first, again, other = (seeds.dreambooth_row(experiment, seed) for seed in (0, 0, 1))
-    layer = next(iter(world.layout)).name
+    layer = next(iter(artefacts.layout)).name
     torch.testing.assert_close(first.weights[layer].down, again.weights[layer].down)
     assert not torch.equal(first.weights[layer].down, other.weights[layer].down)
-    predicted = seeds.functional_row(experiment, world.models["functional"])
+    predicted = seeds.functional_row(experiment, artefacts.models["functional"])
     assert predicted.weights.batch_shape == (1,)
