@@ -1,1 +1,1 @@
-"""Benchmarks of taught words."""
+"""Benchmarks of new words."""

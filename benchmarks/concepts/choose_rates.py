@@ -1,12 +1,13 @@
-"""`make bench name=choose_rates`: the learning rates of taught words, on validation concepts.
+"""`make bench name=choose_rates`: the learning rates of new words, on validation concepts.
 
-For each method the rates at which its own knob spans the largest area of likeness and obedience.
-They are then written into `words.RATES` by hand.
+For each method the rates at which its own settings span the largest area of likeness and prompt
+agreement. They are then written into its entry in methods.py by hand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from rich.console import Console
@@ -16,68 +17,64 @@ from difflora_core.evaluation.pareto import hypervolume
 
 from ..command import benchmark_console, command_parser, set_threads
 from ..prompts import with_plain_things
-from .perfusion import SCENES, gallery, goals, means, sweep
-from .word_pictures import Gallery, wishes
-from .words import DREAMBOOTH, INFUSION, INVERSION, METHODS, PERFUSION, Recipes
+from .methods import METHODS, ConceptMethod, TrainingSettings
+from .perfusion import SCENES, demo_evaluator, goals, means, sweep
+from .word_pictures import ConceptEvaluator, evaluation_prompts
 
-GRID: Mapping[str, tuple[tuple[float, ...], ...]] = {
-    PERFUSION: ((0.03, 0.001), (0.1, 0.001), (0.3, 0.001), (0.1, 0.006)),
-    INFUSION: ((0.03,), (0.1,), (0.3,), (1.0,)),
-    DREAMBOOTH: ((0.001,), (0.003,), (0.01,)),
-    INVERSION: ((0.003,), (0.01,), (0.03,)),
-}
 NUMBER = 900
-"""Of the first wish, so that no noise is that of the final table."""
+"""Of the first concept's prompts, so that no noise is that of the final table."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = command_parser(
-        "Choose learning rates on validation concepts.", report=False, threads=1
-    )
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    about = "Choose learning rates on validation concepts."
+    parser = command_parser(about, report=False, threads=1)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--prompts", type=int, default=10)
     options = parser.parse_args(arguments)
     set_threads(options.threads)
     console = benchmark_console()
-    choose(gallery(console), options.methods, options.prompts, console)
+    methods = [METHODS[name] for name in options.methods]
+    choose(demo_evaluator(console), methods, options.prompts, console)
     return 0
 
 
 def choose(
-    gallery: Gallery,
-    methods: Sequence[str],
+    evaluator: ConceptEvaluator,
+    methods: Sequence[ConceptMethod],
     prompts: int,
     console: Console,
-    recipes: Recipes | None = None,
+    training: TrainingSettings | None = None,
 ) -> dict[str, tuple[float, ...]]:
     """Best rates of each method.
 
     Args:
-        gallery: draws and judges.
-        methods: of `words.METHODS`.
+        evaluator: trains, draws and judges.
+        methods: entries of METHODS.
         prompts: how many of the benchmark's.
-        console: where to tell.
-        recipes: everything but the rates.
+        console: where to print.
+        training: everything but the rates.
     """
-    recipes = recipes or Recipes()
+    training = training or TrainingSettings()
     scenes = SCENES[:: len(SCENES) // prompts][:prompts]
     wanted = {
-        c.word: wishes([c], with_plain_things(scenes, c.kind), NUMBER + k)
+        c.word: evaluation_prompts([c], with_plain_things(scenes, c.kind), NUMBER + k)
         for k, c in enumerate(VALIDATION_CONCEPTS)
     }
-    flat = [wish for group in wanted.values() for wish in group]
-    base = means(gallery.judged(gallery.draw(flat), flat))["concept_similarity"]
+    flat = [prompt for group in wanted.values() for prompt in group]
+    base = means(evaluator.judged(evaluator.draw(flat), flat))["concept_similarity"]
     reference, best = torch.tensor([base, 0.0]).double(), {}
     for method in methods:
         areas = {}
-        for rates in GRID[method]:
-            own = recipes.with_rates(method, rates)
-            taught = {c.word: gallery.school.teach(c, method, own) for c in VALIDATION_CONCEPTS}
-            points = goals(sweep(gallery, taught, wanted)).double().mean(1)
+        for rates in method.rate_grid:
+            own = replace(method, rates=rates)
+            trained = {
+                c.word: evaluator.trainer.train(c, own, training) for c in VALIDATION_CONCEPTS
+            }
+            points = goals(sweep(evaluator, own, trained, wanted)).double().mean(1)
             areas[rates] = float(hypervolume(points, reference))
-            told = "  ".join(f"{like:.2f}/{obey:.2f}" for like, obey in points.tolist())
-            console.print(f"{method} {rates}: {areas[rates]:.3f}   {told}")
-        best[method] = max(areas, key=lambda rates: areas[rates])
-        console.print(f"{method}: {best[method]}")
+            line = "  ".join(f"{like:.2f}/{agrees:.2f}" for like, agrees in points.tolist())
+            console.print(f"{method.name} {rates}: {areas[rates]:.3f}   {line}")
+        best[method.name] = max(areas, key=lambda rates: areas[rates])
+        console.print(f"{method.name}: {best[method.name]}")
     return best

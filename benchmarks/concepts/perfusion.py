@@ -1,9 +1,9 @@
 """`make bench name=perfusion args='--quick --json FILE'`: words by Perfusion and by others.
 
 Eight concepts, 20 prompts, two noises; every method learns from the same four pictures, masks,
-steps, batches and seeds, and draws from the same noise. Likeness against obedience along each
-method's own knob: the gate's bias for Perfusion, the strength for the others. Then two concepts in
-one picture.
+steps, batches and seeds, and draws from the same noise. Likeness against prompt agreement along
+each method's own setting: the gate's bias for Perfusion, the strength for the others. Then two
+concepts in one picture.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from difflora_core.config import Config
 from difflora_core.demo import paths
 from difflora_core.demo.networks.base import load_base
 from difflora_core.demo.networks.concept_judge import load_concept_judge
@@ -40,32 +41,25 @@ from ..command import (
     write_report,
 )
 from ..prompts import CONTEXT, EXPRESSION, LOOK, with_plain_things
-from .word_pictures import GUIDANCE, STEPS, Columns, Gallery, Wish, wishes
-from .words import (
+from .methods import (
     DREAMBOOTH,
-    INFUSION,
-    INVERSION,
     METHODS,
     PERFUSION,
-    PHOTOS,
-    Recipes,
-    School,
-    Taught,
+    ConceptMethod,
+    ConceptModels,
+    TrainedConcept,
+    TrainingSettings,
 )
+from .word_pictures import (
+    GUIDANCE,
+    STEPS,
+    Columns,
+    ConceptEvaluator,
+    EvaluationPrompt,
+    evaluation_prompts,
+)
+from .words import PHOTOS, ConceptTrainer
 
-KNOBS: Mapping[str, tuple[float, ...]] = {
-    PERFUSION: (0.9, 0.8, 0.75, 0.7, 0.6, 0.45),
-    INFUSION: (0.25, 0.5, 0.75, 1.0),
-    DREAMBOOTH: (0.25, 0.5, 0.75, 1.0),
-    INVERSION: (0.5, 0.75, 1.0),
-}
-"""Bias for Perfusion, strength for the others."""
-TOGETHER: Mapping[str, tuple[float, ...]] = {
-    PERFUSION: (0.6, 0.45),
-    INFUSION: (1.0, 0.5),
-    DREAMBOOTH: (1.0, 0.7),
-    INVERSION: (1.0,),
-}
 SCENES = CONTEXT + EXPRESSION + LOOK
 PAIRS = ((0, 4), (0, 2), (1, 5), (4, 3), (6, 7), (1, 7), (6, 5), (7, 2))
 """Concepts that stand together in one picture."""
@@ -76,7 +70,7 @@ CAPTIONS = 10_000
 
 
 @dataclass(frozen=True)
-class Size:
+class Size(Config):
     """How much is measured."""
 
     concepts: tuple[int, ...] = tuple(range(len(CONCEPTS)))
@@ -84,19 +78,19 @@ class Size:
     noises: int = 2
     pairs: tuple[tuple[int, int], ...] = PAIRS
     pair_scenes: int = 10
-    recipes: Recipes = field(default_factory=Recipes)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
 
-    def wanted(self, concept: DemoConcept) -> list[Wish]:
+    def wanted(self, concept: DemoConcept) -> list[EvaluationPrompt]:
         """Every prompt with one concept, in every noise; half of them name another thing too."""
         number, scenes = CONCEPTS.index(concept), with_plain_things(self.scenes, concept.kind)
         return [
-            wish
+            prompt
             for noise in range(self.noises)
-            for wish in wishes([concept], scenes, number, noise)
+            for prompt in evaluation_prompts([concept], scenes, number, noise)
         ]
 
 
-QUICK = Size((0, 4), SCENES[:6], 1, ((0, 4),), 4, Recipes(steps=200))
+QUICK = Size((0, 4), SCENES[:6], 1, ((0, 4),), 4, TrainingSettings(steps=200))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -107,46 +101,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     set_threads(options.threads)
     console, started = benchmark_console(), time.perf_counter()
     size = QUICK if options.quick else Size()
-    report = measure(gallery(console), size)
+    report = measure(demo_evaluator(console), size)
     minutes = (time.perf_counter() - started) / 60
     facts = {"quick": options.quick, "minutes": minutes, "machine": machine(), "commit": commit()}
     report = Report(report.rows, {**report.facts, **facts})
-    tell(report, console)
+    print_results(report, console)
     write_report(report, options.json, console)
     return 0
 
 
-def gallery(console: Console) -> Gallery:
-    """The demo world as this benchmark needs it."""
+def demo_evaluator(console: Console) -> ConceptEvaluator:
+    """The demo world's models and judges."""
     text = demo_concept_text(paths.BASE, paths.WORDS)
     covariance = build_covariance(text, captions(CAPTIONS, "demo"))
-    mark = hashlib.sha256(paths.BASE.read_bytes() + paths.WORDS.read_bytes()).hexdigest()
+    base_hash = hashlib.sha256(paths.BASE.read_bytes() + paths.WORDS.read_bytes()).hexdigest()
     base, folder = load_base(paths.BASE, paths.WORDS), CACHE / "words"
-    school = School(base, text, covariance, mark, folder, console.print)
+    models = ConceptModels(base, text, covariance)
+    trainer = ConceptTrainer(models, base_hash, folder, console.print)
     judge = load_concept_judge(paths.CONCEPT_JUDGE)
     prompts = Judges({"attributes": load_judge(paths.PROMPT_JUDGE)})
-    return Gallery(school, prompts, judge, CACHE / "word_trials")
+    return ConceptEvaluator(trainer, prompts, judge, CACHE / "word_trials")
 
 
-def measure(gallery: Gallery, size: Size) -> Report:
+def measure(evaluator: ConceptEvaluator, size: Size) -> Report:
     """All rows and conclusions."""
     chosen = [CONCEPTS[k] for k in size.concepts]
     wanted = {c.word: size.wanted(c) for c in chosen}
-    rows = ceilings(gallery, [w for c in chosen for w in wanted[c.word]])
-    taught = {
-        method: {c.word: gallery.school.teach(c, method, size.recipes) for c in chosen}
-        for method in METHODS
+    rows = ceilings(evaluator, [w for c in chosen for w in wanted[c.word]])
+    trained = {
+        name: {c.word: evaluator.trainer.train(c, method, size.training) for c in chosen}
+        for name, method in METHODS.items()
     }
     sweeps: dict[str, Tensor] = {}
-    for method in METHODS:
-        table = sweep(gallery, taught[method], wanted)
-        for knob, columns in zip(KNOBS[method], table, strict=True):
-            rows[label(method, knob)] = {
-                **{name: float(values.mean()) for name, values in columns.items()},
-                **costs(gallery, list(taught[method].values()), knob),
+    for name, method in METHODS.items():
+        table = sweep(evaluator, method, trained[name], wanted)
+        for setting, columns in zip(method.settings, table, strict=True):
+            rows[method.label(setting)] = {
+                **{column: float(values.mean()) for column, values in columns.items()},
+                **costs(evaluator, list(trained[name].values()), setting),
             }
-        sweeps[method] = goals(table)
-    together, both = two_concepts(gallery, taught, size)
+        sweeps[name] = goals(table)
+    together, both = two_concepts(evaluator, trained, size)
     reference = torch.tensor([rows[BASE]["concept_similarity"], 0.0]).double()
     facts = {
         **conclusions(sweeps, reference),
@@ -156,8 +151,8 @@ def measure(gallery: Gallery, size: Size) -> Report:
             "prompts": len(size.scenes),
             "noises": size.noises,
             "pictures_to_learn_from": PHOTOS,
-            "steps": size.recipes.steps,
-            "batch": size.recipes.batch,
+            "steps": size.training.steps,
+            "batch": size.training.batch,
             "sampling_steps": STEPS,
             "guidance": GUIDANCE,
         },
@@ -166,56 +161,58 @@ def measure(gallery: Gallery, size: Size) -> Report:
 
 
 def sweep(
-    gallery: Gallery, taught: Mapping[str, Taught], wanted: Mapping[str, Sequence[Wish]]
+    evaluator: ConceptEvaluator,
+    method: ConceptMethod,
+    trained: Mapping[str, TrainedConcept],
+    wanted: Mapping[str, Sequence[EvaluationPrompt]],
 ) -> list[Columns]:
-    """For each setting of a method's knob the mean columns (C,) of its concepts' pictures.
+    """For each setting of a method the mean columns (C,) of its concepts' pictures.
 
     Args:
-        gallery: draws and judges.
-        taught: word to what the method learned.
+        evaluator: draws and judges.
+        method: its settings are taken.
+        trained: word to what the method learned.
         wanted: word to the pictures.
     """
-    method = next(iter(taught.values())).method
     table = []
-    for knob in KNOBS[method]:
-        each = [gallery.columns(wanted[word], [own], knob) for word, own in taught.items()]
+    for setting in method.settings:
+        each = [evaluator.columns(wanted[w], [own], setting) for w, own in trained.items()]
         names = [name for name in each[0] if name != "all_recognised"]
         table.append({n: torch.stack([columns[n].mean() for columns in each]) for n in names})
     return table
 
 
 def goals(table: Sequence[Columns]) -> Tensor:
-    """The two goals of a sweep: (knobs, concepts, 2)."""
+    """The two goals of a sweep: (settings, concepts, 2)."""
     return torch.stack([torch.stack([columns[n] for n in GOALS], 1) for columns in table])
 
 
-def label(method: str, knob: float) -> str:
-    """Row name."""
-    return f"{method}, bias {knob:g}" if method == PERFUSION else f"{method} x {knob:g}"
-
-
-def costs(gallery: Gallery, taught: Sequence[Taught], knob: float) -> dict[str, float]:
+def costs(
+    evaluator: ConceptEvaluator, trained: Sequence[TrainedConcept], setting: float
+) -> dict[str, float]:
     """Seconds to train, size of a file, and what a UNet step costs over the base."""
     return {
-        "seconds": sum(t.seconds for t in taught) / len(taught),
-        "file_kb": sum(t.size for t in taught) / len(taught) / 1024,
-        "step_ms": gallery.step_milliseconds(taught[:1], knob),
+        "seconds": sum(t.seconds for t in trained) / len(trained),
+        "file_kb": sum(t.size for t in trained) / len(trained) / 1024,
+        "step_ms": evaluator.step_milliseconds(trained[:1], setting),
     }
 
 
-def ceilings(gallery: Gallery, wanted: Sequence[Wish]) -> dict[str, dict[str, float]]:
+def ceilings(
+    evaluator: ConceptEvaluator, wanted: Sequence[EvaluationPrompt]
+) -> dict[str, dict[str, float]]:
     """Real pictures of the prompted scenes, which prove the judge, and the base model alone."""
-    images, base = real_pictures(wanted), gallery.school.base
+    images, base = real_pictures(wanted), evaluator.models.base
     shown = {
         REAL: images,
         REAL_VAE: base.decode_latents(base.encode_images(images)),
-        BASE: gallery.draw(wanted),
+        BASE: evaluator.draw(wanted),
     }
-    return {name: means(gallery.judged(pictures, wanted)) for name, pictures in shown.items()}
+    return {name: means(evaluator.judged(pictures, wanted)) for name, pictures in shown.items()}
 
 
-def real_pictures(wanted: Sequence[Wish]) -> Tensor:
-    """Rendered people with what was wished for."""
+def real_pictures(wanted: Sequence[EvaluationPrompt]) -> Tensor:
+    """Rendered people with what the prompts ask for."""
     people = split_seeds("validation", len(wanted), 5000)
     things = [(*w.concepts, w.beside) for w in wanted]
     return render_items(people, range(len(wanted)), [w.scene for w in wanted], things)
@@ -223,39 +220,39 @@ def real_pictures(wanted: Sequence[Wish]) -> Tensor:
 
 def means(columns: Columns) -> dict[str, float]:
     """Means over pictures."""
-    kept = {name: values for name, values in columns.items() if name != "all_recognised"}
-    return {name: float(values.mean()) for name, values in kept.items()}
+    shown = {name: values for name, values in columns.items() if name != "all_recognised"}
+    return {name: float(values.mean()) for name, values in shown.items()}
 
 
 def two_concepts(
-    gallery: Gallery, taught: Mapping[str, Mapping[str, Taught]], size: Size
+    evaluator: ConceptEvaluator, trained: Mapping[str, Mapping[str, TrainedConcept]], size: Size
 ) -> tuple[dict[str, dict[str, float]], dict[str, object]]:
     """Rows of pictures with two concepts, and the share in which both are recognised."""
     pairs = [[CONCEPTS[a], CONCEPTS[b]] for a, b in size.pairs]
     scenes = size.scenes[: size.pair_scenes]
-    wanted = [wishes(pair, scenes, 100 + k) for k, pair in enumerate(pairs)]
-    flat = [wish for group in wanted for wish in group]
-    shown = {f"two: {REAL}": real_pictures(flat), BASE_TWO: gallery.draw(flat)}
-    table = {name: gallery.judged(pictures, flat) for name, pictures in shown.items()}
+    wanted = [evaluation_prompts(pair, scenes, 100 + k) for k, pair in enumerate(pairs)]
+    flat = [prompt for group in wanted for prompt in group]
+    shown = {f"two: {REAL}": real_pictures(flat), BASE_TWO: evaluator.draw(flat)}
+    table = {name: evaluator.judged(pictures, flat) for name, pictures in shown.items()}
     best: dict[str, Tensor] = {}
-    for method in METHODS:
-        for knob in TOGETHER[method]:
+    for name, method in METHODS.items():
+        for setting in method.pair_settings:
             parts = [
-                gallery.columns(group, [taught[method][c.word] for c in pair], knob)
+                evaluator.columns(group, [trained[name][c.word] for c in pair], setting)
                 for group, pair in zip(wanted, pairs, strict=True)
             ]
-            columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-            table[f"two: {label(method, knob)}"] = columns
+            columns = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+            table[f"two: {method.label(setting)}"] = columns
             shares = columns["all_recognised"].unflatten(0, (len(pairs), -1)).mean(1)
-            if method not in best or shares.mean() > best[method].mean():
-                best[method] = shares
+            if name not in best or shares.mean() > best[name].mean():
+                best[name] = shares
     rows = {
         name: {**means(columns), "both_recognised": float(columns["all_recognised"].mean())}
         for name, columns in table.items()
     }
     facts: dict[str, object] = {}
     for method, name in ((PERFUSION, "two_concepts_both"), (DREAMBOOTH, "two_concepts_both_lora")):
-        interval = bootstrap_interval(best[method])
+        interval = bootstrap_interval(best[method.name])
         facts |= {name: interval.value, f"{name}_ci95": [interval.low, interval.high]}
     return rows, facts
 
@@ -264,11 +261,11 @@ def conclusions(sweeps: Mapping[str, Tensor], reference: Tensor) -> dict[str, ob
     """Hypervolumes, and whether Perfusion's sweep lies on or above all others.
 
     Args:
-        sweeps: method to (K, C, 2), knobs, concepts, goals.
+        sweeps: method to (K, C, 2), settings, concepts, goals.
         reference: (2,) from which areas are measured: the base's likeness, no agreement.
     """
-    own = sweeps[PERFUSION].double()
-    others = torch.cat([sweeps[m].double() for m in METHODS if m != PERFUSION])
+    own = sweeps[PERFUSION.name].double()
+    others = torch.cat([sweeps[m].double() for m in METHODS if m != PERFUSION.name])
     counts = [len(own), len(others)]
     table = torch.cat([own, others]).permute(1, 0, 2).flatten(1)  # C (K 2)
 
@@ -288,7 +285,7 @@ def conclusions(sweeps: Mapping[str, Tensor], reference: Tensor) -> dict[str, ob
     for method in METHODS:
         volume = hypervolume(sweeps[method].double().mean(1), reference)
         areas[method] = float(volume)
-        if method != PERFUSION:
+        if method != PERFUSION.name:
             size = len(sweeps[method])
             pair = torch.cat([own, sweeps[method].double()]).permute(1, 0, 2).flatten(1)
 
@@ -307,7 +304,7 @@ def _resampled(table: Tensor, draws: int = 200) -> Tensor:
     return table[torch.randint(len(table), (draws, len(table)), generator=generator)].mean(1)
 
 
-def tell(report: Report, console: Console) -> None:
+def print_results(report: Report, console: Console) -> None:
     """Print the table and the conclusions."""
     console.print(report.to_markdown({"seconds": 1, "file_kb": 1, "step_ms": 2}))
     facts = report.facts

@@ -1,4 +1,4 @@
-"""The yardsticks of Perfusion on the same batches: a DreamBooth LoRA and Textual Inversion."""
+"""The baselines of Perfusion on the same batches: a DreamBooth LoRA and Textual Inversion."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from difflora_core.adapters.base import AdapterSet
 from difflora_core.adapters.lora import lora_adapter_set
+from difflora_core.config import Config
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.text.new_words import EncodedPrompts, WordEmbedding
 from difflora_core.training.adaptation_run import adaptation_loop, masked_loss
@@ -20,7 +21,7 @@ from difflora_core.training.loop import LoopConfig
 
 
 @dataclass(frozen=True)
-class YardstickConfig:
+class YardstickConfig(Config):
     """Settings; `rank` is of the LoRA, `rate` of AdamW."""
 
     steps: int

@@ -1,10 +1,10 @@
-"""Pictures of taught words, and what the judges make of them."""
+"""Pictures of new words, and what the judges make of them."""
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,22 +26,21 @@ from difflora_core.demo.world.scenes import ITEM_PHRASES, Scene
 from difflora_core.diffusion.sampler import SampleSettings, initial_noise, sample, seeded_generators
 from difflora_core.evaluation.text_alignment import attribute_agreement
 from difflora_core.storage.safetensors_io import write_atomic
-from difflora_core.text.new_words import WordEmbedding
 
 from ..prompts import asked
-from .words import School, Taught
+from .methods import TrainedConcept, Words
+from .words import ConceptTrainer
 
 STEPS, GUIDANCE = 10, 2.0
 PROTOCOL = 6
-"""To be raised with every change of drawing or judging: it makes kept columns invalid."""
+"""To be raised with every change of drawing or judging: it makes cached columns invalid."""
 
-Words = Mapping[str, WordEmbedding]
 Columns = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Wish:
-    """One picture that is asked for: the scene, the concepts in it, and the seed of its noise.
+class EvaluationPrompt:
+    """One picture of the evaluation: the scene, the concepts in it, and the seed of its noise.
 
     The scene's own item, if there is one, is a plain thing that stands beside the concepts.
     """
@@ -50,12 +49,12 @@ class Wish:
     concepts: tuple[DemoConcept, ...]
     seed: int
 
-    def prompt(self, plain: bool = False) -> str:
-        """Its prompt, with the new words or with the plain words of their kinds."""
-        said = [(c.kind, c.kind if plain else c.word) for c in self.concepts]
+    def text(self, plain: bool = False) -> str:
+        """What the model is given, with the new words or with the plain words of their kinds."""
+        named = [(c.kind, c.kind if plain else c.word) for c in self.concepts]
         if self.plain_thing:
-            said.append((self.scene.item, self.plain_thing))
-        phrases = [ITEM_PHRASES[kind].format(word) for kind, word in said]
+            named.append((self.scene.item, self.plain_thing))
+        phrases = [ITEM_PHRASES[kind].format(word) for kind, word in named]
         return ", ".join((replace(self.scene, item="none").caption(), *phrases))
 
     @property
@@ -81,48 +80,53 @@ class Wish:
         return goals
 
 
-def wishes(
+def evaluation_prompts(
     concepts: Sequence[DemoConcept], scenes: Sequence[Scene], number: int, seed: int = 0
-) -> list[Wish]:
+) -> list[EvaluationPrompt]:
     """One picture of these concepts for each scene; `number` names them among others."""
     start = 10**9 * (seed + 1) + 1000 * number
-    return [Wish(scene, tuple(concepts), start + k) for k, scene in enumerate(scenes)]
+    return [EvaluationPrompt(scene, tuple(concepts), start + k) for k, scene in enumerate(scenes)]
 
 
-class Gallery:
-    """Draws and judges.
+class ConceptEvaluator:
+    """Draws pictures and judges them.
 
     Args:
-        school: base and text encoders.
+        trainer: of the words, with the frozen models.
         judges: of prompts. judge: of concepts.
-        cache: folder of kept columns.
+        cache: folder of columns that were measured before.
     """
 
-    def __init__(self, school: School, judges: Judges, judge: ConceptJudge, cache: Path) -> None:
-        self.school, self.judges, self.judge, self.cache = school, judges, judge, cache
+    def __init__(
+        self, trainer: ConceptTrainer, judges: Judges, judge: ConceptJudge, cache: Path
+    ) -> None:
+        self.trainer, self.judges, self.judge, self.cache = trainer, judges, judge, cache
+        self.models = trainer.models
 
-    def columns(self, wanted: Sequence[Wish], taught: Sequence[Taught], knob: float) -> Columns:
-        """Every column (N,) of pictures under taught words; kept on disk."""
-        marks = [t.mark for t in taught]
-        plan = [(w.prompt(), w.seed) for w in wanted]
-        facts = repr((PROTOCOL, STEPS, GUIDANCE, marks, knob, plan, self._judges_mark))
+    def columns(
+        self, wanted: Sequence[EvaluationPrompt], trained: Sequence[TrainedConcept], setting: float
+    ) -> Columns:
+        """Every column (N,) of pictures of concepts by one method; cached on disk."""
+        words = [t.fingerprint for t in trained]
+        plan = [(w.text(), w.seed) for w in wanted]
+        facts = repr((PROTOCOL, STEPS, GUIDANCE, words, setting, plan, self._judges_fingerprint))
         name = hashlib.sha256(facts.encode()).hexdigest()[:32]
         path = self.cache / f"{name}.safetensors"
         if not path.exists():
-            columns = self.judged(self.draw(wanted, *self.school.dress(taught, knob)), wanted)
-            write_atomic(columns, {}, path)
+            changes = trained[0].method.apply(self.models, trained, setting)
+            write_atomic(self.judged(self.draw(wanted, *changes), wanted), {}, path)
         return load_file(path)
 
     @torch.no_grad()
     def draw(
         self,
-        wanted: Sequence[Wish],
+        wanted: Sequence[EvaluationPrompt],
         words: Words | None = None,
         adapters: AdapterSet | None = None,
     ) -> Tensor:
         """Pictures (N, H, W, 3); without words by the plain words of their kinds."""
-        base = self.school.base
-        text = self._encoded([w.prompt(plain=words is None) for w in wanted], words or {})
+        base = self.models.base
+        text = self._encoded([w.text(plain=words is None) for w in wanted], words or {})
         config = base.unet.config
         shape = (config.in_channels, config.sample_size, config.sample_size)
         noise = initial_noise(seeded_generators([w.seed for w in wanted]), shape)
@@ -132,12 +136,13 @@ class Gallery:
             return base.predict(z, timestep, text if conditional else null).float()
 
         scheduler = DDIMScheduler.from_config(base.scheduler.config, timestep_spacing="trailing")
-        worn = adapters is not None and len(adapters) > 0
-        with attach(base.unet, adapters, names=self.school.names) if worn else nullcontext():
+        changed = adapters is not None and len(adapters) > 0
+        names = self.models.module_names
+        with attach(base.unet, adapters, names=names) if changed else nullcontext():
             z = sample(denoise, noise, scheduler, SampleSettings(STEPS, GUIDANCE))
         return base.decode_latents(z)
 
-    def judged(self, images: Tensor, wanted: Sequence[Wish]) -> Columns:
+    def judged(self, images: Tensor, wanted: Sequence[EvaluationPrompt]) -> Columns:
         """Columns (N,): likeness and recognition averaged over the concepts of a picture."""
         like, known, there = [], [], []
         for number in range(max(len(w.concepts) for w in wanted)):
@@ -145,8 +150,8 @@ class Gallery:
                 self._judged(image, w.concepts[number])
                 for image, w in zip(images, wanted, strict=True)
             ]
-            for kept, column in zip((like, known, there), zip(*rows, strict=True), strict=True):
-                kept.append(torch.cat(column))
+            for judged, column in zip((like, known, there), zip(*rows, strict=True), strict=True):
+                judged.append(torch.cat(column))
         # The judge of prompts knows things in plain colours, and misses real ones in others.
         kinds = [w.concepts[0].kind if t else "" for w, t in zip(wanted, there[0], strict=True)]
         read = {
@@ -165,23 +170,27 @@ class Gallery:
     def _judged(self, image: Tensor, concept: DemoConcept) -> tuple[Tensor, Tensor, Tensor]:
         return self.judge.judge(image[None], concept)
 
-    def _beside(self, image: Tensor, wish: Wish) -> str:
-        """The plain thing of a wish if the picture (H, W, 3) shows it, else nothing."""
-        if not wish.plain_thing:
+    def _beside(self, image: Tensor, prompt: EvaluationPrompt) -> str:
+        """The plain thing of a prompt if the picture (H, W, 3) shows it, else nothing."""
+        if not prompt.plain_thing:
             return ""
-        seen = bool(self._judged(image, wish.beside)[1])
-        return wish.plain_thing if seen else ""
+        seen = bool(self._judged(image, prompt.beside)[1])
+        return prompt.plain_thing if seen else ""
 
-    def step_milliseconds(self, taught: Sequence[Taught], knob: float, rounds: int = 15) -> float:
+    def step_milliseconds(
+        self, trained: Sequence[TrainedConcept], setting: float, rounds: int = 15
+    ) -> float:
         """Median extra processor time of a UNet step (batch 2) over the bare base."""
-        base, (words, adapters) = self.school.base, self.school.dress(taught, knob)
-        prompt = "photo of a person, " + " ".join(t.concept.word for t in taught)
+        base = self.models.base
+        words, adapters = trained[0].method.apply(self.models, trained, setting)
+        prompt = "photo of a person, " + " ".join(t.word for t in trained)
         text = self._encoded([prompt, ""], words)
-        z = torch.randn(2, base.unet.config.in_channels, 16, 16)
+        generator = torch.Generator().manual_seed(0)
+        z = torch.randn(2, base.unet.config.in_channels, 16, 16, generator=generator)
         when = torch.full((2,), 500)
 
-        def seconds(worn: AdapterSet) -> float:
-            with attach(base.unet, worn, names=self.school.names):
+        def seconds(changes: AdapterSet) -> float:
+            with attach(base.unet, changes, names=self.models.module_names):
                 started = time.process_time()
                 base.predict(z, when, text)
                 return time.process_time() - started
@@ -194,12 +203,12 @@ class Gallery:
     def _encoded(self, prompts: Sequence[str], words: Words) -> TextCondition:
         unique = list(dict.fromkeys(prompts))
         with torch.no_grad():
-            encoded = self.school.text.encode(unique, words)
+            encoded = self.models.text.encode(unique, words)
         both = TextCondition(encoded.context, encoded.pooled)
         return both.select(torch.tensor([unique.index(p) for p in prompts]))
 
     @cached_property
-    def _judges_mark(self) -> str:
+    def _judges_fingerprint(self) -> str:
         digest = hashlib.sha256()
         for network in (*self.judges.networks.values(), self.judge.network):
             for tensor in network.state_dict().values():

@@ -51,9 +51,8 @@ class PixelVision:
 def tiny_base() -> DiffusersBase:
     """The demo base with a narrower UNet and random weights."""
     _, text = new_base(0)
-    with torch.random.fork_rng():
-        torch.random.default_generator.manual_seed(1)
-        unet = UNet2DConditionModel(**{**UNET_CONFIG, "block_out_channels": [32, 32]})
+    unet = UNet2DConditionModel(**{**UNET_CONFIG, "block_out_channels": [32, 32]})
+    initialise(unet, 1)
     vae = new_vae(2)
     for part in (unet, text, vae):
         part.requires_grad_(False).eval()
