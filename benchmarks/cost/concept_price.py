@@ -8,10 +8,10 @@ so the price is measured on a small picture, where it weighs most.
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -24,6 +24,8 @@ from difflora_core.methods.base import AdaptationRequest
 from difflora_core.methods.infusion import Infusion, InfusionConfig
 from difflora_core.methods.perfusion import Perfusion, PerfusionConfig, PreparedConcept
 from difflora_core.text.new_words import Concept
+
+from .interleaving.pairs import Seconds, interleave, price
 
 SIDE = 32
 """Of the latent: a picture of 256 x 256."""
@@ -72,54 +74,72 @@ def perfusion_adapters(concepts: Sequence[Concept]) -> AdapterSet:
     return Perfusion(prepared).adapters(AdaptationRequest())
 
 
-def price(rounds: int, config: dict | None = None, side: int = SIDE) -> dict[str, dict[str, float]]:
-    """Processor seconds of a step (batch 2) of every row; ratios are taken within a round."""
-    config = dict(config or SDXL_UNET_CONFIG)
-    unet = small_memory_unet(config)
-    names = layout_from_unet_config("sdxl", config, 1).module_names
-    one, two = (perfusion_adapters(random_concepts(config, n)) for n in (1, 2))
+def concept_adapters(config: dict) -> dict[str, AdapterSet | None]:
+    """Row name to what is attached; None is the base against itself."""
     residuals = [(c, InfusionConfig()) for c in random_concepts(config, 1, "infusion")]
-    infusion = Infusion(residuals).adapters(AdaptationRequest())
-    rows: dict[str, Callable[[], AbstractContextManager]] = {
-        "base": nullcontext,
-        "base_again": nullcontext,
-        "perfusion": lambda: attach(unet, one, names=names),
-        "two_perfusion": lambda: attach(unet, two, names=names),
-        "infusion": lambda: attach(unet, infusion, names=names),
-    }
-    call = _call(unet, config, side)
-    times: dict[str, list[float]] = {name: [] for name in rows}
-    order = list(rows)
-    for number in range(rounds + 1):
-        turn = number % len(order)
-        for name in (*order[turn:], *order[:turn]):
-            started = time.process_time()
-            with rows[name]():  # as in sampling, where hooks go on for every step
-                call()
-            if number:
-                times[name].append(time.process_time() - started)
-    counts = {"perfusion": len(one), "two_perfusion": len(two), "infusion": len(infusion)}
     return {
-        name: {
-            "cpu_seconds_per_step": statistics.median(own),
-            "cpu_ratio": statistics.median(a / b for a, b in zip(own, times["base"], strict=True)),
-            "projections": float(counts.get(name, 0)),
-        }
-        for name, own in times.items()
+        "base_again": None,
+        "perfusion": perfusion_adapters(random_concepts(config, 1)),
+        "two_perfusion": perfusion_adapters(random_concepts(config, 2)),
+        "infusion": Infusion(residuals).adapters(AdaptationRequest()),
     }
 
 
-def _call(unet: nn.Module, config: dict, side: int) -> Callable[[], Tensor]:
-    """One step on fixed inputs; a new encoding tensor each time, as a sampler gives."""
+def module_names(config: dict) -> dict[str, str]:
+    """Layer name to module path."""
+    return layout_from_unet_config("sdxl", config, 1).module_names
+
+
+def attached(
+    unet: nn.Module, adapters: AdapterSet | None, names: dict[str, str]
+) -> AbstractContextManager:
+    """The UNet with adapters, or as it is."""
+    return nullcontext() if adapters is None else attach(unet, adapters, names=names)
+
+
+def concept_prices(
+    pairs: int, config: dict | None = None, side: int = SIDE
+) -> dict[str, dict[str, float]]:
+    """What a step (batch 2) costs with concepts over the base's, from steps in turn.
+
+    Args:
+        pairs: steps of each that are counted.
+        config: of the UNet; None takes SDXL's.
+        side: of the latent.
+    """
+    config = dict(config or SDXL_UNET_CONFIG)
+    unet, names = small_memory_unet(config), module_names(config)
+    step = one_step(unet, config, side)
+
+    def timed(adapters: AdapterSet | None) -> Seconds:
+        wall, processor = time.perf_counter(), time.process_time()
+        with attached(unet, adapters, names):  # as in sampling, where hooks go on for every step
+            step()
+        return time.perf_counter() - wall, time.process_time() - processor
+
+    rows = {}
+    for name, adapters in concept_adapters(config).items():
+        base, own = interleave(partial(timed, None), partial(timed, adapters), pairs)
+        rows[name] = price(base, own) | {"projections": float(len(adapters or ()))}
+    return rows
+
+
+def one_step(unet: nn.Module, config: dict, side: int) -> Callable[[], Tensor]:
+    """One step on fixed inputs whose first row names the concepts.
+
+    The encoding is a new tensor each time, as a sampler gives it.
+    """
     generator = torch.Generator().manual_seed(2)
     z = torch.randn(2, config["in_channels"], side, side, generator=generator)
     context = torch.randn(2, 77, config["cross_attention_dim"], generator=generator)
+    for place, concept in enumerate(random_concepts(config, 2), start=5):
+        context[0, place] = concept.direction  # a token that is the word itself
     pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
     added = {"text_embeds": torch.zeros(2, pooled), "time_ids": torch.zeros(2, 6)}
     when = torch.full((2,), 500)
 
     @torch.no_grad()
-    def call() -> Tensor:
+    def step() -> Tensor:
         return unet(z, when, context.clone(), added_cond_kwargs=added).sample
 
-    return call
+    return step

@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "parameters": numbers,
         "lora_values": model.layout.numel,
         "peak_memory_gb": peak_gigabytes(options.device),
+        "weights_gb": weight_gigabytes(model),
         "dtype": options.dtype,
         "commit": commit(),
         "machine": machine(),
@@ -58,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(report.to_markdown({"seconds": 3, "megabytes": 1}))
     console.print(
         f"{numbers / 1e6:.0f} M parameters in {options.dtype}, {model.layout.numel:,} LoRA values, "
-        f"peak memory of the process {facts['peak_memory_gb']:.1f} GB; {facts['machine']}"
+        f"peak memory of the process {facts['peak_memory_gb']:.1f} GB, of which the weights are "
+        f"{facts['weights_gb']:.1f} GB; {facts['machine']}"
     )
     write_report(report, options.json, console)
     return 0
@@ -116,4 +118,14 @@ def peak_gigabytes(device: str) -> float:
     """Most memory that the device, or on the CPU the process, has held."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss of Linux starts at what the parent process held
+        (line,) = [line for line in status.read_text().split("\n") if line.startswith("VmHWM")]
+        return int(line.split()[1]) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # in bytes on macOS
+
+
+def weight_gigabytes(model: torch.nn.Module) -> float:
+    """What parameters and buffers take, counted from their shapes."""
+    tensors = (*model.parameters(), *model.buffers())
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e9

@@ -1,28 +1,24 @@
 """`make bench name=overhead args='--quick --perfusion --json FILE'`: the price in sampling.
 
-Real ComfyUI, one server, the demo world's base on the CPU. Every round samples once in each way,
-in an order that rotates, so that a machine that gets slower slows every row; ratios to the plain
-base are taken within a round. Only the steps are timed: loading and patching come before them.
-`ratio` is wall time, `cpu_ratio` the server's own processor time, which other programs on the
-machine disturb less. `base_again` is the base a second time: the noise of the measurement.
---perfusion measures taught words instead, on a full-size SDXL UNet (concept_price.py).
+Real ComfyUI, one process, the demo world's base on the CPU. The base and a variant, each with a
+model of its own, take single steps in turn (interleaving/), so that a machine that gets slower
+slows both. `ratio` is wall time and `cpu_ratio` processor time, each the median of the ratios of
+neighbouring steps. Only steps are timed; loading and patching come before them. `base_again` is the
+base against itself: the noise of the measurement.
+--perfusion measures concepts instead, on a full-size SDXL UNet (concept_price.py).
 """
 
 from __future__ import annotations
 
-import statistics
+import json
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.console import Console
 
-from difflora_core.demo.comfyui.client import Progress
-from difflora_core.demo.comfyui.server import ComfyServer
+from difflora_core.demo.comfyui.server import PACK, ComfyServer
 from difflora_core.demo.examples import reference_picture
 from difflora_core.demo.workflows.masked_people import PERSONALIZE
 from difflora_core.evaluation.report import Report
@@ -36,43 +32,47 @@ from ..command import (
     set_threads,
     write_report,
 )
-from .concept_price import price
+from .concept_price import concept_prices
+from .interleaving.pairs import price
 
-STEPS, BATCH = 10, 2
-ROUNDS, QUICK_ROUNDS = 25, 7
-BASE = "base"
-_MODEL, _CLIP, _VAE = (["demo", output] for output in range(3))
+NODES = Path(__file__).parent / "interleaving"
+BATCH = 2
+PAIRS, QUICK_PAIRS = 1000, 250
+CONCEPT_PAIRS, QUICK_CONCEPT_PAIRS = 24, 8
+"""Of --perfusion, whose steps take seconds."""
 _PLAIN = (["words", 0], ["nothing", 0])
-ROWS: Mapping[str, tuple[Any, tuple[Any, Any]]] = {
-    BASE: (_MODEL, _PLAIN),
-    "base_again": (_MODEL, _PLAIN),
-    "lora_patch": (["patched", 0], _PLAIN),
-    "lora_timed": (["timed", 0], _PLAIN),
-    "lora_hook": (_MODEL, (["hooked", 0], ["hooked", 1])),
-    "lora_hook_positive": (_MODEL, (["hooked", 0], ["nothing", 0])),
-    "two_hooks_by_mask": (_MODEL, (["people", 0], ["people", 1])),
+ROWS: Mapping[str, tuple[str, tuple[Any, Any]]] = {
+    "base_again": ("plain", _PLAIN),
+    "lora_patch": ("patched", _PLAIN),
+    "lora_timed": ("timed", _PLAIN),
+    "lora_hook": ("plain", (["hooked", 0], ["hooked", 1])),
+    "lora_hook_positive": ("plain", (["hooked", 0], ["nothing", 0])),
+    "two_hooks_by_mask": ("plain", (["people", 0], ["people", 1])),
 }
-"""Name to model, and positive and negative prompt."""
+"""Name to what is done to its model, and positive and negative prompt."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = command_parser("The price of a LoRA while sampling.", threads=None)
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds")
+    parser.add_argument("--quick", action="store_true", help="a quarter of the steps")
     parser.add_argument(
         "--perfusion", action="store_true", help="concepts on full-size SDXL instead"
     )
     options = parser.parse_args(arguments)
-    console, rounds = benchmark_console(), QUICK_ROUNDS if options.quick else ROUNDS
+    console, facts = benchmark_console(), {"quick": options.quick}
     if options.perfusion:
         set_threads(1)
-        report = Report(price(rounds), {"rounds": rounds, "commit": commit(), "machine": machine()})
-        return finish(report, options.json, console)
-    with tempfile.TemporaryDirectory() as folder, ComfyServer(Path(folder)) as server:
-        times = measure(server, rounds)
-    facts = {"rounds": rounds, "steps": STEPS, "batch": BATCH, "quick": options.quick}
-    facts |= {"commit": commit(), "machine": machine()}
-    return finish(Report(table(times), facts), options.json, console)
+        pairs = QUICK_CONCEPT_PAIRS if options.quick else CONCEPT_PAIRS
+        rows = concept_prices(pairs)
+    else:
+        pairs = QUICK_PAIRS if options.quick else PAIRS
+        with tempfile.TemporaryDirectory() as folder:
+            with ComfyServer(Path(folder), packs=(PACK, NODES)) as server:
+                rows = measure(server, pairs)
+        facts["batch"] = BATCH
+    facts |= {"pairs": pairs, "commit": commit(), "machine": machine()}
+    return finish(Report(rows, facts), options.json, console)
 
 
 def finish(report: Report, path: Path | None, console: Console) -> int:
@@ -82,67 +82,48 @@ def finish(report: Report, path: Path | None, console: Console) -> int:
     return 0
 
 
-@dataclass
-class Watch:
-    """Notes when the sampler's steps end, and how much processor time the server has used."""
-
-    server: psutil.Process
-    steps: list[tuple[float, float, float]] = field(default_factory=list)
-
-    def __call__(self, step: Progress) -> None:
-        if step.node_type == "KSampler" and step.value:
-            used = self.server.cpu_times()
-            self.steps.append((step.value, time.perf_counter(), used.user + used.system))
-
-    def per_step(self) -> tuple[float, float]:
-        """Wall and processor seconds of a step, without the first one."""
-        (first, *begun), (last, *ended) = self.steps[0], self.steps[-1]
-        wall, processor = ((b - a) / (last - first) for a, b in zip(begun, ended, strict=True))
-        return wall, processor
-
-
-def measure(server: ComfyServer, rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """Wall and processor seconds per step of every row, round by round; a first round warms up."""
+def measure(server: ComfyServer, pairs: int) -> dict[str, dict[str, float]]:
+    """The price of every row over the base."""
     picture = server.base_directory / "person.png"
     write_image(reference_picture(), picture)
-    photo = server.client.upload_picture(picture)
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ROWS}
-    names = list(ROWS)
-    for number in range(rounds + 1):
-        turn = number % len(names)
-        for name in (*names[turn:], *names[:turn]):
-            watch = Watch(psutil.Process(server.pid))
-            # A seed of its own, or equal rows would come out of ComfyUI's cache.
-            seed = number * len(names) + names.index(name)
-            server.client.run(prompt(photo, name, seed), on_progress=watch)
-            if number:
-                times[name].append(watch.per_step())
-    return times
-
-
-def table(times: Mapping[str, Sequence[tuple[float, float]]]) -> dict[str, dict[str, float]]:
-    """Medians over the rounds; ratios are taken within a round first."""
-    rows = {}
-    for name, values in times.items():
-        pairs = list(zip(values, times[BASE], strict=True))
-        rows[name] = {
-            "seconds_per_step": statistics.median(wall for wall, _ in values),
-            "ratio": statistics.median(own[0] / base[0] for own, base in pairs),
-            "cpu_ratio": statistics.median(own[1] / base[1] for own, base in pairs),
-        }
+    photo, rows = server.client.upload_picture(picture), {}
+    for name in ROWS:
+        result = server.client.run(graph(photo, name, pairs), timeout=3600)
+        base, own = json.loads(result.outputs["interleave"]["text"][0])
+        rows[name] = price(base, own)
     return rows
 
 
-def prompt(photo: str, row: str, seed: int) -> dict[str, dict[str, Any]]:
-    """The graph of one row."""
-    model, (positive, negative) = ROWS[row]
+def graph(photo: str, row: str, pairs: int) -> dict[str, dict[str, Any]]:
+    """The base and one row, sampled in turn."""
+    kind, (positive, negative) = ROWS[row]
+    nodes, model = common_nodes(photo), ["own_demo", 0]
+    if kind != "plain":
+        nodes["applied"] = _node("DiffLoRA_ApplyLoRA", model=model, **_APPLY[kind])
+        model = ["applied", 0]
+    nodes["interleave"] = _node(
+        "Benchmark_Interleave",
+        base=["base_demo", 0],
+        base_positive=["words", 0],
+        base_negative=["nothing", 0],
+        model=model,
+        positive=positive,
+        negative=negative,
+        latent=["empty", 0],
+        pairs=pairs,
+    )
+    return nodes
+
+
+def common_nodes(photo: str) -> dict[str, dict[str, Any]]:
+    """What the rows share: models, the LoRA, hooks and prompts."""
     half = {"width": 32, "height": 64}
-    nodes = {
+    return {
         "demo": _node("DiffLoRA_LoadDemo"),
+        "base_demo": _node("Benchmark_OwnDemo", number=0),
+        "own_demo": _node("Benchmark_OwnDemo", number=1),
         "photo": _node("LoadImage", image=photo),
         "lora": _node("DiffLoRA_Personalize", images=["photo", 0], **PERSONALIZE),
-        "patched": _node("DiffLoRA_ApplyLoRA", **_WHOLE),
-        "timed": _node("DiffLoRA_ApplyLoRA", **_WHOLE | {"end_percent": 0.999}),
         "hook": _node("DiffLoRA_LoRAToHook", lora=["lora", 0], strength_model=1.0),
         "other": _node("DiffLoRA_LoRAToHook", lora=["lora", 0], strength_model=0.5),
         "words": _node("CLIPTextEncode", clip=_CLIP, text="photo of a person"),
@@ -162,13 +143,7 @@ def prompt(photo: str, row: str, seed: int) -> dict[str, dict[str, Any]]:
             mask=["right", 0],
         ),
         "empty": _node("EmptyLatentImage", width=64, height=64, batch_size=BATCH),
-        "pixels": _node("VAEDecode", samples=["sampler", 0], vae=_VAE),
-        "show": _node("PreviewImage", images=["pixels", 0]),
     }
-    nodes["sampler"] = _node(
-        "KSampler", model=model, positive=positive, negative=negative, seed=seed, **_SAMPLING
-    )
-    return nodes
 
 
 def _node(class_type: str, **inputs: Any) -> dict[str, Any]:
@@ -183,7 +158,6 @@ def _masked(x: int) -> dict[str, Any]:
 
 _PARTS = ("input_blocks", "middle_block", "output_blocks", "self_attention", "cross_attention")
 _WHOLE = {
-    "model": _MODEL,
     "lora": ["lora", 0],
     "strength": 1.0,
     "start_percent": 0.0,
@@ -191,17 +165,11 @@ _WHOLE = {
     "positive_only": False,
     **dict.fromkeys(_PARTS, 1.0),
 }
+_APPLY = {"patched": _WHOLE, "timed": _WHOLE | {"end_percent": 0.999}}
+_CLIP = ["demo", 1]
 _NEW = {
     "positive_NEW": ["words", 0],
     "negative_NEW": ["nothing", 0],
     "strength": 1.0,
     "set_cond_area": "default",
-}
-_SAMPLING = {
-    "latent_image": ["empty", 0],
-    "steps": STEPS,
-    "cfg": 2.0,
-    "sampler_name": "euler",
-    "scheduler": "normal",
-    "denoise": 1.0,
 }

@@ -48,13 +48,19 @@ def test_everything_is_measured(artefacts, few_pictures, capsys):
         },
     }
     print_results(results, benchmark_console())
-    said = capsys.readouterr().out
-    assert "Spearman" in said
-    assert "nearest_training" in said
-    told = json.loads(Report({}, results).to_json())
-    assert -1 <= told["blend"]["spearman"] <= 1
-    assert len(told["blend"]["likeness_to_a"]) == 3
-    assert told["invented"]["consistency"]["min"] <= told["invented"]["consistency"]["max"]
+    printed = capsys.readouterr().out
+    blended, invented = (
+        json.loads(Report({}, results).to_json())[name] for name in ("blend", "invented")
+    )
+    assert f"Spearman {blended['spearman']:.3f} over 2 pairs" in printed
+    assert "nearest_training" in printed
+    every = blended["spearman_falls"] + blended["spearman_rises"]
+    assert len(every) == 2 * SMALL.pairs
+    assert blended["spearman"] == pytest.approx(sum(every) / len(every))
+    assert len(blended["likeness_to_a"]) == len(blended["likeness_to_b"]) == SMALL.ways
+    assert (invented["people"], invented["training_people"]) == (SMALL.invented, SMALL.training)
+    for name in ("consistency", "between", "nearest_training", "own"):
+        assert invented[name] != invented[f"photo_{name}"]
 
 
 def test_ends_of_the_blend_are_the_people_themselves(artefacts, few_pictures):

@@ -1,45 +1,122 @@
+"""Prices from steps in turn: the order and the arithmetic by hand, and the graphs of all rows."""
+
+import random
+
 import pytest
+import torch
 
-from benchmarks.cost.overhead import BASE, ROWS, Watch, prompt, table
-from difflora_core.demo.comfyui.client import Progress
+from benchmarks.cost import concept_price
+from benchmarks.cost.interleaving.pairs import WARM_UP, interleave, price
+from benchmarks.cost.overhead import ROWS, graph
 
-
-class Server:
-    """A process that has used half as much processor time as time has passed."""
-
-    def __init__(self):
-        self.clock = 0.0
-
-    def cpu_times(self):
-        self.clock += 2.0
-        return type("Times", (), {"user": self.clock, "system": 1.0})
+NARROW = {
+    **concept_price.SDXL_UNET_CONFIG,
+    "block_out_channels": [32, 64, 64],
+    "attention_head_dim": [2, 4, 4],
+    "cross_attention_dim": 32,
+}
 
 
-def test_steps_are_timed_without_what_comes_before_them():
-    watch = Watch(Server())
-    watch(Progress("demo", "DiffLoRA_LoadDemo", 0, 1))
-    for value in (0, 1, 2, 5):  # ComfyUI leaves steps out when they come fast
-        watch(Progress("sampler", "KSampler", value, 5))
-    assert len(watch.steps) == 3
-    wall, processor = watch.per_step()
-    assert processor == pytest.approx(2 * 2.0 / 4)
-    assert wall >= 0
+def test_steps_alternate_and_both_sides_have_the_same_neighbours():
+    taken = []
+
+    def step(name):
+        taken.append(name)
+        return float(len(taken)), 0.0
+
+    base, own = interleave(lambda: step("b"), lambda: step("v"), 4)
+    assert "".join(taken) == "bvvb" * ((WARM_UP + 4) // 2)
+    first = 2 * WARM_UP + 1  # number of the first step that counts
+    assert [wall for wall, _ in base] == [first, first + 3, first + 4, first + 7]
+    assert [wall for wall, _ in own] == [first + 1, first + 2, first + 5, first + 6]
 
 
-def test_ratios_are_taken_within_a_round():
-    slow = [1.0, 10.0, 100.0]  # the machine gets slower
-    times = {BASE: [(s, 2 * s) for s in slow], "lora": [(1.5 * s, 2 * s) for s in slow]}
-    rows = table(times)
-    same = {"ratio": 1.0, "cpu_ratio": 1.0}
-    assert rows[BASE] == {"seconds_per_step": 10.0, **same}
-    dearer = {"ratio": 1.5, "cpu_ratio": 1.0}
-    assert rows["lora"] == {"seconds_per_step": 15.0, **dearer}
+def test_ratios_are_taken_within_a_pair():
+    slower = [1.0, 10.0, 100.0]  # the machine gets slower
+    base = [(s, 2 * s) for s in slower]
+    own = [(1.5 * s, 2 * s) for s in slower]
+    assert price(base, own) == {"seconds_per_step": 15.0, "ratio": 1.5, "cpu_ratio": 1.0}
+
+
+def test_one_disturbed_step_does_not_count():
+    base, own = [(1.0, 1.0)] * 5, [(1.2, 1.1)] * 4 + [(30.0, 9.0)]
+    found = price(base, own)
+    assert found == {"seconds_per_step": 1.2, "ratio": 1.2, "cpu_ratio": 1.1}
+
+
+def test_another_program_does_not_change_a_price():
+    """Slow phases as long as many steps come and go, and single steps are interrupted."""
+    draw, clock = random.Random(0), iter(range(10_000))
+
+    def step(seconds):
+        phase = 1.0 + 0.9 * ((next(clock) // 11) % 2)
+        interrupted = 3.0 if draw.random() < 0.15 else 1.0
+        wall = seconds * phase * interrupted * draw.uniform(0.95, 1.05)
+        return wall, wall
+
+    for cost in (1.0, 1.08):
+        found = price(*interleave(lambda: step(1.0), lambda cost=cost: step(cost), 250))
+        assert found["ratio"] == pytest.approx(cost, abs=0.02)
 
 
 @pytest.mark.parametrize("row", ROWS)
 def test_every_link_of_a_row_ends_at_a_node(row):
-    nodes = prompt("person.png", row, 3)
+    nodes = graph("person.png", row, 3)
     for name, entry in nodes.items():
         for value in entry["inputs"].values():
             if isinstance(value, list):
                 assert value[0] in nodes, name
+
+
+def test_base_and_variant_have_models_of_their_own():
+    """A weight patch changes its model: on a shared one the base would pay for it too."""
+    for row in ROWS:
+        nodes = graph("person.png", row, 3)
+        sources = []
+        for name in ("base", "model"):
+            node = nodes["interleave"]["inputs"][name][0]
+            while nodes[node]["class_type"] != "Benchmark_OwnDemo":
+                node = nodes[node]["inputs"]["model"][0]
+            sources.append(nodes[node]["inputs"]["number"])
+        assert sources[0] != sources[1]
+
+
+def test_price_on_a_narrow_unet():
+    """Keys and values of 70 cross-attentions; Infusion changes values alone."""
+    rows = concept_price.concept_prices(3, NARROW, side=8)
+    assert {name: row["projections"] for name, row in rows.items()} == {
+        "base_again": 0,
+        "perfusion": 140,
+        "two_perfusion": 140,
+        "infusion": 70,
+    }
+    for row in rows.values():
+        assert set(row) == {"seconds_per_step", "ratio", "cpu_ratio", "projections"}
+
+
+def test_concepts_change_what_a_step_computes():
+    """Else the price would be that of hooks that do nothing."""
+    unet = concept_price.small_memory_unet(NARROW)
+    step = concept_price.one_step(unet, NARROW, 8)
+    bare = step()
+    torch.testing.assert_close(step(), bare, atol=0, rtol=0)
+    names = concept_price.module_names(NARROW)
+    for adapters in concept_price.concept_adapters(NARROW).values():
+        with concept_price.attached(unet, adapters, names):
+            changed = step()
+        assert torch.equal(changed, bare) is (adapters is None)
+
+
+def test_equal_shapes_share_their_memory():
+    unet = concept_price.small_memory_unet(NARROW)
+    parameters = [p for m in unet.modules() for p in m.parameters(recurse=False)]
+    shapes = {tuple(p.shape) for p in parameters}
+    assert len({p.data_ptr() for p in parameters}) == len(shapes) < len(parameters) / 10
+
+
+@pytest.mark.slow
+def test_price_at_full_size():
+    """All 140 projections of SDXL: at most 3 % of a step."""
+    rows = concept_price.concept_prices(6)
+    assert rows["perfusion"]["projections"] == 140
+    assert rows["perfusion"]["cpu_ratio"] <= 1.03

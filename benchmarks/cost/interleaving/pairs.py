@@ -1,0 +1,62 @@
+"""Prices from interleaved steps: the base and a variant take single steps in turn.
+
+A machine that does other work slows whole stretches of time. Two neighbouring steps are slowed
+alike, so a price is the median of the ratios of neighbours, never a ratio of medians or means.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+WARM_UP = 4
+"""Pairs that are not counted: the first steps fill caches and allocate."""
+
+Seconds = tuple[float, float]
+"""Of one step: wall time and processor time."""
+Steps = Sequence[Seconds]
+
+
+def interleave(base: Callable[[], Seconds], own: Callable[[], Seconds], pairs: int):
+    """Take pairs of steps, base first and variant first in turn: b v, v b, b v, …
+
+    Both follow themselves and the other equally often, so neither has the warmer caches.
+
+    Args:
+        base: takes one step of the base and returns its seconds.
+        own: the same of the variant.
+        pairs: how many are counted.
+
+    Returns:
+        Seconds of the base's and of the variant's steps, pair by pair.
+    """
+    times = []
+    for number in range(WARM_UP + pairs):
+        if number % 2:
+            second, first = own(), base()
+        else:
+            first, second = base(), own()
+        times.append((first, second))
+    bases, owns = zip(*times[WARM_UP:], strict=True)
+    return list(bases), list(owns)
+
+
+def price(base: Steps, own: Steps) -> dict[str, float]:
+    """Seconds of a variant's step, and what it costs over the base's.
+
+    Args:
+        base: steps of the base, pair by pair.
+        own: steps of the variant.
+
+    Returns:
+        `seconds_per_step`, wall; `ratio` of wall and `cpu_ratio` of processor time, medians.
+    """
+    walls, processors = (
+        [ours[clock] / theirs[clock] for theirs, ours in zip(base, own, strict=True)]
+        for clock in (0, 1)
+    )
+    return {
+        "seconds_per_step": statistics.median(wall for wall, _ in own),
+        "ratio": statistics.median(walls),
+        "cpu_ratio": statistics.median(processors),
+    }
