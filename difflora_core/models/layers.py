@@ -13,8 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 EMBEDDING_STD = 0.02  # learned positions and queries, as in DiT and ViT
+_DRAWS = frozenset(("uniform_", "normal_", "bernoulli_", "rand", "randn", "randint", "randperm"))
 
 
 def initialise(module: nn.Module, generator: torch.Generator | None) -> None:
@@ -30,6 +32,29 @@ def initialise(module: nn.Module, generator: torch.Generator | None) -> None:
             nn.init.xavier_uniform_(layer.weight, generator=generator)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+
+
+class DrawnFrom(TorchFunctionMode):
+    """While active, what draws from torch's global random state draws from `generator` instead.
+
+    For the constructors of other libraries, which take no generator: the weights are those that
+    seeding the global state would give, and that state stays as it was.
+
+    Args:
+        generator: on the CPU, where modules are built.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Calls `func` with the generator where it draws numbers and was given none."""
+        kwargs = dict(kwargs or {})
+        draws = getattr(func, "__name__", "") in _DRAWS or "generator" in kwargs
+        if draws and kwargs.get("generator") is None:
+            kwargs["generator"] = self.generator
+        return func(*args, **kwargs)
 
 
 def zero(layer: nn.Module) -> None:

@@ -24,6 +24,7 @@ from ..config import Config
 from ..diffusion.objective import stratified_timesteps
 from ..errors import CheckpointError, ConfigError
 from ..lora.layout import unet_name_map
+from ..models.layers import DrawnFrom
 from ..vision.keypoint_picture import keypoint_picture
 from .fingerprint import fingerprint
 from .loop import Hooks, LoopConfig, Progress, train
@@ -70,8 +71,7 @@ class ControlLoRA(nn.Module):
     def __init__(self, base: DiffusersBase, rank: int, generator: torch.Generator) -> None:
         super().__init__()
         self.rank = rank
-        with torch.random.fork_rng():
-            torch.default_generator.manual_seed(generator.initial_seed())
+        with DrawnFrom(torch.Generator().manual_seed(generator.initial_seed())):
             self.net = ControlNetModel.from_unet(base.unet)
             # The zero convolutions alone keep the start silent; a zero here too would stall it.
             self.net.controlnet_cond_embedding.conv_out.reset_parameters()

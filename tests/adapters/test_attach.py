@@ -14,7 +14,8 @@ from difflora_core.adapters.lora import LoRAAdapter, lora_adapter_set
 from difflora_core.errors import LayoutError
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 2e-1}
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+ROUNDINGS = 4  # of the largest number; two layers of six to eight sums cost less than two
 
 
 class Net(nn.Module):
@@ -59,7 +60,7 @@ def inputs(*shape, dtype=torch.float64, seed=2):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(3, 6), (3, 4, 6), (2, 3, 4, 6)])
 def test_strengths(dtype, shape):
     net, x, lora = Net().to(dtype), inputs(*shape, dtype=dtype), weights()
@@ -72,8 +73,9 @@ def test_strengths(dtype, shape):
             assert handle.layers == ("block.first", "block.second")
         wanted = reference(net.double(), x.double(), lora, strength)
         net.to(dtype)
-        scale = float(wanted.detach().abs().max())
-        assert float((got.double() - wanted).detach().abs().max()) <= TOLERANCE[dtype] * scale * 5
+        bound = ROUNDINGS * torch.finfo(dtype).eps * float(wanted.detach().abs().max())
+        assert float((got.double() - wanted).detach().abs().max()) <= bound
+        assert float((base.double() - wanted).detach().abs().max()) > 5 * bound
     assert hooks(net) == 0
     assert torch.equal(net(x), base)
 

@@ -15,6 +15,10 @@ FORBIDDEN_CALLS = {
     "torch.save",
     "torch.manual_seed",
     "torch.seed",
+    "torch.random.manual_seed",
+    "torch.random.fork_rng",  # what is seeded inside is seeded globally
+    "torch.random.default_generator.manual_seed",
+    "torch.default_generator.manual_seed",
     "np.random.seed",
     "numpy.random.seed",
     "random.seed",

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from difflora_core.adapters.attach import attach
 from difflora_core.adapters.lora import lora_adapter_set
 from difflora_core.lora.layout import SDXL_UNET_CONFIG, layout_from_unet_config
+from difflora_core.models.layers import DrawnFrom
 from difflora_core.storage.lora_file import load_lora, write_lora_file
 
 CONFIG = {
@@ -29,8 +30,7 @@ LAYOUT = layout_from_unet_config("tiny", CONFIG, 3)
 @pytest.fixture(scope="module")
 def trained():
     """A tiny SDXL UNet, its base output, and a PEFT LoRA after a few real steps."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with DrawnFrom(torch.Generator().manual_seed(0)):
         unet = UNet2DConditionModel(**CONFIG).eval().requires_grad_(False)
         batch = {
             "sample": torch.randn(2, 4, 8, 8),

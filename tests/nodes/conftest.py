@@ -23,6 +23,7 @@ from difflora_core.demo.networks.clip_vision import ClipVisionRecipe, save_clip_
 from difflora_core.demo.networks.vae import new_vae
 from difflora_core.lora.layout import LoRALayout
 from difflora_core.methods.difflora import DiffLoRAConfig, DiffLoRAModel
+from difflora_core.models.layers import DrawnFrom
 from difflora_core.storage.checkpoint import read_info, save_model
 from difflora_core.training.controlnet import ControlLoRA
 from difflora_core.vision.features import FeatureSizes
@@ -81,7 +82,7 @@ def random_world(random_difflora, tmp_path_factory: pytest.TempPathFactory) -> P
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
     save_controlnet(control, folder / "controlnet.safetensors")
     recipe = ClipVisionRecipe()
-    with torch.random.fork_rng():
+    with DrawnFrom(generator):
         vision = CLIPVisionModelWithProjection(CLIPVisionConfig(**recipe.network()))
     save_clip_vision(vision, recipe, {}, folder / "clip_vision.safetensors")
     # The ONNX models of the vision tests: one set of green-square faces is enough.

@@ -7,6 +7,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from difflora_core.base_model.diffusers_base import DiffusersBase
 from difflora_core.base_model.protocol import TextCondition
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
+from difflora_core.models.layers import DrawnFrom
 from difflora_core.training.dreambooth import DreamBoothExamples
 
 UNET = {
@@ -39,8 +40,7 @@ def text_of(prompts):
 @pytest.fixture
 def base():
     """A v-predicting base with random weights; float32, frozen."""
-    with torch.random.fork_rng():
-        torch.random.default_generator.manual_seed(0)
+    with DrawnFrom(torch.Generator().manual_seed(0)):
         unet = UNet2DConditionModel(**UNET)
     unet.requires_grad_(False).eval()
     scheduler = DDIMScheduler(prediction_type="v_prediction", beta_schedule="scaled_linear")

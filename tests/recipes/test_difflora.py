@@ -11,6 +11,7 @@ from difflora_core.methods.difflora import DiffLoRAConfig, DiffLoRAModel
 from difflora_core.models.dit import DiTConfig
 from difflora_core.models.face_reader import FaceReader, FaceReaderConfig
 from difflora_core.models.lae.config import LAEConfig
+from difflora_core.models.layers import DrawnFrom
 from difflora_core.models.mif import MIFConfig
 from difflora_core.models.predictor import PredictorConfig
 from difflora_core.training.difflora import face_reader
@@ -37,8 +38,7 @@ def model(base):
 
 @pytest.fixture
 def reader():
-    with torch.random.fork_rng():
-        torch.random.default_generator.manual_seed(3)
+    with DrawnFrom(torch.Generator().manual_seed(3)):
         return FaceReader(FaceReaderConfig(channels=4, face=FACE, width=8, grid=1))
 
 

@@ -21,6 +21,7 @@ from difflora_core.errors import CheckpointError, ConfigError, InterruptedTraini
 from difflora_core.methods.base import AdaptationRequest
 from difflora_core.methods.infusion import Infusion, InfusionConfig
 from difflora_core.methods.perfusion import Perfusion, PerfusionConfig, PreparedConcept
+from difflora_core.models.layers import DrawnFrom
 from difflora_core.text.captions import captions
 from difflora_core.text.clip_pair import ClipPairText, TokenMarks
 from difflora_core.text.covariance import Covariance, build_covariance
@@ -40,8 +41,7 @@ PROMPTS = ["photo of a <h1>", "a person wearing a <h1>, blue background", "the r
 
 def text_encoders(seed):
     config = {**text_config(4), "num_attention_heads": 1, "projection_dim": 4}
-    with torch.random.fork_rng():
-        torch.random.default_generator.manual_seed(seed)
+    with DrawnFrom(torch.Generator().manual_seed(seed)):
         first = CLIPTextModel(CLIPTextConfig(**config, attn_implementation="eager"))
         second = CLIPTextModelWithProjection(CLIPTextConfig(**config, attn_implementation="eager"))
     for module in (first, second):

@@ -22,6 +22,7 @@ from ...base_model.diffusers_base import DiffusersBase, time_ids
 from ...base_model.protocol import TextCondition
 from ...diffusion.objective import abar_at, add_noise, training_target
 from ...lora.layout import LoRALayout, layout_from_unet_config, unet_name_map
+from ...models.layers import DrawnFrom
 from ...storage.safetensors_io import write_atomic
 from ..world.pool import PicturePool
 from .text import clip_numbers, encode, new_text_encoders, tokenize
@@ -150,8 +151,7 @@ def base_batches(
 
 def new_base(seed: int) -> tuple[UNet2DConditionModel, DemoText]:
     """Untrained UNet and text encoders with weights from `seed`."""
-    with torch.random.fork_rng():
-        torch.default_generator.manual_seed(seed)
+    with DrawnFrom(torch.Generator().manual_seed(seed)):
         unet, text = UNet2DConditionModel(**UNET_CONFIG), DemoText()
     # On a CPU plain attention trains faster than the fused kernel, whose backward is slow.
     unet.set_attn_processor(AttnProcessor())

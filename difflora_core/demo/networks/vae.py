@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from ...config import Config
+from ...models.layers import DrawnFrom
 from ..world.pool import PicturePool
 
 VAE_CONFIG: dict[str, Any] = {
@@ -124,6 +125,5 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor, batch: int = 32) -> Tens
 
 def new_vae(seed: int) -> AutoencoderKL:
     """An untrained demo VAE with weights from `seed`."""
-    with torch.random.fork_rng():
-        torch.default_generator.manual_seed(seed)
+    with DrawnFrom(torch.Generator().manual_seed(seed)):
         return AutoencoderKL(**VAE_CONFIG)
