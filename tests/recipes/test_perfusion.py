@@ -89,6 +89,13 @@ def numbers(result):
     return torch.cat(parts)
 
 
+def evaluation_loss(objective, batch):
+    """Mean loss over the batches and noise by which a run measures itself."""
+    generator, draw = torch.Generator().manual_seed(71), pictures().draw(batch)
+    with torch.no_grad():
+        return sum(float(objective.eval()(draw(generator))[0]) for _ in range(6)) / 6
+
+
 def test_training_lowers_the_loss_and_leaves_the_base_alone(task, tmp_path):
     before = {k: v.clone() for k, v in task.base.unet.state_dict().items()}
     seen = []
@@ -96,10 +103,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(task, tmp_path):
         task, pictures(), QUICK, tmp_path, lambda s, n, m, preview: seen.append((s, n, m))
     )
     losses = [metrics["evaluation"] for _, _, metrics in seen]
-    start = PerfusionObjective(task, QUICK)
-    generator, draw = torch.Generator().manual_seed(71), pictures().draw(QUICK.batch)
-    with torch.no_grad():
-        first = sum(float(start.eval()(draw(generator))[0]) for _ in range(6)) / 6
+    first = evaluation_loss(PerfusionObjective(task, QUICK), QUICK.batch)
     assert result.loss == pytest.approx(min([first, *losses]), rel=1e-5)
     assert result.loss < 0.98 * first
     assert [s for s, _, _ in seen] == [5, 10, 15, 20]
@@ -234,7 +238,7 @@ def test_masks_choose_what_is_learned(task):
 
 
 def test_outside_the_mask_it_stays_what_it_was(task, tmp_path):
-    """Against a run without: less drift, and none at the start of a word that changes nothing."""
+    """Against a run without the preservation loss: less drift."""
     drifts = []
     for keep in (0.0, 3.0):
         config = replace(QUICK, keep=keep)
@@ -293,15 +297,35 @@ def test_disendiff_losses_take_part(base, text, covariance, tmp_path):
     assert len(result.concepts) == 2
     assert all(0 < metrics["separation"] <= 1 for metrics in seen)
     assert all(0 < metrics["binding"] < 2 for metrics in seen)
+    batch = examples.draw(2)(torch.Generator().manual_seed(0))
+    plain, both = (
+        PerfusionObjective(task, replace(config, binding=b, separation=s)).eval()(batch)
+        for b, s in ((0.0, 0.0), (0.1, 0.2))
+    )
+    extra = 0.1 * both[1]["binding"] + 0.2 * both[1]["separation"]
+    assert float(extra) > 1e-3
+    torch.testing.assert_close(both[0], plain[0] + extra)
+    assert "binding" not in plain[1]
     lone = prepare_task(base, text, covariance, [WORD])
     with pytest.raises(ConfigError, match="two words"):
         train_perfusion(lone, pictures(), config, tmp_path / "one")
 
 
 def test_infusion_starts_at_the_base_and_learns(task, tmp_path):
-    config = InfusionTraining(steps=20, batch=4, evaluate_every=5, threshold=0.3)
+    config = InfusionTraining(
+        steps=60, batch=4, evaluate_every=20, threshold=0.3, learning_rate=1.0
+    )
     result = train_infusion(task, pictures(), config, tmp_path)
     (concept,) = result.concepts
+    losses = {}
+    for sign in (0, 1, -1):  # untrained, trained, trained and turned round
+        objective = InfusionObjective(task, config)
+        for value, learned in zip(objective.values, concept.values.values(), strict=True):
+            value.data.add_(sign * learned)
+        losses[sign] = evaluation_loss(objective, config.batch)
+    assert result.loss == pytest.approx(losses[1], rel=1e-6)
+    assert losses[1] < 0.995 * losses[0]
+    assert losses[-1] > losses[0]
     encoded = task.text.encode(PROMPTS, {concept.word: concept.embeddings})
     text = TextCondition(encoded.context, encoded.pooled)
     noisy, steps = torch.randn(3, 4, 4, 4), torch.tensor([400, 500, 600])
