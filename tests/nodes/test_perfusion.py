@@ -97,6 +97,11 @@ def trained(comfy, comfy_server, pictures):
     return folder, folder / "hat.safetensors"
 
 
+def difference(shown, first, second):
+    """The largest difference of two pictures, in levels of 255."""
+    return int(np.abs(np.subtract(shown[first], shown[second], dtype=int)).max())
+
+
 def loaded(name="hat.safetensors", clip=CLIP):
     return node("DiffLoRA_LoadConcept", concept_name=name, clip=clip)
 
@@ -119,11 +124,9 @@ def test_the_word_changes_the_picture_and_only_with_the_concept(comfy, trained):
     nodes |= drawn("without", ["off", 0], ["load", 1]) | drawn("never", ["late", 0], ["load", 1])
     nodes |= drawn("again", MODEL, ["load", 1])
     shown = comfy.run(nodes).pictures
-    difference = np.abs(np.subtract(shown["with"], shown["base"], dtype=int)).max()
-    assert difference > 4
-    for name in ("never", "again"):
+    assert difference(shown, "with", "base") > 4
+    for name in ("without", "never", "again"):
         np.testing.assert_array_equal(shown[name], shown["base"])
-    assert np.abs(np.subtract(shown["without"], shown["base"], dtype=int)).max() <= 1
     np.testing.assert_array_equal(comfy.run_fresh(nodes).pictures["with"], shown["with"])
 
 
@@ -131,29 +134,69 @@ def test_word_in_prompts_of_every_kind(comfy, trained):
     """Weights, repeats and punctuation; a plain prompt is what it was before."""
     plain = "photo of a person, smiling"
     nodes = {"demo": node("DiffLoRA_LoadDemo"), "load": loaded()}
+    nodes["on"] = apply(concept=("load", 0))
     nodes |= drawn("plain", MODEL, CLIP, plain) | drawn("taught", MODEL, ["load", 1], plain)
-    for k, text in enumerate((f"({WORD}:1.3), smiling", f"{WORD}", f"a {WORD}, the {WORD}.")):
-        nodes |= drawn(f"t{k}", MODEL, ["load", 1], text)
+    prompts = {
+        "once": f"a {WORD}, smiling",
+        "neutral": f"a ({WORD}:1.0), smiling",
+        "stressed": f"a ({WORD}:3.0), smiling",
+        "twice": f"a {WORD}, a {WORD}, smiling",
+        "punctuated": f"a {WORD}; smiling!",
+    }
+    for name, text in prompts.items():
+        nodes |= drawn(name, ["on", 0], ["load", 1], text)
+        nodes |= drawn(f"{name}_base", MODEL, ["load", 1], text)
     shown = comfy.run(nodes).pictures
     np.testing.assert_array_equal(shown["taught"], shown["plain"])
-    assert {f"t{k}" for k in range(3)} <= set(shown)
+    np.testing.assert_array_equal(shown["neutral"], shown["once"])
+    for name in prompts:  # wherever the word stands, its concept is found
+        assert difference(shown, name, f"{name}_base") > 4
+    assert difference(shown, "stressed", "once") > 0
+    for name in ("twice", "punctuated"):
+        assert difference(shown, name, "once") > 4
 
 
-@pytest.mark.parametrize("lock", ["none", "local", "global"])
-def test_locks(comfy, trained, lock):
+LOCKS = ("none", "local", "global")
+NOT_YET = "the global lock replaces keys whatever the strength is"
+
+
+def locked(strength):
+    """Nodes that draw with every lock at a strength (`lock_none`, ...), and without (`base`)."""
     nodes = {"demo": node("DiffLoRA_LoadDemo"), "load": loaded()}
     prompt = node("CLIPTextEncode", clip=CLIP, text="photo of a person, wearing a hat")
-    more = {"superclass_prompt": ["super", 0]} if lock == "global" else {}
-    nodes |= {"super": prompt, "on": apply(concept=("load", 0), lock=lock, **more)}
-    nodes |= drawn("base", MODEL, ["load", 1]) | drawn("with", ["on", 0], ["load", 1])
-    shown = comfy.run(nodes).pictures
-    assert np.abs(np.subtract(shown["with"], shown["base"], dtype=int)).max() > 4
+    nodes |= {"super": prompt, **drawn("base", MODEL, ["load", 1])}
+    for lock in LOCKS:
+        more = {"superclass_prompt": ["super", 0]} if lock == "global" else {}
+        on = apply(concept=("load", 0), lock=lock, strength=strength, **more)
+        nodes |= {f"{lock}_on": on, **drawn(f"lock_{lock}", [f"{lock}_on", 0], ["load", 1])}
+    return nodes
+
+
+def test_locks_give_three_pictures(comfy, trained):
+    shown = comfy.run(locked(1.0)).pictures
+    for first, second in itertools.combinations(("base", *(f"lock_{k}" for k in LOCKS)), 2):
+        assert difference(shown, first, second) > 4, (first, second)
+
+
+@pytest.mark.parametrize(
+    "lock",
+    [*LOCKS[:2], pytest.param("global", marks=pytest.mark.xfail(strict=True, reason=NOT_YET))],
+)
+def test_a_lock_without_strength_leaves_the_base(comfy, trained, lock):
+    shown = comfy.run(locked(0.0)).pictures
+    np.testing.assert_array_equal(shown[f"lock_{lock}"], shown["base"])
 
 
 def test_two_concepts_chain_with_a_person(comfy, comfy_server, trained, pictures):
     """Two words, a DiffLoRA person, another node's attention patch: all act together."""
     nodes = training(
-        pictures, "Infusion", word="<my-cup>", superclass="cup", file_name="cup", steps=2
+        pictures,
+        "Infusion",
+        word="<my-cup>",
+        superclass="cup",
+        file_name="cup",
+        steps=3,
+        learning_rate=1.0,
     )
     nodes |= {
         "load": loaded(),
@@ -176,13 +219,13 @@ def test_two_concepts_chain_with_a_person(comfy, comfy_server, trained, pictures
     }
     train_only = {k: nodes.pop(k) for k in ("p0", "c", "train")}
     comfy.run({"demo": nodes["demo"], **train_only, "s": node("PreviewAny", source=["train", 2])})
-    text = f"photo of a person, wearing a {WORD}, holding a <my-cup>"
+    text = f"photo of a person, holding a <my-cup>, wearing a {WORD}"
     for name in ("first", "both", "tuned", "patched"):
         nodes |= drawn(f"p_{name}", [name, 0], ["second", 1], text)
     shown = comfy.run(nodes).pictures
     order = ["p_first", "p_both", "p_tuned", "p_patched"]
-    for before, after in itertools.pairwise(order[1:]):
-        assert np.abs(np.subtract(shown[after], shown[before], dtype=int)).max() > 2
+    for before, after in itertools.pairwise(order):
+        assert difference(shown, before, after) > 2, (before, after)
 
 
 def test_export_is_an_ordinary_lora(comfy, comfy_server, trained):
@@ -196,7 +239,9 @@ def test_export_is_an_ordinary_lora(comfy, comfy_server, trained):
     concept = read_concept(trained[1])
     assert len(state) == 6 * len(concept.values)
     downs = [v for k, v in state.items() if k.endswith("lora_down.weight")]
-    assert all(tuple(d.shape) == (1, len(concept.direction)) for d in downs)
+    assert [tuple(d.shape) for d in downs] == 2 * len(concept.values) * [
+        (1, len(concept.direction))
+    ]
 
 
 def test_training_stops_and_keeps_the_best(comfy, comfy_server, pictures):
@@ -210,7 +255,9 @@ def test_training_stops_and_keeps_the_best(comfy, comfy_server, pictures):
     nodes["show"] = node("PreviewAny", source=["train", 2])
     with pytest.raises(ComfyInterrupted):
         comfy.run(nodes, on_progress=stop)
-    assert read_concept(folder / "stopped.safetensors").word == WORD
+    stopped = read_concept(folder / "stopped.safetensors")
+    assert stopped.word == WORD
+    assert 0 < stopped.facts["steps"] < 1000
 
 
 def test_training_that_only_gets_worse_says_so(comfy, trained, pictures):
@@ -247,7 +294,7 @@ def test_two_words_from_one_picture(comfy, comfy_server, pictures):
         "with", ["both", 0], ["train", 1], text
     )
     shown = comfy.run(nodes)
-    assert np.abs(np.subtract(shown.pictures["with"], shown.pictures["base"], dtype=int)).max() > 4
+    assert difference(shown.pictures, "with", "base") > 4
     words = [read_concept(folder / f"pair{k}.safetensors") for k in ("", "_002")]
     assert [c.word for c in words] == ["<p-hat>", "<p-cup>"]
     assert words[0].contexts == ("photo of a person, wearing a {} hat, holding a cup cup",)
