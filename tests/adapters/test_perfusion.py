@@ -325,7 +325,9 @@ def test_half_precision_stays_close():
     world.e = world.e.to(torch.bfloat16)
     got = edited(layer, world, world.matcher(), "v")
     assert got.dtype == torch.bfloat16
-    assert float((got.double() - wanted).abs().max()) < 0.05 * float(wanted.abs().max()) + 0.05
+    bound = torch.finfo(torch.bfloat16).eps * float(wanted.abs().max())
+    assert float((got.double() - wanted).abs().max()) < bound
+    assert float((layer.to_v(world.e).double() - wanted).abs().max()) > 50 * bound
 
 
 def test_infusion_adds_at_one_token():

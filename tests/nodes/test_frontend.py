@@ -13,7 +13,7 @@ from difflora_core.demo.comfyui.browser import (
     find_chromium,
 )
 from difflora_core.demo.comfyui.client import ComfyPromptError
-from difflora_core.demo.comfyui.workflow_api import PACK, workflow_to_prompt
+from difflora_core.demo.comfyui.workflow_api import PACK, WorkflowError, workflow_to_prompt
 from difflora_core.demo.workflows.runner import FULL_SIZE, first_picture, read_workflow
 
 pytestmark = pytest.mark.skipif(find_chromium() is None, reason=HOW_TO_INSTALL)
@@ -128,5 +128,5 @@ def test_other_pixels_in_the_second_run_are_noticed(comfy):
         prompt["2"]["inputs"]["images"] = ["1", 0]
         runs.append(comfy.run(prompt))
     compare(runs[0], runs[1])
-    with pytest.raises(Exception, match="Node 2 made other pixels"):
+    with pytest.raises(WorkflowError, match="Node 2 made other pixels"):
         compare(runs[0], runs[2])

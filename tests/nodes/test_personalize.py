@@ -149,14 +149,28 @@ def test_seed_decides_the_sampled_variant(saved_lora, photo):
     assert any(not torch.equal(loras[0][key], loras[1][key]) for key in again)
 
 
-def test_photos_of_two_nodes_count_together(comfy, photo):
-    nodes = steps_nodes(photo)
-    nodes["more"] = copy.deepcopy(nodes["features"])
-    nodes["more"]["inputs"]["features"] = ["features", 0]
-    nodes["mixed"]["inputs"]["features"] = ["more", 0]
-    del nodes["latent"], nodes["decoded"]
-    nodes["show"] = node("PreviewImage", images=["mixed", 1])
-    assert comfy.run(nodes).picture("show").shape == (96, 320, 3)
+def test_photos_of_two_nodes_count_together(saved_lora, comfy, photo, plain_picture):
+    """In any order, and as one identity that neither photo alone gives."""
+
+    def both(first, second):
+        nodes = steps_nodes(first)
+        nodes["other"] = node("LoadImage", image=second)
+        nodes["more"] = copy.deepcopy(nodes["features"])
+        nodes["more"]["inputs"] |= {"images": ["other", 0], "features": ["features", 0]}
+        for name in ("features", "more"):
+            nodes[name]["inputs"]["on_missing_face"] = "image_only"
+        nodes["mixed"]["inputs"]["features"] = ["more", 0]
+        return nodes
+
+    plain = comfy.upload_picture(plain_picture)
+    one = saved_lora(steps_nodes(photo), "one_photo")
+    two = saved_lora(both(photo, plain), "two_photos")
+    turned = saved_lora(both(plain, photo), "turned_round")
+    twice = saved_lora(both(photo, photo), "twice")
+    for key in one:
+        torch.testing.assert_close(turned[key], two[key], rtol=1e-3, atol=1e-4)
+    assert max(float((two[key] - one[key]).abs().max()) for key in one) > 1e-2
+    assert max(float((twice[key] - one[key]).abs().max()) for key in one) < 1e-2
 
 
 def test_gate_weighs_face_against_image(saved_lora, photo):
@@ -168,14 +182,23 @@ def test_gate_weighs_face_against_image(saved_lora, photo):
 
 
 def test_person_can_be_invented_without_photos(saved_lora):
-    nodes = {
-        "demo": node("DiffLoRA_LoadDemo"),
-        "latent": node(
-            "DiffLoRA_SampleLatent", difflora_model=DIFFLORA, **(SAMPLING | {"mode": "sampled"})
-        ),
-        "decoded": node("DiffLoRA_DecodeLoRA", difflora_model=DIFFLORA, lora_latent=["latent", 0]),
-    }
-    assert saved_lora(nodes, "invented")
+    """Every seed is another person, and none is the base."""
+    loras = []
+    for seed in (1, 2):
+        sampling = SAMPLING | {"mode": "sampled", "seed": seed}
+        nodes = {
+            "demo": node("DiffLoRA_LoadDemo"),
+            "latent": node("DiffLoRA_SampleLatent", difflora_model=DIFFLORA, **sampling),
+            "decoded": node(
+                "DiffLoRA_DecodeLoRA", difflora_model=DIFFLORA, lora_latent=["latent", 0]
+            ),
+        }
+        loras.append(saved_lora(nodes, f"invented{seed}"))
+    ups = [key for key in loras[0] if key.endswith("lora_up.weight")]
+    norms = [sum(float(lora[key].square().sum()) for key in ups) ** 0.5 for lora in loras]
+    apart = sum(float((loras[0][key] - loras[1][key]).square().sum()) for key in ups) ** 0.5
+    assert min(norms) > 0
+    assert apart > 0.1 * max(norms)
 
 
 def test_sampling_reports_progress_and_stops_when_asked(comfy, photo):

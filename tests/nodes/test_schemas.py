@@ -10,6 +10,7 @@ import pytest
 def nodes(pack, node_module):
     node_module("model_paths").register()  # ComfyUI calls on_load first
     listed = import_module(".nodes", pack.__name__).NODES
+    assert listed, "the checks would hold for nothing"
     return {node.GET_SCHEMA().node_id: node for node in listed}
 
 

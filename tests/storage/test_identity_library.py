@@ -201,6 +201,12 @@ LIES = {
 }
 
 
+def test_the_file_that_the_lies_differ_from(tmp_path):
+    path = tmp_path / "cast.safetensors"
+    save_file({"latents": LATENTS}, path, metadata={METADATA_KEY: json.dumps(facts())})
+    assert read_library(path).names == ["a", "b"]
+
+
 @pytest.mark.parametrize("lie", LIES)
 def test_files_that_lie(tmp_path, lie):
     path = tmp_path / "cast.safetensors"
