@@ -61,3 +61,14 @@ def pack(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     extension = asyncio.run(module.comfy_entrypoint())
     asyncio.run(extension.on_load())
     return module
+
+
+@pytest.fixture(scope="session")
+def sd15_config() -> dict[str, object]:
+    """Stable Diffusion 1.5's UNet, as far as it differs from diffusers' defaults."""
+    return {
+        "sample_size": 64,
+        "block_out_channels": [320, 640, 1280, 1280],
+        "cross_attention_dim": 768,
+        "attention_head_dim": 8,
+    }

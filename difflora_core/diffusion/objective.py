@@ -124,25 +124,6 @@ def to_x0(prediction: Tensor, noisy: Tensor, abar: Tensor, kind: str) -> Tensor:
     return (noisy - (1.0 - abar).sqrt() * prediction) / abar.sqrt().clamp_min(TINY)
 
 
-def to_eps(prediction: Tensor, noisy: Tensor, abar: Tensor, kind: str) -> Tensor:
-    """Converts any prediction to the noise eps; arguments as `to_x0`; for `sample` abar < 1."""
-    check_prediction(kind)
-    if kind == "epsilon":
-        return prediction
-    if kind == "v_prediction":
-        return (1.0 - abar).sqrt() * noisy + abar.sqrt() * prediction
-    return (noisy - abar.sqrt() * prediction) / (1.0 - abar).sqrt().clamp_min(TINY)
-
-
-def to_v(prediction: Tensor, noisy: Tensor, abar: Tensor, kind: str) -> Tensor:
-    """Converts any prediction to v = alpha eps - sigma x0 (arXiv:2202.00512); as `to_x0`."""
-    check_prediction(kind)
-    if kind == "v_prediction":
-        return prediction
-    eps = to_eps(prediction, noisy, abar, kind)
-    return abar.sqrt() * eps - (1.0 - abar).sqrt() * to_x0(prediction, noisy, abar, kind)
-
-
 def training_target(clean: Tensor, noise: Tensor, abar: Tensor, kind: str) -> Tensor:
     """Returns what a network of this prediction type should output; (B, ...)."""
     check_prediction(kind)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -42,7 +42,7 @@ _OUTER_PARTS = {
     "class_embedding.linear_2": "label_emb.0.2",
 }
 
-# Published configurations of the two base models (only what differs from the diffusers defaults).
+# Published configuration of the base model (only what differs from the diffusers defaults).
 SDXL_UNET_CONFIG: Mapping[str, Any] = {
     "sample_size": 128,
     "in_channels": 4,
@@ -57,12 +57,6 @@ SDXL_UNET_CONFIG: Mapping[str, Any] = {
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
-}
-SD15_UNET_CONFIG: Mapping[str, Any] = {
-    "sample_size": 64,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
 }
 
 
@@ -118,10 +112,6 @@ class LoRALayout:
     def module_names(self) -> dict[str, str]:
         """Canonical name to module path in the diffusers UNet (the ``names`` of ``attach``)."""
         return {layer.name: layer.diffusers_name or layer.name for layer in self.layers}
-
-    def with_rank(self, rank: int) -> LoRALayout:
-        """Same layers at another rank."""
-        return replace(self, rank=rank)
 
     def check(self, weights: LoRAWeights) -> None:
         """Compare weights with this layout: same layers, shapes and rank; order is free.
@@ -282,8 +272,3 @@ def layout_from_unet_config(
 def sdxl_layout(rank: int) -> LoRALayout:
     """The 560 attention projections of SDXL."""
     return layout_from_unet_config("sdxl", SDXL_UNET_CONFIG, rank)
-
-
-def sd15_layout(rank: int) -> LoRALayout:
-    """The 128 attention projections of Stable Diffusion 1.5."""
-    return layout_from_unet_config("sd15", SD15_UNET_CONFIG, rank)

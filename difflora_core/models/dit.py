@@ -2,8 +2,8 @@
 
 DiffLoRA (arXiv:2408.06740) states a 16-layer DiT whose condition enters through adaptive layer
 norm and whose target is the clean latent. The paper's "1454-dimension" cannot be split into heads
-(1454 = 2 * 727), so `literal_1454` projects to 1536 inside attention. Condition tokens in front of
-the latent tokens are ours.
+(1454 = 2 * 727); taken as the width it needs an `inner_dim` of, say, 1536. Condition tokens in
+front of the latent tokens are ours.
 """
 
 from __future__ import annotations
@@ -90,20 +90,6 @@ class DiTConfig(Config):
             width=1024,
             depth=16,
             heads=16,
-        )
-
-    @classmethod
-    def literal_1454(cls) -> Self:
-        """The paper's number taken as the model width; heads of 64 through 1536 inner features."""
-        return cls(
-            latent_tokens=64,
-            latent_dim=64,
-            condition_dim=1024,
-            condition_tokens=16,
-            width=1454,
-            depth=16,
-            heads=24,
-            inner_dim=1536,
         )
 
 

@@ -1,4 +1,4 @@
-"""Identity libraries as they grow: add, rename, take out, with several programs at once.
+"""Identity libraries as they grow, with several programs at once.
 
 Every change happens under a lock that holds between processes, from a fresh reading to the rename
 of a complete file, so two writers lose nothing and a reader never meets half a file.
@@ -83,41 +83,6 @@ def numbered(name: str, count: int) -> list[str]:
     return [name] if count == 1 else [f"{name} {k + 1}" for k in range(count)]
 
 
-def delete_person(path: str | Path, name: str) -> None:
-    """Takes a person out.
-
-    Raises:
-        LibraryError: there is no such person or library, or it cannot be written.
-    """
-
-    def delete(library: Library | None) -> Library:
-        return _without(_existing(library, path), name)
-
-    _change(Path(path), delete)
-
-
-def rename_person(path: str | Path, old: str, new: str) -> str:
-    """Gives a person another name, with a number after it when it is taken; returns it.
-
-    Raises:
-        LibraryError: there is no such person or library, or it cannot be written.
-    """
-    given = ""
-
-    def rename(library: Library | None) -> Library:
-        nonlocal given
-        library = _existing(library, path)
-        row = library.find(check_name(old))
-        others = [name for name in library.names if name != library.names[row]]
-        given = _free_name(check_name(new), others)
-        people = list(library.people)
-        people[row] = replace(people[row], name=given)
-        return replace(library, people=tuple(people))
-
-    _change(Path(path), rename)
-    return given
-
-
 def _change(
     path: Path, edit: Callable[[Library | None], Library], latents: LoRALatent | None = None
 ) -> None:
@@ -148,13 +113,6 @@ def _check_belongs(path: Path, library: Library, latents: LoRALatent) -> None:
             f"{path.name} holds identities of another DiffLoRA model{made_by}: add this one to a "
             "library of its own."
         )
-
-
-def _existing(library: Library | None, path: str | Path) -> Library:
-    """The library, which must be there."""
-    if library is None:
-        raise LibraryError(f"There is no identity library {path}.")
-    return library
 
 
 def _with(

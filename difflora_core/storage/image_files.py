@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,21 +13,6 @@ from ..errors import ImageError
 from ..vision.preprocess import as_picture
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-
-
-def list_images(folder: str | Path) -> list[Path]:
-    """Picture files directly in a folder, sorted by name.
-
-    Raises:
-        ImageError: The folder does not exist or holds no picture.
-    """
-    path = Path(folder).expanduser()
-    if not path.is_dir():
-        raise ImageError(f"The picture folder {path} does not exist.")
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-    if not files:
-        raise ImageError(f"The folder {path} holds no picture ({', '.join(SUFFIXES)}).")
-    return files
 
 
 def read_image(file: str | Path) -> Tensor:
@@ -56,11 +40,6 @@ def read_image(file: str | Path) -> Tensor:
             f"The picture {path} cannot be read ({error}). Save it again as PNG or JPEG."
         ) from error
     return as_picture(torch.from_numpy(pixels), f"The picture {path.name}")
-
-
-def read_images(files: Sequence[str | Path]) -> list[Tensor]:
-    """Read several pictures, which may differ in size; see `read_image`."""
-    return [read_image(file) for file in files]
 
 
 def write_image(image: Tensor, file: str | Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -65,40 +63,6 @@ class ClipImageEncoder:
         self.model = model.eval().to(device)
         self.device = torch.device(device)
         self.image_mean, self.image_std = CLIP_MEAN, CLIP_STD
-
-    @classmethod
-    def from_directory(
-        cls, directory: str | Path, device: str | torch.device = "cpu"
-    ) -> ClipImageEncoder:
-        """Load config.json and model.safetensors of a transformers folder; never the network.
-
-        Raises:
-            EncoderError: A file is missing, unreadable, or not a CLIP vision model.
-        """
-        folder = Path(directory).expanduser()
-        missing = [
-            file for file in ("config.json", "model.safetensors") if not (folder / file).is_file()
-        ]
-        if missing:
-            raise EncoderError(
-                f"The CLIP vision folder {folder} lacks {' and '.join(missing)}. Put both files "
-                "of the model there."
-            )
-        transformers = importlib.import_module("transformers")
-        try:
-            model, notes = transformers.CLIPVisionModelWithProjection.from_pretrained(
-                str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True
-            )
-        except Exception as error:  # safetensors and transformers share no base class
-            raise EncoderError(
-                f"The CLIP vision in {folder} could not be loaded ({error}). Download it again."
-            ) from error
-        if notes["missing_keys"]:
-            raise EncoderError(
-                f"The file in {folder} is not a CLIP vision model with projection: it lacks "
-                f"{len(notes['missing_keys'])} weights, e.g. {min(notes['missing_keys'])}."
-            )
-        return cls(model, device)
 
     @property
     def image_size(self) -> int:

@@ -5,7 +5,7 @@ import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
-from difflora_core.diffusion.objective import NoiseSchedule, abar_at, to_eps, to_v
+from difflora_core.diffusion.objective import NoiseSchedule, abar_at
 from difflora_core.diffusion.sampler import (
     SampleSettings,
     guided,
@@ -27,11 +27,9 @@ def gaussian_denoiser(kind: str, scheduler):
         abar = abar_at(abars, timestep, z)
         gain = abar.sqrt() * SPREAD**2 / (abar * SPREAD**2 + 1 - abar)
         x0 = MEAN + gain * (z - abar.sqrt() * MEAN)
-        return {
-            "sample": x0,
-            "epsilon": to_eps(x0, z, abar, "sample"),
-            "v_prediction": to_v(x0, z, abar, "sample"),
-        }[kind]
+        eps = (z - abar.sqrt() * x0) / (1 - abar).sqrt()
+        v = abar.sqrt() * eps - (1 - abar).sqrt() * x0
+        return {"sample": x0, "epsilon": eps, "v_prediction": v}[kind]
 
     return denoise
 

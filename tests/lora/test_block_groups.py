@@ -1,3 +1,4 @@
+import itertools
 import math
 from dataclasses import fields
 
@@ -9,15 +10,20 @@ from hypothesis import strategies as st
 from difflora_core.demo.networks.base import demo_layout
 from difflora_core.errors import ConfigError
 from difflora_core.lora.block_groups import GroupStrengths, layer_groups, scale_groups
-from difflora_core.lora.layout import SDXL_UNET_CONFIG, sd15_layout, sdxl_layout, unet_name_map
+from difflora_core.lora.layout import (
+    SDXL_UNET_CONFIG,
+    layout_from_unet_config,
+    sdxl_layout,
+    unet_name_map,
+)
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 
 GROUPS = [field.name for field in fields(GroupStrengths)]
 
 
-@pytest.mark.parametrize("layout", [sdxl_layout(4), sd15_layout(4), demo_layout()])
-def test_every_attention_layer_has_one_block_and_one_attention(layout):
-    for layer in layout:
+def test_every_attention_layer_has_one_block_and_one_attention(sd15_config):
+    layouts = sdxl_layout(4), layout_from_unet_config("sd15", sd15_config, 4), demo_layout()
+    for layer in itertools.chain(*layouts):
         block, attention = layer_groups(layer.name)
         # the diffusers path is an independent witness of where the layer is
         side = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}[

@@ -1,6 +1,7 @@
 """Every key family reads back to the same weights; everything else is reported or refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from difflora_core.lora.layout import (
     SDXL_UNET_CONFIG,
     LoRALayout,
     layout_from_unet_config,
-    sd15_layout,
     sdxl_layout,
     unet_name_map,
 )
@@ -149,12 +149,12 @@ def test_text_encoders_round_trip():
 
 def test_rank_is_brought_to_the_layout():
     weights = random_weights(LAYOUT, alpha=3.0)
-    wide = from_state_dict(to_state_dict(weights), LAYOUT.with_rank(5))
-    LAYOUT.with_rank(5).check(wide.weights)
+    wide = from_state_dict(to_state_dict(weights), replace(LAYOUT, rank=5))
+    replace(LAYOUT, rank=5).check(wide.weights)
     assert_same(wide.weights, weights)
     assert wide.report.total_error == 0
-    small = from_state_dict(to_state_dict(weights), LAYOUT.with_rank(1))
-    LAYOUT.with_rank(1).check(small.weights)
+    small = from_state_dict(to_state_dict(weights), replace(LAYOUT, rank=1))
+    replace(LAYOUT, rank=1).check(small.weights)
     assert small.report.total_error == pytest.approx(
         float(relative_error(small.weights, weights)), rel=1e-4
     )
@@ -177,8 +177,8 @@ def test_partial_and_foreign_layers_are_reported():
     assert "stay at zero" in report.summary()
 
 
-def test_lora_for_another_base_is_refused():
-    sd15 = sd15_layout(1)
+def test_lora_for_another_base_is_refused(sd15_config):
+    sd15 = layout_from_unet_config("sd15", sd15_config, 1)
     for naming in ("kohya_diffusers", "kohya_ldm"):
         state = to_state_dict(random_weights(sd15), naming, sd15)
         with pytest.raises(LayoutError, match="does not fit sdxl"):

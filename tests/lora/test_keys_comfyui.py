@@ -8,7 +8,7 @@ import torch
 from difflora_core.lora.formats.families import loha_layer, lokr_layer
 from difflora_core.lora.formats.state_dict import to_state_dict
 from difflora_core.lora.formats.stems import stem_table
-from difflora_core.lora.layout import SD15_UNET_CONFIG, SDXL_UNET_CONFIG, sdxl_layout, unet_name_map
+from difflora_core.lora.layout import SDXL_UNET_CONFIG, sdxl_layout, unet_name_map
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 
 pytestmark = pytest.mark.comfy
@@ -102,13 +102,12 @@ def test_layout_shapes_are_those_of_the_live_model(sdxl):
         assert tuple(weight.shape) == (shape.out_features, shape.in_features)
 
 
-@pytest.mark.parametrize(
-    ("ours", "theirs"), [(SDXL_UNET_CONFIG, COMFY_SDXL), (SD15_UNET_CONFIG, COMFY_SD15)]
-)
-def test_every_name_agrees_with_comfyui(comfyui, ours, theirs):
+@pytest.mark.parametrize("base", ["sdxl", "sd15"])
+def test_every_name_agrees_with_comfyui(comfyui, base, sd15_config):
     import comfy.utils
 
-    table = comfy.utils.unet_to_diffusers(theirs)
+    ours = {"sdxl": SDXL_UNET_CONFIG, "sd15": sd15_config}[base]
+    table = comfy.utils.unet_to_diffusers({"sdxl": COMFY_SDXL, "sd15": COMFY_SD15}[base])
     names = unet_name_map(ours)
     assert len(names) > 380
     for diffusers, ldm in names.items():

@@ -101,14 +101,15 @@ def test_wrong_condition_is_refused() -> None:
         network()(latents(2), torch.zeros(2), identities(2, replace(CONFIG, condition_tokens=1)))
 
 
-def test_full_size_and_literal_1454() -> None:
+def test_full_size_and_the_papers_1454() -> None:
+    """The paper's number as the model's width: heads of 64 through 1536 inner features."""
+    paper = replace(DiTConfig.full_size(), width=1454, heads=24, inner_dim=1536)
     with torch.device("meta"):
-        full, literal = DiT(DiTConfig.full_size()), DiT(DiTConfig.literal_1454())
+        full, literal = DiT(DiTConfig.full_size()), DiT(paper)
     assert len(full.blocks) == len(literal.blocks) == 16
     count = sum(p.numel() for p in literal.parameters())
     # difflora.md section 5: about 609 M with 6-way modulation at equal inner width
     assert 590e6 < count < 660e6
-    assert DiTConfig.literal_1454().width == 1454
     z = torch.empty(1, 64, 64, device="meta")
     assert literal(z, torch.empty(1, device="meta")).shape == (1, 64, 64)
 

@@ -118,12 +118,11 @@ def test_encoder_shapes_rows_and_gradients(config: LAEConfig) -> None:
 
 
 @given(st.integers(0, 10_000), st.sampled_from([("up",), ("down", "up")]))
-def test_statistics_and_layouts_of_values_are_exact_inverses(seed: int, parts) -> None:
+def test_layouts_of_values_are_exact_inverses(seed: int, parts) -> None:
     lae = awake(replace(SMALL, parts=parts)).double()
     grid = TokenGrid(LAYOUT, parts)
     g = torch.Generator().manual_seed(seed)
     tokens = torch.randn(2, grid.tokens, grid.length, generator=g).double() * grid.mask()
-    torch.testing.assert_close(lae.denormalise(lae.normalise(tokens)), tokens)
     assert torch.equal(lae.groups.unflatten(lae.groups.flatten(tokens)), tokens)
     assert torch.equal(lae.groups.join(lae.groups.split(tokens)), tokens)
     assert lae.groups.flatten(tokens).shape[1] == lae.groups.numel == int(grid.mask().sum())

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from difflora_core.demo.comfyui.client import ComfyPromptError
 from difflora_core.demo.networks.base import demo_layout
-from difflora_core.lora.layout import sd15_layout
+from difflora_core.lora.layout import layout_from_unet_config
 
 MODEL, VISION, FACES, DIFFLORA = ["demo", 0], ["demo", 3], ["demo", 4], ["demo", 5]
 
@@ -52,7 +52,7 @@ def plain(comfy, plain_picture):
 
 
 @pytest.fixture(scope="module")
-def models(comfy_server, demo_world, sizes, random_difflora):
+def models(comfy_server, demo_world, sizes, random_difflora, sd15_config):
     """models/difflora with models that are wrong in one way each."""
     folder = comfy_server.base_directory / "models" / "difflora"
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def models(comfy_server, demo_world, sizes, random_difflora):
     other = replace(sizes, face=sizes.face + 32)
     random_difflora(folder / "other_faces.safetensors", demo_layout(), other)
     random_difflora(folder / "other_rank.safetensors", demo_layout(2), sizes)
-    layout = sd15_layout(2)
+    layout = layout_from_unet_config("sd15", sd15_config, 2)
     small = replace(layout, layers=layout.layers[:4])
     random_difflora(folder / "sd15.safetensors", small, sizes)
     return folder

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from difflora_core.errors import ImageError
-from difflora_core.storage.image_files import list_images, read_image, read_images, write_image
+from difflora_core.storage.image_files import read_image, write_image
 
 
 def test_eight_bit_round_trip(tmp_path):
@@ -65,19 +65,3 @@ def test_absurdly_large_pictures_are_refused(tmp_path, monkeypatch):
     Image.new("L", (10, 10)).save(tmp_path / "big.png")
     with pytest.raises(ImageError, match="too large"):
         read_image(tmp_path / "big.png")
-
-
-def test_folders(tmp_path):
-    for name in ("b.PNG", "a.jpg", "notes.txt"):
-        if name.endswith("txt"):
-            (tmp_path / name).write_text("x")
-        else:
-            Image.new("RGB", (2, 3)).save(tmp_path / name)
-    files = list_images(tmp_path)
-    assert [file.name for file in files] == ["a.jpg", "b.PNG"]
-    assert [picture.shape for picture in read_images(files)] == [(3, 2, 3)] * 2
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ImageError, match="holds no picture"):
-        list_images(tmp_path / "empty")
-    with pytest.raises(ImageError, match="does not exist"):
-        list_images(tmp_path / "nowhere")

@@ -5,6 +5,7 @@ import io
 import json
 import stat
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(LoRAFileError, match="not finite"):
         write_lora_file(path, bad, LAYOUT)
     with pytest.raises(LayoutError):
-        write_lora_file(path, weights(layout=LAYOUT.with_rank(3)), LAYOUT)
+        write_lora_file(path, weights(layout=replace(LAYOUT, rank=3)), LAYOUT)
     assert path.read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1
     with pytest.raises(LoRAFileError, match=r"must end in \.safetensors"):

@@ -153,13 +153,10 @@ def encoder(progress: Progress) -> Figures:
     base, _ = base_and_latents("validation")
     corpus = corpus_of_loras(base, progress)
     count = CORPUS_PEOPLE + CORPUS_HELD_OUT
-    data = _dreambooth_examples(base, count)
     photos = _latent_examples(model, "train", drawn_pool(), count, PICTURES)
     known = photos.latents.mean(1)
     train, held_out = (
-        lae_encoder.EncoderExamples(
-            _rows(corpus, rows), data.select(range(*rows.indices(count))), known[rows]
-        )
+        lae_encoder.EncoderExamples(_rows(corpus, rows), known[rows])
         for rows in (slice(0, CORPUS_PEOPLE), slice(CORPUS_PEOPLE, None))
     )
     figures = lae_encoder.fit_mirror(model.lae, train, held_out)

@@ -137,12 +137,6 @@ class LoRAAutoencoder(nn.Module):
         pairs = zip(groups, self._statistics(tokens), strict=True)
         return self.groups.join([(g - mean) / scale for g, (mean, scale) in pairs])
 
-    def denormalise(self, tokens: Tensor) -> Tensor:
-        """Inverse of `normalise`."""
-        groups = self.groups.split(tokens)
-        pairs = zip(groups, self._statistics(tokens), strict=True)
-        return self.groups.join([g * scale + mean for g, (mean, scale) in pairs])
-
     @torch.no_grad()
     def set_statistics(self, mean: Tensor, scale: Tensor) -> None:
         """Stores the statistics of a LoRA corpus.

@@ -181,8 +181,8 @@ def prepare(
         corpus, reference = standard_form(corpus, lae.layout.rank)
     with torch.no_grad():
         tokens = lae.tokens(corpus).float()
-    statistics = WeightStatistics.fit(tokens, lae.groups.grid.mask(), center=True)
-    lae.set_statistics(statistics.mean, statistics.scale[:, 0])
+    statistics = WeightStatistics.fit(tokens, lae.groups.grid.mask())
+    lae.set_statistics(statistics.mean, statistics.scale)
     return tokens, reference
 
 
