@@ -3,7 +3,7 @@
 from comfy_api.latest import io, ui
 
 from ..difflora_core.evaluation.grid import compare_grid
-from ..difflora_core.evaluation.people import compare_people, likeness_picture
+from ..difflora_core.evaluation.likeness import compare_people, likeness_picture
 from . import sockets
 from .host import encoders
 

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io, ui
 
-from ..difflora_core.evaluation.contact_sheet import contact_sheet
+from ..difflora_core.evaluation.grid import contact_sheet
 from ..difflora_core.storage.identity_library import SAME_NAME, add_people, numbered
 from ..difflora_core.storage.library_file import read_library
 from ..difflora_core.storage.thumbnail import make_thumbnails, read_thumbnail

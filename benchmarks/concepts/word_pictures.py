@@ -24,7 +24,7 @@ from difflora_core.demo.world.concepts import DemoConcept
 from difflora_core.demo.world.renderer import COLOURS
 from difflora_core.demo.world.scenes import ITEM_PHRASES, Scene
 from difflora_core.diffusion.sampler import SampleSettings, initial_noise, sample, seeded_generators
-from difflora_core.evaluation.text_alignment import attribute_agreement
+from difflora_core.evaluation.metrics import attribute_agreement
 from difflora_core.storage.safetensors_io import write_atomic
 
 from ..prompts import asked

@@ -27,7 +27,7 @@ from difflora_core.demo.networks.judges import PLAIN_LOOKS, Judges
 from difflora_core.demo.workflows.masked_people import PICTURE, MaskedScene, masked_people
 from difflora_core.demo.world.identities import split_seeds
 from difflora_core.demo.world.scenes import PICTURE_SIZE, Scene, render_portraits
-from difflora_core.evaluation.identity import centroid
+from difflora_core.evaluation.metrics import centroid
 from difflora_core.evaluation.report import Report
 from difflora_core.methods.difflora import DiffLoRAModel
 from difflora_core.models.lae.autoencoder import LoRALatent

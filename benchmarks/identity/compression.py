@@ -17,8 +17,8 @@ from rich.console import Console
 
 from difflora_core.config import Config
 from difflora_core.demo.build import stages_lora
+from difflora_core.evaluation.metrics import reconstruction
 from difflora_core.evaluation.report import Report
-from difflora_core.evaluation.weight_space import reconstruction
 from difflora_core.lora.tokens import TokenGrid
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.models.lae.autoencoder import LoRAAutoencoder

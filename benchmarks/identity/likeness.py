@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from difflora_core.evaluation.identity import centroid
+from difflora_core.evaluation.metrics import centroid
 
 
 def rank_correlation(values: Tensor) -> Tensor:

@@ -7,14 +7,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from difflora_core.demo.networks.judges import PLAIN_LOOKS, Judges
-from difflora_core.evaluation.identity import (
+from difflora_core.evaluation.metrics import (
+    attribute_agreement,
     centroid,
     face_similarity,
     parameter_error,
     recognition_rate,
+    seed_diversity,
 )
-from difflora_core.evaluation.image_alignment import seed_diversity
-from difflora_core.evaluation.text_alignment import attribute_agreement
 from difflora_core.lora.formats.state_dict import to_state_dict
 from difflora_core.lora.weights import LoRAWeights
 

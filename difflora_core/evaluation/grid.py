@@ -10,7 +10,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, LibraryError
+from ..storage.library_file import Library
+from ..storage.thumbnail import SIDE, read_thumbnail
 from ..vision.preprocess import as_picture
 
 LABEL_HEIGHT = 22
@@ -94,6 +96,34 @@ def compare_grid(
         lead, name = (blank, [""] * len(blank)) if start else (first, ["reference"] * len(first))
         rows.append(GridRow([*lead, *variants[part]], "", [*name, *captions[part]]))
     return draw_grid(rows, side)
+
+
+def contact_sheet(library: Library, first: int = 1, count: int = 48, columns: int = 8) -> Tensor:
+    """Draws people in lines, each with number and name.
+
+    Args:
+        library: whose.
+        first: number of the first person shown, from 1.
+        count: how many at most.
+        columns: pictures side by side.
+
+    Returns:
+        (H, W, 3) float32 in [0, 1].
+
+    Raises:
+        LibraryError: nobody is there, or a thumbnail is damaged.
+        ConfigError: the sheet would be too large.
+    """
+    people = library.people[first - 1 : first - 1 + count]
+    if not people:
+        raise LibraryError(
+            f"There is nobody to show from number {first} on: the library holds {len(library)}."
+        )
+    pictures = [read_thumbnail(person.picture) for person in people]
+    captions = [f"{first + k} {person.name}" for k, person in enumerate(people)]
+    lines = range(0, len(people), columns)
+    rows = [GridRow(pictures[k : k + columns], captions=captions[k : k + columns]) for k in lines]
+    return draw_grid(rows, SIDE)
 
 
 def _draw_row(

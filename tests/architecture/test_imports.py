@@ -29,7 +29,6 @@ HEAVY = {
     "insightface",
     "onnxruntime",
     "peft",
-    "torchmetrics",
     "transformers",
 }
 SHARED_NODE_FILES = {

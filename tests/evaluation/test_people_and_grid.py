@@ -3,7 +3,7 @@ import torch
 
 from difflora_core.errors import ConfigError, ImageError, NoFaceError
 from difflora_core.evaluation.grid import LABEL_HEIGHT, GridRow, compare_grid, draw_grid
-from difflora_core.evaluation.people import compare_people, likeness_picture
+from difflora_core.evaluation.likeness import compare_people, likeness_picture
 from difflora_core.vision.face_encoder import DetectedFace
 
 

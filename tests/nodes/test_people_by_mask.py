@@ -10,7 +10,7 @@ from difflora_core.demo.networks.judges import PLAIN_LOOKS, load_judges
 from difflora_core.demo.workflows.masked_people import PICTURE, MaskedScene, masked_people
 from difflora_core.demo.world.identities import split_seeds
 from difflora_core.demo.world.scenes import PICTURE_SIZE, render_portraits
-from difflora_core.evaluation.identity import centroid
+from difflora_core.evaluation.metrics import centroid
 
 
 @pytest.fixture(scope="module")

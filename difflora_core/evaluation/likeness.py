@@ -13,7 +13,7 @@ from ..vision.face_choice import FaceOptions, choose_face
 from ..vision.face_encoder import FaceEncoder
 from ..vision.preprocess import as_pictures
 from .grid import LABEL_HEIGHT, LARGEST_SIDE, GridRow, draw_grid
-from .identity import centroid, face_similarity
+from .metrics import centroid, face_similarity
 
 _LARGEST = FaceOptions(on_missing="skip")
 _COLUMNS, _SIDE = 4, 192
