@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
+from ..config import Config
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ TINY = 1e-12
 
 
 @dataclass(frozen=True)
-class NoiseSchedule:
+class NoiseSchedule(Config):
     """How latents are noised and what the network predicts (ours; names as in diffusers).
 
     Args:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..config import Config
 from ..errors import ConfigError
 
 MAX_SEED = 2**64 - 1
@@ -26,7 +27,7 @@ class Denoiser(Protocol):
 
 
 @dataclass(frozen=True)
-class SampleSettings:
+class SampleSettings(Config):
     """Settings of one sampling run.
 
     Args:

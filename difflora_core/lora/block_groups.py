@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
+from ..config import Config
 from ..errors import ConfigError
 from .weights import LoRALayer, LoRAWeights
 
 
 @dataclass(frozen=True)
-class GroupStrengths:
+class GroupStrengths(Config):
     """One factor for each part of the UNet; those of a layer's block and attention multiply.
 
     Attributes:

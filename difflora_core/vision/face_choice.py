@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..config import Config
 from ..errors import ConfigError, ImageError
 from .face_encoder import DetectedFace
 from .preprocess import box_mask
@@ -18,7 +19,7 @@ IMAGE_REGIONS = ("crop", "picture")
 
 
 @dataclass(frozen=True)
-class FaceOptions:
+class FaceOptions(Config):
     """How faces are chosen and what CLIP vision sees.
 
     Attributes:

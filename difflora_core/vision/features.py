@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..config import Config, check_range
 from ..errors import EncoderError, NoFaceError
 from .face_choice import FaceOptions, choose_faces, masks_like, missing_note
 from .face_encoder import DetectedFace, FaceEncoder
@@ -26,7 +27,7 @@ from .preprocess import (
 
 
 @dataclass(frozen=True)
-class FeatureSizes:
+class FeatureSizes(Config):
     """Sizes that tell encoders apart; a trained model keeps those of its own encoders.
 
     Attributes:
@@ -34,12 +35,19 @@ class FeatureSizes:
         image: Di, length of an image embedding.
         tokens: L, tokens per picture.
         token_dim: Dt, width of a token.
+
+    Raises:
+        ConfigError: a size is out of range.
     """
 
     face: int
     image: int
     tokens: int
     token_dim: int
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            check_range("Features", field.name, getattr(self, field.name), 0, 65_536)
 
     def check(self, found: FeatureSizes) -> None:
         """Refuse features of other encoders than the ones a model was trained with.

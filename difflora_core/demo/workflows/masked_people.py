@@ -10,8 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...config import Config, check_range
+from ...diffusion.sampler import MAX_SEED
+from ...errors import ConfigError
 from ..world.scenes import PICTURE_SIZE
 
+AREAS = ("default", "mask bounds")
 PICTURE = "picture"
 """Id of the node that saves the picture."""
 
@@ -35,13 +39,16 @@ PERSONALIZE: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class MaskedScene:
+class MaskedScene(Config):
     """What to draw, and how.
 
     `text`: the prompt; `seed`, `steps`, `guidance`: of the sampler; `masks`: False gives every
     person the whole picture, for comparison; `area`: "default" draws the whole picture for every
     person and keeps what lies in the mask, "mask bounds" draws each mask as a picture of its own,
     for more people than the base model knows to draw; `strength`: of each LoRA.
+
+    Raises:
+        ConfigError: a value out of range.
     """
 
     text: str = "photo of two people, blue background, red shirt, green shirt"
@@ -51,6 +58,15 @@ class MaskedScene:
     masks: bool = True
     area: str = "default"
     strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        where = "Masked scene"
+        check_range(where, "seed", self.seed, 0, MAX_SEED)
+        check_range(where, "steps", self.steps, 1, 10_000)
+        check_range(where, "guidance", self.guidance, 0, 100)
+        check_range(where, "strength", self.strength, -100, 100)
+        if self.area not in AREAS:
+            raise ConfigError(f"{where}: area is {self.area!r}; use one of {', '.join(AREAS)}.")
 
 
 def masked_people(photos: Sequence[str], scene: MaskedScene) -> dict[str, dict[str, Any]]:
