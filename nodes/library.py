@@ -76,9 +76,9 @@ class AddToLibrary(io.ComfyNode):
             same_name=same_name,
         )
         names = "\n".join(given)
-        told = f"Added to {library}:\n{names}"
-        bridge.tell(cls, told)
-        return io.NodeOutput(library, names, ui=ui.PreviewText(told))
+        report = f"Added to {library}:\n{names}"
+        bridge.tell(cls, report)
+        return io.NodeOutput(library, names, ui=ui.PreviewText(report))
 
 
 class ListLibrary(io.ComfyNode):

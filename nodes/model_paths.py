@@ -164,9 +164,9 @@ def unused_file(folder: str, name: str) -> Path:
     return path
 
 
-def run_folder(mark: str) -> Path:
+def run_folder(fingerprint: str) -> Path:
     """Where a training run keeps its state: ComfyUI's temporary folder, gone at its next start."""
-    return Path(folder_paths.get_temp_directory()) / "difflora" / mark
+    return Path(folder_paths.get_temp_directory()) / "difflora" / fingerprint
 
 
 def insightface_folders() -> list[Path]:

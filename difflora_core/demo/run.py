@@ -23,7 +23,7 @@ from ..evaluation.grid import GridRow, draw_grid
 from ..storage.image_files import write_image
 from ..storage.lora_file import write_lora_file
 from . import paths
-from .comfyui.client import Progress, PromptResult
+from .comfyui.client import NodeProgress, PromptResult
 from .comfyui.server import ComfyServer
 from .comfyui.workflow_api import workflow_pictures, workflow_to_prompt
 from .examples import DREAMBOOTH, dreambooth_lora, other_pictures, reference_picture
@@ -149,7 +149,7 @@ class _Watch:
         self.console, self.node, self.begun = console, "", time.monotonic()
         self.seconds: dict[str, float] = {}
 
-    def __call__(self, step: Progress) -> None:
+    def __call__(self, step: NodeProgress) -> None:
         now = time.monotonic()
         key = f"{step.node_type} ({step.node_id})"
         if key != self.node:

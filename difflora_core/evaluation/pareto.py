@@ -1,4 +1,4 @@
-"""Two goods at once, likeness and obedience: fronts of points and the area that they dominate."""
+"""Two goals at once, likeness and prompt agreement: fronts of points and their area."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def hypervolume(points: Tensor, reference: Tensor) -> Tensor:
 
 
 def shortfall(front: Tensor, points: Tensor) -> Tensor:
-    """By how much a front has to grow in both goods until every point lies on or below it.
+    """By how much a front has to grow in both goals until every point lies on or below it.
 
     The additive epsilon indicator (Zitzler et al. 2003) of the line through the front's points: a
-    front is one knob's sweep, and what lies between two settings can be had by turning the knob.
+    front is the sweep of one setting, and what lies between two of its values can be had too.
 
     Args:
-        front: (..., K, 2) in the order of the knob.
+        front: (..., K, 2) in the order of the setting.
         points: (..., N, 2).
 
     Returns:

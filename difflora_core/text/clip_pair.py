@@ -15,7 +15,7 @@ from .new_words import EncodedPrompts, WordEmbedding, splice
 
 
 @dataclass(frozen=True)
-class TokenMarks:
+class SpecialTokens:
     """Special token numbers: start, end, the padding of each encoder, and the unknown word's."""
 
     start: int
@@ -33,26 +33,26 @@ class ClipPairText:
     Args:
         encoders: CLIPTextModel and CLIPTextModelWithProjection; only their embeddings are hooked,
             and only while encoding.
-        tokenize: text to token numbers without marks, the same for both encoders.
-        marks: special tokens.
+        tokenize: text to token numbers without special tokens, the same for both encoders.
+        special: numbers of the special tokens.
     """
 
     def __init__(
         self,
         encoders: Sequence[nn.Module],
         tokenize: Callable[[str], list[int]],
-        marks: TokenMarks,
+        special: SpecialTokens,
     ) -> None:
-        self.encoders, self._tokenize, self.marks = tuple(encoders), tokenize, marks
+        self.encoders, self._tokenize, self.special = tuple(encoders), tokenize, special
 
     def tokens(self, text: str) -> list[int]:
-        """Token numbers of a text, without start and end marks."""
+        """Token numbers of a text, without start and end tokens."""
         return self._tokenize(text)
 
     def knows(self, word: str) -> bool:
         """True when a word has a token of its own already."""
         tokens = self._tokenize(word)
-        return len(tokens) == 1 and tokens[0] != self.marks.unknown
+        return len(tokens) == 1 and tokens[0] != self.special.unknown
 
     def embedding(self, token: int) -> WordEmbedding:
         """Token embedding in each encoder."""
@@ -67,15 +67,15 @@ class ClipPairText:
             ConfigError: a prompt is longer than the encoders read.
         """
         pieces = [splice(prompt, list(words), self._tokenize) for prompt in prompts]
-        longest, limit = max(map(len, pieces)), self.marks.length - 2
+        longest, limit = max(map(len, pieces)), self.special.length - 2
         if longest > limit:
             raise ConfigError(f"A prompt has {longest} tokens; the text encoders read {limit}.")
-        length = self.marks.length if padded else longest + 2
+        length = self.special.length if padded else longest + 2
         device = _table(self.encoders[0]).weight.device
         states: list[Tensor] = []
         pooled = torch.zeros(0)
         for number, encoder in enumerate(self.encoders):
-            ids = self._ids(pieces, self.marks.padding[number], length).to(device)
+            ids = self._ids(pieces, self.special.padding[number], length).to(device)
             own = {word: vectors[number] for word, vectors in words.items()}
             with _taught(encoder, pieces, own):
                 output: Any = encoder(ids, output_hidden_states=True)
@@ -89,13 +89,13 @@ class ClipPairText:
     def _ids(self, pieces: Sequence[Sequence[int | str]], padding: int, length: int) -> Tensor:
         """Token numbers (B, length).
 
-        New words hold the start mark until their embedding is put in: CLIP reads its pooled vector
-        at the first end mark, and some versions at the highest number.
+        New words hold the start token until their embedding is put in: CLIP reads its pooled vector
+        at the first end token, and some versions at the highest number.
         """
         ids = torch.full((len(pieces), length), padding)
         for row, piece in enumerate(pieces):
-            numbers = [self.marks.start if isinstance(p, str) else p for p in piece]
-            marked = torch.tensor([self.marks.start, *numbers, self.marks.end])
+            numbers = [self.special.start if isinstance(p, str) else p for p in piece]
+            marked = torch.tensor([self.special.start, *numbers, self.special.end])
             ids[row, : len(marked)] = marked
         return ids
 
@@ -131,7 +131,7 @@ def _table(encoder: nn.Module) -> nn.Embedding:
 def _positions(
     pieces: Sequence[Sequence[int | str]], words: Mapping[str, WordEmbedding]
 ) -> dict[str, Tensor]:
-    """First place of each word in each prompt, counted with the start mark; -1 when absent."""
+    """First place of each word in each prompt, counted with the start token; -1 when absent."""
     places = {}
     for word in words:
         rows = [piece.index(word) + 1 if word in piece else -1 for piece in pieces]

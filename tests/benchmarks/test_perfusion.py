@@ -48,7 +48,7 @@ from difflora_core.demo.networks.views import initialise
 from difflora_core.demo.world.concepts import CONCEPTS, KNOWN, render_concept, render_items
 from difflora_core.demo.world.scenes import render_portraits
 from difflora_core.text.captions import captions
-from difflora_core.text.clip_pair import ClipPairText, TokenMarks
+from difflora_core.text.clip_pair import ClipPairText, SpecialTokens
 from difflora_core.text.covariance import build_covariance
 
 HAT, CAT = CONCEPTS[0], CONCEPTS[4]
@@ -62,7 +62,9 @@ def text():
         initialise(encoder, 3 + number)
         encoder.get_input_embeddings().weight.data.mul_(20)
         encoder.requires_grad_(False).eval()
-    return ClipPairText(encoders, word_numbers, TokenMarks(START, END, (END, PAD), UNKNOWN, LENGTH))
+    return ClipPairText(
+        encoders, word_numbers, SpecialTokens(START, END, (END, PAD), UNKNOWN, LENGTH)
+    )
 
 
 @pytest.fixture(scope="module")

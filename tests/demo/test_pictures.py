@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from difflora_core.demo.workflows.pictures import GAP, LABEL, SIDE, Strip, draw, saved_pictures
-from difflora_core.demo.workflows.worlds import GRID_SIDE
+from difflora_core.demo.workflows.targets import GRID_SIDE
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 

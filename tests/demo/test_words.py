@@ -158,7 +158,7 @@ def test_looks_keep_away_from_what_is_taught():
     """No random look, and no plain one, has both colours near a concept's."""
     looks = random_looks(600, torch.Generator().manual_seed(1))
     for concept in KNOWN:
-        own = torch.tensor([concept.main, concept.mark])
+        own = torch.tensor([concept.main, concept.accent])
         apart = (looks.paint - own).norm(dim=-1).amax(-1)
         unnamed = torch.tensor([not said for said in looks.said])
         assert apart[unnamed].min() >= TAUGHT_DISTANCE - 1e-6

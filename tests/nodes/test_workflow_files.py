@@ -13,7 +13,7 @@ from difflora_core.demo.comfyui.workflow_api import (
     workflow_to_prompt,
 )
 from difflora_core.demo.workflows.builder import Graph
-from difflora_core.demo.workflows.worlds import DEMO, SDXL
+from difflora_core.demo.workflows.targets import DEMO, SDXL
 from difflora_core.demo.workflows.writer import WORKFLOWS as GRAPHS
 from difflora_core.demo.workflows.writer import build, to_text
 
@@ -25,8 +25,8 @@ def workflow(request):
     return json.loads(request.param.read_text("utf-8"))
 
 
-def test_every_graph_comes_for_both_worlds_with_a_picture():
-    files = {world.file(name) for world in (DEMO, SDXL) for name in GRAPHS}
+def test_every_graph_comes_for_both_targets_with_a_picture():
+    files = {target.file(name) for target in (DEMO, SDXL) for name in GRAPHS}
     assert {path.stem for path in WORKFLOWS} == files
     for path in WORKFLOWS:
         with Image.open(path.with_suffix(".jpg")) as picture:
@@ -34,11 +34,11 @@ def test_every_graph_comes_for_both_worlds_with_a_picture():
         assert path.with_suffix(".jpg").stat().st_size < 60_000
 
 
-@pytest.mark.parametrize("world", [DEMO, SDXL], ids=lambda world: world.name)
+@pytest.mark.parametrize("target", [DEMO, SDXL], ids=lambda target: target.name)
 @pytest.mark.parametrize("name", GRAPHS)
-def test_file_is_what_the_builder_writes(comfy, name, world):
-    path = PACK / "workflows" / f"{world.file(name)}.json"
-    written = to_text(build(name, world, comfy.object_info()))
+def test_file_is_what_the_builder_writes(comfy, name, target):
+    path = PACK / "workflows" / f"{target.file(name)}.json"
+    written = to_text(build(name, target, comfy.object_info()))
     assert written == path.read_text("utf-8"), "python -m difflora_core.demo.workflows.writer"
 
 

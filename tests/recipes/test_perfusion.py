@@ -23,7 +23,7 @@ from difflora_core.methods.infusion import Infusion, InfusionConfig
 from difflora_core.methods.perfusion import Perfusion, PerfusionConfig, PreparedConcept
 from difflora_core.models.layers import DrawnFrom
 from difflora_core.text.captions import captions
-from difflora_core.text.clip_pair import ClipPairText, TokenMarks
+from difflora_core.text.clip_pair import ClipPairText, SpecialTokens
 from difflora_core.text.covariance import Covariance, build_covariance
 from difflora_core.text.new_words import TEMPLATES, superclass_token, text_probe, word_encoding
 from difflora_core.training.concept_task import (
@@ -48,7 +48,7 @@ def text_encoders(seed):
         module.get_input_embeddings().weight.data.mul_(20)
         module.requires_grad_(False).eval()
     return ClipPairText(
-        (first, second), word_numbers, TokenMarks(START, END, (END, PAD), UNKNOWN, LENGTH)
+        (first, second), word_numbers, SpecialTokens(START, END, (END, PAD), UNKNOWN, LENGTH)
     )
 
 

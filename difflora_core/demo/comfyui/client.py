@@ -47,7 +47,7 @@ class ComfyInterrupted(DiffLoRAError):
 
 
 @dataclass(frozen=True)
-class Progress:
+class NodeProgress:
     """One step of a running prompt: node `node_id` (a `node_type`) did `value` of `maximum`."""
 
     node_id: str
@@ -100,7 +100,7 @@ class ComfyClient:
     def run(
         self,
         prompt: Prompt,
-        on_progress: Callable[[Progress], None] | None = None,
+        on_progress: Callable[[NodeProgress], None] | None = None,
         timeout: float = 600.0,
         shown: list[Image.Image | str] | None = None,
     ) -> PromptResult:
@@ -210,7 +210,7 @@ class ComfyClient:
         events: Iterable[tuple[str, Mapping[str, Any]]],
         prompt_id: str,
         prompt: Prompt,
-        on_progress: Callable[[Progress], None] | None,
+        on_progress: Callable[[NodeProgress], None] | None,
     ) -> frozenset[str]:
         """Reads events until the run is over; returns the ids of cached nodes."""
         cached: frozenset[str] = frozenset()
@@ -229,7 +229,7 @@ class ComfyClient:
             elif kind in ("executing", "progress") and on_progress is not None:
                 node = str(data["node"])
                 name = str(prompt.get(node, {}).get("class_type", ""))
-                on_progress(Progress(node, name, data.get("value", 0), data.get("max", 1)))
+                on_progress(NodeProgress(node, name, data.get("value", 0), data.get("max", 1)))
         return cached
 
     def _events(

@@ -94,9 +94,9 @@ class BaseObjective(nn.Module):
         self.register_buffer("alphas_cumprod", DDIMScheduler(**SCHEDULER_CONFIG).alphas_cumprod)
 
     def condition(self, batch: dict[str, Tensor]) -> TextCondition:
-        """What the UNet is told about a batch."""
-        told: TextCondition = self.text((batch["tokens_l"], batch["tokens_g"]))
-        return told
+        """The encoded captions of a batch."""
+        encoded: TextCondition = self.text((batch["tokens_l"], batch["tokens_g"]))
+        return encoded
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of scaled `latents`, `noise` (B, 8, h, w), `timesteps` (B,), two token tensors.
@@ -134,7 +134,7 @@ def base_batches(
         latents, tokens_l, tokens_g = sets[wide]
         count = batch // 2 if wide else batch
         index = torch.randint(len(latents), (count,), generator=generator)
-        told = torch.rand(count, 1, generator=generator) >= 0.1
+        captioned = torch.rand(count, 1, generator=generator) >= 0.1
         z = latents[index].float()
         # Stratified timesteps: same expectation, less variance.
         strata = (torch.arange(count) + torch.rand(count, generator=generator)) / count
@@ -142,8 +142,8 @@ def base_batches(
             "latents": z,
             "noise": torch.randn(z.shape, generator=generator),
             "timesteps": (strata * 1000).long().clamp(max=999),
-            "tokens_l": torch.where(told, tokens_l[index], empty_l),
-            "tokens_g": torch.where(told, tokens_g[index], empty_g),
+            "tokens_l": torch.where(captioned, tokens_l[index], empty_l),
+            "tokens_g": torch.where(captioned, tokens_g[index], empty_g),
         }
 
     return draw

@@ -86,7 +86,7 @@ class ConceptJudge:
     def __init__(self, network: ThingReader, concepts: Sequence[DemoConcept] = KNOWN) -> None:
         self.network = network
         self.words = [*(concept.word for concept in concepts), *COLOURS]
-        own = [(concept.main, concept.mark) for concept in concepts]
+        own = [(concept.main, concept.accent) for concept in concepts]
         plain = [(colour, colour) for colour in COLOURS.values()]
         self.looks = torch.tensor([*own, *plain])  # K 2 3
 

@@ -29,10 +29,10 @@ from ..world.renderer import (
     COLOURS,
     LOOKS,
     OBJECTS,
+    Backdrop,
     Painter,
     Pose,
-    Stage,
-    draw_stage,
+    draw_backdrop,
     finish,
 )
 from .detector_targets import ANCHORS, STRIDES, assign, detection_loss
@@ -133,7 +133,7 @@ def empty_pictures(count: int, generator: torch.Generator) -> Tensor:
         item_colour=index(len(COLOURS)),
         item_shape=uniform(count, -1, 1, generator),
     )
-    stage = Stage(
+    backdrop = Backdrop(
         look=index(len(LOOKS)),
         background=index(len(BACKGROUNDS)),
         pattern=index(2),
@@ -141,10 +141,10 @@ def empty_pictures(count: int, generator: torch.Generator) -> Tensor:
         noise=torch.randn(count, 64, 64, generator=generator),
     )
     painter = Painter(count, 64, 64)
-    draw_stage(painter, stage)
-    painter.enter(pose, stage.look == LOOKS.index("cartoon"))
+    draw_backdrop(painter, backdrop)
+    painter.enter(pose, backdrop.look == LOOKS.index("cartoon"))
     draw_item(painter, pose)
-    return finish(painter, stage).permute(0, 2, 3, 1)
+    return finish(painter, backdrop).permute(0, 2, 3, 1)
 
 
 class DetectorTraining(nn.Module):

@@ -5,27 +5,27 @@ from __future__ import annotations
 from .builder import GRID_COLUMN, Graph, Out
 from .notes import NOTES
 from .people import PERSON, SECOND, save_grid
-from .worlds import Studio, World
+from .targets import Target, WorkflowBuilder
 
 POSE = "difflora_demo_pose.png"
 
 
-def blend(graph: Graph, world: World) -> None:
+def blend(graph: Graph, target: Target) -> None:
     """One person becomes another in five steps."""
-    studio = Studio(graph, world, NOTES["blend"])
+    builder = WorkflowBuilder(graph, target, NOTES["blend"])
     add = graph.add
     with graph.group("1 Load"):
-        photos = [studio.photo(PERSON, "Person A"), studio.photo(SECOND, "Person B")]
-        studio.load(1)
-        prompts = studio.prompts(
+        photos = [builder.photo(PERSON, "Person A"), builder.photo(SECOND, "Person B")]
+        builder.load(1)
+        prompts = builder.prompts(
             1,
             "photo of a person, neutral, blue background, white shirt",
             "portrait photo of a person, white shirt, blue studio background",
         )
-        canvas = studio.canvas(1)
+        canvas = builder.canvas(1)
     with graph.group("2 Two identities"):
         latents = [
-            studio.latent(photo, f"person {name}", (0, 1, 1))["DIFFLORA_LATENT"]
+            builder.latent(photo, f"person {name}", (0, 1, 1))["DIFFLORA_LATENT"]
             for photo, name in zip(photos, "AB", strict=True)
         ]
     with graph.group("3 Half and half"):
@@ -37,10 +37,10 @@ def blend(graph: Graph, world: World) -> None:
             weight_1=1.0,
             weight_2=1.0,
         )["DIFFLORA_LATENT"]
-        lora = studio.decode(mixed)["LORA_MODEL"]
-        model = studio.dress(lora)
-        picture = studio.draw(0, "Draw the blend", model, prompts, canvas)
-        studio.save(0, picture, "blend", "Half A, half B")
+        lora = builder.decode(mixed)["LORA_MODEL"]
+        model = builder.apply_lora(lora)
+        picture = builder.draw(0, "Draw the blend", model, prompts, canvas)
+        builder.save(0, picture, "blend", "Half A, half B")
     with graph.group("4 From A to B"):
         way = add(
             "DiffLoRA_InterpolateIdentities",
@@ -49,23 +49,23 @@ def blend(graph: Graph, world: World) -> None:
             identity_b=latents[1],
             steps=5,
         )["DIFFLORA_LATENT"]
-        steps = _everybody(studio, way, prompts, canvas)
+        steps = _everybody(builder, way, prompts, canvas)
     with graph.group("5 The way", width=GRID_COLUMN):
         labels = ("A", "3/4 A", "half", "3/4 B", "B")
-        save_grid(studio, studio.grid(0, steps, labels, 5), "from_a_to_b")
+        save_grid(builder, builder.grid(0, steps, labels, 5), "from_a_to_b")
 
 
-def invented(graph: Graph, world: World) -> None:
+def invented(graph: Graph, target: Target) -> None:
     """A person who does not exist, the same in every picture."""
-    studio = Studio(graph, world, NOTES["invented_person"])
+    builder = WorkflowBuilder(graph, target, NOTES["invented_person"])
     with graph.group("1 Load and invent"):
-        studio.load()
+        builder.load()
         identity = graph.add(
-            "DiffLoRA_InventIdentity", 0, difflora_model=studio.difflora, seed=world.pick(12, 1)
+            "DiffLoRA_InventIdentity", 0, difflora_model=builder.difflora, seed=target.pick(12, 1)
         )["DIFFLORA_LATENT"]
-        lora = studio.decode(identity)["LORA_MODEL"]
-        model = studio.dress(lora)
-    scenes = world.pick(
+        lora = builder.decode(identity)["LORA_MODEL"]
+        model = builder.apply_lora(lora)
+    scenes = target.pick(
         (
             "photo of a person, smiling, blue background, red shirt",
             "photo of a person, surprised, striped yellow background, white shirt",
@@ -80,22 +80,22 @@ def invented(graph: Graph, world: World) -> None:
         ),
     )
     with graph.group("2 Four scenes"):
-        pictures = _scenes(studio, scenes, [model])[0]
+        pictures = _scenes(builder, scenes, [model])[0]
     with graph.group("3 The same person", width=GRID_COLUMN):
         labels = ("scene 1", "scene 2", "scene 3", "scene 4")
-        save_grid(studio, studio.grid(0, pictures, labels, 4), "invented")
+        save_grid(builder, builder.grid(0, pictures, labels, 4), "invented")
 
 
-def fade_in(graph: Graph, world: World) -> None:
+def fade_in(graph: Graph, target: Target) -> None:
     """The LoRA fades in while the picture is drawn."""
-    studio = Studio(graph, world, NOTES["fade_in"])
+    builder = WorkflowBuilder(graph, target, NOTES["fade_in"])
     add = graph.add
     with graph.group("1 Load"):
-        photo = studio.photo(PERSON, "Photo of the person")
-        studio.load()
+        photo = builder.photo(PERSON, "Photo of the person")
+        builder.load()
     with graph.group("2 A LoRA with a schedule"):
-        lora = studio.personalize(photo)["LORA_MODEL"]
-        hook = add("DiffLoRA_LoRAToHook", 1, lora=lora, base_model=studio.model)["HOOKS"]
+        lora = builder.personalize(photo)["LORA_MODEL"]
+        hook = add("DiffLoRA_LoRAToHook", 1, lora=lora, base_model=builder.model)["HOOKS"]
         keyframes = add(
             "CreateHookKeyframesInterpolated",
             1,
@@ -106,7 +106,7 @@ def fade_in(graph: Graph, world: World) -> None:
             end_percent=0.6,
         )["HOOK_KEYFRAMES"]
         timed = add("SetHookKeyframes", 1, hooks=hook, hook_kf=keyframes)["HOOKS"]
-        prompts = studio.prompts(
+        prompts = builder.prompts(
             1,
             "photo of a person, smiling, yellow background, red shirt, wearing a blue hat",
             "photo of a person smiling, blue hat, red shirt, yellow wall",
@@ -121,39 +121,39 @@ def fade_in(graph: Graph, world: World) -> None:
             set_cond_area="default",
             hooks=timed,
         )
-        model = studio.dress(lora)
-        canvas = studio.canvas(0)
+        model = builder.apply_lora(lora)
+        canvas = builder.canvas(0)
         drawn = [
-            studio.draw(1, "Without the LoRA", studio.model, prompts, canvas),
-            studio.draw(
-                1, "Fading in", studio.model, (fading["positive"], fading["negative"]), canvas
+            builder.draw(1, "Without the LoRA", builder.model, prompts, canvas),
+            builder.draw(
+                1, "Fading in", builder.model, (fading["positive"], fading["negative"]), canvas
             ),
-            studio.draw(1, "All the time", model, prompts, canvas),
+            builder.draw(1, "All the time", model, prompts, canvas),
         ]
     with graph.group("4 Compare", width=GRID_COLUMN):
-        variants, labels = studio.batch(0, drawn), ("without", "fading in", "all the time")
-        save_grid(studio, studio.grid(0, variants, labels, 3, reference=photo), "fade_in")
+        variants, labels = builder.batch(0, drawn), ("without", "fading in", "all the time")
+        save_grid(builder, builder.grid(0, variants, labels, 3, reference=photo), "fade_in")
 
 
-def pose(graph: Graph, world: World) -> None:
+def pose(graph: Graph, target: Target) -> None:
     """Who from one photo, how from another."""
-    studio = Studio(graph, world, NOTES["controlnet_pose"], control=True)
+    builder = WorkflowBuilder(graph, target, NOTES["controlnet_pose"], control=True)
     add = graph.add
     with graph.group("1 Load"):
-        photo = studio.photo(PERSON, "Photo of the person")
-        posed = studio.photo(POSE, "Pose photo")
-        studio.load(1, control=True)
+        photo = builder.photo(PERSON, "Photo of the person")
+        posed = builder.photo(POSE, "Pose photo")
+        builder.load(1, control=True)
     with graph.group("2 Who and how"):
-        lora = studio.personalize(photo)["LORA_MODEL"]
+        lora = builder.personalize(photo)["LORA_MODEL"]
         points = add(
             "DiffLoRA_ExtractFeatures",
             1,
             title="Face points of the pose",
             images=posed,
-            clip_vision=studio.clip_vision,
-            face_analysis=studio.faces,
+            clip_vision=builder.clip_vision,
+            face_analysis=builder.faces,
         )["keypoints"]
-        prompts = studio.prompts(
+        prompts = builder.prompts(
             1,
             "photo of a person, neutral, blue background, white shirt",
             "portrait photo of a person, white shirt, blue studio background",
@@ -163,36 +163,36 @@ def pose(graph: Graph, world: World) -> None:
             1,
             positive=prompts[0],
             negative=prompts[1],
-            control_net=studio.control_net,
+            control_net=builder.control_net,
             image=points,
-            strength=world.pick(1.5, 0.8),
+            strength=target.pick(1.5, 0.8),
             start_percent=0.0,
             end_percent=1.0,
         )
     with graph.group("3 Draw"):
-        model = studio.dress(lora)
-        canvas = studio.canvas(0)
-        free = studio.draw(0, "Without the pose", model, prompts, canvas)
+        model = builder.apply_lora(lora)
+        canvas = builder.canvas(0)
+        free = builder.draw(0, "Without the pose", model, prompts, canvas)
         controlled = (steered["positive"], steered["negative"])
-        drawn = studio.draw(1, "In that pose", model, controlled, canvas)
-        studio.save(1, drawn, "pose", "The person in that pose")
+        drawn = builder.draw(1, "In that pose", model, controlled, canvas)
+        builder.save(1, drawn, "pose", "The person in that pose")
     with graph.group("4 Compare", width=GRID_COLUMN):
-        pictures = studio.batch(0, [points, free, drawn])
+        pictures = builder.batch(0, [points, free, drawn])
         labels = ("its points", "free", "in that pose")
-        grid = studio.grid(0, pictures, labels, 3, reference=posed)
-        save_grid(studio, grid, "pose_comparison")
+        grid = builder.grid(0, pictures, labels, 3, reference=posed)
+        save_grid(builder, grid, "pose_comparison")
 
 
-def prompt_grid(graph: Graph, world: World) -> None:
+def prompt_grid(graph: Graph, target: Target) -> None:
     """Many prompts at once, with and without the LoRA."""
-    studio = Studio(graph, world, NOTES["prompt_grid"])
+    builder = WorkflowBuilder(graph, target, NOTES["prompt_grid"])
     with graph.group("1 Load"):
-        photo = studio.photo(PERSON, "Photo of the person")
-        studio.load()
+        photo = builder.photo(PERSON, "Photo of the person")
+        builder.load()
     with graph.group("2 Personalize"):
-        lora = studio.personalize(photo)["LORA_MODEL"]
-        model = studio.dress(lora)
-    texts = world.pick(
+        lora = builder.personalize(photo)["LORA_MODEL"]
+        model = builder.apply_lora(lora)
+    texts = target.pick(
         (
             "photo of a person, smiling, blue background, red shirt",
             "photo of a person, sad, dark background, white shirt, wearing a red hat",
@@ -207,50 +207,52 @@ def prompt_grid(graph: Graph, world: World) -> None:
         ),
     )
     with graph.group("3 The prompts"):
-        rows = _scenes(studio, texts, [studio.model, model])
+        rows = _scenes(builder, texts, [builder.model, model])
     with graph.group("4 Compare", width=GRID_COLUMN):
-        pictures = studio.batch(0, rows)
+        pictures = builder.batch(0, rows)
         labels = ["base: prompt 1", *(f"prompt {k}" for k in (2, 3, 4))]
         labels += ["person: prompt 1", *(f"prompt {k}" for k in (2, 3, 4))]
-        grid = studio.grid(0, pictures, labels, 4, reference=photo)
-        save_grid(studio, grid, "prompt_grid")
+        grid = builder.grid(0, pictures, labels, 4, reference=photo)
+        save_grid(builder, grid, "prompt_grid")
 
 
-def _scenes(studio: Studio, texts: tuple[str, ...], models: list[Out]) -> list[Out]:
+def _scenes(builder: WorkflowBuilder, texts: tuple[str, ...], models: list[Out]) -> list[Out]:
     """Every prompt drawn with every model: one batch of pictures per model."""
-    add = studio.graph.add
+    add = builder.graph.add
     boxes = [
         add("PrimitiveStringMultiline", 0, title=f"Prompt {k + 1}", value=text)["STRING"]
         for k, text in enumerate(texts)
     ]
     every = add("CreateList", 1, title="All prompts", inputs=boxes)["list"]
-    prompt = add("CLIPTextEncode", 1, title="Each prompt", clip=studio.clip, text=every)
-    nothing = studio.world.pick("", "blurry, deformed, watermark")
-    negative = add("CLIPTextEncode", 1, title="Negative prompt", clip=studio.clip, text=nothing)
-    canvas = studio.canvas(1)
+    prompt = add("CLIPTextEncode", 1, title="Each prompt", clip=builder.clip, text=every)
+    nothing = builder.target.pick("", "blurry, deformed, watermark")
+    negative = add("CLIPTextEncode", 1, title="Negative prompt", clip=builder.clip, text=nothing)
+    canvas = builder.canvas(1)
     pair = (prompt["CONDITIONING"], negative["CONDITIONING"])
     batches = []
     for k, model in enumerate(models):
         title = "Draw each prompt" if len(models) == 1 else ("Base model", "The person")[k]
-        drawn = studio.draw(2, title, model, pair, canvas)
+        drawn = builder.draw(2, title, model, pair, canvas)
         joined = add("RebatchImages", 2, title="As one batch", images=drawn, batch_size=4096)
         batches.append(joined["IMAGE"])
     return batches
 
 
-def _everybody(studio: Studio, latents: Out, prompts: tuple[Out, Out], canvas: Out) -> Out:
+def _everybody(
+    builder: WorkflowBuilder, latents: Out, prompts: tuple[Out, Out], canvas: Out
+) -> Out:
     """One picture of every person of a batch of latents."""
-    add = studio.graph.add
+    add = builder.graph.add
     loras = add(
         "DiffLoRA_DecodeLoRA",
         0,
         title="A LoRA for every step",
-        difflora_model=studio.difflora,
+        difflora_model=builder.difflora,
         lora_latent=latents,
-        base_model=studio.model,
+        base_model=builder.model,
         index=-1,
     )["LORA_MODEL"]
-    model = studio.dress(loras, title="Each on its own model")
-    drawn = studio.draw(0, "Draw each", model, prompts, canvas)
+    model = builder.apply_lora(loras, title="Each on its own model")
+    drawn = builder.draw(0, "Draw each", model, prompts, canvas)
     joined = add("RebatchImages", 0, title="As one batch", images=drawn, batch_size=4096)
     return joined["IMAGE"]

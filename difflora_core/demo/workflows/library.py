@@ -5,30 +5,30 @@ from __future__ import annotations
 from .builder import GRID_COLUMN, Graph
 from .notes import NOTES
 from .people import PERSON, SECOND, save_grid
-from .worlds import Studio, World
+from .targets import Target, WorkflowBuilder
 
 OLD_LORA = "difflora_demo_old_lora.safetensors"
 
 
-def library(graph: Graph, world: World) -> None:
+def library(graph: Graph, target: Target) -> None:
     """Keep two people in one file, take one out."""
-    studio = Studio(graph, world, NOTES["library"])
+    builder = WorkflowBuilder(graph, target, NOTES["library"])
     add = graph.add
     people = (("Ada", PERSON), ("Bea", SECOND))
     with graph.group("1 Load"):
-        photos = [studio.photo(picture, f"Photo of {name}") for name, picture in people]
-        studio.load()
+        photos = [builder.photo(picture, f"Photo of {name}") for name, picture in people]
+        builder.load()
     with graph.group("2 Add two people"):
         shelf = None
         for (name, _), photo in zip(people, photos, strict=True):
-            latent = studio.latent(photo, name, (0, 1, 2))
+            latent = builder.latent(photo, name, (0, 1, 2))
             kept = add(
                 "DiffLoRA_AddToLibrary",
                 2,
                 title=f"Keep {name}",
-                difflora_model=studio.difflora,
+                difflora_model=builder.difflora,
                 identity=latent["DIFFLORA_LATENT"],
-                library=shelf or world.pick("difflora_demo", "people"),
+                library=shelf or target.pick("difflora_demo", "people"),
                 name=name,
                 same_name="replace",
                 thumbnail=photo,
@@ -38,52 +38,52 @@ def library(graph: Graph, world: World) -> None:
         add("DiffLoRA_ListLibrary", 0, library=shelf)
     with graph.group("4 Use one of them"):
         picked = add("DiffLoRA_PickFromLibrary", 0, library=shelf, name="Bea")
-        lora = studio.decode(picked["DIFFLORA_LATENT"])["LORA_MODEL"]
-        model = studio.dress(lora)
-        prompts = studio.prompts(
+        lora = builder.decode(picked["DIFFLORA_LATENT"])["LORA_MODEL"]
+        model = builder.apply_lora(lora)
+        prompts = builder.prompts(
             1,
             "photo of a person, smiling, green background, red shirt",
             "photo of a person smiling in a garden, red shirt",
         )
-        pictures = studio.draw(1, "Draw", model, prompts, studio.canvas(1, batch=2))
-        studio.save(2, pictures, "from_the_library")
+        pictures = builder.draw(1, "Draw", model, prompts, builder.canvas(1, batch=2))
+        builder.save(2, pictures, "from_the_library")
 
 
-def compress_lora(graph: Graph, world: World) -> None:
+def compress_lora(graph: Graph, target: Target) -> None:
     """An existing LoRA as a few hundred numbers."""
-    studio = Studio(graph, world, NOTES["compress_lora"])
+    builder = WorkflowBuilder(graph, target, NOTES["compress_lora"])
     add = graph.add
     with graph.group("1 Load"):
         old = add(
             "DiffLoRA_LoadLoRAFile",
             0,
             title="The old LoRA",
-            lora_name=world.pick(OLD_LORA, "my_person.safetensors"),
+            lora_name=target.pick(OLD_LORA, "my_person.safetensors"),
         )["LORA_MODEL"]
-        studio.load()
+        builder.load()
     with graph.group("2 Encode and decode"):
         encoded = add(
-            "DiffLoRA_EncodeLoRA", 0, difflora_model=studio.difflora, lora=old, refine_steps=40
+            "DiffLoRA_EncodeLoRA", 0, difflora_model=builder.difflora, lora=old, refine_steps=40
         )
-        new = studio.decode(encoded["DIFFLORA_LATENT"], 0, "The LoRA that came back")["LORA_MODEL"]
+        new = builder.decode(encoded["DIFFLORA_LATENT"], 0, "The LoRA that came back")["LORA_MODEL"]
         add("SaveLoRA", 0, title="Keep it", lora=new, prefix="loras/compressed", steps=0)
     with graph.group("3 Draw three ways"):
-        prompts = studio.prompts(
+        prompts = builder.prompts(
             0,
             "photo of a person, smiling, blue background, white shirt",
             "photo of a person smiling, white shirt, blue background",
         )
-        canvas = studio.canvas(0)
+        canvas = builder.canvas(0)
         models = [
-            studio.model,
-            studio.dress(old, 0, 1.0, "With the old LoRA"),
-            studio.dress(new, 0, 1.0, "With the one that came back"),
+            builder.model,
+            builder.apply_lora(old, 0, 1.0, "With the old LoRA"),
+            builder.apply_lora(new, 0, 1.0, "With the one that came back"),
         ]
         titles = ("Without", "Old LoRA", "What came back")
         drawn = [
-            studio.draw(1, title, model, prompts, canvas, 7)
+            builder.draw(1, title, model, prompts, canvas, 7)
             for title, model in zip(titles, models, strict=True)
         ]
     with graph.group("4 Compare", width=GRID_COLUMN):
         labels = ("without", "old LoRA", "came back")
-        save_grid(studio, studio.grid(0, studio.batch(0, drawn), labels, 3), "compressed_lora")
+        save_grid(builder, builder.grid(0, builder.batch(0, drawn), labels, 3), "compressed_lora")

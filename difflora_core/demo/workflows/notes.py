@@ -126,4 +126,4 @@ whole. Of one that was trained by itself the person stays, while most of its num
 repeat the photos it was trained on, do not: judge it by the grid.
 - **Save**: the new LoRA is saved too, and *Add to Identity Library* keeps the numbers alone.""",
 }
-"""By the workflow's name; what the world needs is added below it (workflow_worlds.py)."""
+"""By the workflow's name; what the target needs is added below it (targets.py)."""

@@ -15,7 +15,7 @@ from .. import paths
 from ..comfyui.client import PromptResult
 from ..comfyui.server import ComfyServer
 from .runner import read_workflow, run_workflow
-from .worlds import GRID_SIDE
+from .targets import GRID_SIDE
 
 WORKFLOWS = paths.ROOT / "workflows"
 FOLDER = paths.ROOT / "docs" / "pictures"

@@ -30,10 +30,10 @@ from .identities import blend, fade_in, invented, pose, prompt_grid
 from .library import compress_lora, library
 from .people import edit_face, portrait, quickstart, several_photos, two_people
 from .runner import run_workflow
-from .worlds import DEMO, GRID_SIDE, SDXL, World
+from .targets import DEMO, GRID_SIDE, SDXL, Target
 
 FOLDER = paths.ROOT / "workflows"
-WORKFLOWS: dict[str, Callable[[Graph, World], None]] = {
+WORKFLOWS: dict[str, Callable[[Graph, Target], None]] = {
     "quickstart": quickstart,
     "portrait": portrait,
     "several_photos": several_photos,
@@ -55,17 +55,17 @@ WORKFLOWS: dict[str, Callable[[Graph, World], None]] = {
 THUMBNAIL = 384
 
 
-def build(name: str, world: World, info: Mapping[str, Any]) -> dict[str, Any]:
+def build(name: str, target: Target, info: Mapping[str, Any]) -> dict[str, Any]:
     """The content of a workflow file.
 
     Args:
         name: a key of WORKFLOWS.
-        world: DEMO or SDXL.
+        target: DEMO or SDXL.
         info: ComfyUI's /object_info.
     """
     project = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["project"]
-    graph = Graph(world.file(name), info, project["version"])
-    WORKFLOWS[name](graph, world)
+    graph = Graph(target.file(name), info, project["version"])
+    WORKFLOWS[name](graph, target)
     return graph.build()
 
 
@@ -119,14 +119,14 @@ def main(arguments: list[str] | None = None) -> int:
 def write(name: str, server: ComfyServer) -> float:
     """Write both files of a workflow and both thumbnails; returns how long the demo ran."""
     info = server.client.object_info()
-    for world in (SDXL, DEMO):
-        path = FOLDER / f"{world.file(name)}.json"
-        workflow = build(name, world, info)
+    for target in (SDXL, DEMO):
+        path = FOLDER / f"{target.file(name)}.json"
+        workflow = build(name, target, info)
         path.write_text(to_text(workflow), encoding="utf-8")
     result = run_workflow(server, path)
     picture = thumbnail(workflow, result)
-    for world in (SDXL, DEMO):
-        picture.save(_thumbnail_path(world.file(name)), quality=88)
+    for target in (SDXL, DEMO):
+        picture.save(_thumbnail_path(target.file(name)), quality=88)
     return result.seconds
 
 

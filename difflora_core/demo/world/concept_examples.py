@@ -1,4 +1,4 @@
-"""The concepts that come with the demo world, and the pictures that a workflow learns one from."""
+"""The concepts that come with the demo world, and pictures to teach one from."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ SHIPPED = {
     "demo_cat": replace(CAT, word="<demo-cat>"),
 }
 """File name without suffix to the concept in it."""
-LESSON = replace(CONCEPTS[0], word="<my-hat>")
-LESSON_PHOTOS = 3
+EXAMPLE = replace(CONCEPTS[0], word="<my-hat>")
+EXAMPLE_PHOTOS = 3
 SHIPPED_PHOTOS = 8
 
 
@@ -27,20 +27,20 @@ def concept_photos(concept: DemoConcept, count: int) -> ConceptPictures:
     return render_concept(concept, people, range(1, count + 1))
 
 
-def lesson_prompts() -> Sequence[str]:
-    """What the prompts of the lesson's pictures are."""
-    return concept_photos(LESSON, LESSON_PHOTOS).prompts
+def example_prompts() -> Sequence[str]:
+    """The prompts of the example's pictures."""
+    return concept_photos(EXAMPLE, EXAMPLE_PHOTOS).prompts
 
 
 def photo_name(number: int, mask: bool = False) -> str:
-    """Name of a picture of the lesson, or of its mask."""
+    """Name of a picture of the example, or of its mask."""
     return f"difflora_demo_hat_{number + 1}{'_mask' if mask else ''}.png"
 
 
 def write_concept_photos(folder: Path) -> None:
-    """Write the pictures of the lesson and their masks as files."""
-    photos = concept_photos(LESSON, LESSON_PHOTOS)
-    for number in range(LESSON_PHOTOS):
+    """Write the pictures of the example and their masks as files."""
+    photos = concept_photos(EXAMPLE, EXAMPLE_PHOTOS)
+    for number in range(EXAMPLE_PHOTOS):
         write_image(photos.images[number], folder / photo_name(number))
         mask = photos.masks[number][..., None].expand(-1, -1, 3)
         write_image(mask, folder / photo_name(number, mask=True))

@@ -17,12 +17,12 @@ from .scenes import ITEM_PHRASES, Scene, random_scenes, render_things
 
 @dataclass(frozen=True)
 class DemoConcept:
-    """A thing to teach: its word, its kind, and its two colours."""
+    """A thing to teach: its word, its kind, its main colour and that of its accent."""
 
     word: str
     kind: str
     main: tuple[float, float, float]
-    mark: tuple[float, float, float]
+    accent: tuple[float, float, float]
 
     def prompt(self, scene: Scene, word: str | None = None) -> str:
         """Prompt of a scene with this concept under its own word, or another one."""
@@ -104,4 +104,4 @@ def render_items(
 def _layer(scenes: Sequence[Scene], things: Sequence[DemoConcept]) -> tuple[list[Scene], Tensor]:
     """Scenes with one thing each, and its colours."""
     shown = [replace(s, item=thing.kind) for s, thing in zip(scenes, things, strict=True)]
-    return shown, torch.tensor([(thing.main, thing.mark) for thing in things])
+    return shown, torch.tensor([(thing.main, thing.accent) for thing in things])

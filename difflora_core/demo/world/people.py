@@ -206,7 +206,7 @@ def _hair_in_front(painter: Painter, p: dict[str, Tensor], hair: Tensor) -> None
 
 
 def _glasses(painter: Painter, p: dict[str, Tensor], yaw: Tensor) -> None:
-    worn = (p["glasses"] > 0).float()
+    shown = (p["glasses"] > 0).float()
     amount = p["glasses"].clamp(0, 1)
     width = 0.024 + 0.040 * amount
     u, v = painter.u - yaw, painter.v - _EYE_HEIGHT - 0.02
@@ -216,7 +216,7 @@ def _glasses(painter: Painter, p: dict[str, Tensor], yaw: Tensor) -> None:
         torch.maximum(_eye_offset(p) + 0.26 - u.abs(), u.abs() - 0.85), v.abs() - width
     )
     frame = torch.minimum(ring, torch.minimum(bridge, arms))
-    painter.fill(painter.cover(frame) * worn, tint((0.10, 0.08, 0.12), len(painter.picture)))
+    painter.fill(painter.cover(frame) * shown, tint((0.10, 0.08, 0.12), len(painter.picture)))
 
 
 def draw_item(painter: Painter, pose: Pose) -> None:
@@ -230,12 +230,12 @@ def draw_item(painter: Painter, pose: Pose) -> None:
         if bool(painter.visible.any()):
             draw(painter, colour, shape)
             if paint is not None:
-                painter.fill(painter.cover(_mark(painter, index)), paint[:, 1])
+                painter.fill(painter.cover(_accent(painter, index)), paint[:, 1])
         painter.visible = kept
 
 
-def _mark(painter: Painter, index: int) -> Tensor:
-    """Distance to the mark on an item: hat band, cup stripe, cat's bib, heart of a flower."""
+def _accent(painter: Painter, index: int) -> Tensor:
+    """Distance to the accent of an item: hat band, cup stripe, cat's bib, heart of a flower."""
     u, v = painter.u, painter.v
     if index == 1:
         return torch.maximum(u.abs() - 0.8, (v + 0.86).abs() - 0.11)

@@ -50,7 +50,7 @@ class Pose:
     `x`, `y`: centre in pixels; `scale`: pixels per head unit; `roll`: radians; `yaw` in [-1, 1];
     `expression`: index into EXPRESSIONS; `shirt`: index into COLOURS; `visible`: bool;
     `item`: index into OBJECTS, `item_colour`: index into COLOURS, `item_shape` in [-1, 1];
-    `item_paint`: (B, 2, 3) colours of the item and of a mark on it, instead of `item_colour`.
+    `item_paint`: (B, 2, 3) colours of the item and of its accent, instead of `item_colour`.
     """
 
     x: Tensor
@@ -68,7 +68,7 @@ class Pose:
 
 
 @dataclass(frozen=True)
-class Stage:
+class Backdrop:
     """What is shared by a whole picture; every field is (B,) unless said otherwise.
 
     `look`, `background`, `pattern`: indices; `light`: (B, 2) direction and strength in [-1, 1];
@@ -148,13 +148,13 @@ def capsule(u: Tensor, v: Tensor, ends: tuple[Tensor, Tensor, Tensor, Tensor]) -
     return torch.sqrt((u - u0 - t * du) ** 2 + (v - v0 - t * dv) ** 2 + 1e-9)
 
 
-def draw_stage(painter: Painter, stage: Stage) -> None:
+def draw_backdrop(painter: Painter, backdrop: Backdrop) -> None:
     """Paint the background with its pattern."""
-    colour = palette(BACKGROUNDS, stage.background)[:, :, None, None]
+    colour = palette(BACKGROUNDS, backdrop.background)[:, :, None, None]
     x, y = painter.grid_x, painter.grid_y
     stripes = (torch.sin((x + y) * 0.4) * 3).clamp(-1, 1) * 0.08
-    marks = torch.stack([torch.zeros_like(stripes), stripes])[stage.pattern]
-    painter.picture = (colour + marks[:, None]).clamp(0, 1)
+    patterns = torch.stack([torch.zeros_like(stripes), stripes])[backdrop.pattern]
+    painter.picture = (colour + patterns[:, None]).clamp(0, 1)
 
 
 def colours_of(p: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -182,7 +182,7 @@ def columns(parameters: Tensor) -> dict[str, Tensor]:
     return {name: parameters[:, k, None, None] for k, name in enumerate(PARAMETERS)}
 
 
-def finish(painter: Painter, stage: Stage) -> Tensor:
+def finish(painter: Painter, backdrop: Backdrop) -> Tensor:
     """Light, grain and brush: the three looks.
 
     Returns:
@@ -192,11 +192,11 @@ def finish(painter: Painter, stage: Stage) -> Tensor:
     height, width = painter.grid_x.shape
     x = (painter.grid_x / width * 2 - 1)[None, None]
     y = (painter.grid_y / height * 2 - 1)[None, None]
-    light = stage.light[:, :, None, None]
+    light = backdrop.light[:, :, None, None]
     shade = 1 + 0.22 * (light[:, :1] * x - 0.5 * y * light[:, 1:].abs()) + 0.06 * light[:, 1:]
-    photo = picture * shade + 0.008 * stage.noise[:, None]
+    photo = picture * shade + 0.008 * backdrop.noise[:, None]
     soft = functional.avg_pool2d(functional.pad(picture, (1, 1, 1, 1), mode="replicate"), 3, 1)
     paper = 0.05 * (x * y)
     wash = (0.6 * soft + 0.4 * picture) * 0.80 + 0.17 + paper
     looks = torch.stack([photo, picture, wash])
-    return looks[stage.look, torch.arange(len(picture))].clamp(0, 1)
+    return looks[backdrop.look, torch.arange(len(picture))].clamp(0, 1)

@@ -20,10 +20,10 @@ from .renderer import (
     LOOKS,
     OBJECTS,
     PATTERNS,
+    Backdrop,
     Painter,
     Pose,
-    Stage,
-    draw_stage,
+    draw_backdrop,
     finish,
 )
 
@@ -132,8 +132,8 @@ def render_portraits(
     images = _paint([(parameters, pose)], scenes, draws, PICTURE_SIZE)
     captions = []
     for k, scene in enumerate(scenes):
-        told = float(draws[k, 27]) < describe
-        who = describe_person(parameters[k], float(draws[k, 26])) if told else "a person"
+        described = float(draws[k, 27]) < describe
+        who = describe_person(parameters[k], float(draws[k, 26])) if described else "a person"
         captions.append(scene.caption(who))
     points, boxes = keypoints(parameters, pose), face_box(parameters, pose)
     return Pictures(images, scenes, captions, points[:, None], boxes[:, None])
@@ -236,7 +236,7 @@ def _paint(
 ) -> Tensor:
     count = len(scenes)
     generator = torch.Generator().manual_seed(int(draws[0, 14] * 2**30))
-    stage = Stage(
+    backdrop = Backdrop(
         look=torch.tensor([LOOKS.index(s.look) for s in scenes]),
         background=torch.tensor([list(BACKGROUNDS).index(s.background) for s in scenes]),
         pattern=torch.tensor([PATTERNS.index(s.pattern) for s in scenes]),
@@ -244,8 +244,8 @@ def _paint(
         noise=torch.randn(count, PICTURE_SIZE, width, generator=generator),
     )
     painter = Painter(count, PICTURE_SIZE, width)
-    draw_stage(painter, stage)
-    cartoon = stage.look == LOOKS.index("cartoon")
+    draw_backdrop(painter, backdrop)
+    cartoon = backdrop.look == LOOKS.index("cartoon")
     for parameters, pose in people:
         draw_person(painter, parameters, pose, cartoon)
-    return finish(painter, stage).permute(0, 2, 3, 1)
+    return finish(painter, backdrop).permute(0, 2, 3, 1)

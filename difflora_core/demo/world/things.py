@@ -22,14 +22,14 @@ TAUGHT_DISTANCE = 0.3
 class Looks:
     """How B things look.
 
-    `paint`: (B, 2, 3) colours of the thing and of its mark, equal when it has no mark; `plain`:
-    name of the first colour; `said`: what the caption says of them; `marked`: B truth values.
+    `paint`: (B, 2, 3) colours of the thing and of its accent, equal when it has none; `plain`:
+    name of the first colour; `said`: what the caption says of them; `accented`: B truth values.
     """
 
     paint: Tensor
     plain: list[str]
     said: list[str]
-    marked: list[bool]
+    accented: list[bool]
 
 
 def random_looks(count: int, generator: torch.Generator) -> Looks:
@@ -52,7 +52,7 @@ def random_looks(count: int, generator: torch.Generator) -> Looks:
 
 def _unnamed(generator: torch.Generator) -> Tensor:
     """Any two colours (2, 3) but those of the concepts."""
-    taught = torch.tensor([(c.main, c.mark) for c in KNOWN])
+    taught = torch.tensor([(c.main, c.accent) for c in KNOWN])
     while True:
         paint = torch.rand(2, 3, generator=generator)
         if not bool(((taught - paint).norm(dim=-1).amax(-1) < TAUGHT_DISTANCE).any()):
@@ -96,12 +96,14 @@ def draw_things(
     for own in kinds:
         looks = random_looks(count, generator)
         paints.append(looks.paint)
-        for marked in (True, False):
+        for accented in (True, False):
             shown = [
-                replace(s, item=kind if two == marked else "none", item_colour=plain)
-                for s, kind, plain, two in zip(scenes, own, looks.plain, looks.marked, strict=True)
+                replace(s, item=kind if two == accented else "none", item_colour=plain)
+                for s, kind, plain, two in zip(
+                    scenes, own, looks.plain, looks.accented, strict=True
+                )
             ]
-            layers.append((shown, looks.paint if marked else None))
+            layers.append((shown, looks.paint if accented else None))
         captions = [
             caption + (f", {_phrase(kind, said)}" if kind != "none" else "")
             for caption, kind, said in zip(captions, own, looks.said, strict=True)

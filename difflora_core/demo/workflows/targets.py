@@ -1,4 +1,4 @@
-"""The two worlds that every workflow file comes for: the shipped demo, and full-size SDXL."""
+"""The two targets that every workflow is written for: the shipped demo, and full-size SDXL."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ Put your own picture into every **Load Image**; the drawn ones only hold the pla
 
 
 @dataclass(frozen=True)
-class World:
+class Target:
     """What differs between the two.
 
     `name`: demo or sdxl. `width`, `height`: of a portrait. `sampler`: widgets of KSampler.
@@ -67,15 +67,15 @@ class World:
     about: str
 
     def file(self, workflow: str) -> str:
-        """Name of a workflow's file in this world, without suffix."""
+        """Name of a workflow's file for this target, without suffix."""
         return f"{workflow}_demo" if self.name == "demo" else f"sdxl_{workflow}"
 
     def pick(self, demo: Any, sdxl: Any) -> Any:
-        """What fits this world."""
+        """What fits this target."""
         return demo if self.name == "demo" else sdxl
 
 
-DEMO = World(
+DEMO = Target(
     "demo",
     64,
     64,
@@ -83,7 +83,7 @@ DEMO = World(
     6,
     DEMO_NOTE,
 )
-SDXL = World(
+SDXL = Target(
     "sdxl",
     832,
     1216,
@@ -93,31 +93,31 @@ SDXL = World(
 )
 
 
-def concept_world(world: World) -> World:
-    """The same world for workflows of taught words, which need no DiffLoRA model."""
-    return world if world.name == "demo" else replace(world, about=SDXL_CONCEPT_NOTE)
+def concept_target(target: Target) -> Target:
+    """The same target for workflows of taught words, which need no DiffLoRA model."""
+    return target if target.name == "demo" else replace(target, about=SDXL_CONCEPT_NOTE)
 
 
-class Studio:
-    """The steps that most workflows share, on one graph in one world.
+class WorkflowBuilder:
+    """The steps that most workflows share, on one graph for one target.
 
     `words`: the demo base reads word by word, as taught words need.
     """
 
     def __init__(
-        self, graph: Graph, world: World, about: str, control: bool = False, words: bool = False
+        self, graph: Graph, target: Target, about: str, control: bool = False, words: bool = False
     ) -> None:
-        self.graph, self.world, self.words = graph, world, words
+        self.graph, self.target, self.words = graph, target, words
         files = {folder: name for folder, (name, _) in SDXL_FILES.items()}
         more = "- `models/controlnet/{controlnet}`\n" if control else ""
         facts = {**files, "faces": SDXL_FACES, "model": SDXL_MODEL}
-        tail = world.pick(world.about, world.about.replace("{more}\n", more).format(**facts))
+        tail = target.pick(target.about, target.about.replace("{more}\n", more).format(**facts))
         graph.note(about.strip() + "\n" + tail)
 
     def load(self, column: int = 0, control: bool = False) -> None:
         """The loaders; afterwards `model`, `clip`, `vae` and the rest are outputs."""
         add, demo = self.graph.add, self.load_base(column)
-        if self.world.name == "demo":
+        if self.target.name == "demo":
             self.clip_vision, self.faces = demo["CLIP_VISION"], demo["FACEANALYSIS"]
             self.difflora = demo["DIFFLORA_MODEL"]
             if control:
@@ -136,7 +136,7 @@ class Studio:
 
     def load_base(self, column: int = 0) -> Node:
         """The base model alone: `model`, `clip` and `vae`."""
-        if self.world.name == "demo":
+        if self.target.name == "demo":
             base = self.graph.add("DiffLoRA_LoadDemo", column, word_by_word=self.words)
         else:
             file = self._file("checkpoints")
@@ -201,7 +201,7 @@ class Studio:
             base_model=self.model,
         )
 
-    def dress(self, lora: Out, column: int = 0, strength: float = 1.0, title: str = "") -> Out:
+    def apply_lora(self, lora: Out, column: int = 0, strength: float = 1.0, title: str = "") -> Out:
         """The model with a LoRA on it."""
         loader = self.graph.add(
             "LoraModelLoader",
@@ -216,8 +216,8 @@ class Studio:
 
     def prompts(self, column: int, demo: str, sdxl: str) -> tuple[Out, Out]:
         """The positive and the negative prompt, encoded."""
-        add, negative = self.graph.add, self.world.pick("", "blurry, deformed, watermark")
-        text = self.world.pick(demo, sdxl)
+        add, negative = self.graph.add, self.target.pick("", "blurry, deformed, watermark")
+        text = self.target.pick(demo, sdxl)
         first = add("CLIPTextEncode", column, title="Prompt", clip=self.clip, text=text)
         second = add(
             "CLIPTextEncode", column, title="Negative prompt", clip=self.clip, text=negative
@@ -226,8 +226,8 @@ class Studio:
 
     def canvas(self, column: int, batch: int = 1, wide: int = 1) -> Out:
         """An empty picture, `wide` times as wide as high when it is not 1."""
-        height = self.world.pick(64, 832 if wide > 1 else self.world.height)
-        width = height * wide if wide > 1 else self.world.width
+        height = self.target.pick(64, 832 if wide > 1 else self.target.height)
+        width = height * wide if wide > 1 else self.target.width
         empty = self.graph.add(
             "EmptyLatentImage", column, width=width, height=height, batch_size=batch
         )
@@ -254,14 +254,14 @@ class Studio:
             latent_image=latent,
             seed=seed,
             denoise=denoise,
-            **self.world.sampler,
+            **self.target.sampler,
         )
         decoded = self.graph.add("VAEDecode", column, samples=sampler["LATENT"], vae=self.vae)
         return decoded["IMAGE"]
 
     def save(self, column: int, pictures: Out, name: str, title: str = "") -> None:
         """Save pictures; small ones enlarged, pixel by pixel."""
-        add, zoom = self.graph.add, self.world.zoom
+        add, zoom = self.graph.add, self.target.zoom
         if zoom > 1:
             larger = add(
                 "ImageScaleBy",
@@ -290,7 +290,7 @@ class Studio:
             variants=variants,
             labels="\n".join(labels),
             columns=columns,
-            side=self.world.pick(GRID_SIDE, 512),
+            side=self.target.pick(GRID_SIDE, 512),
             **rest,
         )
         return node["IMAGE"]
