@@ -1,22 +1,29 @@
 """The list of nodes."""
 
+from importlib import import_module
+
 from comfy_api.latest import ComfyExtension, io
 
+from ..difflora_core.methods.registry import METHODS
 from . import (
     concepts,
     demo,
     difflora,
     evaluation,
     features,
-    infusion,
     latents,
     library,
     loaders,
     lora_tools,
     model_paths,
-    perfusion,
-    placing,
 )
+
+
+def method_nodes() -> list[type[io.ComfyNode]]:
+    """`NODES` of the file of every method; a method's file has the method's name."""
+    modules = [import_module(f".{name}", __package__) for name in METHODS]
+    return [node for module in modules for node in module.NODES]
+
 
 NODES: list[type[io.ComfyNode]] = [
     demo.LoadDemo,
@@ -39,15 +46,12 @@ NODES: list[type[io.ComfyNode]] = [
     library.AddToLibrary,
     library.ListLibrary,
     library.PickFromLibrary,
-    placing.LoRAToHook,
-    placing.ApplyLoRA,
     evaluation.CompareIdentities,
     evaluation.CompareGrid,
     concepts.BuildCovariance,
-    perfusion.TrainPerfusionConcept,
-    infusion.TrainInfusionConcept,
+    *method_nodes(),
     concepts.LoadConcept,
-    perfusion.ApplyConcept,
+    concepts.ApplyConcept,
     concepts.ExportConceptLoRA,
 ]
 

@@ -1,15 +1,22 @@
-"""Around concepts of any method: load a word, build what training needs, export a plain LoRA."""
+"""Around concepts of any method: load and apply one, build what training needs, export a LoRA."""
 
 import torch
 from comfy_api.latest import io, ui
 
 from ..difflora_core.lora.formats.state_dict import to_state_dict
-from ..difflora_core.methods.perfusion import concept_lora
-from ..difflora_core.storage.adapter_file import read_concept
+from ..difflora_core.methods.base import (
+    AppliedAdaptation,
+    ConceptMethod,
+    has_setting,
+    with_settings,
+)
+from ..difflora_core.methods.registry import METHODS, method
+from ..difflora_core.storage.adapter_file import read_adaptation
 from . import model_paths, sockets
-from .host import adapters as concept_host
-from .host import text as concept_text
-from .host import training as concept_training
+from .host import covariance as host_covariance
+from .host.adapters import Link, with_link
+from .host.base import projector
+from .host.text import prepare, teach
 
 CATEGORY = "DiffLoRA/concepts"
 
@@ -25,12 +32,12 @@ class BuildCovariance(io.ComfyNode):
             category=CATEGORY,
             description="Learns once for a CLIP how ordinary language uses it, from thousands of "
             "captions made on the spot. Training a concept needs it; it is kept as a file.",
-            search_aliases=["perfusion", "covariance", "C inverse", "concept training"],
+            search_aliases=[*METHODS, "covariance", "C inverse", "concept training"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The CLIP of the base model you train on."),
                 io.Combo.Input(
                     "captions",
-                    options=list(concept_training.CAPTION_WORLDS),
+                    options=list(host_covariance.CAPTION_WORLDS),
                     default="general",
                     tooltip="general for SDXL; demo for the demo world with its small vocabulary.",
                 ),
@@ -72,8 +79,8 @@ class BuildCovariance(io.ComfyNode):
     @classmethod
     def execute(cls, clip, captions, count, file_name, ridge, rebuild):
         path = model_paths.new_file(model_paths.COVARIANCES, file_name)
-        request = concept_training.CovarianceRequest(captions, count, ridge, rebuild)
-        covariance = concept_training.covariance_for(clip, path, request)
+        request = host_covariance.CovarianceRequest(captions, count, ridge, rebuild)
+        covariance = host_covariance.covariance_for(clip, path, request)
         report = (
             f"{covariance.tokens} tokens, width {covariance.dim}, condition number "
             f"{covariance.condition_number:.2g}"
@@ -93,7 +100,7 @@ class LoadConcept(io.ComfyNode):
             description="Loads a trained concept from models/difflora_concepts. Write its word in "
             "the ordinary CLIP Text Encode, connected to this node's CLIP; Apply Concept gives it "
             "its look.",
-            search_aliases=["perfusion", "infusion", "load embedding", "concept"],
+            search_aliases=[*METHODS, "load embedding", "concept"],
             inputs=[
                 io.Combo.Input(
                     "concept_name",
@@ -124,9 +131,152 @@ class LoadConcept(io.ComfyNode):
 
     @classmethod
     def execute(cls, concept_name, clip):
-        concept = read_concept(model_paths.concept_file(concept_name))
-        prepared, taught = concept_text.prepare(concept, clip), concept_text.teach(clip, concept)
-        return io.NodeOutput(prepared, taught, concept.word, concept.superclass)
+        adaptation = read_adaptation(model_paths.concept_file(concept_name))
+        prepared, clip = prepare(adaptation, clip), teach(clip, adaptation)
+        word = adaptation.word
+        names = (word.word, word.superclass) if word else ("", "")
+        return io.NodeOutput(prepared, clip, *names)
+
+
+class ApplyConcept(io.ComfyNode):
+    """A concept on a model."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DiffLoRA_ApplyConcept",
+            display_name="Apply Concept",
+            category=CATEGORY,
+            description="Gives a concept its look. Bias and temperature balance likeness against "
+            "the prompt without training again; chain several of these for several concepts. The "
+            "model's weights stay as they are, so it works with LoRA, ControlNet and fp8.",
+            search_aliases=[*METHODS, "key lock", "concept strength"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model; it stays as it is for other nodes."),
+                sockets.Concept.Input("concept", tooltip="From Load Concept or a training node."),
+                *_settings(),
+                *_span(),
+                *_long_tail(),
+                io.Conditioning.Input(
+                    "superclass_prompt",
+                    optional=True,
+                    tooltip="The same prompt with the word of its kind instead of the new word, "
+                    "from CLIP Text Encode. Needed by the global lock.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        concept,
+        bias,
+        temperature,
+        strength,
+        lock,
+        start_percent,
+        end_percent,
+        combine,
+        reach,
+        superclass_prompt=None,
+    ):
+        wanted = {
+            **{"bias": bias, "temperature": temperature, "lock": lock},
+            **{"combine": combine, "reach": reach},
+        }
+        settings = with_settings(concept.adaptation, wanted)
+        prompt = None if superclass_prompt is None else superclass_prompt[0][0]
+        applied = AppliedAdaptation(concept, settings, strength, prompt)
+        link = Link(applied, start_percent, end_percent, positive_only=True)
+        return io.NodeOutput(with_link(model, link))
+
+
+def _only(setting: str) -> str:
+    """Which methods have a setting."""
+    names = [name.title() for name, kind in METHODS.items() if has_setting(kind.Config, setting)]
+    return f"({' and '.join(names)} only.)"
+
+
+def _exportable() -> str:
+    """The methods of concepts that have a form as a plain LoRA."""
+    kinds = [kind for kind in METHODS.values() if issubclass(kind, ConceptMethod)]
+    return " or ".join(kind.name.title() for kind in kinds if kind.exports_lora())
+
+
+def _settings() -> list[io.Input]:
+    """What balances a concept against the prompt."""
+    return [
+        io.Float.Input(
+            "bias",
+            default=0.6,
+            min=-2.0,
+            max=3.0,
+            step=0.01,
+            tooltip="How like the concept a word must be to get its look. Lower: more "
+            f"likeness; higher: more agreement with the prompt. {_only('bias')}",
+        ),
+        io.Float.Input(
+            "temperature",
+            default=0.15,
+            min=0.01,
+            max=10.0,
+            step=0.01,
+            tooltip=f"Softness of that choice. {_only('temperature')}",
+        ),
+        io.Float.Input(
+            "strength",
+            default=1.0,
+            min=0.0,
+            max=2.0,
+            step=0.01,
+            tooltip="0 leaves the model alone, 1 is the whole concept.",
+        ),
+        io.Combo.Input(
+            "lock",
+            options=["none", "local", "global"],
+            default="local",
+            tooltip="Where the concept may appear. local: where its kind (cat, hat) would; "
+            "global: the whole layout follows the prompt with that word, which must be "
+            f"connected as superclass_prompt; none: as the new word likes. {_only('lock')}",
+        ),
+    ]
+
+
+def _span() -> list[io.Input]:
+    """When the concept acts."""
+    return [
+        _percent("start_percent", 0.0, "From which share of the steps on it acts."),
+        _percent("end_percent", 1.0, "Up to which share of the steps it acts."),
+    ]
+
+
+def _long_tail() -> list[io.Input]:
+    """What is seldom needed."""
+    return [
+        io.Combo.Input(
+            "combine",
+            options=["approximate", "exact"],
+            default="approximate",
+            advanced=True,
+            tooltip="Several concepts: exact keeps those apart that resemble each other.",
+        ),
+        _reach(
+            "How many tokens around its word a concept acts on: -1 all, 0 the word alone. "
+            f"{_only('reach')}"
+        ),
+    ]
+
+
+def _percent(name: str, default: float, tooltip: str) -> io.Input:
+    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip)
+
+
+def _reach(tooltip: str, optional: bool = False) -> io.Input:
+    return io.Int.Input(
+        "reach", default=-1, min=-1, max=512, optional=optional, advanced=True, tooltip=tooltip
+    )
 
 
 class ExportConceptLoRA(io.ComfyNode):
@@ -138,10 +288,11 @@ class ExportConceptLoRA(io.ComfyNode):
             node_id="DiffLoRA_ExportConceptLoRA",
             display_name="Export Concept as LoRA",
             category=CATEGORY,
-            description="A Perfusion concept as a rank-one LoRA for programs that know no gate. "
+            description=f"A {_exportable()} concept as a rank-one LoRA for programs that know no "
+            "gate. "
             "Without its gate it leaks onto neighbouring words: use it at 0.6 to 0.8. The word "
             "itself is not part of a LoRA; outside of this pack write the word of its kind.",
-            search_aliases=["perfusion", "convert concept", "concept to lora"],
+            search_aliases=[*METHODS, "convert concept", "concept to lora"],
             inputs=[
                 io.Model.Input("model", tooltip="The base model that the LoRA is for."),
                 sockets.Concept.Input("concept", tooltip="From Load Concept or a training node."),
@@ -158,6 +309,6 @@ class ExportConceptLoRA(io.ComfyNode):
     @classmethod
     def execute(cls, model, concept, lock_keys):
         with torch.no_grad():
-            project = concept_host.projector(model, concept.concept)
-            weights = concept_lora(concept, project, lock_keys)
+            project = projector(model, concept.adaptation)
+            weights = method(concept.adaptation.method).as_lora(concept, project, lock_keys)
         return io.NodeOutput(to_state_dict(weights, "kohya_ldm"))

@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io
 
-from ..difflora_core.training.infusion import InfusionTraining, train_infusion
-from .host import training as concept_training
+from ..difflora_core.training.infusion import InfusionObjective, InfusionTraining
+from .host import training
 from .host.training_request import TrainingRequest
 
 CATEGORY = "DiffLoRA/concepts"
@@ -23,10 +23,10 @@ class TrainInfusionConcept(io.ComfyNode):
             "Stopping keeps the best so far; queueing again goes on.",
             search_aliases=["infusion", "perfusion", "train concept", "value residual"],
             inputs=[
-                *concept_training.picture_sockets(),
-                *concept_training.word_widgets(),
+                *training.picture_sockets(),
+                *training.word_widgets(),
                 io.Int.Input("steps", default=500, min=1, max=20_000, tooltip="Training steps."),
-                *concept_training.training_widgets(),
+                *training.training_widgets(),
                 io.Float.Input(
                     "learning_rate",
                     default=0.01,
@@ -36,10 +36,10 @@ class TrainInfusionConcept(io.ComfyNode):
                     advanced=True,
                     tooltip="Learning rate of the look.",
                 ),
-                io.Mask.Input("masks", optional=True, tooltip=concept_training.MASKS),
-                concept_training.training_guidance(),
+                io.Mask.Input("masks", optional=True, tooltip=training.MASKS),
+                training.training_guidance(),
             ],
-            outputs=concept_training.training_outputs(),
+            outputs=training.training_outputs(),
         )
 
     @classmethod
@@ -66,6 +66,9 @@ class TrainInfusionConcept(io.ComfyNode):
         rates = {"learning_rate": learning_rate, "guidance": guidance}
         config = InfusionTraining(steps=steps, batch=batch_size, seed=seed, **rates)
         request = TrainingRequest(word, superclass, prompts, file_name, mirror, small_file)
-        parts = concept_training.Parts(model, clip, vae, images, covariance, masks)
-        concepts, clip, report = concept_training.train(train_infusion, config, request, parts)
+        parts = training.Parts(model, clip, vae, images, covariance, masks)
+        concepts, clip, report = training.train(InfusionObjective, config, request, parts)
         return io.NodeOutput(concepts[0], clip, report)
+
+
+NODES = [TrainInfusionConcept]

@@ -20,7 +20,7 @@ Condition = io.Custom("DIFFLORA_CONDITION")
 Latent = io.Custom("DIFFLORA_LATENT")
 """models.lae.autoencoder.LoRALatent"""
 Concept = io.Custom("DIFFLORA_CONCEPT")
-"""methods.perfusion.PreparedConcept"""
+"""methods.base.PreparedAdaptation"""
 Covariance = io.Custom("DIFFLORA_COVARIANCE")
 """text.covariance.Covariance"""
 FaceAnalysis = io.Custom("FACEANALYSIS")

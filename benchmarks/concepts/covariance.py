@@ -14,14 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from difflora_core.adapters.perfusion import SigmoidGate
+from difflora_core.adapters.token_gate import SigmoidGate
 from difflora_core.demo import paths
 from difflora_core.demo.networks.concept_text import demo_concept_text
 from difflora_core.demo.world.concepts import CONCEPTS
 from difflora_core.evaluation.report import Report
 from difflora_core.text.captions import captions
 from difflora_core.text.covariance import RIDGE, Covariance, build_covariance
-from difflora_core.text.new_words import ConceptText, superclass_token, word_encoding
+from difflora_core.text.encoders import TextEncoders
+from difflora_core.text.new_words import superclass_token, word_encoding
 
 from ..command import (
     benchmark_console,
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def table(text: ConceptText, counts: Sequence[int]) -> dict[str, dict[str, float]]:
+def table(text: TextEncoders, counts: Sequence[int]) -> dict[str, dict[str, float]]:
     """One row for each number of captions: means over the selections."""
     probes = make_probes(text)
     reference = build_covariance(text, captions(max(counts), "demo", REFERENCE_SEED))
@@ -111,7 +112,7 @@ def compare(covariance: Covariance, reference: Covariance, probes: Probes) -> di
 
 
 @torch.no_grad()
-def make_probes(text: ConceptText) -> Probes:
+def make_probes(text: TextEncoders) -> Probes:
     """Words of the demo world's kinds in prompts that no caption world makes."""
     kinds = list(dict.fromkeys(concept.kind for concept in CONCEPTS))
     directions, encodings, own = [], [], []

@@ -14,7 +14,7 @@ from difflora_core.adapters.base import AdapterSet
 from difflora_core.adapters.lora import lora_adapter_set
 from difflora_core.config import Config
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
-from difflora_core.text.new_words import EncodedPrompts, WordEmbedding
+from difflora_core.text.encoders import EncodedPrompts, WordEmbedding
 from difflora_core.training.adaptation_run import adaptation_loop, masked_loss
 from difflora_core.training.concept_task import ConceptTask
 from difflora_core.training.loop import LoopConfig

@@ -7,7 +7,7 @@ Blending is done once for all methods, in ``attach``. With layer f, strength s a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,15 +36,6 @@ class LayerAdapter(Protocol):
         """New weight (out, in) with the same effect, or None when it depends on the input."""
         del weight
         return None
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Everything needed to rebuild the adapter."""
-        ...
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor]) -> LayerAdapter:
-        """Adapter from the tensors of ``state_dict``."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)

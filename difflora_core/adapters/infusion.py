@@ -7,35 +7,15 @@ super-class word's embedding, so the prompt's own keys already are the super-cla
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import torch
 from torch import Tensor
 
-from ..errors import ConfigError, LayoutError
-from .base import LayerAdapter
-from .perfusion import ConceptMatcher, GatedConcept
-
-
-class TokenGate:
-    """1 at similarities of at least `threshold`, else 0: a gate that switches.
-
-    Args:
-        threshold: similarity from which a token can be the concept's, above 0.
-    """
-
-    def __init__(self, threshold: float = 0.7) -> None:
-        if not 0.0 < threshold <= 3.0:
-            raise ConfigError(f"The threshold must lie in 0 to 3, got {threshold}.")
-        self.threshold = threshold
-
-    def __call__(self, similarity: Tensor) -> Tensor:
-        """Gate of similarities, same shape."""
-        return (similarity >= self.threshold).to(similarity)
+from ..errors import LayoutError
+from .base import LayerAdapter, Strength
+from .token_gate import ConceptMatcher, GatedConcept, TokenGate
 
 
 def token_concept(
-    direction: Tensor, covector: Tensor, threshold: float = 0.7, strength: float = 1.0
+    direction: Tensor, covector: Tensor, threshold: float, strength: Strength = 1.0
 ) -> GatedConcept:
     """A concept that acts on its own token alone, see `first_match`.
 
@@ -43,7 +23,7 @@ def token_concept(
         direction: (in,), see `GatedConcept`.
         covector: (in,).
         threshold: least similarity of that token.
-        strength: 0 leaves the model alone.
+        strength: 0 leaves the model alone; one number, or one for each sample (B,).
     """
     return GatedConcept(direction, covector, direction, TokenGate(threshold), strength, reach=0)
 
@@ -72,24 +52,3 @@ class InfusionValueAdapter(LayerAdapter):
                 f"gives {y.shape[-1]}. Use the base model it was trained on."
             )
         return self.matcher(x).added(y, self.residuals)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Tensors of the concepts and the ``residuals`` of this layer."""
-        concepts = self.matcher.concepts
-        gates = [c.gate.threshold if isinstance(c.gate, TokenGate) else 0.7 for c in concepts]
-        return {
-            "direction": torch.stack([c.direction for c in concepts]),
-            "covector": torch.stack([c.covector for c in concepts]),
-            "settings": torch.tensor(
-                [(gate, c.strength) for gate, c in zip(gates, concepts, strict=True)],
-                dtype=torch.float64,
-            ),
-            "residuals": self.residuals,
-        }
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor]) -> InfusionValueAdapter:
-        """Adapter from the tensors of ``state_dict``."""
-        rows = zip(state["direction"], state["covector"], state["settings"].tolist(), strict=True)
-        concepts = [token_concept(i, c, *numbers) for i, c, numbers in rows]
-        return cls(ConceptMatcher(concepts), state["residuals"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -74,16 +72,6 @@ class LoRAAdapter(LayerAdapter):
         down = layer.down.to(weight.device, dtype)
         up = layer.up.to(weight.device, dtype)
         return (weight.to(dtype) + layer.scaling * (up @ down)).to(weight.dtype)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Tensors ``lora_down``, ``lora_up``, ``alpha``."""
-        alpha = torch.tensor(self.layer.alpha, dtype=torch.float64)
-        return {"lora_down": self.layer.down, "lora_up": self.layer.up, "alpha": alpha}
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor]) -> LoRAAdapter:
-        """Adapter from the tensors of ``state_dict``."""
-        return cls(LoRALayer(state["lora_down"], state["lora_up"], float(state["alpha"])))
 
 
 def lora_adapter_set(weights: LoRAWeights) -> AdapterSet:

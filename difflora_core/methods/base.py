@@ -1,56 +1,303 @@
-"""The Method protocol and the request it answers."""
+"""What every method has in common: the record of what was trained, and the way to apply it.
+
+A method is an adapter (adapters/), a file here, a recipe (training/), node texts (nodes/), all of
+the same stem, and a line in the registry. Everything else goes through these records.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 
-from ..adapters.base import AdapterSet
-from ..errors import ConfigError
-from ..vision.features import ImageFeatures
+from ..adapters.base import AdapterSet, Strength
+from ..config import Config
+from ..errors import ConfigError, LayoutError
+from ..lora.weights import LoRAWeights
+from ..text.new_words import LearnedWord
+
+Facts = Mapping[str, str | int | float]
+Settings = TypeVar("Settings", bound=Config)
 
 
 @dataclass(frozen=True, eq=False)
-class AdaptationRequest:
-    """What a method is asked for; a method ignores what it has no use for (ours).
+class TrainedAdaptation:
+    """What training leaves, and what an adapter file holds; the same for all methods (ours).
 
     Args:
-        features: photos of one person, for methods that work from photos.
-        seed: of the variant to draw, 0 to 2**64 - 1.
-        variation: False takes the single best guess, True samples a variant.
-        steps: sampling steps.
-        guidance_scale: 1 follows the photos, above 1 exaggerates them.
-        strength: of the adaptation, 1 as trained.
-        gate_override: (2,) weights of face and image features; NaN keeps the learned one.
-        callback: called as `callback(step, total, latent)`; may raise to interrupt.
+        method: name of the method, see `registry.METHODS`.
+        base: name of the base model family.
+        settings: the method's `Config`: how it is applied unless somebody asks otherwise.
+        shared: tensors that all layers share, by name.
+        layers: layer name to its tensors, by name.
+        word: the word that it is called by, if it has one.
+        facts: free facts about its making, texts and numbers.
 
     Raises:
-        ConfigError: the strength is not between -10 and 10.
+        LayoutError: no layer, or values that are not finite.
     """
 
-    features: ImageFeatures | None = None
-    seed: int = 0
-    variation: bool = False
-    steps: int = 20
-    guidance_scale: float = 1.0
-    strength: float = 1.0
-    gate_override: Tensor | None = None
-    callback: Callable[[int, int, Tensor], None] | None = None
+    method: str
+    base: str
+    settings: Config
+    shared: Mapping[str, Tensor]
+    layers: Mapping[str, Mapping[str, Tensor]]
+    word: LearnedWord | None = None
+    facts: Facts = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not -10.0 <= self.strength <= 10.0:
-            raise ConfigError(f"Strength must lie in -10 to 10; got {self.strength}.")
+        own = [tensor for tensors in self.layers.values() for tensor in tensors.values()]
+        if not self.layers or not all(self.layers.values()):
+            raise LayoutError(f"{self.title} changes no layer.")
+        if not all(bool(torch.isfinite(t).all()) for t in [*self.shared.values(), *own]):
+            raise LayoutError(f"{self.title} holds values that are not finite.")
+
+    @property
+    def title(self) -> str:
+        """Its name in messages."""
+        return f"The concept {self.word.word}" if self.word else f"This {self.method} adaptation"
+
+    def to(self, *target: torch.dtype | torch.device | str) -> TrainedAdaptation:
+        """The same with its tensors on another device or of another dtype; its word stays."""
+
+        def moved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: _moved(tensor, target) for name, tensor in tensors.items()}
+
+        layers = {layer: moved(tensors) for layer, tensors in self.layers.items()}
+        return replace(self, shared=moved(self.shared), layers=layers)
 
 
-class Method(Protocol):
-    """A way to adapt a base model: a name, a configuration, and adapters for a request."""
+def _moved(tensor: Tensor, targets: Sequence[torch.dtype | torch.device | str]) -> Tensor:
+    for target in targets:
+        tensor = tensor.to(target)
+    return tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedAdaptation:
+    """An adaptation together with what the live text encoders say of its word's kind.
+
+    Args:
+        adaptation: from a file or from training.
+        superclass: (d,) encoding of the super-class word, recomputed and never stored; None where
+            there is no word.
+    """
+
+    adaptation: TrainedAdaptation
+    superclass: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> PreparedAdaptation:
+        """The same with its tensors on another device."""
+        here = None if self.superclass is None else self.superclass.to(device)
+        return PreparedAdaptation(self.adaptation.to(device), here)
+
+
+@dataclass(frozen=True, eq=False)
+class AppliedAdaptation:
+    """An adaptation as it is applied.
+
+    Args:
+        prepared: what was trained.
+        settings: the method's `Config`.
+        strength: 0 leaves the model alone, 1 is as trained; or one for each sample (B,).
+        superclass_prompt: (1, L, d) the prompt with the super-class word, if settings ask for it.
+    """
+
+    prepared: PreparedAdaptation
+    settings: Config
+    strength: Strength = 1.0
+    superclass_prompt: Tensor | None = None
+
+    @property
+    def adaptation(self) -> TrainedAdaptation:
+        """What was trained."""
+        return self.prepared.adaptation
+
+
+class Method(ABC):
+    """A way to adapt a base model; a class without instances.
+
+    `name`: in files, and the stem of its files. `Config`: its settings when it is applied.
+    """
 
     name: ClassVar[str]
-    Config: ClassVar[type[Any]]
+    Config: ClassVar[type[Config]]
 
-    def adapters(self, request: AdaptationRequest) -> AdapterSet:
-        """Returns the adapters that answer the request."""
-        ...
+    @classmethod
+    @abstractmethod
+    def check(cls, adaptation: TrainedAdaptation) -> None:
+        """Refuse tensors that this method does not have, or that do not fit each other.
+
+        Raises:
+            LayoutError: it says which.
+        """
+
+    @classmethod
+    def restored(cls, adaptation: TrainedAdaptation) -> TrainedAdaptation:
+        """A checked adaptation from a file, with what rounding has disturbed put right."""
+        return adaptation
+
+    @classmethod
+    @abstractmethod
+    def layer_sizes(cls, adaptation: TrainedAdaptation) -> dict[str, tuple[int, int]]:
+        """Layer to the (in, out) features that the adaptation was made for."""
+
+    @classmethod
+    @abstractmethod
+    def adapters(cls, applied: Sequence[AppliedAdaptation]) -> AdapterSet:
+        """Adapters of adaptations of this method that follow one another on a model.
+
+        Raises:
+            ConfigError, LayoutError: they cannot be together.
+        """
+
+    @classmethod
+    def as_lora(
+        cls,
+        prepared: PreparedAdaptation,
+        project: Callable[[str, Tensor], Tensor],
+        lock_keys: bool = True,
+    ) -> LoRAWeights:
+        """The adaptation as a plain LoRA, as nearly as it can be one.
+
+        Args:
+            prepared: what was trained.
+            project: layer name and encodings (n, in) to what that layer makes of them (n, out).
+            lock_keys: keep the layout of the super-class word, where a method can.
+
+        Raises:
+            ConfigError: it depends on its input, so no LoRA is like it.
+        """
+        raise ConfigError(
+            f"{prepared.adaptation.title} was trained by {cls.name}, which has no form as a plain "
+            "LoRA."
+        )
+
+    @classmethod
+    def exports_lora(cls) -> bool:
+        """True when `as_lora` is more than a refusal."""
+        return cls.as_lora.__func__ is not Method.as_lora.__func__  # type: ignore[attr-defined]
+
+
+def layout_hash(sizes: Mapping[str, tuple[int, int]]) -> str:
+    """Digest of layer names and (in, out) features: equal for adaptations of one base model."""
+    lines = sorted(f"{name} {size[0]} {size[1]}" for name, size in sizes.items())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def with_settings(adaptation: TrainedAdaptation, wanted: Mapping[str, Any]) -> Config:
+    """The settings that an adaptation came with, changed by those of `wanted` that it knows.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+    kind = type(adaptation.settings)
+    changed = {name: value for name, value in wanted.items() if has_setting(kind, name)}
+    return replace(adaptation.settings, **changed)  # type: ignore[type-var]
+
+
+class ConceptMethod(Method):
+    """A method whose adaptation is a word with a direction, and a vector for each value projection.
+
+    Tensors: `direction` i* (d,), `covector` (d,) whose product with it is 1, and for each layer
+    `values` (out,).
+    """
+
+    @classmethod
+    def check(cls, adaptation: TrainedAdaptation) -> None:
+        """Refuse other tensors than a concept's."""
+        shared, layers = adaptation.shared, adaptation.layers
+        if adaptation.word is None:
+            raise LayoutError(f"{adaptation.title} has no word, but {cls.name} needs one.")
+        other = [layer for layer, tensors in layers.items() if set(tensors) != {"values"}]
+        if set(shared) != {"direction", "covector"} or other:
+            raise LayoutError(f"{adaptation.title} does not hold the tensors of {cls.name}.")
+        vectors = [*shared.values(), *(t["values"] for t in layers.values())]
+        if any(v.ndim != 1 or not len(v) for v in vectors):
+            raise LayoutError(f"{adaptation.title} has parts that are not vectors.")
+        if shared["direction"].shape != shared["covector"].shape:
+            raise LayoutError(f"{adaptation.title} has a direction and covector that differ.")
+        if not abs(_product(shared)) > 1e-12:
+            raise LayoutError(
+                f"{adaptation.title}: its direction and covector do not belong together."
+            )
+
+    @classmethod
+    def restored(cls, adaptation: TrainedAdaptation) -> TrainedAdaptation:
+        """The same, the product of covector and direction 1 again."""
+        shared = dict(adaptation.shared)
+        shared["covector"] = shared["covector"] / _product(shared)
+        return replace(adaptation, shared=shared)
+
+    @classmethod
+    def layer_sizes(cls, adaptation: TrainedAdaptation) -> dict[str, tuple[int, int]]:
+        """Width of the text encodings, and of each layer's values."""
+        width = len(adaptation.shared["direction"])
+        return {layer: (width, len(t["values"])) for layer, t in adaptation.layers.items()}
+
+    @classmethod
+    def values(cls, applied: Sequence[AppliedAdaptation], layer: str) -> Tensor:
+        """One row (J, out) for each of several concepts."""
+        return torch.stack([part.adaptation.layers[layer]["values"] for part in applied])
+
+    @classmethod
+    def check_together(cls, applied: Sequence[AppliedAdaptation]) -> None:
+        """Refuse concepts that cannot share a model.
+
+        Raises:
+            ConfigError: none, another method's, or one word twice.
+            LayoutError: different base models or layers.
+        """
+        if not applied:
+            raise ConfigError("There is no concept to apply.")
+        concepts = [part.adaptation for part in applied]
+        for concept in concepts:
+            if concept.method != cls.name:
+                raise ConfigError(
+                    f"{concept.title} was trained by {concept.method}, not by {cls.name}."
+                )
+        words = [concept.word.word for concept in concepts if concept.word]
+        if len(set(words)) < len(words):
+            raise ConfigError(
+                f"Two concepts share the word {max(words, key=words.count)}: train or load one of "
+                "them under another word."
+            )
+        first = concepts[0]
+        for other in concepts[1:]:
+            if cls.layer_sizes(first) != cls.layer_sizes(other):
+                raise LayoutError(
+                    f"{first.title} ({first.base}) and {other.title} ({other.base}) are for "
+                    "different base models."
+                )
+
+
+def has_setting(kind: type[Config], name: str) -> bool:
+    """True when settings of this kind have a field of this name."""
+    return name in {f.name for f in fields(kind)}  # type: ignore[arg-type]
+
+
+def settings_as(kind: type[Settings], settings: Config) -> Settings:
+    """Settings, if they are those of one method.
+
+    Raises:
+        ConfigError: they are another method's.
+    """
+    if not isinstance(settings, kind):
+        raise ConfigError(f"{kind.__name__} was expected, not {type(settings).__name__}.")
+    return settings
+
+
+def unit_covector(adaptation: TrainedAdaptation) -> Tensor:
+    """A concept's covector (d,), its product with the direction exactly 1."""
+    direction, covector = adaptation.shared["direction"], adaptation.shared["covector"]
+    return covector / (covector * direction).sum()
+
+
+def _product(shared: Mapping[str, Tensor]) -> float:
+    """Of covector and direction, in float64."""
+    return float((shared["direction"].double() * shared["covector"].double()).sum())

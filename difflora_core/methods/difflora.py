@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters.base import AdapterSet
-from ..adapters.lora import lora_adapter_set
 from ..diffusion.sampler import (
     SampleSettings,
     StepCallback,
@@ -34,7 +32,6 @@ from ..models.latent_agreement import condition_gain
 from ..models.mif import IdentityCondition, MixedImageFeatures
 from ..models.predictor import LatentPredictor
 from ..vision.features import ImageFeatures
-from .base import AdaptationRequest
 
 __all__ = ["DiffLoRAConfig", "DiffLoRAModel"]
 
@@ -112,6 +109,11 @@ class DiffLoRAModel(nn.Module):
     def mean_latent(self, condition: IdentityCondition) -> LoRALatent:
         """The single best guess for each of B identities; differentiable."""
         return self.latent(self.predictor(condition))
+
+    @property
+    def has_best_guess(self) -> bool:
+        """False for a model trained on weights alone: without a predictor its guess is a sample."""
+        return self.config.preset != "paper"
 
     def latent(self, z: Tensor) -> LoRALatent:
         """Wraps autoencoder latents z (B, K, Dz) as normalised latents."""
@@ -243,26 +245,6 @@ class DiffLoRAModel(nn.Module):
     def decode(self, latent: LoRALatent) -> LoRAWeights:
         """Decodes B latents to batched LoRA weights; differentiable."""
         return self.lae.decode_weights(self.raw_latent(latent))
-
-    @torch.no_grad()
-    def adapters(self, request: AdaptationRequest) -> AdapterSet:
-        """Makes the LoRA adapters of one person (style.md 3.4).
-
-        Raises:
-            ConfigError: the request has no features.
-        """
-        if request.features is None:
-            raise ConfigError("DiffLoRA needs the features of at least one photo of the person.")
-        condition = self.condition(request.features, request.gate_override)
-        if request.variation or self.config.preset == "paper":
-            settings = SampleSettings(request.steps, request.guidance_scale)
-            latent = self.sample_latent(
-                condition, [request.seed], settings, callback=request.callback
-            )
-        else:
-            latent = self.mean_latent(condition)
-        weights = self.decode(latent).batch_item(0)
-        return lora_adapter_set(weights).scaled(request.strength)
 
 
 def _pad_photos(rows: list[Tensor], photos: int) -> Tensor:

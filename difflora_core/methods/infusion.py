@@ -6,71 +6,50 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from ..adapters.base import AdapterEntry, AdapterSet
-from ..adapters.infusion import InfusionValueAdapter, TokenGate, token_concept
-from ..adapters.perfusion import ConceptMatcher
-from ..errors import ConfigError
-from ..text.new_words import Concept
-from .base import AdaptationRequest, Method
-from .perfusion import check_together
+from ..adapters.infusion import InfusionValueAdapter, token_concept
+from ..adapters.token_gate import ConceptMatcher, TokenGate
+from ..config import Config
+from .base import AppliedAdaptation, ConceptMethod, settings_as, unit_covector
 
 
 @dataclass(frozen=True)
-class InfusionConfig:
-    """Knobs of one concept.
+class InfusionConfig(Config):
+    """Settings of one concept.
 
     Args:
-        strength: 0 to 2; 0 leaves the model alone, 1 as trained.
-        threshold: similarity from which a token can be the concept's, above 0.
+        threshold: similarity from which a token can be the concept's, 0 to 3, above 0.
 
     Raises:
         ConfigError: a value is out of range.
     """
 
-    strength: float = 1.0
     threshold: float = 0.7
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.strength <= 2.0:
-            raise ConfigError(f"The concept's strength must lie in 0 to 2, got {self.strength}.")
         TokenGate(self.threshold)
 
 
-class Infusion(Method):
-    """Value residuals at the concept's token, for one or several concepts.
-
-    Args:
-        concepts: each with its knobs.
-
-    Raises:
-        ConfigError, LayoutError: they cannot share a model, see `check_together`.
-    """
+class Infusion(ConceptMethod):
+    """Value residuals at the concept's token, for one or several concepts."""
 
     name: ClassVar[str] = "infusion"
-    Config: ClassVar[type[InfusionConfig]] = InfusionConfig
+    Config: ClassVar[type[Config]] = InfusionConfig
 
-    def __init__(self, concepts: Sequence[tuple[Concept, InfusionConfig]]) -> None:
-        check_together([concept for concept, _ in concepts], self.name)
-        self.concepts = list(concepts)
-        self.matcher = ConceptMatcher(
-            [
-                token_concept(
-                    concept.direction,
-                    concept.covector / (concept.covector * concept.direction).sum(),
-                    config.threshold,
-                    config.strength,
-                )
-                for concept, config in concepts
-            ]
+    @classmethod
+    def adapters(cls, applied: Sequence[AppliedAdaptation]) -> AdapterSet:
+        """Value adapters of every cross-attention layer."""
+        cls.check_together(applied)
+        concepts = []
+        for part in applied:
+            threshold = settings_as(InfusionConfig, part.settings).threshold
+            concept = part.adaptation
+            vectors = (concept.shared["direction"], unit_covector(concept))
+            concepts.append(token_concept(*vectors, threshold, part.strength))
+        matcher = ConceptMatcher(concepts)
+        return AdapterSet(
+            tuple(
+                AdapterEntry(layer, InfusionValueAdapter(matcher, cls.values(applied, layer)))
+                for layer in applied[0].adaptation.layers
+            )
         )
-
-    def adapters(self, request: AdaptationRequest) -> AdapterSet:
-        """Value adapters of every cross-attention layer, at the request's strength."""
-        entries = []
-        for layer in self.concepts[0][0].values:
-            residuals = torch.stack([concept.values[layer] for concept, _ in self.concepts])
-            adapter = InfusionValueAdapter(self.matcher, residuals)
-            entries.append(AdapterEntry(layer, adapter, request.strength))
-        return AdapterSet(tuple(entries))

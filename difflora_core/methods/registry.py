@@ -1,12 +1,29 @@
-"""METHODS: method name to class."""
+"""METHODS: the ways to adapt a base model, by name. A method is registered by its line here."""
 
 from __future__ import annotations
 
+from ..errors import ConfigError
 from .base import Method
-from .difflora import DiffLoRAModel
 from .infusion import Infusion
+from .lora import LoRA
 from .perfusion import Perfusion
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (DiffLoRAModel, Perfusion, Infusion)
+    LoRA.name: LoRA,
+    Perfusion.name: Perfusion,
+    Infusion.name: Infusion,
 }
+
+
+def method(name: str) -> type[Method]:
+    """The method of this name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in METHODS:
+        raise ConfigError(
+            f"The method {name!r} is not known here; known are {', '.join(METHODS)}. Update the "
+            "node pack, or install the one that brings this method."
+        )
+    return METHODS[name]

@@ -1,14 +1,19 @@
-"""Concept files: one small .safetensors for each concept. Nothing in a file is trusted.
+"""Adapter files: one small .safetensors for a trained adaptation of any method.
 
-Values of all layers lie in one tensor, in the order of the table in the metadata, as float16 or as
-8-bit integers with one scale per layer. The super-class is kept as a word: keys are recomputed from
-the base model, and C^-1 stays with the text encoders. File names of pictures are never stored.
+The tensors of all layers lie packed under their names, in the order of the table in the metadata,
+as float16 or as 8-bit integers with one scale per layer. Nothing in a file is trusted. The
+super-class is kept as a word: what depends on it is recomputed from the live text encoders. File
+names of pictures are never stored.
+
+Version 1 is what every pack since 0.1.0 reads: a word, and one vector for each value projection of
+cross-attention. Whatever else a method needs is written as version 2.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,38 +23,48 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError, LayoutError
-from ..text.new_words import METHODS, TEMPLATES, Concept
+from ..methods.base import TrainedAdaptation, layout_hash
+from ..methods.registry import method
+from ..text.new_words import TEMPLATES, LearnedWord
 from .safetensors_io import Header, read_header, write_atomic
 
-FORMAT = "difflora-concept"
-FORMAT_VERSION = 1
+FORMAT = "difflora-concept"  # named after what it held first
+VERSIONS = (1, 2)
 METADATA_KEY = "difflora_concept"
 KIND = "concept file"
-SUFFIX = ".attn2.to_v"
+SUFFIX = ".attn2.to_v"  # of every layer in version 1, left out there
+VECTOR = "values"  # the only tensor of a layer in version 1
 MAX_LAYERS = 4096
-MAX_VALUES = 2**24
+MAX_VALUES = 2**28
 MAX_ENCODERS = 8
+MAX_TENSORS = 64
+HALF = (2.0**-6, 2.0**10)  # largest entries that float16 keeps well without a scale
+
+Table = dict[str, dict[str, tuple[int, ...]]]
+"""Layer to its tensors' shapes."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """What writing did: `path`, `size` in bytes, `error` of the values (relative, Frobenius)."""
+    """What writing did: `path`, `size` in bytes, `error` of the layers (relative, Frobenius)."""
 
     path: Path
     size: int
     error: float
 
 
-def write_concept(path: str | Path, concept: Concept, int8: bool = False) -> Written:
-    """Write one concept, atomically.
+def write_adaptation(
+    path: str | Path, adaptation: TrainedAdaptation, int8: bool = False
+) -> Written:
+    """Write one adaptation, atomically.
 
     Args:
         path: file to write, ending in ``.safetensors``; its folder is made when missing.
-        concept: the concept.
-        int8: keep values as 8-bit integers with a scale for each layer: half the size.
+        adaptation: what was trained.
+        int8: keep the layers' numbers as 8-bit integers with a scale for each layer: half the size.
 
     Returns:
-        Path, size, and the error that rounding made: |stored - exact| / |exact| over all values.
+        Path, size, and the error that rounding made: |stored - exact| / |exact| over all layers.
 
     Raises:
         CheckpointError: the ending is wrong, a value is too large for float16, or the disk is full.
@@ -57,106 +72,175 @@ def write_concept(path: str | Path, concept: Concept, int8: bool = False) -> Wri
     path = Path(path)
     if path.suffix != ".safetensors":
         raise CheckpointError(f"A concept file must end in .safetensors, got {path.name}.")
-    exact = torch.cat([value.detach().cpu().double() for value in concept.values.values()])
-    tensors = {
-        "direction": concept.direction,
-        # the largest entry 1 keeps float16 exact enough; reading scales it back
-        "covector": concept.covector / concept.covector.abs().max(),
-        "probe": concept.probe.float(),
-        **{f"embedding.{k}": e for k, e in enumerate(concept.embeddings)},
+    table = {
+        layer: {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        for layer, tensors in adaptation.layers.items()
     }
-    tensors = {k: t.detach().cpu() for k, t in tensors.items()}
-    stored = {k: t if k == "probe" else t.half() for k, t in tensors.items()}
-    if int8:
-        stored |= _quantised(concept.values)
-    else:
-        stored["values"] = exact.half()
+    stored, scales = _shared_tensors(adaptation)
+    error = exact = 0.0
+    for name in _names(table):
+        own = [tensors[name] for tensors in adaptation.layers.values() if name in tensors]
+        rows = [tensor.detach().cpu().double().flatten() for tensor in own]
+        stored |= _packed(name, rows, int8)
+        kept = _unpacked(stored, name, [len(row) for row in rows])
+        lost = (k.double() - r for k, r in zip(kept, rows, strict=True))
+        error += sum(float(row.square().sum()) for row in lost)
+        exact += sum(float(row.square().sum()) for row in rows)
     if not all(bool(torch.isfinite(t).all()) for t in stored.values() if t.is_floating_point()):
-        raise CheckpointError(f"{concept.word} was not saved: a value is too large for float16.")
-    document = {
-        "format": FORMAT,
-        "version": FORMAT_VERSION,
-        "method": concept.method,
-        "word": concept.word,
-        "superclass": concept.superclass,
-        "base": concept.base,
-        "layers": {n.removesuffix(SUFFIX): len(v) for n, v in concept.values.items()},
-        "facts": dict(concept.facts),
-        "contexts": [] if concept.contexts == TEMPLATES else list(concept.contexts),
-    }
-    text = json.dumps(document, separators=(",", ":"))
+        raise CheckpointError(
+            f"{adaptation.title} was not saved: a value is too large for float16."
+        )
+    text = json.dumps(_description(adaptation, table, scales), separators=(",", ":"))
     write_atomic({k: t.contiguous() for k, t in stored.items()}, {METADATA_KEY: text}, path)
-    sizes = [len(value) for value in concept.values.values()]
-    kept = _values(stored, sizes).double()
-    error = float((kept - exact).norm() / exact.norm().clamp_min(1e-30))
-    return Written(path, path.stat().st_size, error)
+    return Written(path, path.stat().st_size, math.sqrt(error / max(exact, 1e-30)))
 
 
-def read_concept(path: str | Path) -> Concept:
-    """Read one concept; strict.
+def read_adaptation(path: str | Path) -> TrainedAdaptation:
+    """Read one adaptation; strict.
 
     Returns:
-        The concept in float32.
+        The adaptation in float32.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or no concept.
+        CheckpointError: the file is missing, damaged, no adaptation, of a later format, or of a
+            method that is not known here.
     """
     path = Path(path)
     header = read_header(path, KIND, CheckpointError)
     document = _document(path, header)
-    sizes = list(document["layers"].values())
-    _check_tensors(path, header, sizes)
+    table = _table(path, document)
+    _check_tensors(path, header, document, table)
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path.name} cannot be read: {error}.") from error
-    values = _values(tensors, sizes).split(sizes)
-    direction, covector = tensors["direction"].float(), tensors["covector"].float()
-    product = float((direction.double() * covector.double()).sum())
-    if not abs(product) > 1e-12:
-        raise CheckpointError(f"{path.name}: its direction and covector do not belong together.")
-    count = sum(name.startswith("embedding.") for name in tensors)
     try:
-        return Concept(
-            method=document["method"],
-            word=document["word"],
-            superclass=document["superclass"],
-            base=document["base"],
-            embeddings=tuple(tensors[f"embedding.{k}"].float() for k in range(count)),
-            direction=direction,
-            covector=covector / product,
-            values=dict(zip(_layer_names(document["layers"]), values, strict=True)),
-            probe=tensors["probe"].float(),
-            contexts=tuple(document["contexts"]) or TEMPLATES,
-            facts=document["facts"],
-        )
+        return _adaptation(document, table, tensors)
     except (LayoutError, ConfigError) as error:
         raise CheckpointError(f"{path.name}: {error}") from error
 
 
-def _layer_names(layers: Mapping[str, int]) -> list[str]:
-    """Full layer names of the table."""
-    return [name + SUFFIX for name in layers]
+def _adaptation(
+    document: Mapping[str, Any], table: Table, tensors: Mapping[str, Tensor]
+) -> TrainedAdaptation:
+    """The record that checked parts of a file describe."""
+    kind = method(document["method"])
+    layers: dict[str, dict[str, Tensor]] = {layer: {} for layer in table}
+    for name in _names(table):
+        own = {layer: shapes[name] for layer, shapes in table.items() if name in shapes}
+        rows = _unpacked(tensors, name, [math.prod(shape) for shape in own.values()])
+        for (layer, shape), row in zip(own.items(), rows, strict=True):
+            layers[layer][name] = row.reshape(shape)
+    shared = {
+        name: tensors[name].float() * document.get("shared_scales", {}).get(name, 1.0)
+        for name in _shared_names(tensors, table)
+    }
+    word = None
+    if document["word"]:
+        word = LearnedWord(
+            document["word"],
+            document["superclass"],
+            tuple(tensors[f"embedding.{k}"].float() for k in range(_encoders(tensors))),
+            tensors["probe"].float(),
+            tuple(document["contexts"]) or TEMPLATES,
+        )
+    settings = kind.Config.from_dict(document.get("settings", {}))
+    made = TrainedAdaptation(
+        kind.name, document["base"], settings, shared, layers, word, document["facts"]
+    )
+    kind.check(made)
+    layout = layout_hash(kind.layer_sizes(made))
+    if document.get("layout_hash", layout) != layout:
+        raise LayoutError("its layers do not match their own hash; the file was altered.")
+    return kind.restored(made)
 
 
-def _quantised(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Symmetric 8-bit integers with one scale per layer."""
+def _description(
+    adaptation: TrainedAdaptation, table: Table, scales: Mapping[str, float]
+) -> dict[str, Any]:
+    """What the metadata say: enough to rebuild everything from the tensors."""
+    word, settings = adaptation.word, adaptation.settings.to_dict()
+    plain = word is not None and all(
+        layer.endswith(SUFFIX) and [*shapes] == [VECTOR] and len(shapes[VECTOR]) == 1
+        for layer, shapes in table.items()
+    )
+    layers: dict[str, Any] = {
+        layer.removesuffix(SUFFIX): shapes[VECTOR][0] for layer, shapes in table.items() if plain
+    }
+    document = {
+        "format": FORMAT,
+        "version": 1 if plain else 2,
+        "method": adaptation.method,
+        "word": word.word if word else "",
+        "superclass": word.superclass if word else "",
+        "base": adaptation.base,
+        "layers": layers or table,
+        "facts": dict(adaptation.facts),
+        "contexts": [] if word is None or word.contexts == TEMPLATES else list(word.contexts),
+        "layout_hash": layout_hash(method(adaptation.method).layer_sizes(adaptation)),
+    }
+    optional = {"settings": settings, "shared_scales": dict(scales)}
+    return document | {name: value for name, value in optional.items() if value}
+
+
+def _shared_tensors(adaptation: TrainedAdaptation) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """What all layers share and the word's own tensors, as float16, and scales to multiply by."""
+    stored, scales = {}, {}
+    for name, tensor in adaptation.shared.items():
+        fine, largest = tensor.detach().cpu().float(), float(tensor.abs().max())
+        if largest and not HALF[0] <= largest <= HALF[1]:
+            scales[name] = largest
+            fine = fine / largest
+        stored[name] = fine.half()
+    if adaptation.word:
+        stored["probe"] = adaptation.word.probe.detach().cpu().float()
+        for k, embedding in enumerate(adaptation.word.embeddings):
+            stored[f"embedding.{k}"] = embedding.detach().cpu().half()
+    return stored, scales
+
+
+def _packed(name: str, rows: Iterable[Tensor], int8: bool) -> dict[str, Tensor]:
+    """Vectors as one tensor: float16, or symmetric 8-bit integers with one scale for each."""
+    if not int8:
+        return {name: torch.cat(list(rows)).half()}
     integers, scales = [], []
-    for value in values.values():
-        fine = value.detach().cpu().float()
-        scale = (fine.abs().max() / 127).clamp_min(1e-12)
-        integers.append((fine / scale).round().to(torch.int8))
+    for row in rows:
+        scale = (row.float().abs().max() / 127).clamp_min(1e-12)
+        integers.append((row.float() / scale).round().to(torch.int8))
         scales.append(scale)
-    return {"values": torch.cat(integers), "scales": torch.stack(scales)}
+    return {name: torch.cat(integers), _scales(name): torch.stack(scales)}
 
 
-def _values(tensors: Mapping[str, Tensor], sizes: list[int]) -> Tensor:
-    """All values (total,) float32."""
-    values = tensors["values"].float()
-    if "scales" not in tensors:
-        return values
-    return values * tensors["scales"].float().repeat_interleave(torch.tensor(sizes))
+def _unpacked(tensors: Mapping[str, Tensor], name: str, sizes: list[int]) -> tuple[Tensor, ...]:
+    """Vectors of these sizes, float32."""
+    values = tensors[name].float()
+    if _scales(name) in tensors:
+        repeats = torch.tensor(sizes)
+        values = values * tensors[_scales(name)].float().repeat_interleave(repeats)
+    return values.split(sizes)
+
+
+def _scales(name: str) -> str:
+    """Name of the tensor with the scales of another one."""
+    return "scales" if name == VECTOR else f"scales.{name}"
+
+
+def _names(table: Table) -> list[str]:
+    """Names of the layers' tensors, in order of first appearance."""
+    return list(dict.fromkeys(name for shapes in table.values() for name in shapes))
+
+
+def _encoders(names: Iterable[str]) -> int:
+    """How many text encoders a file's word has embeddings for."""
+    return sum(name.startswith("embedding.") for name in names)
+
+
+def _shared_names(names: Iterable[str], table: Table) -> list[str]:
+    """The tensors of a file that belong to no layer and to no word."""
+    packed = _names(table)
+    others = {*packed, *map(_scales, packed), "probe"}
+    return [name for name in names if name not in others and not name.startswith("embedding.")]
 
 
 def _document(path: Path, header: Header) -> dict[str, Any]:
@@ -166,51 +250,83 @@ def _document(path: Path, header: Header) -> dict[str, Any]:
         raise CheckpointError(f"{path.name} is a .safetensors file, but it holds no concept.")
     try:
         document: dict[str, Any] = json.loads(text)
-        if document["format"] != FORMAT or document["version"] != FORMAT_VERSION:
+        if document["format"] != FORMAT or document["version"] not in VERSIONS:
             raise CheckpointError(
                 f"{path.name} has format {document['format']} {document['version']}; this version "
-                f"reads {FORMAT} {FORMAT_VERSION}. Update the node pack."
+                f"reads {FORMAT} up to {VERSIONS[-1]}. Update the node pack."
             )
         words = [document[name] for name in ("method", "word", "superclass", "base")]
-        layers, facts, contexts = (document[name] for name in ("layers", "facts", "contexts"))
+        facts, contexts = document["facts"], document["contexts"]
+        scales, settings = document.get("shared_scales", {}), document.get("settings", {})
+        named = 2 if document["version"] == 1 or words[1] else 0  # a word has a super-class too
         sound = (
-            all(isinstance(word, str) and 0 < len(word) <= 200 for word in words)
-            and words[0] in METHODS
-            and isinstance(layers, dict)
-            and 0 < len(layers) <= MAX_LAYERS
-            and all(type(n) is int and 0 < n <= 2**16 for n in layers.values())
-            and sum(layers.values()) <= MAX_VALUES
+            all(isinstance(word, str) and len(word) <= 200 for word in words)
+            and all([words[0], words[3], *words[1 : 1 + named]])
             and isinstance(facts, dict)
+            and isinstance(settings, dict)
             and isinstance(contexts, list)
             and all(isinstance(context, str) for context in contexts)
+            and isinstance(scales, dict)
+            and all(type(s) in (int, float) and 0 < s < 1e30 for s in scales.values())
         )
     except (ValueError, KeyError, TypeError, RecursionError, AttributeError) as error:
         raise CheckpointError(f"{path.name}: its description is damaged ({error}).") from error
     if not sound:
         raise CheckpointError(f"{path.name}: its description makes no sense; it was altered.")
+    try:
+        method(words[0])
+    except ConfigError as error:
+        raise CheckpointError(f"{path.name} cannot be used. {error}") from error
     return document
 
 
-def _check_tensors(path: Path, header: Header, sizes: list[int]) -> None:
+def _table(path: Path, document: Mapping[str, Any]) -> Table:
+    """Layers and shapes of the description, checked."""
+    layers = document.get("layers")
+    table: Table = {}
+    if isinstance(layers, dict) and 0 < len(layers) <= MAX_LAYERS:
+        for name, entry in layers.items():
+            first = document["version"] == 1
+            layer, shapes = (name + SUFFIX, {VECTOR: [entry]}) if first else (name, entry)
+            if not isinstance(shapes, dict) or not 0 < len(shapes) <= MAX_TENSORS:
+                break
+            if not all(_is_shape(shape) for shape in shapes.values()):
+                break
+            table[layer] = {tensor: tuple(shape) for tensor, shape in shapes.items()}
+    total = sum(math.prod(shape) for shapes in table.values() for shape in shapes.values())
+    if not table or len(table) != len(layers or ()) or total > MAX_VALUES:
+        raise CheckpointError(f"{path.name}: its description makes no sense; it was altered.")
+    return table
+
+
+def _is_shape(shape: object) -> bool:
+    """True for one to four numbers from 1 to 65,536."""
+    return (
+        isinstance(shape, list)
+        and 1 <= len(shape) <= 4
+        and all(type(n) is int and 0 < n <= 2**16 for n in shape)
+    )
+
+
+def _check_tensors(path: Path, header: Header, document: Mapping[str, Any], table: Table) -> None:
     """Compare names, kinds and shapes with the description before anything is read."""
     found = dict(header.tensors)
-    count = sum(name.startswith("embedding.") for name in found)
-    expected = {"direction", "covector", "values", "probe"}
-    expected |= {f"embedding.{k}" for k in range(count)}
-    integers = found.get("values", ("", ()))[0] == "I8"
-    if integers:
-        expected.add("scales")
-    if set(found) != expected or not 0 < count <= MAX_ENCODERS:
+    packed = _names(table)
+    count = _encoders(found)
+    expected = {*packed, *_shared_names(found, table)}
+    expected |= {_scales(name) for name in packed if found.get(name, ("",))[0] == "I8"}
+    if document["word"]:
+        expected |= {"probe", *(f"embedding.{k}" for k in range(count))}
+    if set(found) != expected or (document["word"] and not 0 < count <= MAX_ENCODERS):
         wrong = sorted(set(found) ^ expected)[:3]
         raise CheckpointError(f"{path.name} does not hold the parts of a concept: {wrong}.")
-    shapes = {name: shape for name, (_, shape) in found.items()}
-    kinds = {name: kind for name, (kind, _) in found.items() if name != "values" or not integers}
-    fits = (
-        shapes["values"] == (sum(sizes),)
-        and shapes["direction"] == shapes["covector"]
-        and all(len(shape) == 1 and 0 < shape[0] <= MAX_VALUES for shape in shapes.values())
-        and (not integers or shapes["scales"] == (len(sizes),))
-        and all(kind in ("F16", "F32", "BF16") for kind in kinds.values())
-    )
+    fits = True
+    for name, (kind, shape) in found.items():
+        own = [shapes[name] for shapes in table.values() if name in shapes]
+        fits &= 0 not in shape and math.prod(shape) <= MAX_VALUES
+        fits &= kind in (("F16", "F32", "BF16", "I8") if own else ("F16", "F32", "BF16"))
+        fits &= not own or shape == (sum(math.prod(one) for one in own),)
+        rows = found.get(_scales(name))
+        fits &= rows is None or not own or rows[1] == (len(own),)
     if not fits:
         raise CheckpointError(f"{path.name}: its tensors do not fit its own description.")

@@ -1,4 +1,4 @@
-"""ConceptText over two transformers CLIP text encoders, as SDXL has them."""
+"""TextEncoders over two transformers CLIP text encoders, as SDXL has them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .new_words import EncodedPrompts, WordEmbedding, splice
+from .encoders import EncodedPrompts, WordEmbedding
+from .new_words import splice
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class ClipPairText:
     def encode(
         self, prompts: Sequence[str], words: Mapping[str, WordEmbedding], padded: bool = True
     ) -> EncodedPrompts:
-        """Encode prompts in which new words stand literally; see `ConceptText`.
+        """Encode prompts in which new words stand literally; see `TextEncoders`.
 
         Raises:
             ConfigError: a prompt is longer than the encoders read.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .new_words import ConceptText, text_probe
+from .encoders import TextEncoders, text_probe
 
 RIDGE = 1e-3  # share of the mean variance; perfusion.md 6 names 1e-4 to 1e-2
 BATCH = 64  # captions encoded at a time
@@ -155,7 +155,7 @@ class Covariance:
 
 
 def build_covariance(
-    text: ConceptText,
+    text: TextEncoders,
     captions: Sequence[str],
     ridge: float = RIDGE,
     progress: Callable[[int, int, dict[str, float]], None] | None = None,

@@ -1,18 +1,17 @@
-"""A trained concept as a record, and what a pair of text encoders must do to know a new word."""
+"""New words: what a learned word is, where words stand in a prompt, and what may be learned."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, LayoutError
+from .encoders import TextEncoders, WordEmbedding
 
-METHODS = ("perfusion", "infusion")
 WORD = re.compile(r"[A-Za-z0-9_<>\-]{1,64}")
 TEMPLATES = (
     "a photo of a {}",
@@ -27,122 +26,40 @@ TEMPLATES = (
 """Prompts in which a word's encoding is averaged, unless there are better ones; ours."""
 MAX_CONTEXTS = 8
 SLOT = "{}"
-PROBE_PROMPT = "a photo of a person with a cat on a plain background"
-PROBE_SIZE = 64
-PROBE_TOLERANCE = 0.1
-
-WordEmbedding = tuple[Tensor, ...]
-"""Token embedding of one word in each text encoder, (D_k,)."""
 
 
 @dataclass(frozen=True, eq=False)
-class EncodedPrompts:
-    """Encoded prompts and where things are in them.
+class LearnedWord:
+    """A word that a pair of text encoders has learned; the encoders themselves stay as they are.
 
     Args:
-        context: (B, L, d) of cross-attention. pooled: (B, P).
-        real: (B, L) bool, True at tokens of the text: no start, end or padding.
-        positions: new word to its token number in each prompt (B,), -1 where it does not occur.
-    """
-
-    context: Tensor
-    pooled: Tensor
-    real: Tensor
-    positions: Mapping[str, Tensor]
-
-    def at(self, word: str) -> Tensor:
-        """Encodings (n, d) at a word, of the prompts that have it."""
-        place = self.positions[word].to(self.context.device)
-        rows = torch.arange(len(place), device=place.device)[place >= 0]
-        return self.context[rows, place[rows]]
-
-
-class ConceptText(Protocol):
-    """A frozen pair of text encoders that can be taught words."""
-
-    def tokens(self, text: str) -> list[int]:
-        """Token numbers of a text, without start and end marks."""
-
-    def knows(self, word: str) -> bool:
-        """True when a word has a token of its own already."""
-
-    def embedding(self, token: int) -> WordEmbedding:
-        """Token embedding in each encoder."""
-
-    def encode(
-        self, prompts: Sequence[str], words: Mapping[str, WordEmbedding], padded: bool = True
-    ) -> EncodedPrompts:
-        """Encode prompts in which new words stand literally; gradients reach their embeddings.
-
-        Without `padded` the padding that nobody looks at may be left out, to be faster: the
-        encoders are causal, so real tokens do not depend on it.
-        """
-
-
-@dataclass(frozen=True, eq=False)
-class Concept:
-    """One trained concept; what a file holds.
-
-    Args:
-        method: "perfusion" (`values` are targets o*) or "infusion" (`values` are residuals).
-        word: the new word of prompts. superclass: one-token word of its kind.
-        base: name of the base model family.
-        embeddings: of the new word, one vector for each text encoder.
-        direction: i* (d,). covector: (d,), its product with the direction is 1.
-        values: layer of a value projection to its vector (out,).
-        probe: fingerprint of the text encoders it was trained with.
+        word: as prompts write it. superclass: one-token word of its kind.
+        embeddings: its token embedding in each text encoder, (D_k,).
+        probe: fingerprint of these text encoders, see `encoders.text_probe`.
         contexts: prompts it was trained in, `{}` standing for the word: an encoding depends on
             what stands before it, so the super-class word is encoded in the same ones.
-        facts: free facts about its making, texts and numbers.
 
     Raises:
-        LayoutError: shapes do not fit each other, or values are not finite.
-        ConfigError: an unknown method, or words that cannot be used.
+        LayoutError: parts that are not vectors, or values that are not finite.
+        ConfigError: words that cannot be used.
     """
 
-    method: str
     word: str
     superclass: str
-    base: str
     embeddings: WordEmbedding
-    direction: Tensor
-    covector: Tensor
-    values: Mapping[str, Tensor]
     probe: Tensor
     contexts: tuple[str, ...] = TEMPLATES
-    facts: Mapping[str, str | int | float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ConfigError(f"Unknown concept method {self.method!r}; {' or '.join(METHODS)}.")
         check_word(self.word)
         check_contexts(self.contexts)
         if not self.superclass.strip():
             raise ConfigError(f"The concept {self.word} names no super-class.")
-        tensors = [*self.embeddings, self.direction, self.covector, self.probe]
-        tensors += list(self.values.values())
-        if not self.values or any(t.ndim != 1 or not len(t) for t in tensors):
+        vectors = [*self.embeddings, self.probe]
+        if not self.embeddings or any(v.ndim != 1 or not len(v) for v in vectors):
             raise LayoutError(f"The concept {self.word} has parts that are not vectors.")
-        if not all(bool(torch.isfinite(t).all()) for t in tensors):
+        if not all(bool(torch.isfinite(vector).all()) for vector in vectors):
             raise LayoutError(f"The concept {self.word} holds values that are not finite.")
-        if self.covector.shape != self.direction.shape:
-            raise LayoutError(f"The concept {self.word} has a direction and covector that differ.")
-
-    def to(self, *target: torch.dtype | torch.device | str) -> Concept:
-        """Same concept with its tensors on another device or of another dtype."""
-        return Concept(
-            self.method, self.word, self.superclass, self.base,
-            tuple(_moved(e, target) for e in self.embeddings),
-            _moved(self.direction, target), _moved(self.covector, target),
-            {name: _moved(value, target) for name, value in self.values.items()},
-            _moved(self.probe, target), self.contexts, self.facts,
-        )  # fmt: skip
-
-
-def _moved(tensor: Tensor, targets: Sequence[torch.dtype | torch.device | str]) -> Tensor:
-    for target in targets:
-        tensor = tensor.to(target)
-    return tensor
 
 
 def check_word(word: str) -> None:
@@ -173,7 +90,7 @@ def check_contexts(contexts: Sequence[str]) -> None:
             )
 
 
-def check_new_word(text: ConceptText, word: str) -> None:
+def check_new_word(text: TextEncoders, word: str) -> None:
     """Refuse a word that the text encoders know.
 
     Raises:
@@ -187,7 +104,7 @@ def check_new_word(text: ConceptText, word: str) -> None:
         )
 
 
-def superclass_token(text: ConceptText, superclass: str) -> int:
+def superclass_token(text: TextEncoders, superclass: str) -> int:
     """The token of a super-class word.
 
     Raises:
@@ -225,7 +142,7 @@ def splice(
 
 @torch.no_grad()
 def word_encoding(
-    text: ConceptText, embedding: WordEmbedding, contexts: Sequence[str] = TEMPLATES
+    text: TextEncoders, embedding: WordEmbedding, contexts: Sequence[str] = TEMPLATES
 ) -> Tensor:
     """Mean encoding (d,) of a word over contexts; float32 or better.
 
@@ -236,29 +153,3 @@ def word_encoding(
     prompts = [context.replace(SLOT, marker) for context in contexts]
     encodings = text.encode(prompts, {marker: embedding}, padded=False).at(marker)
     return encodings.to(torch.promote_types(encodings.dtype, torch.float32)).mean(0)
-
-
-@torch.no_grad()
-def text_probe(text: ConceptText) -> Tensor:
-    """Fingerprint (64,) of a pair of text encoders: a few numbers of one fixed encoding."""
-    encoded = text.encode([PROBE_PROMPT], {})
-    mean = encoded.context[0][encoded.real[0].to(encoded.context.device)].float().mean(0)
-    index = torch.linspace(0, len(mean) - 1, PROBE_SIZE).round().long()
-    return mean[index.to(mean.device)].cpu()
-
-
-def check_probe(expected: Tensor, got: Tensor, what: str) -> None:
-    """Compare two fingerprints; what differs by rounding, or by a light touch, passes.
-
-    Raises:
-        ConfigError: they come from different text encoders.
-    """
-    same = expected.shape == got.shape
-    if same:
-        difference = (expected.double() - got.double()).norm() / expected.double().norm()
-        same = float(difference) <= PROBE_TOLERANCE
-    if not same:
-        raise ConfigError(
-            f"{what} was made with other text encoders than the CLIP that is connected. Use the "
-            "base model it was made for."
-        )

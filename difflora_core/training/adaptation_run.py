@@ -19,7 +19,8 @@ from ..adapters.base import AdapterSet
 from ..base_model.protocol import TextCondition, compute_device, compute_dtype
 from ..diffusion.objective import abar_at, add_noise, to_x0
 from ..errors import InterruptedTraining
-from ..text.new_words import EncodedPrompts
+from ..methods.base import Facts
+from ..text.encoders import EncodedPrompts
 from .concept_task import ConceptExamples, ConceptTask
 from .fingerprint import fingerprint
 from .loop import Batch, Hooks, LoopConfig, Stopped, train
@@ -72,7 +73,7 @@ class Objective(AdapterObjective, Protocol[Trained]):
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """A batch of `ConceptExamples.draw` to (loss, metrics)."""
 
-    def concepts(self, facts: Mapping[str, str | int | float]) -> list[Trained]:
+    def adaptations(self, facts: Facts) -> list[Trained]:
         """What was trained so far, one record for each word, with facts for its file."""
 
 
@@ -111,11 +112,11 @@ def adaptation_loop(
 class AdaptationResult(Generic[Trained]):
     """What a run left.
 
-    `concepts`: at the lowest evaluation loss; `finished`: False when it was stopped; `step`: of
+    `adaptations`: at the lowest evaluation loss; `finished`: False when it was stopped; `step`: of
     that state; `loss`: its evaluation loss.
     """
 
-    concepts: list[Trained]
+    adaptations: list[Trained]
     finished: bool
     step: int
     loss: float
@@ -175,8 +176,8 @@ def run_adaptation(
         finished, result = False, early.result
     module.to("cpu")
     step = int(result["best_step"])
-    facts: dict[str, str | int | float] = {"steps": step, "pictures": len(examples)}
-    return AdaptationResult(objective.concepts(facts), finished, step, result["validation"])
+    facts: Facts = {"steps": step, "pictures": len(examples)}
+    return AdaptationResult(objective.adaptations(facts), finished, step, result["validation"])
 
 
 def _evaluation(module: nn.Module, draw: Callable[[torch.Generator], Batch]) -> Callable[[], float]:

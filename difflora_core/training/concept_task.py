@@ -13,21 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..base_model.protocol import BaseModel, TextCondition, compute_device, compute_dtype
+from ..config import Config
 from ..diffusion.objective import stratified_timesteps
 from ..errors import ConfigError
 from ..text.covariance import Covariance
+from ..text.encoders import EncodedPrompts, TextEncoders, WordEmbedding, check_probe, text_probe
 from ..text.new_words import (
     MAX_CONTEXTS,
     TEMPLATES,
-    ConceptText,
-    EncodedPrompts,
-    WordEmbedding,
+    LearnedWord,
     check_contexts,
     check_new_word,
-    check_probe,
     find_words,
     superclass_token,
-    text_probe,
     word_encoding,
 )
 from .losses import NoisedBatch, under_guidance
@@ -38,7 +36,7 @@ TRAIN_STEPS = 1000
 
 
 @dataclass(frozen=True)
-class NewWord:
+class NewWord(Config):
     """A word to teach, the one-token word of its kind, and the prompts it is averaged in.
 
     `contexts`: as those of `prepare_task`, which count when this is empty. Words that share
@@ -193,7 +191,7 @@ class ConceptTask:
     """
 
     base: BaseModel
-    text: ConceptText
+    text: TextEncoders
     covariance: Covariance
     words: tuple[NewWord, ...]
     embeddings: tuple[WordEmbedding, ...]
@@ -237,7 +235,7 @@ class ConceptTask:
 
 def prepare_task(
     base: BaseModel,
-    text: ConceptText,
+    text: TextEncoders,
     covariance: Covariance,
     words: Sequence[NewWord],
     contexts: Sequence[str] = TEMPLATES,
@@ -283,6 +281,21 @@ def prepare_task(
         base, text, covariance, tuple(words), tuple(embeddings),
         encodings, layers, probe, own, base_name,
     )  # fmt: skip
+
+
+def learned_words(task: ConceptTask, embeddings: Sequence[WordEmbedding]) -> list[LearnedWord]:
+    """The words of a task as what they have become, with these embeddings."""
+    rows = zip(task.words, embeddings, task.contexts, strict=True)
+    return [
+        LearnedWord(
+            word.word,
+            word.superclass,
+            tuple(vector.detach().cpu().clone() for vector in vectors),
+            task.probe,
+            contexts,
+        )
+        for word, vectors, contexts in rows
+    ]
 
 
 def _contexts(items: Sequence[str]) -> tuple[str, ...]:

@@ -6,27 +6,29 @@ attention maps stay those of the original model. Residuals start at zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters.base import AdapterEntry, AdapterSet
 from ..adapters.infusion import InfusionValueAdapter, token_concept
-from ..adapters.perfusion import ConceptMatcher
+from ..adapters.token_gate import ConceptMatcher
+from ..config import Config
 from ..errors import ConfigError
-from ..text.new_words import Concept, EncodedPrompts
-from .adaptation_run import AdaptationResult, Watch, adaptation_loop, masked_loss, run_adaptation
-from .concept_task import ConceptExamples, ConceptTask
+from ..methods.base import Facts, TrainedAdaptation
+from ..methods.infusion import Infusion, InfusionConfig
+from ..text.encoders import EncodedPrompts
+from .adaptation_run import adaptation_loop, masked_loss
+from .concept_task import ConceptTask, learned_words
 from .loop import LoopConfig
 from .losses import check_guidance
 
 
 @dataclass(frozen=True)
-class InfusionTraining:
+class InfusionTraining(Config):
     """Settings of the recipe (related.md 2): 500 steps at 0.01.
 
     `steps`, `batch`: optimiser steps and pictures in each. `learning_rate`: of the residuals.
@@ -38,7 +40,7 @@ class InfusionTraining:
     steps: int = 500
     batch: int = 4
     learning_rate: float = 0.01
-    threshold: float = 0.7
+    threshold: float = InfusionConfig.threshold
     weighting: str = "uniform"
     guidance: float = 1.0
     evaluate_every: int = 25
@@ -66,6 +68,9 @@ class InfusionObjective(nn.Module):
     Args:
         task: the frozen setting. config: the recipe.
     """
+
+    name: ClassVar[str] = Infusion.name
+    Config: ClassVar[type[InfusionTraining]] = InfusionTraining
 
     def __init__(self, task: ConceptTask, config: InfusionTraining) -> None:
         super().__init__()
@@ -97,38 +102,21 @@ class InfusionObjective(nn.Module):
         return dict(self.task.layers)
 
     @torch.no_grad()
-    def concepts(self, facts: Mapping[str, str | int | float]) -> list[Concept]:
+    def adaptations(self, facts: Facts) -> list[TrainedAdaptation]:
         """What was trained so far, one record for each word."""
-        result = []
-        for row, word in enumerate(self.task.words):
-            values = {
-                layer: value[row].detach().cpu().clone()
-                for layer, value in zip(self.task.layers, self.values, strict=True)
+        task, result = self.task, []
+        for row, word in enumerate(learned_words(task, task.embeddings)):
+            vectors = (task.superclasses[row], self.covectors[row])
+            direction, covector = (vector.cpu().float() for vector in vectors)
+            shared = {"direction": direction, "covector": covector}
+            layers = {
+                layer: {"values": value[row].detach().cpu().clone()}
+                for layer, value in zip(task.layers, self.values, strict=True)
             }
-            result.append(
-                Concept(
-                    "infusion", word.word, word.superclass, self.task.base_name,
-                    tuple(e.cpu() for e in self.task.embeddings[row]),
-                    self.task.superclasses[row].cpu().float(), self.covectors[row].cpu().float(),
-                    values, self.task.probe, self.task.contexts[row], facts,
-                )
-            )  # fmt: skip
+            settings = InfusionConfig(self.config.threshold)
+            made = (self.name, task.base_name, settings, shared, layers, word, facts)
+            result.append(TrainedAdaptation(*made))
         return result
 
 
-def train_infusion(
-    task: ConceptTask,
-    examples: ConceptExamples,
-    config: InfusionTraining,
-    folder: Path,
-    watch: Watch | None = None,
-    stop: Callable[[], bool] | None = None,
-) -> AdaptationResult[Concept]:
-    """Learn value residuals for one or several words; arguments as in `train_perfusion`.
-
-    Raises:
-        ConfigError: the loss is not a finite number.
-        CheckpointError: the folder holds another run.
-    """
-    objective = InfusionObjective(task, config)
-    return run_adaptation(objective, examples, config.batch, config.loop, folder, watch, stop)
+RECIPE = InfusionObjective

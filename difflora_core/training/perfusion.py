@@ -7,37 +7,33 @@ through which gradients pass straight. Text encoders and UNet stay frozen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters.attach import attach
 from ..adapters.base import AdapterEntry, AdapterSet
-from ..adapters.perfusion import (
-    ConceptMatcher,
-    GatedConcept,
-    PerfusionKeyAdapter,
-    PerfusionValueAdapter,
-    SigmoidGate,
-)
+from ..adapters.perfusion import PerfusionKeyAdapter, PerfusionValueAdapter
+from ..adapters.token_gate import ConceptMatcher, GatedConcept, SigmoidGate
 from ..base_model.protocol import TextCondition
+from ..config import Config
 from ..diffusion.objective import loss_weight
 from ..errors import ConfigError
-from ..methods.perfusion import key_layer
-from ..text.new_words import Concept, EncodedPrompts, WordEmbedding
-from .adaptation_run import AdaptationResult, Watch, adaptation_loop, run_adaptation
+from ..methods.base import Facts, TrainedAdaptation
+from ..methods.perfusion import Perfusion, PerfusionConfig, key_layer
+from ..text.encoders import EncodedPrompts, WordEmbedding
+from .adaptation_run import adaptation_loop
 from .calibration import AttentionRecord, binding_loss, record_attention, separation_loss
-from .concept_task import ConceptExamples, ConceptTask
+from .concept_task import ConceptTask, learned_words
 from .loop import LoopConfig
 from .losses import NoisedBatch, check_guidance, denoise
 
 
 @dataclass(frozen=True)
-class PerfusionTraining:
+class PerfusionTraining(Config):
     """Settings of the recipe; the numbers are those of perfusion.md 4, but for `average`.
 
     `steps`, `batch`: optimiser steps and pictures in each. `value_rate`, `word_rate`: learning
@@ -45,10 +41,10 @@ class PerfusionTraining:
     steps behind a moving embedding, whose similarity may then run away from 1 (measured). `bias`,
     `temperature`: gate while training. `weighting`: of the denoising loss. `binding`,
     `separation`: weights of DisenDiff's losses (arXiv 2403.18551 takes 0.01 for both), for several
-    words from one picture. `keep`: weight of staying, outside the masks, at what the base draws
-    for the super-class word (ours). `reach`: tokens from the word on which it acts while training,
-    -1 for all. `guidance`: see `losses.under_guidance`; 1 is the plain loss. `evaluate_every`:
-    steps between looks at the fixed evaluation batch. `precision`: "no", "bf16".
+    words from one picture. `preservation`: weight of staying, outside the masks, at what the
+    base draws for the super-class word (ours). `reach`: tokens from the word on which it acts
+    while training, -1 for all. `guidance`: see `losses.under_guidance`; 1 is the plain loss.
+    `evaluate_every`: steps between looks at the fixed evaluation batch. `precision`: "no", "bf16".
     """
 
     steps: int = 400
@@ -61,7 +57,7 @@ class PerfusionTraining:
     weighting: str = "uniform"
     binding: float = 0.0
     separation: float = 0.0
-    keep: float = 0.15
+    preservation: float = 0.15
     reach: int = -1
     guidance: float = 1.0
     evaluate_every: int = 25
@@ -76,23 +72,11 @@ class PerfusionTraining:
             raise ConfigError("Learning rates must lie in 0 to 10, and that of the values above 0.")
         if not 0 <= self.average < 1:
             raise ConfigError(f"average must lie in 0 to 1, got {self.average}.")
-        if self.binding < 0 or self.separation < 0 or self.keep < 0:
+        if self.binding < 0 or self.separation < 0 or self.preservation < 0:
             raise ConfigError("Weights of losses must not be negative.")
         if self.reach < -1:
             raise ConfigError(f"The reach is -1 (all tokens) or more, got {self.reach}.")
         check_guidance(self.guidance)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> PerfusionTraining:
-        """Settings from a table.
-
-        Raises:
-            ConfigError: an unknown field.
-        """
-        unknown = set(values) - {f.name for f in fields(cls)}
-        if unknown:
-            raise ConfigError(f"Unknown training settings: {', '.join(sorted(unknown))}.")
-        return cls(**values)
 
     @property
     def loop(self) -> LoopConfig:
@@ -109,10 +93,20 @@ class PerfusionObjective(nn.Module):
 
     Args:
         task: the frozen setting. config: the recipe.
+
+    Raises:
+        ConfigError: separation is asked for one word.
     """
+
+    name: ClassVar[str] = Perfusion.name
+    Config: ClassVar[type[PerfusionTraining]] = PerfusionTraining
 
     def __init__(self, task: ConceptTask, config: PerfusionTraining) -> None:
         super().__init__()
+        if config.separation and len(task.words) < 2:
+            raise ConfigError(
+                "Attention maps can be kept apart for two words or more; this is one."
+            )
         self.task, self.config = task, config
         starts = [task.layer_output(path, task.superclasses) for path in task.layers.values()]
         self.starts = dict(zip(task.layers, starts, strict=True))
@@ -187,9 +181,12 @@ class PerfusionObjective(nn.Module):
         weight = loss_weight(self.config.weighting, made.abar, base.prediction_type)
         loss = (made.error * weight).mean()
         extra, parts = self._calibration(record, encoded, batch) if calibrated else (0.0, {})
-        if self.config.keep and "masks" in batch:
+        if self.config.preservation and "masks" in batch:
             drift = self._drift(made.estimate, noised, batch)
-            loss, parts = loss + self.config.keep * drift, {**parts, "drift": drift.detach()}
+            loss, parts = (
+                loss + self.config.preservation * drift,
+                {**parts, "drift": drift.detach()},
+            )
         return loss + extra, parts
 
     def _drift(self, estimate: Tensor, noised: NoisedBatch, batch: Mapping[str, Any]) -> Tensor:
@@ -238,52 +235,21 @@ class PerfusionObjective(nn.Module):
         return total, {"binding": bind.detach(), "separation": separate.detach()}
 
     @torch.no_grad()
-    def concepts(self, facts: Mapping[str, str | int | float]) -> list[Concept]:
+    def adaptations(self, facts: Facts) -> list[TrainedAdaptation]:
         """What was trained so far, one record for each word."""
-        result = []
-        for row, (word, embedding) in enumerate(self.embeddings().items()):
+        task, result = self.task, []
+        embeddings = [self.embeddings()[word.word] for word in task.words]
+        for row, word in enumerate(learned_words(task, embeddings)):
             direction = self.direction[row].detach().cpu().double()
-            values = {
-                layer: (self.starts[layer][row].to(value) + value[row]).detach().cpu().clone()
-                for layer, value in zip(self.task.layers, self.values, strict=True)
+            covector = task.covariance.covector(direction)
+            shared = {"direction": direction.float(), "covector": covector.float()}
+            layers = {
+                layer: {"values": (self.starts[layer][row].to(v) + v[row]).detach().cpu().clone()}
+                for layer, v in zip(task.layers, self.values, strict=True)
             }
-            result.append(
-                Concept(
-                    "perfusion", word, self.task.words[row].superclass, self.task.base_name,
-                    tuple(e.detach().cpu().clone() for e in embedding), direction.float(),
-                    self.task.covariance.covector(direction).float(), values,
-                    self.task.probe, self.task.contexts[row], facts,
-                )
-            )  # fmt: skip
+            made = (self.name, task.base_name, PerfusionConfig(), shared, layers, word, facts)
+            result.append(TrainedAdaptation(*made))
         return result
 
 
-def train_perfusion(
-    task: ConceptTask,
-    examples: ConceptExamples,
-    config: PerfusionTraining,
-    folder: Path,
-    watch: Watch | None = None,
-    stop: Callable[[], bool] | None = None,
-) -> AdaptationResult[Concept]:
-    """Teach one or several words.
-
-    Args:
-        task: from `prepare_task`.
-        examples: from `concept_examples`.
-        config: settings.
-        folder: keeps the state of a stopped run; the same call goes on from there.
-        watch: see `run_adaptation`; it may raise InterruptedTraining.
-        stop: asked before every step; True stops the run.
-
-    Returns:
-        The concepts at the lowest evaluation loss, also when the run was stopped.
-
-    Raises:
-        ConfigError: the loss is not a finite number, or separation is asked for one word.
-        CheckpointError: the folder holds another run.
-    """
-    if config.separation and len(task.words) < 2:
-        raise ConfigError("Attention maps can be kept apart for two words or more; this is one.")
-    objective = PerfusionObjective(task, config)
-    return run_adaptation(objective, examples, config.batch, config.loop, folder, watch, stop)
+RECIPE = PerfusionObjective

@@ -1,235 +1,185 @@
-"""Concepts on ComfyUI's models: adapters on its UNet, and its models as a base to train.
+"""The one wrapper that applies adaptations of any method to a model, in the order of the chain.
 
-Nothing is kept on a shared network between two calls: adapters are hooked on for one call.
+Weight patches cannot change while a model samples, and most methods are no weights at all. So the
+adapters are hooked onto the network for one call and taken off again: other clones of the model
+never see them, and nothing of this is left on the network between two calls.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
-import comfy.model_management
-import comfy.model_sampling
+import comfy.conds
 import comfy.patcher_extension
 import torch
 from torch import Tensor
 
 from ...difflora_core.adapters.attach import attach
 from ...difflora_core.adapters.base import AdapterSet
-from ...difflora_core.base_model.protocol import TextCondition
-from ...difflora_core.errors import ConfigError, LayoutError
-from ...difflora_core.lora.layout import ATTENTION_PROJECTIONS, LayerShape, LoRALayout
-from ...difflora_core.methods.base import AdaptationRequest
-from ...difflora_core.methods.infusion import Infusion, InfusionConfig
-from ...difflora_core.methods.perfusion import Perfusion, PerfusionConfig, PreparedConcept
-from ...difflora_core.text.new_words import Concept
-from .text import leave_inference, stopping
+from ...difflora_core.errors import ConfigError
+from ...difflora_core.methods.base import AppliedAdaptation
+from ...difflora_core.methods.registry import method
+from .base import check_fits
 
-TRAINING_BYTES = 4 * 2**30  # activations of a training step; ComfyUI knows the weights
-WRAPPER = "difflora_concepts"
+logger = logging.getLogger(__name__)
+
+KEY = "difflora"
+NEGATIVE = "difflora_negative"
+"""Condition that says of every sample whether its prompt is a negative one: 1, else 0."""
+CALL = comfy.patcher_extension.WrappersMP.APPLY_MODEL
+PREPARE = comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING
+KEPT = 8  # sets of adapters: of the steps of a run, with and without the negative prompt
 
 
 @dataclass(frozen=True, eq=False)
-class AppliedConcept:
-    """A concept on a model: its knobs, when it acts, and the super-class prompt (1, L, d)."""
-
-    prepared: PreparedConcept
-    config: PerfusionConfig | InfusionConfig
-    start: float = 0.0
-    end: float = 1.0
-    superclass_prompt: Tensor | None = field(default=None, repr=False)
-
-
-class ConceptStack:
-    """The concepts of one model clone; puts the adapters of those that act on for every call."""
-
-    def __init__(self, concepts: Sequence[AppliedConcept], exact: bool) -> None:
-        self.concepts, self.exact = tuple(concepts), exact
-        self._built: dict[Any, tuple[AdapterSet, list[Any]]] = {}
-
-    def __call__(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """One call of the network on x (B, ...) at noise t; ComfyUI's options come last."""
-        base, options = executor.class_obj, args[-1]
-        percent, sigma = base.model_sampling.percent_to_sigma, float(t.max())
-        active = tuple(
-            k for k, c in enumerate(self.concepts) if percent(c.end) <= sigma <= percent(c.start)
-        )
-        chunks = options.get("cond_or_uncond") or [0]
-        if not active or 0 not in chunks:
-            return executor(x, t, *args, **kwargs)
-        adapters, switches = self.adapters(active, x.device)
-        rows = None
-        if any(chunks):
-            rows = torch.tensor([float(c == 0) for c in chunks], device=x.device)
-            rows = rows.repeat_interleave(len(x) // len(chunks))
-        for switch in switches:
-            switch.select_rows(rows)
-        with attach(base.diffusion_model, adapters):
-            return executor(x, t, *args, **kwargs)
-
-    def adapters(self, active: tuple[int, ...], device: Any) -> tuple[AdapterSet, list[Any]]:
-        """Adapters of the concepts that act, on a device, and what takes the rows of a batch."""
-        key = (active, str(device))
-        if key not in self._built:
-            self._built[key] = self._build([self.concepts[k] for k in active], device)
-        return self._built[key]
-
-    def _build(
-        self, concepts: Sequence[AppliedConcept], device: Any
-    ) -> tuple[AdapterSet, list[Any]]:
-        request, entries = AdaptationRequest(), AdapterSet(())
-        moved = [
-            (PreparedConcept(c.prepared.concept.to(device), c.prepared.superclass.to(device)), c)
-            for c in concepts
-        ]
-        gated = [(p, c.config) for p, c in moved if isinstance(c.config, PerfusionConfig)]
-        plain = [(p.concept, c.config) for p, c in moved if isinstance(c.config, InfusionConfig)]
-        prompts = [c.superclass_prompt for c in concepts if c.superclass_prompt is not None]
-        if gated:
-            context = prompts[-1].to(device) if prompts else None
-            entries += Perfusion(gated, self.exact, context).adapters(request)
-        if plain:
-            entries += Infusion(plain).adapters(request)
-        switches = {id(s): s for e in entries if (s := getattr(e.adapter, "matcher", e.adapter))}
-        return entries, list(switches.values())
-
-
-def apply_concept(model: Any, applied: AppliedConcept, exact: bool) -> Any:
-    """A clone of a model with one concept more.
-
-    Raises:
-        ConfigError, LayoutError: it cannot be on this model, or not beside the concepts there.
-    """
-    kind = comfy.patcher_extension.WrappersMP.APPLY_MODEL
-    before = [s for s in model.get_wrappers(kind, WRAPPER) if isinstance(s, ConceptStack)]
-    concepts = [c for stack in before for c in stack.concepts]
-    words = [c.prepared.concept.word for c in concepts]
-    if applied.prepared.concept.word in words:
-        raise ConfigError(f"The concept {applied.prepared.concept.word} is on this model already.")
-    stack = ConceptStack([*concepts, applied], exact or any(s.exact for s in before))
-    stack.adapters(tuple(range(len(stack.concepts))), torch.device("cpu"))  # refuse early
-    check_fits(model, applied.prepared.concept)
-    clone = model.clone()
-    clone.remove_wrappers_with_key(kind, WRAPPER)
-    clone.add_wrapper_with_key(kind, WRAPPER, stack)
-    return clone
-
-
-def applied(
-    prepared: PreparedConcept,
-    config: PerfusionConfig,
-    times: tuple[float, float],
-    superclass_prompt: Tensor | None,
-) -> AppliedConcept:
-    """A concept with the knobs that its method has.
+class Link:
+    """An adaptation in a chain: from and up to which share of the steps it acts, and on what.
 
     Raises:
         ConfigError: it would end before it starts.
     """
-    if times[0] > times[1]:
-        raise ConfigError(f"The concept ends at {times[1]:.0%}, before it starts ({times[0]:.0%}).")
-    if prepared.concept.method == Infusion.name:
-        return AppliedConcept(prepared, InfusionConfig(config.strength), *times)
-    return AppliedConcept(prepared, config, *times, superclass_prompt)
 
+    applied: AppliedAdaptation
+    start: float = 0.0
+    end: float = 1.0
+    positive_only: bool = False
 
-def projector(model: Any, concept: Concept) -> Callable[[str, Tensor], Tensor]:
-    """What the layers of a loaded model make of encodings (n, in), whatever their storage is.
-
-    Raises:
-        LayoutError: the concept is for another model.
-    """
-    check_fits(model, concept)
-    comfy.model_management.load_models_gpu([model])
-    unet, dtype = model.model.diffusion_model, model.model.get_dtype_inference()
-
-    def project(layer: str, rows: Tensor) -> Tensor:
-        part = unet.get_submodule(layer)
-        return part(rows.to(model.load_device, dtype)).float().cpu()
-
-    return project
-
-
-def check_fits(model: Any, concept: Concept) -> None:
-    """Compares a concept with the UNet it is meant for.
-
-    Raises:
-        LayoutError: the UNet has other cross-attention layers.
-    """
-    found = {s.name: s for s in unet_layout(model, "", 1) if s.name.endswith("attn2.to_v")}
-    wrong = [
-        name
-        for name, value in concept.values.items()
-        if name not in found or found[name].out_features != len(value)
-    ]
-    width = next((s.in_features for s in found.values()), 0)
-    if wrong or len(found) != len(concept.values) or width != len(concept.direction):
-        raise LayoutError(
-            f"The concept {concept.word} was made for {concept.base}, with "
-            f"{len(concept.values)} cross-attention layers; the model has {len(found)}, and "
-            f"{len(wrong)} do not fit. Load the base model it was trained on."
-        )
-
-
-def unet_layout(model: Any, base: str, rank: int) -> LoRALayout:
-    """The attention projections of ComfyUI's UNet."""
-    endings = tuple(f".{target}" for target in ATTENTION_PROJECTIONS)
-    layers = [
-        LayerShape(name, part.in_features, part.out_features, name)
-        for name, part in model.model.diffusion_model.named_modules()
-        if name.endswith(endings)
-    ]
-    return LoRALayout(base, rank, tuple(layers))
-
-
-class ComfyBase:
-    """ComfyUI's MODEL and VAE as the frozen base of a recipe; weights are only ever read by layers.
-
-    Raises:
-        ConfigError: no SDXL, or a model that predicts neither noise nor velocity.
-    """
-
-    def __init__(self, model: Any, vae: Any) -> None:
-        sampling = model.get_model_object("model_sampling")
-        if not isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete) or isinstance(
-            sampling, (comfy.model_sampling.EDM, comfy.model_sampling.X0)
-        ):
-            raise ConfigError("Concepts are trained on SDXL with its own noise schedule.")
-        velocity = isinstance(sampling, comfy.model_sampling.V_PREDICTION)
-        self.prediction_type = "v_prediction" if velocity else "epsilon"
-        self.alphas_cumprod = (1 / (sampling.sigmas.detach().float() ** 2 + 1)).clone()
-        self.patcher = model.clone(disable_dynamic=True)
-        self.vae, self.unet = vae, self.patcher.model.diffusion_model
-        self.dtype = self.patcher.model.get_dtype_inference()
-        self.device = self.patcher.load_device
-        comfy.model_management.load_models_gpu(
-            [self.patcher], memory_required=TRAINING_BYTES, force_full_load=False
-        )
-        leave_inference(self.unet)
-
-    def layout(self, base: str, rank: int) -> LoRALayout:
-        """The UNet's attention projections."""
-        return unet_layout(self.patcher, base, rank)
-
-    def encode_prompts(self, prompts: Sequence[str]) -> TextCondition:
-        """Not part of this base: recipes of concepts bring their own text encoders."""
-        raise ConfigError("Prompts are encoded by the CLIP that is connected.")
-
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Scaled latents of images (N, H, W, 3)."""
-        with torch.no_grad():
-            latents = torch.cat([self.vae.encode(one[None]) for one in images])
-        return self.patcher.model.process_latent_in(latents.float()).clone().cpu()
-
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        """Images (N, H, W, 3) of scaled latents."""
-        with torch.no_grad():
-            return self.vae.decode(self.patcher.model.process_latent_out(latents)).float()
-
-    def predict(self, noisy: Tensor, timesteps: Tensor, text: TextCondition) -> Tensor:
-        """The UNet's output, conditioned on the picture's size as ComfyUI does."""
-        height, width = (8 * side for side in noisy.shape[-2:])
-        sizes = self.patcher.model.encode_adm(pooled_output=text.pooled, width=width, height=height)
-        with stopping():
-            return self.unet(
-                noisy, timesteps.to(noisy.device), context=text.context.to(noisy), y=sizes.to(noisy)
+    def __post_init__(self) -> None:
+        if self.start > self.end:
+            raise ConfigError(
+                f"{self.applied.adaptation.title} would never act: it starts at {self.start:.0%} "
+                f"of the steps, after its end at {self.end:.0%}. Choose a start before the end."
             )
+
+    @property
+    def word(self) -> str | None:
+        """The word that it is called by."""
+        word = self.applied.adaptation.word
+        return word.word if word else None
+
+
+class AdapterChain:
+    """The links of one model clone; puts the adapters of those that act on for every call."""
+
+    def __init__(self, links: Sequence[Link]) -> None:
+        self.links, self.prepared = tuple(links), False
+        self._built: dict[Any, AdapterSet] = {}
+
+    def prepare(
+        self, executor: Any, model: Any, noise_shape: Any, conds: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Marks every prompt of a sampling run by the name that its guider gave it.
+
+        The mark travels with the prompt, so that it is known whatever its place in a batch: guiders
+        with three prompts, and those that ask for one at a time, number them in other ways.
+        """
+        for name, own in conds.items():
+            flag = comfy.conds.CONDRegular(torch.full((1,), float("negative" in name)))
+            for cond in own or ():
+                cond["model_conds"] = {**cond["model_conds"], NEGATIVE: flag}
+        self.prepared = True
+        return executor(model, noise_shape, conds, *args, **kwargs)
+
+    def __call__(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """One call of the network on x (B, ...) at noise t.
+
+        Raises:
+            ConfigError: nobody prepared this run.
+        """
+        negative = kwargs.pop(NEGATIVE, None)
+        if negative is None:
+            if not self.prepared:
+                raise ConfigError(
+                    "This sampler does not prepare its prompts as ComfyUI's own do, so nobody can "
+                    "say which of them are negative. Use KSampler or a guider of ComfyUI, or a "
+                    "plain LoRA with Load LoRA Model."
+                )
+            return executor(x, t, *args, **kwargs)  # the other model of Dual Model Guider
+        base = executor.class_obj
+        percent, sigma = base.model_sampling.percent_to_sigma, float(t.max())
+        acting = tuple(
+            link for link in self.links if percent(link.end) <= sigma <= percent(link.start)
+        )
+        rows = tuple(bool(flag == 0) for flag in negative.flatten().tolist())
+        acting = tuple(link for link in acting if not link.positive_only or any(rows))
+        if not acting:
+            return executor(x, t, *args, **kwargs)
+        with _eager(acting), attach(base.diffusion_model, self.adapters(acting, rows, x.device)):
+            return executor(x, t, *args, **kwargs)
+
+    def adapters(
+        self, acting: Sequence[Link], rows: Sequence[bool], device: torch.device
+    ) -> AdapterSet:
+        """Adapters of links that act, on a device, for samples of which `rows` are positive."""
+        key = (tuple(map(id, acting)), tuple(rows), str(device))
+        if key not in self._built:
+            while len(self._built) >= KEPT:
+                self._built.pop(next(iter(self._built)))
+            self._built[key] = adapter_set([_for_rows(link, rows, device) for link in acting])
+        return self._built[key]
+
+
+def _for_rows(link: Link, rows: Sequence[bool], device: torch.device) -> AppliedAdaptation:
+    """What a link does to samples of which `rows` are positive."""
+    applied, strength = link.applied, link.applied.strength
+    if link.positive_only and not all(rows):
+        strength = strength * torch.tensor(rows, dtype=torch.float32, device=device)
+    prompt = applied.superclass_prompt
+    return replace(
+        applied,
+        prepared=applied.prepared.to(device),
+        strength=strength,
+        superclass_prompt=None if prompt is None else prompt.to(device),
+    )
+
+
+def adapter_set(applied: Sequence[AppliedAdaptation]) -> AdapterSet:
+    """Adapters in the order of a chain; neighbours of one method are made together.
+
+    Raises:
+        ConfigError, LayoutError: they cannot be together.
+    """
+    entries = AdapterSet(())
+    for name, own in groupby(applied, key=lambda part: part.adaptation.method):
+        entries += method(name).adapters(list(own))
+    return entries
+
+
+def _eager(acting: Sequence[Link]) -> AbstractContextManager[None]:
+    """Rests torch.compile for one call: a compiled network does not see hooks put on after it."""
+    return _rested(acting) if "torch._dynamo" in sys.modules else nullcontext()
+
+
+@contextmanager
+def _rested(acting: Sequence[Link]) -> Iterator[None]:
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def chain_of(model: Any) -> tuple[Link, ...]:
+    """The links that a model has."""
+    chains = [c for c in model.get_wrappers(CALL, KEY) if isinstance(c, AdapterChain)]
+    return tuple(link for chain in chains for link in chain.links)
+
+
+def with_link(model: Any, link: Link) -> Any:
+    """A clone of a model with one link more.
+
+    Raises:
+        ConfigError, LayoutError: it cannot be on this model, or not beside the links there.
+    """
+    links = chain_of(model)
+    if link.word is not None and link.word in [before.word for before in links]:
+        raise ConfigError(f"{link.applied.adaptation.title} is on this model already.")
+    check_fits(model, link.applied.adaptation)
+    chain = AdapterChain([*links, link])
+    chain.adapters(chain.links, [True], torch.device("cpu"))  # refuse before sampling
+    clone = model.clone()
+    for kind, wrapper in ((PREPARE, chain.prepare), (CALL, chain)):
+        clone.remove_wrappers_with_key(kind, KEY)
+        clone.add_wrapper_with_key(kind, KEY, wrapper)
+    return clone

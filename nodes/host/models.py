@@ -137,8 +137,7 @@ def draw_latent(
         )
     if condition is not None:
         condition = condition.to(network.get_buffer("latent_mean"))
-    # A model trained on weights alone has no trained predictor: its best guess is a sample.
-    if mode == BEST_GUESS and condition is not None and network.config.preset != "paper":
+    if mode == BEST_GUESS and condition is not None and network.has_best_guess:
         return network.mean_latent(condition)
     return network.sample_latent(condition, [seed], settings, callback=progress(settings.steps))
 

@@ -1,4 +1,4 @@
-"""New words in ComfyUI's CLIP: its encoders as ConceptText, and clones that know a word."""
+"""New words in ComfyUI's CLIP: its encoders as TextEncoders, and clones that know a word."""
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,17 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ...difflora_core.errors import ConfigError, InterruptedTraining, LayoutError
-from ...difflora_core.methods.perfusion import PreparedConcept
+from ...difflora_core.methods.base import PreparedAdaptation, TrainedAdaptation
+from ...difflora_core.text.encoders import EncodedPrompts, WordEmbedding, check_probe, text_probe
 from ...difflora_core.text.new_words import (
-    Concept,
-    EncodedPrompts,
-    WordEmbedding,
     check_new_word,
-    check_probe,
     find_words,
     splice,
     superclass_token,
-    text_probe,
     word_encoding,
 )
 
@@ -71,7 +67,7 @@ def stopping() -> Iterator[None]:
 
 
 class ComfyText:
-    """ConceptText over ComfyUI's SDXL CLIP.
+    """TextEncoders over ComfyUI's SDXL CLIP.
 
     Raises:
         ConfigError: the CLIP is of another kind.
@@ -92,7 +88,7 @@ class ComfyText:
 
     def knows(self, word: str) -> bool:
         """True when a word has a token of its own, or was taught to this CLIP before."""
-        return word in taught_words(self.clip) or len(self.tokens(word)) == 1
+        return word in learned_words(self.clip) or len(self.tokens(word)) == 1
 
     def embedding(self, token: int) -> WordEmbedding:
         """Token embedding in each encoder."""
@@ -149,36 +145,38 @@ def _row(tokenizer: Any, piece: Sequence[int | str], words: Mapping[str, Tensor]
     return row + [tokenizer.pad_token] * (tokenizer.max_length - len(row))
 
 
-def taught_words(clip: Any) -> tuple[str, ...]:
+def learned_words(clip: Any) -> tuple[str, ...]:
     """New words that a CLIP knows through `teach`."""
     return tuple(getattr(clip.tokenizer, "difflora_words", ()))
 
 
-def teach(clip: Any, concept: Concept) -> Any:
-    """A clone of a CLIP whose prompts may hold the concept's word.
+def teach(clip: Any, adaptation: TrainedAdaptation) -> Any:
+    """A clone of a CLIP whose prompts may hold the adaptation's word; the CLIP where it has none.
 
     Raises:
         ConfigError: the word is known already.
-        LayoutError: the concept is for other text encoders.
+        LayoutError: the adaptation is for other text encoders.
     """
-    check_new_word(ComfyText(clip), concept.word)
+    word = adaptation.word
+    if word is None:
+        return clip
+    check_new_word(ComfyText(clip), word.word)
     widths = [table(clip, name).weight.shape[1] for name in ENCODERS]
-    if [len(e) for e in concept.embeddings] != widths:
+    if [len(e) for e in word.embeddings] != widths:
         raise LayoutError(
-            f"The concept {concept.word} has word embeddings of "
-            f"{[len(e) for e in concept.embeddings]}, but this CLIP needs {widths}: it belongs to "
-            f"another base model ({concept.base})."
+            f"{adaptation.title} has word embeddings of {[len(e) for e in word.embeddings]}, but "
+            f"this CLIP needs {widths}: it belongs to another base model ({adaptation.base})."
         )
     clone = clip.clone()
     clone.tokenizer = copy.copy(clip.tokenizer)
-    clone.tokenizer.difflora_words = (*taught_words(clip), concept.word)
+    clone.tokenizer.difflora_words = (*learned_words(clip), word.word)
     for k, name in enumerate(ENCODERS):
         inner = getattr(clip.tokenizer, name)
-        setattr(clone.tokenizer, name, TaughtTokenizer(inner, concept.word, concept.embeddings[k]))
+        setattr(clone.tokenizer, name, WordTokenizer(inner, word.word, word.embeddings[k]))
     return clone
 
 
-class TaughtTokenizer:
+class WordTokenizer:
     """A tokenizer of ComfyUI that knows one more word; everything else is left to it."""
 
     def __init__(self, inner: Any, word: str, vector: Tensor) -> None:
@@ -212,15 +210,18 @@ class TaughtTokenizer:
         return reader.tokenize_with_weights("".join(pieces) + text[end:], *args, **kwargs)
 
 
-def prepare(concept: Concept, clip: Any) -> PreparedConcept:
-    """A concept with what this CLIP says of its super-class.
+def prepare(adaptation: TrainedAdaptation, clip: Any) -> PreparedAdaptation:
+    """An adaptation with what this CLIP says of its word's super-class.
 
     Raises:
-        ConfigError: the concept was trained with other text encoders.
+        ConfigError: it was trained with other text encoders.
     """
+    word = adaptation.word
+    if word is None:
+        return PreparedAdaptation(adaptation)
     text = ComfyText(clip)
     with torch.no_grad():
-        check_probe(concept.probe, text_probe(text), f"The concept {concept.word}")
-        embedding = text.embedding(superclass_token(text, concept.superclass))
-        encoding = word_encoding(text, embedding, concept.contexts)
-    return PreparedConcept(concept, encoding.cpu())
+        check_probe(word.probe, text_probe(text), adaptation.title)
+        embedding = text.embedding(superclass_token(text, word.superclass))
+        encoding = word_encoding(text, embedding, word.contexts)
+    return PreparedAdaptation(adaptation, encoding.cpu())

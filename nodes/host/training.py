@@ -1,10 +1,8 @@
-"""What the two training nodes of concepts share: inputs, the run with progress, the file."""
+"""What the training nodes of all methods share: inputs, the run with progress, the file."""
 
 import hashlib
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import comfy.model_management
@@ -16,20 +14,18 @@ from PIL import Image
 from torch import Tensor
 
 from ...difflora_core.errors import InterruptedTraining
-from ...difflora_core.storage.adapter_file import write_concept
-from ...difflora_core.storage.covariance_file import read_covariance, write_covariance
-from ...difflora_core.text.captions import WORLDS, captions
-from ...difflora_core.text.covariance import Covariance, build_covariance
-from ...difflora_core.text.new_words import check_probe, text_probe
+from ...difflora_core.methods.base import PreparedAdaptation
+from ...difflora_core.storage.adapter_file import write_adaptation
+from ...difflora_core.text.covariance import Covariance
+from ...difflora_core.training.adaptation_run import AdaptationResult, run_adaptation
 from ...difflora_core.training.concept_task import concept_examples, prepare_task
 from .. import model_paths, sockets
-from . import adapters as concept_host
-from . import text as concept_text
+from .base import ComfyBase
+from .text import ComfyText, prepare, teach
 from .training_request import TrainingRequest
 
 logger = logging.getLogger(__name__)
 
-CAPTION_WORLDS = tuple(WORLDS)
 MASKS = (
     "Where the concept is: one mask for all pictures or one each, for example from a segmentation "
     "node. An empty mask, or none, counts the whole picture."
@@ -38,50 +34,6 @@ NO_MASKS = "no masks: the whole pictures counted"
 NOTHING = "nothing was learned: it only got worse. Lower the learning rates, or take more steps"
 PREVIEW_SIZE = 512
 MAX_SEED = 2**31 - 1  # the training loop mixes it with the step in 64 bits
-
-
-@dataclass(frozen=True)
-class CovarianceRequest:
-    """Which captions, how many, and whether a file that is there is built again."""
-
-    captions: str
-    count: int
-    ridge: float
-    rebuild: bool
-
-
-def covariance_for(clip: Any, path: Path, request: CovarianceRequest) -> Covariance:
-    """C of a CLIP: read from its file, or built with progress and written.
-
-    Raises:
-        ConfigError: the file there belongs to another CLIP, or C cannot be inverted.
-    """
-    text = concept_text.ComfyText(clip)
-    with torch.no_grad():
-        if path.exists() and not request.rebuild:
-            found = read_covariance(path)
-            check_probe(
-                Tensor() if found.probe is None else found.probe,
-                text_probe(text),
-                f"The covariance file {path.name}",
-            )
-            return found
-        covariance = build_covariance(
-            text, captions(request.count, request.captions), request.ridge, _progress(request.count)
-        )
-    write_covariance(path, covariance)
-    return read_covariance(path)  # as the next run will find it, to the last digit
-
-
-def _progress(total: int) -> Callable[[int, int, dict[str, float]], None]:
-    """Moves ComfyUI's bar and stops when the user asks."""
-    bar = comfy.utils.ProgressBar(total)
-
-    def step(done: int, total: int, metrics: dict[str, float]) -> None:
-        bar.update_absolute(done, total)
-        comfy.model_management.throw_exception_if_processing_interrupted()
-
-    return step
 
 
 def picture_sockets() -> list[io.Input]:
@@ -193,9 +145,15 @@ class Parts:
 
 
 def train(
-    recipe: Callable[..., Any], config: Any, request: TrainingRequest, parts: Parts
-) -> tuple[list[Any], Any, str]:
-    """Trains, writes a file for each word, and returns concepts, taught CLIP and report.
+    recipe: Any, config: Any, request: TrainingRequest, parts: Parts
+) -> tuple[list[PreparedAdaptation], Any, str]:
+    """Trains, writes a file for each word, and returns what was trained, the CLIP and a report.
+
+    Args:
+        recipe: a `RECIPE` of training/: its objective.
+        config: its settings.
+        request: words, prompts and file.
+        parts: what is connected.
 
     Raises:
         InterruptProcessingException: ComfyUI's, when the user stopped; the best so far is kept.
@@ -207,14 +165,15 @@ def train(
         except InterruptedTraining as early:  # before the first step there is nothing to keep
             raise comfy.model_management.InterruptProcessingException from early
     files, clip = [], parts.clip
-    for concept in result.concepts:
+    for adaptation in result.adaptations:
         path = model_paths.unused_file(model_paths.CONCEPTS, request.file_name)
-        written = write_concept(path, concept, request.small_file)
+        written = write_adaptation(path, adaptation, request.small_file)
+        word = adaptation.word.word if adaptation.word else adaptation.method
         files.append(
-            f"{path.name}: {concept.word}, {written.size / 1024:.1f} KiB, rounding error "
+            f"{path.name}: {word}, {written.size / 1024:.1f} KiB, rounding error "
             f"{written.error:.1e}"
         )
-        clip = concept_text.teach(clip, concept)
+        clip = teach(clip, adaptation)
     best = f"best at step {result.step} of {config.steps}, evaluation loss {result.loss:.4f}"
     worse = result.finished and result.step == 0
     remarks = {NO_MASKS: parts.masks is None, NOTHING: worse}
@@ -224,15 +183,14 @@ def train(
     if not result.finished:
         logger.info("Training stopped; the best so far is kept. %s", report)
         raise comfy.model_management.InterruptProcessingException
-    return [concept_text.prepare(c, parts.clip) for c in result.concepts], clip, report
+    return [prepare(one, parts.clip) for one in result.adaptations], clip, report
 
 
-def _run(recipe: Callable[..., Any], config: Any, request: TrainingRequest, parts: Parts) -> Any:
+def _run(recipe: Any, config: Any, request: TrainingRequest, parts: Parts) -> AdaptationResult:
     """The recipe over ComfyUI's models, with its progress bar."""
     words = request.new_words()
     model_paths.new_file(model_paths.CONCEPTS, request.file_name)  # refuse before training
-    text = concept_text.ComfyText(parts.clip)
-    base = concept_host.ComfyBase(parts.model, parts.vae)
+    base, text = ComfyBase(parts.model, parts.vae), ComfyText(parts.clip)
     masks = None if parts.masks is None else parts.masks.clone()
     if masks is None:
         logger.info(NO_MASKS)
@@ -241,7 +199,7 @@ def _run(recipe: Callable[..., Any], config: Any, request: TrainingRequest, part
     prompts = [request.lines] * len(parts.images)
     images = parts.images.clone()[..., :3]
     examples = concept_examples(base, images, words, masks, prompts, request.mirror)
-    folder = model_paths.run_folder(_mark(config, request, examples.latents))
+    folder = model_paths.run_folder(_run_name(config, request, examples.latents))
     bar = comfy.utils.ProgressBar(config.steps)
 
     def watch(step: int, total: int, metrics: dict[str, float], preview: Any) -> None:
@@ -250,7 +208,10 @@ def _run(recipe: Callable[..., Any], config: Any, request: TrainingRequest, part
         except comfy.model_management.InterruptProcessingException as stop:
             raise InterruptedTraining(f"stopped after step {step}") from stop
 
-    return recipe(task, examples, config, folder, watch, _interrupted)
+    objective = recipe(task, config)
+    return run_adaptation(
+        objective, examples, config.batch, config.loop, folder, watch, _interrupted
+    )
 
 
 def _interrupted() -> bool:
@@ -262,7 +223,7 @@ def _interrupted() -> bool:
     return False
 
 
-def _mark(config: Any, request: TrainingRequest, latents: Tensor) -> str:
+def _run_name(config: Any, request: TrainingRequest, latents: Tensor) -> str:
     """Name of the folder of a run: equal for equal settings and pictures."""
     text = f"{config!r} {request!r} {tuple(latents.shape)} {float(latents.double().sum())}"
     return hashlib.sha256(text.encode()).hexdigest()[:24]

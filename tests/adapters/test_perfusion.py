@@ -10,16 +10,12 @@ from torch import nn
 
 from difflora_core.adapters.attach import attach
 from difflora_core.adapters.base import AdapterEntry, AdapterSet
-from difflora_core.adapters.first_match import first_match
-from difflora_core.adapters.infusion import InfusionValueAdapter, token_concept
 from difflora_core.adapters.perfusion import (
-    ConceptMatcher,
-    GatedConcept,
     GlobalKeyAdapter,
     PerfusionKeyAdapter,
     PerfusionValueAdapter,
-    SigmoidGate,
 )
+from difflora_core.adapters.token_gate import ConceptMatcher, GatedConcept, SigmoidGate, first_match
 from difflora_core.errors import ConfigError, LayoutError
 
 DIM, OUT, LENGTH = 7, 5, 4
@@ -250,10 +246,8 @@ def test_tokens_commute_and_rows_are_independent():
 def test_chosen_rows_and_reach():
     world, layer = World(9), Attention(9)
     plain = layer.to_v(world.e)
-    matcher = world.matcher()
-    full = edited(layer, world, matcher, "v")
-    matcher.select_rows(torch.tensor([0.0, 1.0]))
-    half = edited(layer, world, matcher, "v")
+    full = edited(layer, world, world.matcher(), "v")
+    half = edited(layer, world, world.matcher(strength=torch.tensor([0.0, 1.0])), "v")
     torch.testing.assert_close(half[0], plain[0])
     torch.testing.assert_close(half[1], full[1])
     strict = edited(layer, world, world.matcher(reach=0), "v")
@@ -285,8 +279,8 @@ def test_a_word_stands_where_it_first_matches_well(similarity, starts, place):
 def test_global_lock_replaces_the_keys_of_chosen_rows():
     world, layer = World(10), Attention(10)
     other = torch.randn(1, LENGTH, DIM, dtype=torch.float64)
-    adapter = GlobalKeyAdapter(other, torch.tensor([1.0, 0.0]))
-    with attach(layer, AdapterSet((AdapterEntry("to_k", adapter),))):
+    entry = AdapterEntry("to_k", GlobalKeyAdapter(other), torch.tensor([1.0, 0.0]))
+    with attach(layer, AdapterSet((entry,))):
         got = layer.to_k(world.e)
     torch.testing.assert_close(got[0], layer.to_k(other[0]))
     torch.testing.assert_close(got[1], layer.to_k(world.e[1]))
@@ -330,43 +324,25 @@ def test_half_precision_stays_close():
     assert float((layer.to_v(world.e).double() - wanted).abs().max()) > 50 * bound
 
 
-def test_infusion_adds_at_one_token():
-    world, layer = World(13), Attention(13)
-    world.e[0, 2], world.e[1] = world.directions[0], 0.1 * world.e[1]
-    one = world.concept()
-    matcher = ConceptMatcher([token_concept(one.direction, one.covector, 0.9)])
-    adapter = InfusionValueAdapter(matcher, world.targets)
-    plain = layer.to_v(world.e)
-    with attach(layer, AdapterSet((AdapterEntry("to_v", adapter),))):
-        got = layer.to_v(world.e)
-    wanted = plain.clone()
-    wanted[0, 2] += world.targets[0]
-    torch.testing.assert_close(got, wanted)
-    nothing = InfusionValueAdapter(matcher, torch.zeros(1, OUT, dtype=torch.float64))
-    with attach(layer, AdapterSet((AdapterEntry("to_v", nothing),))):
-        assert torch.equal(layer.to_v(world.e), plain)
-
-
-def test_state_round_trip():
-    world, layer = World(14, concepts=2), Attention(14)
-    matcher = world.matcher(exact=True, strength=0.7, reach=1)
+def test_no_weight_is_like_them():
+    world, layer = World(14), Attention(14)
     for adapter in (
-        PerfusionKeyAdapter(matcher),
-        PerfusionValueAdapter(matcher, world.targets),
+        PerfusionKeyAdapter(world.matcher()),
+        PerfusionValueAdapter(world.matcher(), world.targets),
         GlobalKeyAdapter(world.e),
     ):
-        again = type(adapter).from_state_dict(adapter.state_dict())
-        assert torch.equal(again.substitute(world.e), adapter.substitute(world.e))
-        y = layer.to_v(world.e)
-        assert torch.equal(again.edit(world.e, y), adapter.edit(world.e, y))
         assert adapter.merge(layer.to_v.weight) is None
-    one = world.concept()
-    spot = ConceptMatcher([token_concept(one.direction, one.covector, 0.4, 0.5)])
-    residual = InfusionValueAdapter(spot, world.targets[:1])
-    again = InfusionValueAdapter.from_state_dict(residual.state_dict())
-    assert torch.equal(again.edit(world.e, y), residual.edit(world.e, y))
-    with pytest.raises(ConfigError, match="sigmoid"):
-        PerfusionKeyAdapter(world.matcher(gate=torch.sigmoid)).state_dict()
+
+
+def test_concepts_of_several_strengths_in_one_batch():
+    """Numbers and samples' strengths may stand beside each other."""
+    world, layer = World(16, concepts=2), Attention(16)
+    rows = torch.tensor([0.0, 0.5], dtype=torch.float64)
+    mixed = ConceptMatcher([world.concept(0, strength=rows), world.concept(1, strength=0.7)])
+    got = edited(layer, world, mixed, "v")
+    for b, own in enumerate((0.0, 0.5)):
+        alone = ConceptMatcher([world.concept(0, strength=own), world.concept(1, strength=0.7)])
+        torch.testing.assert_close(got[b], edited(layer, world, alone, "v")[b])
 
 
 def test_wrong_sizes_and_settings():

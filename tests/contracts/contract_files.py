@@ -7,20 +7,23 @@ import torch
 
 from difflora_core.lora.layout import LayerShape, LoRALayout
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
+from difflora_core.methods.base import TrainedAdaptation
 from difflora_core.methods.difflora import DiffLoRAConfig, DiffLoRAModel
+from difflora_core.methods.lora import lora_adaptation
+from difflora_core.methods.perfusion import PerfusionConfig
 from difflora_core.models.dit import DiTConfig
 from difflora_core.models.lae.autoencoder import LoRALatent
 from difflora_core.models.lae.config import LAEConfig
 from difflora_core.models.mif import MIFConfig
 from difflora_core.models.predictor import PredictorConfig
-from difflora_core.storage.adapter_file import write_concept
+from difflora_core.storage.adapter_file import write_adaptation
 from difflora_core.storage.checkpoint import save_model
 from difflora_core.storage.covariance_file import write_covariance
 from difflora_core.storage.identity_library import add_people
 from difflora_core.storage.lora_file import LoRAInfo, write_lora_file
 from difflora_core.storage.thumbnail import make_thumbnail
 from difflora_core.text.covariance import Covariance
-from difflora_core.text.new_words import Concept
+from difflora_core.text.new_words import LearnedWord
 from difflora_core.vision.features import FeatureSizes
 
 SIZES = FeatureSizes(4, 4, 2, 4)
@@ -82,12 +85,23 @@ def write_small_concept(path: Path) -> Path:
     """A concept of one layer, with contexts of its own."""
     layer = "middle_block.1.transformer_blocks.0.attn2.to_v"
     direction = torch.arange(1.0, 9.0)
-    concept = Concept(
-        "perfusion", "<hat>", "hat", "demo", (torch.ones(4), torch.arange(4.0)), direction,
-        direction / direction.square().sum(), {layer: torch.arange(16.0) / 8},
-        torch.arange(64.0), ("a {}", "photo of a {}"), {"steps": 1, "pictures": 2},
-    )  # fmt: skip
-    return write_concept(path, concept).path
+    word = LearnedWord(
+        *("<hat>", "hat", (torch.ones(4), torch.arange(4.0)), torch.arange(64.0)),
+        ("a {}", "photo of a {}"),
+    )
+    concept = TrainedAdaptation(
+        *("perfusion", "demo", PerfusionConfig()),
+        {"direction": direction, "covector": direction / direction.square().sum()},
+        {layer: {"values": torch.arange(16.0) / 8}},
+        word,
+        {"steps": 1, "pictures": 2},
+    )
+    return write_adaptation(path, concept).path
+
+
+def write_small_adapter(path: Path) -> Path:
+    """An adaptation without a word: what version 1 of the concept file could not hold."""
+    return write_adaptation(path, lora_adaptation(tiny_lora(), "demo")).path
 
 
 def write_small_covariance(path: Path) -> Path:
@@ -98,6 +112,7 @@ def write_small_covariance(path: Path) -> Path:
 
 WRITERS: dict[str, Callable[[Path], Path]] = {
     "checkpoint": write_checkpoint,
+    "adapter": write_small_adapter,
     "concept": write_small_concept,
     "covariance": write_small_covariance,
     "library": write_library,

@@ -1,4 +1,4 @@
-"""DiffLoRAModel: the road from photos to adapters, seeds, guidance, and a small overfit."""
+"""DiffLoRAModel: the road from photos to LoRA weights, seeds, guidance, and a small overfit."""
 
 import copy
 from dataclasses import replace
@@ -10,15 +10,8 @@ from difflora_core.diffusion.objective import abar_at, add_noise
 from difflora_core.diffusion.sampler import SampleSettings
 from difflora_core.errors import ConfigError, EncoderError, LayoutError
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
-from difflora_core.methods.base import AdaptationRequest
 from difflora_core.methods.difflora import DiffLoRAModel
-from difflora_core.methods.registry import METHODS
 from difflora_core.models.lae.autoencoder import LoRALatent
-
-
-def test_registry() -> None:
-    assert METHODS["difflora"] is DiffLoRAModel
-    assert all(name == method.name for name, method in METHODS.items())
 
 
 def test_people_with_different_numbers_of_photos_share_a_batch(model, person) -> None:
@@ -36,8 +29,6 @@ def test_wrong_encoders_and_empty_requests_are_refused(model, person) -> None:
         model.condition(replace(one, face=one.face[:, :5]))
     with pytest.raises(ConfigError, match="no photo"):
         model.condition([])
-    with pytest.raises(ConfigError, match="photo"):
-        model.adapters(AdaptationRequest())
 
 
 def test_untrained_model_changes_nothing(config, layout, person) -> None:
@@ -125,25 +116,6 @@ def test_encode_gives_a_latent_that_decodes(model, person) -> None:
     latent = model.encode(weights)
     assert latent.z.shape == (2, 3, 4)
     model.layout.check(model.decode(latent).batch_item(0))
-
-
-def test_adapters_follow_the_request(model, person) -> None:
-    best = model.adapters(AdaptationRequest(person(1), strength=0.5))
-    assert best.layers == tuple(model.layout.module_names)
-    assert {entry.strength for entry in best} == {0.5}
-    x, y = torch.randn(2, 3, 8), torch.zeros(2, 3, 6)
-    entry = best.entries[0]
-    expected = model.decode(model.mean_latent(model.condition(person(1)))).batch_item(0)
-    torch.testing.assert_close(entry.adapter.edit(x, y), x @ expected[entry.layer].delta().T)
-    steps = []
-    request = AdaptationRequest(
-        person(1), seed=4, variation=True, steps=3, callback=lambda i, n, z: steps.append((i, n))
-    )
-    variant = model.adapters(request)
-    assert steps == [(1, 3), (2, 3), (3, 3)]
-    assert not torch.allclose(variant.entries[0].adapter.edit(x, y), entry.adapter.edit(x, y))
-    with pytest.raises(ConfigError, match="Strength"):
-        AdaptationRequest(strength=float("nan"))
 
 
 def test_gradients_reach_every_network_through_the_lora(model, person) -> None:

@@ -149,7 +149,7 @@ def comfy_server(
     paths = base / "model_paths.yaml"
     paths.write_text(f"tests:\n  base_path: {demo_world}\n  difflora_demo: .\n")
     here = Path(__file__).parent
-    packs = (ROOT, here / "foreign_pack", here / "renaming_pack")
+    packs = (ROOT, here / "foreign_pack", here / "renaming_pack", here / "toy_pack")
     arguments = ["--extra-model-paths-config", str(paths)]
     with ComfyServer(base, packs=packs, arguments=arguments) as server:
         yield server

@@ -5,13 +5,8 @@ import torch
 
 from difflora_core.adapters.attach import attach
 from difflora_core.adapters.base import AdapterEntry, AdapterSet
-from difflora_core.adapters.perfusion import (
-    ConceptMatcher,
-    GatedConcept,
-    PerfusionKeyAdapter,
-    PerfusionValueAdapter,
-    SigmoidGate,
-)
+from difflora_core.adapters.perfusion import PerfusionKeyAdapter, PerfusionValueAdapter
+from difflora_core.adapters.token_gate import ConceptMatcher, GatedConcept, SigmoidGate
 
 DIM, CONTEXT, HEADS = 16, 12, 2
 

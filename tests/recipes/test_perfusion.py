@@ -18,22 +18,24 @@ from difflora_core.demo.networks.text import (
     word_numbers,
 )
 from difflora_core.errors import CheckpointError, ConfigError, InterruptedTraining
-from difflora_core.methods.base import AdaptationRequest
+from difflora_core.methods.base import AppliedAdaptation, PreparedAdaptation
 from difflora_core.methods.infusion import Infusion, InfusionConfig
-from difflora_core.methods.perfusion import Perfusion, PerfusionConfig, PreparedConcept
+from difflora_core.methods.perfusion import Perfusion, PerfusionConfig
 from difflora_core.models.layers import DrawnFrom
 from difflora_core.text.captions import captions
 from difflora_core.text.clip_pair import ClipPairText, SpecialTokens
 from difflora_core.text.covariance import Covariance, build_covariance
-from difflora_core.text.new_words import TEMPLATES, superclass_token, text_probe, word_encoding
+from difflora_core.text.encoders import text_probe
+from difflora_core.text.new_words import TEMPLATES, superclass_token, word_encoding
+from difflora_core.training.adaptation_run import run_adaptation
 from difflora_core.training.concept_task import (
     ConceptExamples,
     NewWord,
     concept_examples,
     prepare_task,
 )
-from difflora_core.training.infusion import InfusionObjective, InfusionTraining, train_infusion
-from difflora_core.training.perfusion import PerfusionObjective, PerfusionTraining, train_perfusion
+from difflora_core.training.infusion import InfusionObjective, InfusionTraining
+from difflora_core.training.perfusion import PerfusionObjective, PerfusionTraining
 
 WORD = NewWord("<h1>", "hat")
 PROMPTS = ["photo of a <h1>", "a person wearing a <h1>, blue background", "the red <h1>"]
@@ -78,14 +80,25 @@ def pictures(count=3, masked=True):
 
 QUICK = PerfusionTraining(
     steps=20, batch=4, evaluate_every=5, value_rate=0.3, word_rate=0.06, weighting="high_noise",
-    keep=0.0,
+    preservation=0.0,
 )  # fmt: skip
+
+
+def train_perfusion(task, examples, config, folder, watch=None):
+    objective = PerfusionObjective(task, config)
+    return run_adaptation(objective, examples, config.batch, config.loop, folder, watch)
+
+
+def train_infusion(task, examples, config, folder):
+    objective = InfusionObjective(task, config)
+    return run_adaptation(objective, examples, config.batch, config.loop, folder)
 
 
 def numbers(result):
     parts = []
-    for c in result.concepts:
-        parts += [c.direction, c.covector, *c.embeddings, *c.values.values()]
+    for c in result.adaptations:
+        values = [tensors["values"] for tensors in c.layers.values()]
+        parts += [*c.shared.values(), *c.word.embeddings, *values]
     return torch.cat(parts)
 
 
@@ -111,10 +124,10 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(task, tmp_path):
     assert result.loss == pytest.approx(BEST, rel=2e-2)
     assert all(torch.equal(v, before[k]) for k, v in task.base.unet.state_dict().items())
     assert not any(m._forward_hooks for m in task.base.unet.modules())
-    (concept,) = result.concepts
-    assert len(concept.values) == 4
-    assert all("attn2.to_v" in layer for layer in concept.values)
-    assert (concept.contexts,) == task.contexts
+    (concept,) = result.adaptations
+    assert len(concept.layers) == 4
+    assert all("attn2.to_v" in layer for layer in concept.layers)
+    assert (concept.word.contexts,) == task.contexts
 
 
 BEST = 0.4373  # evaluation loss over six batches, as first measured
@@ -141,26 +154,30 @@ def test_stopped_and_resumed_equals_straight(task, tmp_path):
 def test_trained_record_gives_the_training_adapters(task, tmp_path):
     """Method and recipe compute the same thing from a prompt on."""
     result = train_perfusion(task, pictures(), QUICK, tmp_path)
-    (concept,) = result.concepts
+    (concept,) = result.adaptations
     superclass = word_encoding(
         task.text,
-        task.text.embedding(superclass_token(task.text, concept.superclass)),
-        concept.contexts,
+        task.text.embedding(superclass_token(task.text, concept.word.superclass)),
+        concept.word.contexts,
     )
     torch.testing.assert_close(superclass, task.superclasses[0])
     config = PerfusionConfig(bias=QUICK.bias, temperature=QUICK.temperature)
-    method = Perfusion([(PreparedConcept(concept, superclass), config)])
-    encoded = task.text.encode(PROMPTS, {concept.word: concept.embeddings})
+    adapters = Perfusion.adapters(
+        [AppliedAdaptation(PreparedAdaptation(concept, superclass), config)]
+    )
+    encoded = task.text.encode(PROMPTS, {concept.word.word: concept.word.embeddings})
     condition = TextCondition(encoded.context, encoded.pooled)
     noisy, steps = torch.randn(3, 4, 4, 4), torch.tensor([400, 500, 600])
     objective = PerfusionObjective(task, QUICK)
     names = objective.module_names
     with torch.no_grad():
         for value, layer in zip(objective.values, task.layers, strict=True):
-            value.copy_(concept.values[layer][None] - objective.starts[layer])
-        with attach(task.base.unet, method.adapters(AdaptationRequest()), names=names):
+            value.copy_(concept.layers[layer]["values"][None] - objective.starts[layer])
+        with attach(task.base.unet, adapters, names=names):
             got = task.base.predict(noisy, steps, condition)
-        with attach(task.base.unet, objective.adapters(concept.direction[None]), names=names):
+        with attach(
+            task.base.unet, objective.adapters(concept.shared["direction"][None]), names=names
+        ):
             wanted = task.base.predict(noisy, steps, condition)
         plain = task.base.predict(noisy, steps, condition)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
@@ -240,28 +257,28 @@ def test_masks_choose_what_is_learned(task):
 def test_outside_the_mask_it_stays_what_it_was(task, tmp_path):
     """Against a run without the preservation loss: less drift."""
     drifts = []
-    for keep in (0.0, 3.0):
-        config = replace(QUICK, keep=keep)
-        folder = tmp_path / str(keep)
-        (concept,) = train_perfusion(task, pictures(), config, folder).concepts
-        objective = PerfusionObjective(task, replace(QUICK, keep=1.0)).eval()
+    for preservation in (0.0, 3.0):
+        config = replace(QUICK, preservation=preservation)
+        folder = tmp_path / str(preservation)
+        (concept,) = train_perfusion(task, pictures(), config, folder).adaptations
+        objective = PerfusionObjective(task, replace(QUICK, preservation=1.0)).eval()
         with torch.no_grad():
             for value, layer, start in zip(
-                objective.values, concept.values, objective.starts.values(), strict=True
+                objective.values, concept.layers, objective.starts.values(), strict=True
             ):
-                value.copy_(concept.values[layer][None] - start)
+                value.copy_(concept.layers[layer]["values"][None] - start)
             batch = pictures().draw(8)(torch.Generator().manual_seed(3))
             drifts.append(float(objective(batch)[1]["drift"]))
     assert 0 < drifts[1] < 0.9 * drifts[0]
     whole = pictures(masked=False).draw(4)(torch.Generator().manual_seed(3))
-    assert "drift" not in PerfusionObjective(task, replace(QUICK, keep=1.0))(whole)[1]
+    assert "drift" not in PerfusionObjective(task, replace(QUICK, preservation=1.0))(whole)[1]
 
 
 def test_guidance_while_training(task):
     """A guided prediction goes as many times as far from the base's as the guidance says."""
     batch, seen = pictures().draw(8)(torch.Generator().manual_seed(3)), {}
     for scale in (1.0, 2.0):
-        config = replace(QUICK, keep=1.0, guidance=scale)
+        config = replace(QUICK, preservation=1.0, guidance=scale)
         both = (
             PerfusionObjective(task, config),
             InfusionObjective(task, InfusionTraining(threshold=0.3, guidance=scale)),
@@ -294,7 +311,7 @@ def test_disendiff_losses_take_part(base, text, covariance, tmp_path):
     result = train_perfusion(
         task, examples, config, tmp_path, lambda s, n, m, preview: seen.append(m)
     )
-    assert len(result.concepts) == 2
+    assert len(result.adaptations) == 2
     assert all(0 < metrics["separation"] <= 1 for metrics in seen)
     assert all(0 < metrics["binding"] < 2 for metrics in seen)
     batch = examples.draw(2)(torch.Generator().manual_seed(0))
@@ -316,31 +333,30 @@ def test_infusion_starts_at_the_base_and_learns(task, tmp_path):
         steps=60, batch=4, evaluate_every=20, threshold=0.3, learning_rate=1.0
     )
     result = train_infusion(task, pictures(), config, tmp_path)
-    (concept,) = result.concepts
+    (concept,) = result.adaptations
     losses = {}
     for sign in (0, 1, -1):  # untrained, trained, trained and turned round
         objective = InfusionObjective(task, config)
-        for value, learned in zip(objective.values, concept.values.values(), strict=True):
-            value.data.add_(sign * learned)
+        for value, learned in zip(objective.values, concept.layers.values(), strict=True):
+            value.data.add_(sign * learned["values"])
         losses[sign] = evaluation_loss(objective, config.batch)
     assert result.loss == pytest.approx(losses[1], rel=1e-6)
     assert losses[1] < 0.995 * losses[0]
     assert losses[-1] > losses[0]
-    encoded = task.text.encode(PROMPTS, {concept.word: concept.embeddings})
+    encoded = task.text.encode(PROMPTS, {concept.word.word: concept.word.embeddings})
     text = TextCondition(encoded.context, encoded.pooled)
     noisy, steps = torch.randn(3, 4, 4, 4), torch.tensor([400, 500, 600])
-    method = Infusion([(concept, InfusionConfig(threshold=0.3))])
-    adapters = method.adapters(AdaptationRequest())
+    assert concept.settings == InfusionConfig(threshold=0.3)  # travels with the file
+    applied = AppliedAdaptation(PreparedAdaptation(concept), concept.settings)
+    adapters = Infusion.adapters([applied])
     with torch.no_grad():
         plain = task.base.predict(noisy, steps, text)
         with attach(task.base.unet, adapters, names=task.layers):
             tuned = task.base.predict(noisy, steps, text)
     assert float((tuned - plain).abs().max()) > 1e-4
-    zero = type(concept)(
-        "infusion", concept.word, "hat", "tiny", concept.embeddings, concept.direction,
-        concept.covector, {k: 0 * v for k, v in concept.values.items()}, concept.probe,
-    )  # fmt: skip
-    still = Infusion([(zero, InfusionConfig(threshold=0.3))]).adapters(AdaptationRequest())
+    nothing = {n: {"values": 0 * t["values"]} for n, t in concept.layers.items()}
+    zero = PreparedAdaptation(replace(concept, layers=nothing))
+    still = Infusion.adapters([AppliedAdaptation(zero, concept.settings)])
     with torch.no_grad(), attach(task.base.unet, still, names=task.layers):
         assert torch.equal(task.base.predict(noisy, steps, text), plain)
     again = train_infusion(task, pictures(), config, tmp_path / "again")
@@ -415,7 +431,7 @@ def test_bad_settings():
     for bad in ({"steps": 0}, *rates):
         with pytest.raises(ConfigError):
             PerfusionTraining(**bad)
-    with pytest.raises(ConfigError, match="Unknown training settings"):
+    with pytest.raises(ConfigError, match="unknown settings stepz"):
         PerfusionTraining.from_dict({"stepz": 3})
     with pytest.raises(ConfigError):
         InfusionTraining(learning_rate=0.0)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ...base_model.protocol import BaseModel
 from ...text.covariance import Covariance
-from ...text.new_words import SLOT, ConceptText
+from ...text.encoders import TextEncoders
+from ...text.new_words import SLOT
 from ...training.concept_task import (
     ConceptExamples,
     ConceptTask,
@@ -21,7 +22,7 @@ TRAINING = PerfusionTraining(steps=400, value_rate=0.1, word_rate=0.001, reach=0
 
 def concept_lesson(
     base: BaseModel,
-    text: ConceptText,
+    text: TextEncoders,
     covariance: Covariance,
     concept: DemoConcept,
     photos: ConceptPictures,

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ...base_model.diffusers_base import DiffusersBase
-from ...storage.adapter_file import write_concept
+from ...storage.adapter_file import write_adaptation
 from ...text.captions import captions
 from ...text.covariance import build_covariance
+from ...training.adaptation_run import run_adaptation
 from ...training.loop import Progress
-from ...training.perfusion import train_perfusion
+from ...training.perfusion import PerfusionObjective
 from .. import paths
 from ..networks.base import load_base
 from ..networks.concept_judge import judge_pictures, train_concept_judge
@@ -90,10 +91,15 @@ def concepts(progress: Progress) -> Figures:
     def teach(name: str, concept: DemoConcept, folder: Path) -> None:
         photos = concept_photos(concept, SHIPPED_PHOTOS)
         task, examples = concept_lesson(base, text, covariance, concept, photos)
-        result = train_perfusion(
-            task, examples, TRAINING, folder, lambda step, of, seen, _: progress(step, of, seen)
+        result = run_adaptation(
+            PerfusionObjective(task, TRAINING),
+            examples,
+            TRAINING.batch,
+            TRAINING.loop,
+            folder,
+            lambda step, of, seen, _: progress(step, of, seen),
         )
-        written = write_concept(paths.CONCEPTS / f"{name}.safetensors", result.concepts[0])
+        written = write_adaptation(paths.CONCEPTS / f"{name}.safetensors", result.adaptations[0])
         figures[name] = {"loss": result.loss, "step": result.step, "bytes": written.size}
 
     for name, concept in SHIPPED.items():

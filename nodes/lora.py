@@ -4,20 +4,19 @@ from typing import Any
 
 import comfy.hooks
 import comfy.lora
-import comfy.patcher_extension
 import comfy.utils
-import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..difflora_core.adapters.attach import attach
-from ..difflora_core.adapters.lora import lora_adapter_set
-from ..difflora_core.errors import ConfigError, LayoutError, LoRAFileError
+from ..difflora_core.errors import LayoutError, LoRAFileError
 from ..difflora_core.lora.block_groups import GroupStrengths, scale_groups
 from ..difflora_core.lora.formats.state_dict import from_state_dict, to_state_dict
 from ..difflora_core.lora.weights import LoRAWeights
+from ..difflora_core.methods.base import AppliedAdaptation, PreparedAdaptation
+from ..difflora_core.methods.lora import LoRASettings, lora_adaptation
 from . import sockets
 from .host import models as bridge
+from .host.adapters import Link, with_link
 
 CATEGORY = "DiffLoRA/placing"
 GROUPS = {
@@ -144,7 +143,9 @@ class ApplyLoRA(io.ComfyNode):
         if (start_percent, end_percent, positive_only) == (0.0, 1.0, False):
             patched = patch(model, weights, strength)
         else:
-            patched = TimedLoRA(scaled, start_percent, end_percent, positive_only).on(model)
+            prepared = PreparedAdaptation(lora_adaptation(scaled))
+            applied = AppliedAdaptation(prepared, LoRASettings())
+            patched = with_link(model, Link(applied, start_percent, end_percent, positive_only))
         return io.NodeOutput(patched, to_state_dict(scaled))
 
 
@@ -226,45 +227,4 @@ def patch(model: Any, weights: LoRAWeights, strength: float) -> Any:
     return patched
 
 
-class TimedLoRA:
-    """A LoRA for a part of the steps or of the prompts: added to the layers' outputs while it acts.
-
-    Weight patches cannot change while a model samples. Nothing of this stays on the network between
-    two calls, so other clones of the model never see it.
-    """
-
-    def __init__(self, weights: LoRAWeights, start: float, end: float, positive: bool) -> None:
-        if start > end:
-            raise ConfigError(
-                f"The LoRA would never act: it starts at {start:g} of the steps, after its end at "
-                f"{end:g}. Choose a start before the end."
-            )
-        self.weights, self.start, self.end, self.positive = weights, start, end, positive
-
-    def on(self, model: Any) -> Any:
-        """A clone of a model that asks this before every step."""
-        clone = model.clone()
-        kind = comfy.patcher_extension.WrappersMP.APPLY_MODEL
-        clone.add_wrapper_with_key(kind, "difflora", self)
-        return clone
-
-    def __call__(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """One call of the network on x (B, ...) at noise t, as BaseModel.apply_model is called."""
-        base = executor.class_obj
-        rows = self._rows(x, args[3] if len(args) > 3 else kwargs["transformer_options"])
-        percent = base.model_sampling.percent_to_sigma
-        first, last = percent(self.start), percent(self.end)
-        if not last <= float(t.max()) <= first or not rows.any():
-            return executor(x, t, *args, **kwargs)
-        # The weights are small beside the model's own; they follow it to its device and stay.
-        self.weights = self.weights.to(device=x.device)
-        strength = 1.0 if rows.all() else rows.float()
-        with attach(base.diffusion_model, lora_adapter_set(self.weights), strength):
-            return executor(x, t, *args, **kwargs)
-
-    def _rows(self, x: Tensor, options: Any) -> Tensor:
-        """Which samples (B,) of a batch it acts on; positive and negative prompts share batches."""
-        chunks = options.get("cond_or_uncond") if self.positive else None
-        if not chunks:
-            return torch.ones(len(x), dtype=torch.bool)
-        return torch.tensor([c == 0 for c in chunks]).repeat_interleave(len(x) // len(chunks))
+NODES = [LoRAToHook, ApplyLoRA]

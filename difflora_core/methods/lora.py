@@ -1,0 +1,89 @@
+"""A plain LoRA as a trained adaptation: what DiffLoRA, DreamBooth and other programs make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..adapters.base import AdapterSet
+from ..adapters.lora import lora_adapter_set
+from ..config import Config
+from ..errors import LayoutError
+from ..lora.weights import LoRALayer, LoRAWeights
+from .base import AppliedAdaptation, Method, PreparedAdaptation, TrainedAdaptation
+
+TENSORS = {"down", "up", "alpha"}
+
+
+@dataclass(frozen=True)
+class LoRASettings(Config):
+    """A LoRA has a strength, as everything has, and nothing else to set."""
+
+
+class LoRA(Method):
+    """Low-rank sums on linear layers (arXiv 2106.09685). Tensors of a layer: down, up, alpha."""
+
+    name: ClassVar[str] = "lora"
+    Config: ClassVar[type[Config]] = LoRASettings
+
+    @classmethod
+    def check(cls, adaptation: TrainedAdaptation) -> None:
+        """Refuse layers that are no pair of factors."""
+        for layer, tensors in adaptation.layers.items():
+            if set(tensors) != TENSORS or adaptation.shared:
+                raise LayoutError(f"{adaptation.title} does not hold the factors of {layer}.")
+            down, up = tensors["down"], tensors["up"]
+            if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
+                raise LayoutError(
+                    f"{adaptation.title} has factors {tuple(down.shape)} and {tuple(up.shape)} on "
+                    f"{layer}, which do not fit each other."
+                )
+
+    @classmethod
+    def layer_sizes(cls, adaptation: TrainedAdaptation) -> dict[str, tuple[int, int]]:
+        """In and out features of the factors."""
+        return {
+            layer: (tensors["down"].shape[1], tensors["up"].shape[0])
+            for layer, tensors in adaptation.layers.items()
+        }
+
+    @classmethod
+    def adapters(cls, applied: Sequence[AppliedAdaptation]) -> AdapterSet:
+        """The LoRAs one after another, each at its strength."""
+        entries = AdapterSet(())
+        for part in applied:
+            entries += lora_adapter_set(lora_weights(part.adaptation)).scaled(part.strength)
+        return entries
+
+    @classmethod
+    def as_lora(
+        cls,
+        prepared: PreparedAdaptation,
+        project: Callable[[str, Tensor], Tensor],
+        lock_keys: bool = True,
+    ) -> LoRAWeights:
+        """Itself."""
+        return lora_weights(prepared.adaptation)
+
+
+def lora_adaptation(weights: LoRAWeights, base: str = "unknown") -> TrainedAdaptation:
+    """LoRA weights as a record."""
+    layers = {
+        name: {"down": layer.down, "up": layer.up, "alpha": torch.tensor([float(layer.alpha)])}
+        for name, layer in weights.layers.items()
+    }
+    return TrainedAdaptation(LoRA.name, base, LoRASettings(), {}, layers)
+
+
+def lora_weights(adaptation: TrainedAdaptation) -> LoRAWeights:
+    """The record as LoRA weights."""
+    return LoRAWeights(
+        {
+            name: LoRALayer(tensors["down"], tensors["up"], float(tensors["alpha"]))
+            for name, tensors in adaptation.layers.items()
+        }
+    )

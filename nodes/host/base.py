@@ -1,0 +1,122 @@
+"""ComfyUI's models as a base to train, and what fits on them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import comfy.model_management
+import comfy.model_sampling
+import torch
+from torch import Tensor
+
+from ...difflora_core.base_model.protocol import TextCondition
+from ...difflora_core.errors import ConfigError, LayoutError
+from ...difflora_core.lora.layout import ATTENTION_PROJECTIONS, LayerShape, LoRALayout
+from ...difflora_core.methods.base import TrainedAdaptation
+from ...difflora_core.methods.registry import method
+from .text import leave_inference, stopping
+
+TRAINING_BYTES = 4 * 2**30  # activations of a training step; ComfyUI knows the weights
+
+
+def projector(model: Any, adaptation: TrainedAdaptation) -> Callable[[str, Tensor], Tensor]:
+    """What the layers of a loaded model make of encodings (n, in), whatever their storage is.
+
+    Raises:
+        LayoutError: the adaptation is for another base model.
+    """
+    check_fits(model, adaptation)
+    comfy.model_management.load_models_gpu([model])
+    unet, dtype = model.model.diffusion_model, model.model.get_dtype_inference()
+
+    def project(layer: str, rows: Tensor) -> Tensor:
+        part = unet.get_submodule(layer)
+        return part(rows.to(model.load_device, dtype)).float().cpu()
+
+    return project
+
+
+def check_fits(model: Any, adaptation: TrainedAdaptation) -> None:
+    """Compares an adaptation with the UNet it is meant for.
+
+    Raises:
+        LayoutError: the UNet lacks some of its layers, or has them in other sizes.
+    """
+    sizes = method(adaptation.method).layer_sizes(adaptation)
+    parts = dict(model.model.diffusion_model.named_modules())
+    wrong = [
+        name
+        for name, size in sizes.items()
+        if (getattr(parts.get(name), "in_features", 0), getattr(parts.get(name), "out_features", 0))
+        != size
+    ]
+    if wrong:
+        raise LayoutError(
+            f"{adaptation.title} was made for {adaptation.base}: {len(wrong)} of its {len(sizes)} "
+            f"layers do not fit the model that is connected (for example {wrong[0]}). Load the "
+            "base model it was trained on."
+        )
+
+
+def unet_layout(model: Any, base: str, rank: int) -> LoRALayout:
+    """The attention projections of ComfyUI's UNet."""
+    endings = tuple(f".{target}" for target in ATTENTION_PROJECTIONS)
+    layers = [
+        LayerShape(name, part.in_features, part.out_features, name)
+        for name, part in model.model.diffusion_model.named_modules()
+        if name.endswith(endings)
+    ]
+    return LoRALayout(base, rank, tuple(layers))
+
+
+class ComfyBase:
+    """ComfyUI's MODEL and VAE as the frozen base of a recipe; weights are only ever read by layers.
+
+    Raises:
+        ConfigError: no SDXL, or a model that predicts neither noise nor velocity.
+    """
+
+    def __init__(self, model: Any, vae: Any) -> None:
+        sampling = model.get_model_object("model_sampling")
+        if not isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete) or isinstance(
+            sampling, (comfy.model_sampling.EDM, comfy.model_sampling.X0)
+        ):
+            raise ConfigError("Concepts are trained on SDXL with its own noise schedule.")
+        velocity = isinstance(sampling, comfy.model_sampling.V_PREDICTION)
+        self.prediction_type = "v_prediction" if velocity else "epsilon"
+        self.alphas_cumprod = (1 / (sampling.sigmas.detach().float() ** 2 + 1)).clone()
+        self.patcher = model.clone(disable_dynamic=True)
+        self.vae, self.unet = vae, self.patcher.model.diffusion_model
+        self.dtype = self.patcher.model.get_dtype_inference()
+        self.device = self.patcher.load_device
+        comfy.model_management.load_models_gpu(
+            [self.patcher], memory_required=TRAINING_BYTES, force_full_load=False
+        )
+        leave_inference(self.unet)
+
+    def layout(self, base: str, rank: int) -> LoRALayout:
+        """The UNet's attention projections."""
+        return unet_layout(self.patcher, base, rank)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> TextCondition:
+        """Not part of this base: recipes of concepts bring their own text encoders."""
+        raise ConfigError("Prompts are encoded by the CLIP that is connected.")
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Scaled latents of images (N, H, W, 3)."""
+        with torch.no_grad():
+            latents = torch.cat([self.vae.encode(one[None]) for one in images])
+        return self.patcher.model.process_latent_in(latents.float()).clone().cpu()
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Images (N, H, W, 3) of scaled latents."""
+        with torch.no_grad():
+            return self.vae.decode(self.patcher.model.process_latent_out(latents)).float()
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, text: TextCondition) -> Tensor:
+        """The UNet's output, conditioned on the picture's size as ComfyUI does."""
+        height, width = (8 * side for side in noisy.shape[-2:])
+        sizes = self.patcher.model.encode_adm(pooled_output=text.pooled, width=width, height=height)
+        with stopping():
+            return self.unet(
+                noisy, timesteps.to(noisy.device), context=text.context.to(noisy), y=sizes.to(noisy)
+            )

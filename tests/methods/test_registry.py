@@ -1,0 +1,112 @@
+"""What every registered method promises, whatever it does inside."""
+
+import pytest
+import torch
+
+from difflora_core.adapters.attach import attach
+from difflora_core.config import Config
+from difflora_core.errors import ConfigError, LayoutError
+from difflora_core.lora.weights import LoRALayer, LoRAWeights
+from difflora_core.methods.base import (
+    AppliedAdaptation,
+    ConceptMethod,
+    PreparedAdaptation,
+    TrainedAdaptation,
+    layout_hash,
+    with_settings,
+)
+from difflora_core.methods.lora import lora_adaptation
+from difflora_core.methods.registry import METHODS, method
+
+
+@pytest.fixture(params=list(METHODS))
+def example(request, net, prepared):
+    """A registered method and something that it could have trained on the small network."""
+    if issubclass(METHODS[request.param], ConceptMethod):
+        return METHODS[request.param], prepared(method=request.param)
+    g = torch.Generator().manual_seed(3)
+    layers = {
+        "middle_block.attn2.to_v": LoRALayer(
+            torch.randn(2, 6, generator=g, dtype=torch.float64),
+            torch.randn(4, 2, generator=g, dtype=torch.float64),
+            1.0,
+        )
+    }
+    return METHODS[request.param], PreparedAdaptation(lora_adaptation(LoRAWeights(layers), "tiny"))
+
+
+def encodings(part):
+    e = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    if "direction" in part.adaptation.shared:
+        e[:, 2] = part.adaptation.shared["direction"]
+    return e
+
+
+def run(net, kind, part, e, strength):
+    applied = AppliedAdaptation(part, part.adaptation.settings, strength)
+    with attach(net, kind.adapters([applied])):
+        return net(e)
+
+
+def test_sizes_are_those_of_the_layers_it_changes(example, net):
+    kind, part = example
+    kind.check(part.adaptation)
+    sizes = kind.layer_sizes(part.adaptation)
+    assert set(sizes) == set(part.adaptation.layers)
+    for name, size in sizes.items():
+        layer = net().get_submodule(name)
+        assert size == (layer.in_features, layer.out_features)
+
+
+def test_it_acts_by_its_strength_and_sample(example, net):
+    """0 is the base, 1 something else, and every sample has a strength of its own."""
+    kind, part = example
+    e = encodings(part)
+    base, full = net()(e), run(net(), kind, part, e, 1.0)
+    torch.testing.assert_close(run(net(), kind, part, e, 0.0), base, rtol=1e-12, atol=1e-12)
+    assert float((full - base).abs().max()) > 0.01
+    mixed = run(net(), kind, part, e, torch.tensor([0.0, 1.0], dtype=torch.float64))
+    torch.testing.assert_close(mixed[0], base[0])
+    torch.testing.assert_close(mixed[1], full[1])
+
+
+def test_settings_are_strict_and_travel(example):
+    kind, part = example
+    settings = part.adaptation.settings
+    assert isinstance(settings, kind.Config)
+    assert issubclass(kind.Config, Config)
+    assert kind.Config.from_json(settings.to_json()) == settings
+    with pytest.raises(ConfigError, match="unknown"):
+        kind.Config.from_dict({"no such setting": 1})
+    assert with_settings(part.adaptation, {"no such setting": 1}) == settings
+
+
+def test_tensors_of_another_kind_are_refused(example):
+    kind, part = example
+    one = part.adaptation
+    layers = {name: {**tensors, "more": torch.ones(2)} for name, tensors in one.layers.items()}
+    with pytest.raises(LayoutError, match="does not hold"):
+        kind.check(
+            TrainedAdaptation(one.method, "tiny", one.settings, one.shared, layers, one.word)
+        )
+
+
+def test_unknown_method_says_what_is_known():
+    with pytest.raises(ConfigError, match="'magic' is not known here; known are lora, "):
+        method("magic")
+
+
+def test_the_layout_hash_tells_layers_and_sizes_apart():
+    one = {"a": (3, 4), "b": (3, 5)}
+    assert layout_hash(one) == layout_hash({"b": (3, 5), "a": (3, 4)})
+    others = ({"a": (3, 4)}, {"a": (3, 4), "c": (3, 5)}, {"a": (3, 4), "b": (3, 6)})
+    assert len({layout_hash(one), *map(layout_hash, others)}) == 4
+
+
+def test_an_adaptation_without_layers_is_none():
+    settings = METHODS["lora"].Config()
+    for layers in ({}, {"a": {}}):
+        with pytest.raises(LayoutError, match="changes no layer"):
+            TrainedAdaptation("lora", "tiny", settings, {}, layers)
+    with pytest.raises(LayoutError, match="not finite"):
+        TrainedAdaptation("lora", "tiny", settings, {}, {"a": {"down": torch.tensor([torch.nan])}})
