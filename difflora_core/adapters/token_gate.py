@@ -163,8 +163,8 @@ class ConceptMatcher:
 
     def _weights(self, fine: Tensor, similarity: Tensor) -> Tensor:
         """Strength of each concept at each token of each row, broadcastable to (B, L, J)."""
-        like = {"dtype": similarity.dtype, "device": similarity.device}
-        strengths = [torch.as_tensor(c.strength, **like) for c in self.concepts]
+        dtype, device = similarity.dtype, similarity.device
+        strengths = [torch.as_tensor(c.strength, dtype=dtype, device=device) for c in self.concepts]
         weights = torch.stack(torch.broadcast_tensors(*strengths), -1)  # J, or B J
         if weights.ndim > 1:
             weights = weights[:, None]  # B 1 J

@@ -106,8 +106,10 @@ def stored(comfy_server, toy, base, trained):
         del METHODS[toy.method.name]
     names, changes = base.layout("demo", 1).module_names, {}
     for layer, tensors in adaptation.layers.items():
-        weight = base.unet.get_submodule(names[layer]).weight.detach()
-        changes[f"diffusion_model.{layer}.diff"] = tensors["gain"][:, None] * weight
+        part, gain = base.unet.get_submodule(names[layer]), tensors["gain"]
+        changes[f"diffusion_model.{layer}.diff"] = gain[:, None] * part.weight.detach()
+        if part.bias is not None:
+            changes[f"diffusion_model.{layer}.diff_b"] = gain * part.bias.detach()
     (folder / "loras").mkdir(parents=True, exist_ok=True)
     save_file(changes, folder / "loras" / "gain_as_weights.safetensors")
     return written.path
