@@ -28,7 +28,7 @@ from ..difflora_core.demo.networks.text import text_config
 from ..difflora_core.errors import CheckpointError
 from ..difflora_core.vision.face_encoder import InsightFaceEncoder
 from . import model_paths, sockets
-from .host import models as bridge
+from .host import models
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 TEXT = {
@@ -288,6 +288,6 @@ class LoadDemo(io.ComfyNode):
             load_demo_vae(base),
             load_demo_clip_vision(vision),
             InsightFaceEncoder(faces).analysis,
-            bridge.host_model(str(difflora), difflora.name),
+            models.host_model(str(difflora), difflora.name),
             load_demo_controlnet(control),
         )

@@ -9,8 +9,7 @@ from ..difflora_core.diffusion.sampler import SampleSettings
 from ..difflora_core.models import latent_math
 from ..difflora_core.vision.face_choice import FaceOptions
 from . import sockets
-from .host import encoders
-from .host import models as bridge
+from .host import encoders, models
 
 CATEGORY = "DiffLoRA/steps"
 
@@ -64,8 +63,8 @@ class MixFeatures(io.ComfyNode):
 
     @classmethod
     def execute(cls, difflora_model, features, gate, face_share, face_weight, image_weight):
-        override = bridge.gate_override(gate, face_share, face_weight, image_weight)
-        condition = bridge.mix(difflora_model, features, override)
+        override = models.gate_override(gate, face_share, face_weight, image_weight)
+        condition = models.mix(difflora_model, features, override)
         picture = _gate_picture(condition.gate)
         return io.NodeOutput(condition, picture, ui=ui.PreviewImage(picture, cls=cls))
 
@@ -98,7 +97,7 @@ class SampleLatent(io.ComfyNode):
     @classmethod
     def execute(cls, difflora_model, mode, seed, steps, guidance, condition=None):
         settings = SampleSettings(steps, guidance)
-        return io.NodeOutput(bridge.draw_latent(difflora_model, condition, mode, seed, settings))
+        return io.NodeOutput(models.draw_latent(difflora_model, condition, mode, seed, settings))
 
 
 class DecodeLoRA(io.ComfyNode):
@@ -136,9 +135,9 @@ class DecodeLoRA(io.ComfyNode):
     def execute(cls, difflora_model, lora_latent, base_model=None, index=0):
         wanted = range(len(lora_latent)) if index < 0 else (index,)
         chosen = [latent_math.select(lora_latent, number) for number in wanted]
-        loras, step = [], bridge.progress(len(chosen))
+        loras, step = [], models.progress(len(chosen))
         for latent in chosen:
-            loras.append(bridge.decode(difflora_model, latent, base_model))
+            loras.append(models.decode(difflora_model, latent, base_model))
             step(len(loras), len(chosen))
         return io.NodeOutput(loras)
 
@@ -193,11 +192,11 @@ class Personalize(io.ComfyNode):
     ):
         options = FaceOptions(face_order, face_index, on_missing_face, image_region)
         found = encoders.read_photos(cls, images, clip_vision, face_analysis, mask, options)
-        override = bridge.gate_override(gate, face_share)
-        condition = bridge.mix(difflora_model, found.features, override)
+        override = models.gate_override(gate, face_share)
+        condition = models.mix(difflora_model, found.features, override)
         settings = SampleSettings(steps, guidance)
-        latent = bridge.draw_latent(difflora_model, condition, mode, seed, settings)
-        lora = bridge.decode(difflora_model, latent, base_model)
+        latent = models.draw_latent(difflora_model, condition, mode, seed, settings)
+        lora = models.decode(difflora_model, latent, base_model)
         return io.NodeOutput(lora, found.crops, ui=ui.PreviewImage(found.crops, cls=cls))
 
 

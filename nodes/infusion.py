@@ -21,7 +21,7 @@ class TrainInfusionConcept(io.ComfyNode):
             description="Teaches a new word that leaves the layout wholly to the word of its kind "
             "(cat, hat) and changes its look alone, with the least harm to the rest of the prompt. "
             "Stopping keeps the best so far; queueing again goes on.",
-            search_aliases=["infusion", "perfusion", "train concept", "value residual"],
+            search_aliases=["infusion", "train concept", "value residual"],
             inputs=[
                 *training.picture_sockets(),
                 *training.word_widgets(),

@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..difflora_core.diffusion.sampler import MAX_SEED, SampleSettings
 from ..difflora_core.models import latent_math
 from . import sockets
-from .host import models as bridge
+from .host import models
 
 CATEGORY = "DiffLoRA/identities"
 MAX_BATCH = 256
@@ -140,7 +140,7 @@ class VaryIdentity(io.ComfyNode):
     def execute(cls, difflora_model, identity, strength, seed, count, steps):
         settings = SampleSettings(steps, strength=strength)
         seeds = range(seed, seed + count)
-        return io.NodeOutput(bridge.sample_batch(difflora_model, None, seeds, settings, identity))
+        return io.NodeOutput(models.sample_batch(difflora_model, None, seeds, settings, identity))
 
 
 class InventIdentity(io.ComfyNode):
@@ -168,7 +168,7 @@ class InventIdentity(io.ComfyNode):
     def execute(cls, difflora_model, seed, count, steps):
         seeds = range(seed, seed + count)
         return io.NodeOutput(
-            bridge.sample_batch(difflora_model, None, seeds, SampleSettings(steps))
+            models.sample_batch(difflora_model, None, seeds, SampleSettings(steps))
         )
 
 
@@ -263,10 +263,12 @@ class BestOfN(io.ComfyNode):
     def execute(cls, difflora_model, condition, count, seed, steps, guidance):
         settings = SampleSettings(steps, guidance)
         seeds = range(seed, seed + count)
-        samples = bridge.sample_batch(difflora_model, condition, seeds, settings)
+        samples = models.sample_batch(difflora_model, condition, seeds, settings)
         agreement = difflora_model.ready().agreement(samples, condition)
         best = int(agreement.argmax())
-        bridge.tell(cls, f"number {best + 1} of {count}, agreement {float(agreement[best]):.3g}")
+        models.show_text(
+            cls, f"number {best + 1} of {count}, agreement {float(agreement[best]):.3g}"
+        )
         return io.NodeOutput(latent_math.select(samples, best), float(agreement[best]))
 
 

@@ -7,7 +7,7 @@ from ..difflora_core.storage.identity_library import SAME_NAME, add_people, numb
 from ..difflora_core.storage.library_file import read_library
 from ..difflora_core.storage.thumbnail import make_thumbnails, read_thumbnail
 from . import model_paths, sockets
-from .host import models as bridge
+from .host import models
 
 CATEGORY = "DiffLoRA/library"
 
@@ -77,7 +77,7 @@ class AddToLibrary(io.ComfyNode):
         )
         names = "\n".join(given)
         report = f"Added to {library}:\n{names}"
-        bridge.tell(cls, report)
+        models.show_text(cls, report)
         return io.NodeOutput(library, names, ui=ui.PreviewText(report))
 
 

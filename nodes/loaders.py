@@ -10,7 +10,7 @@ from ..difflora_core.storage.safetensors_io import read_header
 from ..difflora_core.vision.face_encoder import InsightFaceEncoder
 from ..difflora_core.vision.face_providers import PROVIDERS
 from . import model_paths, sockets
-from .host import models as bridge
+from .host import models
 
 CATEGORY = "DiffLoRA/loaders"
 
@@ -47,7 +47,7 @@ class LoadModel(io.ComfyNode):
     @classmethod
     def execute(cls, model_name):
         path = model_paths.difflora_file(model_name)
-        return io.NodeOutput(bridge.host_model(path, model_name))
+        return io.NodeOutput(models.host_model(path, model_name))
 
 
 class LoadFaceAnalysis(io.ComfyNode):

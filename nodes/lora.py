@@ -15,7 +15,7 @@ from ..difflora_core.lora.weights import LoRAWeights
 from ..difflora_core.methods.base import AppliedAdaptation, PreparedAdaptation
 from ..difflora_core.methods.lora import LoRASettings, lora_adaptation
 from . import sockets
-from .host import models as bridge
+from .host import models
 from .host.adapters import Link, with_link
 
 CATEGORY = "DiffLoRA/placing"
@@ -69,7 +69,7 @@ class LoRAToHook(io.ComfyNode):
     @classmethod
     def execute(cls, lora, strength_model, prev_hooks=None, base_model=None):
         hooks = prev_hooks or comfy.hooks.HookGroup()
-        state = bridge.check_lora(lora)
+        state = models.check_lora(lora)
         if base_model is not None:
             state = to_state_dict(read_lora(state, base_model))
         if strength_model != 0:
@@ -138,7 +138,7 @@ class ApplyLoRA(io.ComfyNode):
         groups = GroupStrengths(
             input_blocks, middle_block, output_blocks, self_attention, cross_attention
         )
-        weights = scale_groups(read_lora(bridge.check_lora(lora), model), groups)
+        weights = scale_groups(read_lora(models.check_lora(lora), model), groups)
         scaled = weights.scaled(strength)
         if (start_percent, end_percent, positive_only) == (0.0, 1.0, False):
             patched = patch(model, weights, strength)
@@ -215,7 +215,7 @@ def read_lora(state: dict[str, Tensor], model: Any) -> LoRAWeights:
     if not layers:
         raise LayoutError("This LoRA edits text encoders only; connect one that edits the model.")
     weights = LoRAWeights(layers)
-    bridge.check_fits(weights, model, "another base model")
+    models.check_fits(weights, model, "another base model")
     return weights
 
 

@@ -10,7 +10,7 @@ from ...difflora_core.vision.face_choice import FaceOptions
 from ...difflora_core.vision.face_encoder import DetectedFace, FaceEncoder, InsightFaceEncoder
 from ...difflora_core.vision.features import ExtractedFeatures, extract_features
 from ...difflora_core.vision.image_encoder import ImageEncoder
-from . import models as bridge
+from . import models
 
 WHAT_THEN = {"skip": "Left out.", "image_only": "Used by the look alone."}
 """What becomes of a photo without a face, by policy."""
@@ -62,7 +62,7 @@ class _Watched:
 
     def __init__(self, faces: FaceEncoder, pictures: ImageEncoder, total: int) -> None:
         self.faces, self.pictures = faces, pictures
-        self.done, self.total, self.step = 0, total, bridge.progress(total)
+        self.done, self.total, self.step = 0, total, models.progress(total)
 
     @property
     def embedding_dim(self) -> int:
@@ -125,5 +125,5 @@ def read_photos(
     if face_analysis is not None:
         then = [*found.notes, WHAT_THEN[options.on_missing]] if found.notes else []
         with_face = len(images) - len(found.notes)
-        bridge.tell(node, " ".join([f"A face in {with_face} of {len(images)} photos.", *then]))
+        models.show_text(node, " ".join([f"A face in {with_face} of {len(images)} photos.", *then]))
     return found

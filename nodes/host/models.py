@@ -169,7 +169,7 @@ def progress(total: int) -> Any:
     return step
 
 
-def tell(node: Any, text: str) -> None:
+def show_text(node: Any, text: str) -> None:
     """Shows a line on the running node in the browser, as core's Get Image Size does."""
     from server import PromptServer  # noqa: PLC0415  there is none before ComfyUI runs
 

@@ -121,7 +121,7 @@ def ours(module: str) -> bool:
     return module.split(".")[0] in ("difflora_core", "nodes")
 
 
-def test_nodes_share_only_the_bridge(sources):
+def test_nodes_share_only_the_host(sources):
     wrong = [
         f"{source.path}:{line} {target}"
         for source in sources
