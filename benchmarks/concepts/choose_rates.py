@@ -17,7 +17,8 @@ from difflora_core.evaluation.pareto import hypervolume
 
 from ..command import benchmark_console, command_parser, set_threads
 from ..prompts import with_plain_things
-from .methods import METHODS, ConceptMethod, TrainingSettings
+from .methods import METHODS
+from .methods.base import ComparedMethod, TrainingSettings
 from .perfusion import SCENES, demo_evaluator, goals, means, sweep
 from .word_pictures import ConceptEvaluator, evaluation_prompts
 
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def choose(
     evaluator: ConceptEvaluator,
-    methods: Sequence[ConceptMethod],
+    methods: Sequence[ComparedMethod],
     prompts: int,
     console: Console,
     training: TrainingSettings | None = None,

@@ -41,15 +41,9 @@ from ..command import (
     write_report,
 )
 from ..prompts import CONTEXT, EXPRESSION, LOOK, with_plain_things
-from .methods import (
-    DREAMBOOTH,
-    METHODS,
-    PERFUSION,
-    ConceptMethod,
-    ConceptModels,
-    TrainedConcept,
-    TrainingSettings,
-)
+from .methods import DREAMBOOTH, METHODS
+from .methods.base import ComparedMethod, ConceptModels, TrainedConcept, TrainingSettings
+from .methods.perfusion import METHOD as PERFUSION
 from .word_pictures import (
     GUIDANCE,
     STEPS,
@@ -162,7 +156,7 @@ def measure(evaluator: ConceptEvaluator, size: Size) -> Report:
 
 def sweep(
     evaluator: ConceptEvaluator,
-    method: ConceptMethod,
+    method: ComparedMethod,
     trained: Mapping[str, TrainedConcept],
     wanted: Mapping[str, Sequence[EvaluationPrompt]],
 ) -> list[Columns]:

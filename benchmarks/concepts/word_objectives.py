@@ -84,7 +84,7 @@ class LoRAObjective(WordObjective):
             encoded = self.task.text.encode(prompts, words)
         return encoded, lora_adapter_set(self.weights())
 
-    def concepts(self, facts: Mapping[str, Any]) -> list[LoRAWeights]:
+    def adaptations(self, facts: Mapping[str, Any]) -> list[LoRAWeights]:
         """What was trained."""
         del facts
         return [self.weights().detach()]
@@ -106,7 +106,7 @@ class InversionObjective(WordObjective):
         encoded = self.task.text.encode(prompts, {self.task.words[0].word: self.embedding()})
         return encoded, AdapterSet(())
 
-    def concepts(self, facts: Mapping[str, Any]) -> list[WordEmbedding]:
+    def adaptations(self, facts: Mapping[str, Any]) -> list[WordEmbedding]:
         """What was trained."""
         del facts
         return [tuple(e.detach().clone() for e in self.embedding())]

@@ -28,7 +28,7 @@ from difflora_core.evaluation.metrics import attribute_agreement
 from difflora_core.storage.safetensors_io import write_atomic
 
 from ..prompts import asked
-from .methods import TrainedConcept, Words
+from .methods.base import TrainedConcept, Words
 from .words import ConceptTrainer
 
 STEPS, GUIDANCE = 10, 2.0

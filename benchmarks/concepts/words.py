@@ -16,7 +16,7 @@ from difflora_core.training.adaptation_run import run_adaptation
 from difflora_core.training.concept_task import ConceptExamples, ConceptTask
 
 from ..command import Log, silent
-from .methods import ConceptMethod, ConceptModels, TrainedConcept, TrainingSettings
+from .methods.base import ComparedMethod, ConceptModels, TrainedConcept, TrainingSettings
 
 PHOTOS = 4
 VERSION = 4
@@ -36,7 +36,7 @@ class ConceptTrainer:
     log: Log = silent
 
     def train(
-        self, concept: DemoConcept, method: ConceptMethod, training: TrainingSettings
+        self, concept: DemoConcept, method: ComparedMethod, training: TrainingSettings
     ) -> TrainedConcept:
         """One word by one method, from the cache where possible."""
         photos = training_photos(concept)
@@ -50,7 +50,7 @@ class ConceptTrainer:
             run = self.folder / f"{name}.run"
             result = run_adaptation(objective, examples, config.batch, config.loop, run)
             seconds = time.process_time() - started
-            method.write(path, result.concepts[0], seconds)
+            method.write(path, result.adaptations[0], seconds)
             shutil.rmtree(run)
             self.log(
                 f"{method.name} learned {concept.word} in {seconds:.0f} s (step {result.step})"
@@ -67,7 +67,7 @@ class ConceptTrainer:
         return concept_lesson(models.base, models.text, models.covariance, concept, photos)
 
     def _fingerprint(
-        self, concept: DemoConcept, method: ConceptMethod, config: Any, photos: ConceptPictures
+        self, concept: DemoConcept, method: ComparedMethod, config: Any, photos: ConceptPictures
     ) -> str:
         """Digest of all that the trained word depends on."""
         prompts = [wordings(prompt) for prompt in photos.prompts]

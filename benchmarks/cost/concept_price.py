@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -20,10 +20,14 @@ from torch import Tensor, nn
 from difflora_core.adapters.attach import attach
 from difflora_core.adapters.base import AdapterSet
 from difflora_core.lora.layout import SDXL_UNET_CONFIG, layout_from_unet_config
-from difflora_core.methods.base import AdaptationRequest
-from difflora_core.methods.infusion import Infusion, InfusionConfig
-from difflora_core.methods.perfusion import Perfusion, PerfusionConfig, PreparedConcept
-from difflora_core.text.new_words import Concept
+from difflora_core.methods.base import (
+    AppliedAdaptation,
+    ConceptMethod,
+    PreparedAdaptation,
+    TrainedAdaptation,
+)
+from difflora_core.methods.registry import METHODS
+from difflora_core.text.new_words import LearnedWord
 
 from .interleaving.pairs import Seconds, interleave, price
 
@@ -49,8 +53,10 @@ def small_memory_unet(config: dict) -> UNet2DConditionModel:
     return unet.eval()
 
 
-def random_concepts(config: dict, count: int, method: str = "perfusion") -> list[Concept]:
-    """Concepts of the right shapes for every cross-attention layer."""
+def random_concepts(
+    config: dict, count: int, method: type[ConceptMethod]
+) -> list[AppliedAdaptation]:
+    """Concepts of the right shapes for every cross-attention layer, as Apply Concept has them."""
     generator = torch.Generator().manual_seed(1)
     layers = layout_from_unet_config("sdxl", config, 1)
     shapes = [shape for shape in layers if shape.name.endswith("attn2.to_v")]
@@ -58,31 +64,27 @@ def random_concepts(config: dict, count: int, method: str = "perfusion") -> list
     concepts = []
     for number in range(count):
         direction = torch.randn(width, generator=generator)
-        values = {s.name: 0.01 * torch.randn(s.out_features, generator=generator) for s in shapes}
-        concepts.append(
-            Concept(
-                method, f"<word-{number}>", "cat", "sdxl", (torch.ones(768), torch.ones(1280)),
-                direction, direction / direction.square().sum(), values, torch.ones(64),
-            )
-        )  # fmt: skip
+        shared = {"direction": direction, "covector": direction / direction.square().sum()}
+        layers = {
+            shape.name: {"values": 0.01 * torch.randn(shape.out_features, generator=generator)}
+            for shape in shapes
+        }
+        embeddings = (torch.ones(768), torch.ones(1280))
+        word = LearnedWord(f"<word-{number}>", "cat", embeddings, torch.ones(64))
+        settings = method.Config()
+        concept = TrainedAdaptation(method.name, "sdxl", settings, shared, layers, word)
+        concepts.append(AppliedAdaptation(PreparedAdaptation(concept, direction), settings))
     return concepts
-
-
-def perfusion_adapters(concepts: Sequence[Concept]) -> AdapterSet:
-    """Locally locked concepts as Apply Concept puts them on."""
-    prepared = [(PreparedConcept(c, c.direction), PerfusionConfig()) for c in concepts]
-    return Perfusion(prepared).adapters(AdaptationRequest())
 
 
 def concept_adapters(config: dict) -> dict[str, AdapterSet | None]:
     """Row name to what is attached; None is the base against itself."""
-    residuals = [(c, InfusionConfig()) for c in random_concepts(config, 1, "infusion")]
-    return {
-        "base_again": None,
-        "perfusion": perfusion_adapters(random_concepts(config, 1)),
-        "two_perfusion": perfusion_adapters(random_concepts(config, 2)),
-        "infusion": Infusion(residuals).adapters(AdaptationRequest()),
-    }
+    rows: dict[str, AdapterSet | None] = {"base_again": None}
+    for name, method in METHODS.items():
+        if issubclass(method, ConceptMethod):
+            rows[name] = method.adapters(random_concepts(config, 1, method))
+            rows[f"two_{name}"] = method.adapters(random_concepts(config, 2, method))
+    return rows
 
 
 def module_names(config: dict) -> dict[str, str]:
@@ -132,8 +134,9 @@ def one_step(unet: nn.Module, config: dict, side: int) -> Callable[[], Tensor]:
     generator = torch.Generator().manual_seed(2)
     z = torch.randn(2, config["in_channels"], side, side, generator=generator)
     context = torch.randn(2, 77, config["cross_attention_dim"], generator=generator)
-    for place, concept in enumerate(random_concepts(config, 2), start=5):
-        context[0, place] = concept.direction  # a token that is the word itself
+    first = next(kind for kind in METHODS.values() if issubclass(kind, ConceptMethod))
+    for place, concept in enumerate(random_concepts(config, 2, first), start=5):
+        context[0, place] = concept.adaptation.shared["direction"]  # the word itself
     pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
     added = {"text_embeds": torch.zeros(2, pooled), "time_ids": torch.zeros(2, 6)}
     when = torch.full((2,), 500)

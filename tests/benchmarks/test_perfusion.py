@@ -7,15 +7,10 @@ import pytest
 import torch
 
 from benchmarks.concepts import covariance, perfusion
-from benchmarks.concepts.methods import (
-    DREAMBOOTH,
-    INFUSION,
-    INVERSION,
-    METHODS,
-    PERFUSION,
-    ConceptModels,
-    TrainingSettings,
-)
+from benchmarks.concepts.methods import DREAMBOOTH, INVERSION, METHODS
+from benchmarks.concepts.methods.base import ConceptModels, TrainingSettings
+from benchmarks.concepts.methods.library import LibraryMethod
+from benchmarks.concepts.methods.perfusion import METHOD as PERFUSION
 from benchmarks.concepts.perfusion import (
     BASE_TWO,
     REAL,
@@ -110,8 +105,7 @@ def test_every_row_and_conclusion_is_there(report):
 
 def test_names_of_rows():
     assert PERFUSION.label(0.6) == "Perfusion, bias 0.6"
-    assert [m.label(0.5) for m in (INFUSION, DREAMBOOTH, INVERSION)] == [
-        "Infusion x 0.5",
+    assert [m.label(0.5) for m in (DREAMBOOTH, INVERSION)] == [
         "DreamBooth LoRA x 0.5",
         "Textual Inversion x 0.5",
     ]
@@ -150,7 +144,10 @@ def test_all_methods_learn_from_the_same_batches(evaluator, tmp_path):
     assert not torch.equal(first["noise"], second["noise"])
 
 
-@pytest.mark.parametrize("method", [INFUSION, DREAMBOOTH, INVERSION], ids=lambda m: m.name)
+BY_STRENGTH = [method for method in METHODS.values() if method is not PERFUSION]
+
+
+@pytest.mark.parametrize("method", BY_STRENGTH, ids=lambda m: m.name)
 def test_strength_zero_is_the_plain_word_and_strength_one_is_not(evaluator, method):
     wanted = evaluation_prompts([HAT], perfusion.SCENES[:2], 0)
     trained = evaluator.trainer.train(HAT, method, TINY.training)
@@ -160,7 +157,7 @@ def test_strength_zero_is_the_plain_word_and_strength_one_is_not(evaluator, meth
         for strength in (0.0, 1.0)
     )
     assert float((on - plain).abs().max()) > 1e-3
-    if method is not INFUSION:  # whose word has an embedding of its own
+    if not isinstance(method, LibraryMethod):  # whose word has an embedding of its own
         torch.testing.assert_close(off, plain, atol=1e-4, rtol=0)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from difflora_core.training.early_stopping import EarlyStopping
 
 from difflora_core.errors import ConfigError
 from difflora_core.lora.distance import relative_error
@@ -14,7 +15,6 @@ from difflora_core.training.difflora.lae_encoder import (
     adopt_statistics,
     fit_mirror,
 )
-from difflora_core.training.early_stopping import EarlyStopping
 from difflora_core.training.loop import LoopConfig
 
 LOOP = LoopConfig(steps=40, learning_rate=5e-3, warmup=5, log_every=10, checkpoint_every=60)
