@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from ..adapters.attach import attach
 from ..adapters.base import AdapterSet
 from ..base_model.protocol import TextCondition, compute_device, compute_dtype
+from ..config import check_range
 from ..diffusion.objective import abar_at, add_noise, to_x0
-from ..errors import InterruptedTraining
+from ..errors import ConfigError, InterruptedTraining
 from ..methods.base import Facts
 from ..text.encoders import EncodedPrompts
 from .concept_task import ConceptExamples, ConceptTask
@@ -43,6 +44,33 @@ class Settings(Protocol):
     @property
     def weighting(self) -> str:
         """Kind of `diffusion.objective.loss_weight`."""
+
+
+class RunSettings(Settings, Protocol):
+    """Settings of a whole recipe."""
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps."""
+
+    @property
+    def batch(self) -> int:
+        """Pictures of a step."""
+
+    @property
+    def evaluate_every(self) -> int:
+        """Steps between looks at the evaluation batches."""
+
+    @property
+    def seed(self) -> int:
+        """Of batches and noise."""
+
+
+def check_run(where: str, settings: RunSettings) -> None:
+    """Raises ConfigError where a recipe's course makes no sense."""
+    if min(settings.steps, settings.batch, settings.evaluate_every) < 1:
+        raise ConfigError("steps, batch and evaluate_every must be at least 1.")
+    check_range(where, "seed", settings.seed, 0, 2**62)
 
 
 class AdapterObjective(Protocol):

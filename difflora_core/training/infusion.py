@@ -21,7 +21,7 @@ from ..errors import ConfigError
 from ..methods.base import Facts, TrainedAdaptation
 from ..methods.infusion import Infusion, InfusionConfig
 from ..text.encoders import EncodedPrompts
-from .adaptation_run import adaptation_loop, masked_loss
+from .adaptation_run import adaptation_loop, check_run, masked_loss
 from .concept_task import ConceptTask, learned_words
 from .loop import LoopConfig
 from .losses import check_guidance
@@ -48,8 +48,8 @@ class InfusionTraining(Config):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch < 1 or self.evaluate_every < 1:
-            raise ConfigError("steps, batch and evaluate_every must be at least 1.")
+        InfusionConfig(self.threshold)
+        check_run("Infusion", self)
         if not 0 < self.learning_rate <= 10:
             raise ConfigError(f"The learning rate must lie in 0 to 10, got {self.learning_rate}.")
         check_guidance(self.guidance)

@@ -19,13 +19,13 @@ from ..adapters.base import AdapterEntry, AdapterSet
 from ..adapters.perfusion import PerfusionKeyAdapter, PerfusionValueAdapter
 from ..adapters.token_gate import ConceptMatcher, GatedConcept, SigmoidGate
 from ..base_model.protocol import TextCondition
-from ..config import Config
+from ..config import Config, check_range
 from ..diffusion.objective import loss_weight
 from ..errors import ConfigError
 from ..methods.base import Facts, TrainedAdaptation
 from ..methods.perfusion import Perfusion, PerfusionConfig, key_layer
 from ..text.encoders import EncodedPrompts, WordEmbedding
-from .adaptation_run import adaptation_loop
+from .adaptation_run import adaptation_loop, check_run
 from .calibration import AttentionRecord, binding_loss, record_attention, separation_loss
 from .concept_task import ConceptTask, learned_words
 from .loop import LoopConfig
@@ -66,14 +66,13 @@ class PerfusionTraining(Config):
 
     def __post_init__(self) -> None:
         SigmoidGate(self.bias, self.temperature)
-        if self.steps < 1 or self.batch < 1 or self.evaluate_every < 1:
-            raise ConfigError("steps, batch and evaluate_every must be at least 1.")
+        check_run("Perfusion", self)
         if not (0 < self.value_rate <= 10 and 0 <= self.word_rate <= 10):
             raise ConfigError("Learning rates must lie in 0 to 10, and that of the values above 0.")
         if not 0 <= self.average < 1:
             raise ConfigError(f"average must lie in 0 to 1, got {self.average}.")
-        if self.binding < 0 or self.separation < 0 or self.preservation < 0:
-            raise ConfigError("Weights of losses must not be negative.")
+        for name in ("binding", "separation", "preservation"):
+            check_range("Perfusion", name, getattr(self, name), 0, 1000)
         if self.reach < -1:
             raise ConfigError(f"The reach is -1 (all tokens) or more, got {self.reach}.")
         check_guidance(self.guidance)

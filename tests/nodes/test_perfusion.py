@@ -9,10 +9,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from difflora_core.demo.comfyui.client import ComfyInterrupted, ComfyPromptError
+from difflora_core.methods.base import ConceptMethod
+from difflora_core.methods.registry import METHODS
 from difflora_core.storage.adapter_file import read_adaptation
 
 MODEL, CLIP, VAE = (["demo", k] for k in range(3))
 WORD = "<my-hat>"
+KINDS = [name.title() for name, kind in METHODS.items() if issubclass(kind, ConceptMethod)]
+"""Of training nodes: one for each method of concepts."""
 
 
 def node(class_type, **inputs):
@@ -198,7 +202,7 @@ def test_two_concepts_chain_with_a_person(comfy, comfy_server, trained, pictures
     """Two words, a DiffLoRA person, another node's attention patch: all act together."""
     nodes = training(
         pictures,
-        "Infusion",
+        KINDS[-1],
         word="<my-cup>",
         superclass="cup",
         file_name="cup",
@@ -320,9 +324,10 @@ def test_reach_decides_through_which_tokens_a_word_learns(comfy, trained, pictur
     assert np.abs(learned[0] - before).max() > 0.01
 
 
-@pytest.mark.parametrize(("kind", "least"), [("Perfusion", 0.01), ("Infusion", 0.003)])
-def test_guidance_changes_what_is_learned(comfy, trained, pictures, kind, least):
+@pytest.mark.parametrize("kind", KINDS)
+def test_guidance_changes_what_is_learned(comfy, trained, pictures, kind):
     """1 is the recipe as it was, as a workflow without the input runs it."""
+    least = 0.01 if kind == "Perfusion" else 0.003
     folder, learned = trained[0], {}
     settings = {"plain": {}, "unguided": {"guidance": 1.0}, "guided": {"guidance": 1.5}}
     for name, changes in settings.items():

@@ -3,11 +3,25 @@
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from difflora_core.base_model.diffusers_base import DiffusersBase
 from difflora_core.base_model.protocol import TextCondition
+from difflora_core.demo.networks.text import (
+    END,
+    LENGTH,
+    PAD,
+    START,
+    UNKNOWN,
+    text_config,
+    word_numbers,
+)
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.models.layers import DrawnFrom
+from difflora_core.text.captions import captions
+from difflora_core.text.clip_pair import ClipPairText, SpecialTokens
+from difflora_core.text.covariance import build_covariance
+from difflora_core.training.concept_task import ConceptExamples, NewWord, prepare_task
 from difflora_core.training.dreambooth import DreamBoothExamples
 
 UNET = {
@@ -85,3 +99,88 @@ def weights_of():
         return LoRAWeights(layers)
 
     return make
+
+
+WORD = NewWord("<h1>", "hat")
+PROMPTS = ["photo of a <h1>", "a person wearing a <h1>, blue background", "the red <h1>"]
+
+
+def text_encoders(seed):
+    """Two tiny text encoders that can learn words."""
+    config = {**text_config(4), "num_attention_heads": 1, "projection_dim": 4}
+    with DrawnFrom(torch.Generator().manual_seed(seed)):
+        first = CLIPTextModel(CLIPTextConfig(**config, attn_implementation="eager"))
+        second = CLIPTextModelWithProjection(CLIPTextConfig(**config, attn_implementation="eager"))
+    for module in (first, second):
+        module.get_input_embeddings().weight.data.mul_(20)
+        module.requires_grad_(False).eval()
+    return ClipPairText(
+        (first, second), word_numbers, SpecialTokens(START, END, (END, PAD), UNKNOWN, LENGTH)
+    )
+
+
+@pytest.fixture(scope="session")
+def make_text():
+    """Makes a pair of tiny text encoders from a seed."""
+    return text_encoders
+
+
+@pytest.fixture(scope="module")
+def text():
+    """A pair of tiny text encoders that can learn words."""
+    return text_encoders(1)
+
+
+@pytest.fixture(scope="module")
+def covariance(text):
+    """C of these encoders."""
+    return build_covariance(text, captions(300, "demo"), ridge=1e-2)
+
+
+@pytest.fixture
+def task(base, text, covariance):
+    """The setting in which one word is learned."""
+    contexts = [p.replace("<h1>", "{}") for p in PROMPTS]
+    return prepare_task(base, text, covariance, [WORD], contexts, "tiny")
+
+
+@pytest.fixture
+def pictures():
+    """Makes a few pictures of one thing, masked or not."""
+
+    def make(count=3, masked=True):
+        g = torch.Generator().manual_seed(4)
+        noise = [torch.randn(n, 4, 4, 4, generator=g) for n in (1, count)]
+        masks = torch.ones(count, 4, 4)
+        masks[:, :, 2:] = 0
+        return ConceptExamples(
+            noise[0] + 0.1 * noise[1], [PROMPTS] * count, masks if masked else None
+        )
+
+    return make
+
+
+@pytest.fixture
+def evaluation_loss(pictures):
+    """Mean loss over the batches and noise by which a run measures itself."""
+
+    def measure(objective, batch):
+        generator, draw = torch.Generator().manual_seed(71), pictures().draw(batch)
+        with torch.no_grad():
+            return sum(float(objective.eval()(draw(generator))[0]) for _ in range(6)) / 6
+
+    return measure
+
+
+@pytest.fixture
+def numbers():
+    """All numbers that a run has trained, as one vector."""
+
+    def collect(result):
+        parts = []
+        for c in result.adaptations:
+            values = [tensors["values"] for tensors in c.layers.values()]
+            parts += [*c.shared.values(), *c.word.embeddings, *values]
+        return torch.cat(parts)
+
+    return collect

@@ -4,27 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from difflora_core.adapters.attach import attach
 from difflora_core.base_model.protocol import TextCondition
-from difflora_core.demo.networks.text import (
-    END,
-    LENGTH,
-    PAD,
-    START,
-    UNKNOWN,
-    text_config,
-    word_numbers,
-)
 from difflora_core.errors import CheckpointError, ConfigError, InterruptedTraining
 from difflora_core.methods.base import AppliedAdaptation, PreparedAdaptation
-from difflora_core.methods.infusion import Infusion, InfusionConfig
 from difflora_core.methods.perfusion import Perfusion, PerfusionConfig
-from difflora_core.models.layers import DrawnFrom
-from difflora_core.text.captions import captions
-from difflora_core.text.clip_pair import ClipPairText, SpecialTokens
-from difflora_core.text.covariance import Covariance, build_covariance
+from difflora_core.text.covariance import Covariance
 from difflora_core.text.encoders import text_probe
 from difflora_core.text.new_words import TEMPLATES, superclass_token, word_encoding
 from difflora_core.training.adaptation_run import run_adaptation
@@ -34,50 +20,10 @@ from difflora_core.training.concept_task import (
     concept_examples,
     prepare_task,
 )
-from difflora_core.training.infusion import InfusionObjective, InfusionTraining
 from difflora_core.training.perfusion import PerfusionObjective, PerfusionTraining
 
 WORD = NewWord("<h1>", "hat")
 PROMPTS = ["photo of a <h1>", "a person wearing a <h1>, blue background", "the red <h1>"]
-
-
-def text_encoders(seed):
-    config = {**text_config(4), "num_attention_heads": 1, "projection_dim": 4}
-    with DrawnFrom(torch.Generator().manual_seed(seed)):
-        first = CLIPTextModel(CLIPTextConfig(**config, attn_implementation="eager"))
-        second = CLIPTextModelWithProjection(CLIPTextConfig(**config, attn_implementation="eager"))
-    for module in (first, second):
-        module.get_input_embeddings().weight.data.mul_(20)
-        module.requires_grad_(False).eval()
-    return ClipPairText(
-        (first, second), word_numbers, SpecialTokens(START, END, (END, PAD), UNKNOWN, LENGTH)
-    )
-
-
-@pytest.fixture(scope="module")
-def text():
-    return text_encoders(1)
-
-
-@pytest.fixture(scope="module")
-def covariance(text):
-    return build_covariance(text, captions(300, "demo"), ridge=1e-2)
-
-
-@pytest.fixture
-def task(base, text, covariance):
-    contexts = [p.replace("<h1>", "{}") for p in PROMPTS]
-    return prepare_task(base, text, covariance, [WORD], contexts, "tiny")
-
-
-def pictures(count=3, masked=True):
-    g = torch.Generator().manual_seed(4)
-    latents = torch.randn(1, 4, 4, 4, generator=g) + 0.1 * torch.randn(count, 4, 4, 4, generator=g)
-    masks = torch.ones(count, 4, 4)
-    masks[:, :, 2:] = 0
-    return ConceptExamples(latents, [PROMPTS] * count, masks if masked else None)
-
-
 QUICK = PerfusionTraining(
     steps=20, batch=4, evaluate_every=5, value_rate=0.3, word_rate=0.06, weighting="high_noise",
     preservation=0.0,
@@ -89,27 +35,9 @@ def train_perfusion(task, examples, config, folder, watch=None):
     return run_adaptation(objective, examples, config.batch, config.loop, folder, watch)
 
 
-def train_infusion(task, examples, config, folder):
-    objective = InfusionObjective(task, config)
-    return run_adaptation(objective, examples, config.batch, config.loop, folder)
-
-
-def numbers(result):
-    parts = []
-    for c in result.adaptations:
-        values = [tensors["values"] for tensors in c.layers.values()]
-        parts += [*c.shared.values(), *c.word.embeddings, *values]
-    return torch.cat(parts)
-
-
-def evaluation_loss(objective, batch):
-    """Mean loss over the batches and noise by which a run measures itself."""
-    generator, draw = torch.Generator().manual_seed(71), pictures().draw(batch)
-    with torch.no_grad():
-        return sum(float(objective.eval()(draw(generator))[0]) for _ in range(6)) / 6
-
-
-def test_training_lowers_the_loss_and_leaves_the_base_alone(task, tmp_path):
+def test_training_lowers_the_loss_and_leaves_the_base_alone(
+    task, tmp_path, pictures, evaluation_loss
+):
     before = {k: v.clone() for k, v in task.base.unet.state_dict().items()}
     seen = []
     result = train_perfusion(
@@ -133,7 +61,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(task, tmp_path):
 BEST = 0.4373  # evaluation loss over six batches, as first measured
 
 
-def test_stopped_and_resumed_equals_straight(task, tmp_path):
+def test_stopped_and_resumed_equals_straight(task, tmp_path, pictures, numbers):
     straight = train_perfusion(task, pictures(), QUICK, tmp_path / "a")
 
     def stop(step, total, metrics, preview):
@@ -151,7 +79,7 @@ def test_stopped_and_resumed_equals_straight(task, tmp_path):
         train_perfusion(task, pictures(), other, tmp_path / "b")
 
 
-def test_trained_record_gives_the_training_adapters(task, tmp_path):
+def test_trained_record_gives_the_training_adapters(task, tmp_path, pictures):
     """Method and recipe compute the same thing from a prompt on."""
     result = train_perfusion(task, pictures(), QUICK, tmp_path)
     (concept,) = result.adaptations
@@ -194,7 +122,7 @@ def test_before_training_it_is_the_super_class_behind_a_gate(task):
         torch.testing.assert_close(objective.starts[layer], task.superclasses @ weight.mT)
 
 
-def test_gradients_reach_words_values_and_pass_the_average(task):
+def test_gradients_reach_words_values_and_pass_the_average(task, pictures):
     objective = PerfusionObjective(task, QUICK).train()
     loss, _ = objective(pictures().draw(4)(torch.Generator().manual_seed(0)))
     loss.backward()
@@ -204,7 +132,7 @@ def test_gradients_reach_words_values_and_pass_the_average(task):
     assert 0 < float(moved.abs().max()) < 0.1 * float(task.superclasses.abs().max())
 
 
-def test_the_direction_keeps_up_with_a_word_that_moves(task):
+def test_the_direction_keeps_up_with_a_word_that_moves(task, pictures):
     """Far behind it, the word would match its own edit badly, and other tokens better."""
     lag = {}
     for average in (0.9, 0.99):
@@ -224,7 +152,7 @@ def test_the_direction_keeps_up_with_a_word_that_moves(task):
     assert lag[0.9] < 0.6 * lag[0.99]
 
 
-def test_two_learning_rates(task, tmp_path):
+def test_two_learning_rates(task, tmp_path, pictures):
     """One AdamW step moves a value by its rate and an embedding by its own."""
     config = PerfusionTraining(steps=1, batch=4, evaluate_every=1, value_rate=0.02, word_rate=0.004)
     objective = PerfusionObjective(task, config)
@@ -240,7 +168,7 @@ def test_two_learning_rates(task, tmp_path):
     assert max(moved) == pytest.approx(0.004, rel=1e-2)
 
 
-def test_masks_choose_what_is_learned(task):
+def test_masks_choose_what_is_learned(task, pictures):
     """Where the mask is zero, the picture cannot matter."""
     objective = PerfusionObjective(task, QUICK).eval()
     batch = pictures().draw(4)(torch.Generator().manual_seed(0))
@@ -254,7 +182,7 @@ def test_masks_choose_what_is_learned(task):
         assert float(objective(changed)[0]) == pytest.approx(without, rel=1e-6)
 
 
-def test_outside_the_mask_it_stays_what_it_was(task, tmp_path):
+def test_outside_the_mask_it_stays_what_it_was(task, tmp_path, pictures):
     """Against a run without the preservation loss: less drift."""
     drifts = []
     for preservation in (0.0, 3.0):
@@ -274,32 +202,24 @@ def test_outside_the_mask_it_stays_what_it_was(task, tmp_path):
     assert "drift" not in PerfusionObjective(task, replace(QUICK, preservation=1.0))(whole)[1]
 
 
-def test_guidance_while_training(task):
+def test_guidance_while_training(task, pictures):
     """A guided prediction goes as many times as far from the base's as the guidance says."""
     batch, seen = pictures().draw(8)(torch.Generator().manual_seed(3)), {}
     for scale in (1.0, 2.0):
         config = replace(QUICK, preservation=1.0, guidance=scale)
-        both = (
-            PerfusionObjective(task, config),
-            InfusionObjective(task, InfusionTraining(threshold=0.3, guidance=scale)),
-        )
-        for objective in both:
-            with torch.no_grad():
-                for value in objective.values:
-                    value.copy_(torch.linspace(-4, 4, value.numel()).view_as(value))
-                seen[type(objective), scale] = objective.eval()(batch)
-    drift = {scale: float(seen[PerfusionObjective, scale][1]["drift"]) for scale in (1.0, 2.0)}
+        objective = PerfusionObjective(task, config)
+        with torch.no_grad():
+            for value in objective.values:
+                value.copy_(torch.linspace(-4, 4, value.numel()).view_as(value))
+            seen[scale] = objective.eval()(batch)
+    drift = {scale: float(metrics["drift"]) for scale, (_, metrics) in seen.items()}
     assert drift[2.0] == pytest.approx(4 * drift[1.0], rel=1e-3)
-    # This base hardly listens to a residual at one token; the bound is far above rounding.
-    for kind, least in ((PerfusionObjective, 1e-3), (InfusionObjective, 2e-5)):
-        plain, guided = (float(seen[kind, scale][0]) for scale in (1.0, 2.0))
-        assert abs(guided / plain - 1) > least
-    for recipe in (PerfusionTraining, InfusionTraining):
-        with pytest.raises(ConfigError, match=r"is 1 \(off\) to 20"):
-            recipe(guidance=0.5)
+    assert abs(float(seen[2.0][0]) / float(seen[1.0][0]) - 1) > 1e-3
+    with pytest.raises(ConfigError, match=r"is 1 \(off\) to 20"):
+        PerfusionTraining(guidance=0.5)
 
 
-def test_disendiff_losses_take_part(base, text, covariance, tmp_path):
+def test_disendiff_losses_take_part(base, text, covariance, tmp_path, pictures):
     words = [WORD, NewWord("<c1>", "cup")]
     prompts = ["photo of a <h1> hat and a <c1> cup", "the <h1> hat and the <c1> cup"]
     contexts = ["photo of a {}", "photo of a hat and a {}"]
@@ -328,42 +248,7 @@ def test_disendiff_losses_take_part(base, text, covariance, tmp_path):
         train_perfusion(lone, pictures(), config, tmp_path / "one")
 
 
-def test_infusion_starts_at_the_base_and_learns(task, tmp_path):
-    config = InfusionTraining(
-        steps=60, batch=4, evaluate_every=20, threshold=0.3, learning_rate=1.0
-    )
-    result = train_infusion(task, pictures(), config, tmp_path)
-    (concept,) = result.adaptations
-    losses = {}
-    for sign in (0, 1, -1):  # untrained, trained, trained and turned round
-        objective = InfusionObjective(task, config)
-        for value, learned in zip(objective.values, concept.layers.values(), strict=True):
-            value.data.add_(sign * learned["values"])
-        losses[sign] = evaluation_loss(objective, config.batch)
-    assert result.loss == pytest.approx(losses[1], rel=1e-6)
-    assert losses[1] < 0.995 * losses[0]
-    assert losses[-1] > losses[0]
-    encoded = task.text.encode(PROMPTS, {concept.word.word: concept.word.embeddings})
-    text = TextCondition(encoded.context, encoded.pooled)
-    noisy, steps = torch.randn(3, 4, 4, 4), torch.tensor([400, 500, 600])
-    assert concept.settings == InfusionConfig(threshold=0.3)  # travels with the file
-    applied = AppliedAdaptation(PreparedAdaptation(concept), concept.settings)
-    adapters = Infusion.adapters([applied])
-    with torch.no_grad():
-        plain = task.base.predict(noisy, steps, text)
-        with attach(task.base.unet, adapters, names=task.layers):
-            tuned = task.base.predict(noisy, steps, text)
-    assert float((tuned - plain).abs().max()) > 1e-4
-    nothing = {n: {"values": 0 * t["values"]} for n, t in concept.layers.items()}
-    zero = PreparedAdaptation(replace(concept, layers=nothing))
-    still = Infusion.adapters([AppliedAdaptation(zero, concept.settings)])
-    with torch.no_grad(), attach(task.base.unet, still, names=task.layers):
-        assert torch.equal(task.base.predict(noisy, steps, text), plain)
-    again = train_infusion(task, pictures(), config, tmp_path / "again")
-    assert torch.equal(numbers(again), numbers(result))
-
-
-def test_words_that_cannot_be_taught(base, text, covariance):
+def test_words_that_cannot_be_taught(base, text, covariance, make_text):
     def bad(word, superclass):
         return prepare_task(base, text, covariance, [NewWord(word, superclass)])
 
@@ -378,7 +263,7 @@ def test_words_that_cannot_be_taught(base, text, covariance):
     with pytest.raises(ConfigError, match="different ones"):
         prepare_task(base, text, covariance, [WORD, WORD])
     with pytest.raises(ConfigError, match="other text encoders"):
-        prepare_task(base, text_encoders(2), covariance, [WORD])
+        prepare_task(base, make_text(2), covariance, [WORD])
     narrow = Covariance(torch.eye(5), 10)
     with pytest.raises(ConfigError, match="width 5"):
         prepare_task(base, text, narrow, [WORD])
@@ -433,8 +318,6 @@ def test_bad_settings():
             PerfusionTraining(**bad)
     with pytest.raises(ConfigError, match="unknown settings stepz"):
         PerfusionTraining.from_dict({"stepz": 3})
-    with pytest.raises(ConfigError):
-        InfusionTraining(learning_rate=0.0)
 
 
 def test_text_with_a_new_word(text):
