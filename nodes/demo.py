@@ -254,7 +254,7 @@ class LoadDemo(io.ComfyNode):
                     "word_by_word",
                     default=False,
                     optional=True,
-                    tooltip="On for taught words (Perfusion, Infusion): the same model, trained on "
+                    tooltip="On for learned words: the same model, trained on "
                     "to read a prompt word by word, as SDXL does. Off: it reads the whole prompt "
                     "at its end.",
                 ),
