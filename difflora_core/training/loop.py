@@ -3,9 +3,10 @@
 **The batch of a step is a function of seed and step alone.** Every process draws the same batch and
 computes its own rows of it, part by part where `accumulate` says so; gradients are averaged. So a
 run on 1, 2 or 4 processes, with any `accumulate`, gives the same weights to rounding, as long as
-the loss is a mean over samples. A loss that is normalised by something else must take its norm from
-the whole batch (the drawing function puts it into the batch as a scalar, which all parts share); a
-loss that compares samples with each other says so with `Hooks.splits`.
+the loss is a mean over samples. What else it needs of the whole batch, a norm for example, the
+drawing function puts into it as a scalar or a tuple, which all parts share. A loss that compares
+samples with each other says so with `Hooks.splits`. Every part of a step starts from the buffers
+that the step before left; what the parts make of them is averaged.
 
 A run that was stopped and resumed, on as many processes or others, repeats exactly what the
 uninterrupted run would have done.
@@ -159,18 +160,15 @@ class _Run:
         try:
             if interrupted() or (self.hooks.stop is not None and self.hooks.stop()):
                 raise InterruptedTraining("stopped between two steps")
-            self._gradients()
+            self._gradients(before)
         except (Exception, KeyboardInterrupt) as raised:
             error = raised
-        given = [float(p.grad is not None) for p in self.trained] if self.parts > 1 else []
         try:
-            given = self.processes.agree_on(error, given)
+            self._average(before, error)
         except InterruptedTraining:
             put(self.objective, before)  # what an unfinished step changed
             self.state.draw_again(drawn)
             raise
-        got = [p for p, count in zip(self.trained, given, strict=bool(given)) if count]
-        self.processes.average_gradients(got)
         self._update()
         self._after()
 
@@ -188,14 +186,17 @@ class _Run:
         self._restore()
         return self._result()
 
-    def _gradients(self) -> None:
-        """Gradients of this process's parts of the batch."""
+    def _gradients(self, before: Mapping[str, Tensor]) -> None:
+        """Gradients of this process's parts of the batch, each from the buffers before the step."""
         config, accumulate = self.config, self.config.accumulate
         for group in (g for optimizer in self.state.optimizers for g in optimizer.param_groups):
             group["lr"] = config.rate(group["peak"], self.state.done)
         first = self.processes.rank * accumulate
+        made: list[dict[str, Tensor]] = []
         self.seen = []
         for part in split(dict(self._batch()), self.parts)[first : first + accumulate]:
+            if made:
+                put(self.objective, before)
             with hold() as held:  # checkpointed layers are computed again with their adapters
                 with autocast(self.device, config.precision):
                     loss, metrics = self.call(_to(part, self.device))
@@ -203,6 +204,34 @@ class _Run:
                 held.resume()
                 self.state.scaler.scale(loss / accumulate if accumulate > 1 else loss).backward()
             self.seen.append({"loss": loss.detach(), **metrics})
+            if accumulate > 1:
+                made.append({name: buffer.clone() for name, buffer in self.buffers.items()})
+        for name in self._changed(before) if made else ():
+            self.buffers[name].copy_(torch.stack([one[name] for one in made]).mean(0))
+
+    def _changed(self, before: Mapping[str, Tensor]) -> list[str]:
+        """Names of the buffers of numbers that the forward pass changed."""
+        numbers = {name: b for name, b in self.buffers.items() if b.is_floating_point()}
+        return [name for name, b in numbers.items() if not torch.equal(b, before[name])]
+
+    def _average(self, before: Mapping[str, Tensor], error: BaseException | None) -> None:
+        """Bring the parts of all processes together, unless one of them has an error."""
+        if self.processes.count == 1:
+            self.processes.agree(error)
+            return
+        changed = set(self._changed(before))
+        flags = [float(p.grad is not None) for p in self.trained]
+        flags += [float(name in changed) for name in self.buffers]
+        counts = self.processes.agree_on(error, flags)
+        shared: list[Tensor] = []
+        for parameter, count in zip(self.trained, counts, strict=False):
+            if count:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                shared.append(parameter.grad)
+        for buffer, count in zip(self.buffers.values(), counts[len(self.trained) :], strict=True):
+            shared += [buffer] if count else []
+        self.processes.average(shared)
 
     def _update(self) -> None:
         """Take the step that the gradients ask for."""

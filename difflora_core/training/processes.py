@@ -1,9 +1,9 @@
 """Several processes that train together: who they are, what they share, how they stop (ours).
 
 Every process holds the same weights and draws the same batch of a step; each computes its own part
-of it. Gradients are averaged after the backward pass and not, as in DistributedDataParallel, during
-it: a process that fails inside its step can then still tell the others, which would otherwise wait
-for its gradients for ever.
+of it. They speak to each other only between the parts of the loop, never inside them: gradients
+are averaged after the backward pass and not, as in DistributedDataParallel, during it. So a process
+that fails inside its step can still tell the others, which would otherwise wait for it for ever.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributed as dist
 
 from .. import errors
@@ -66,16 +66,15 @@ class Processes:
             self._raise_together(error)
         return sums
 
-    def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Replace gradients by their mean over processes; None counts as zero."""
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors by their mean over all processes, which give equally shaped ones."""
         if self.count == 1:
             return
-        kinds = {p.dtype for p in parameters}
-        for kind in sorted(kinds, key=str):
-            bucket: list[nn.Parameter] = []
-            for parameter in [p for p in parameters if p.dtype == kind]:
-                bucket.append(parameter)
-                if sum(p.numel() for p in bucket) >= _BUCKET:
+        for kind in sorted({t.dtype for t in tensors}, key=str):
+            bucket: list[Tensor] = []
+            for tensor in [t for t in tensors if t.dtype == kind]:
+                bucket.append(tensor)
+                if sum(t.numel() for t in bucket) >= _BUCKET:
                     self._average(bucket)
                     bucket = []
             self._average(bucket)
@@ -92,16 +91,15 @@ class Processes:
         dist.all_gather_object(found, value)
         return found
 
-    def _average(self, bucket: Sequence[nn.Parameter]) -> None:
+    @torch.no_grad()
+    def _average(self, bucket: Sequence[Tensor]) -> None:
         if not bucket:
             return
-        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
-        flat = torch.cat([part.flatten() for part in parts])
+        flat = torch.cat([tensor.flatten() for tensor in bucket])
         dist.all_reduce(flat)
         flat /= self.count
-        sizes = [p.numel() for p in bucket]
-        for parameter, part in zip(bucket, flat.split(sizes), strict=True):
-            parameter.grad = part.view_as(parameter).clone()
+        for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
     def _sum(self, numbers: Tensor) -> Tensor:
         there = numbers.to(self.device) if self.device is not None else numbers
@@ -136,20 +134,6 @@ def launched() -> Processes:
 
     state = PartialState(cpu=not torch.cuda.is_available())
     return Processes(state.process_index, state.num_processes, state.device)
-
-
-def mean_over_processes(values: Tensor) -> Tensor:
-    """Mean of a tensor over all processes, without gradient; the tensor itself when there is one.
-
-    For what an objective updates in its forward pass in training, a moving average for example: it
-    must stay the same on every process. Every process must call it equally often, so never while
-    it evaluates.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        return values
-    total = values.detach().clone()
-    dist.all_reduce(total)
-    return total / dist.get_world_size()
 
 
 def split(batch: dict[str, object], parts: int) -> list[dict[str, object]]:

@@ -1,0 +1,147 @@
+"""Two real processes over gloo: same weights as one, and they stop, fail and go on together."""
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from difflora_core.errors import ConfigError
+from difflora_core.training.processes import Processes, split
+
+PROGRAM = Path(__file__).with_name("two_processes.py")
+ROOT = PROGRAM.parents[2]
+
+
+@pytest.fixture(scope="module")
+def program():
+    """The program's own functions, to run them in this one process."""
+    spec = importlib.util.spec_from_file_location("two_processes", PROGRAM)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory, program):
+    """What both processes found, and their folder; one launch for all tests."""
+    folder = tmp_path_factory.mktemp("two")
+    stopped = program.run(folder / "one process stopped", progress=program.stop_at(15))
+    assert stopped["error"] == "Stopped"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(PROGRAM), str(folder)],
+            cwd=ROOT,
+            env={
+                **os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank),
+                "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    told = [process.communicate(timeout=120)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], told
+    found = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    return found, folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, program):
+    """The same training in this process."""
+    return program.run(tmp_path_factory.mktemp("one"))
+
+
+def close(a, b):
+    """Equal to rounding."""
+    torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["finish", "parts", "taken over", "resume"])
+def test_two_processes_give_the_weights_of_one(launched, alone, case):
+    """Straight, in parts of parts, from one process's state, and after a stop of rank 1."""
+    first, second = (found[case] for found in launched[0])
+    assert first["weights"] == second["weights"]
+    close(first["weights"], alone["weights"])
+    assert first["result"]["best_step"] == alone["result"]["best_step"]
+    for name in ("loss", "error", "validation"):
+        assert first["result"][name] == pytest.approx(alone["result"][name], rel=1e-3)
+
+
+def test_a_resumed_run_of_two_is_that_of_two(launched):
+    found, folder = launched
+    assert found[0]["resume"] == found[0]["finish"]
+    logs = [(folder / name / "events.jsonl").read_text() for name in ("finish", "stop")]
+    assert logs[0] == logs[1]
+    assert len(logs[0].splitlines()) == 6  # the main process alone writes
+
+
+def test_one_process_takes_over_from_two(launched, alone, program):
+    _, folder = launched
+    run = folder / "stop for one"
+    assert (run / "state.safetensors").exists()
+    close(program.run(run)["weights"], alone["weights"])
+
+
+@pytest.mark.parametrize(
+    ("case", "kind", "message"),
+    [
+        ("stop", "Stopped", "stopped after step 12"),
+        ("stop for one", "Stopped", "stopped after step 15"),
+        ("keyboard", "Stopped", "stopped after step 4"),
+        ("not a number", "ConfigError", "step 7, process 2 of 2"),
+        ("failure", ("DiffLoRAError", "ValueError"), "a broken picture"),
+        ("disk", ("OSError", "DiffLoRAError"), "no space left"),
+        ("uneven", "ConfigError", "multiple of 6"),
+    ],
+)
+def test_what_happens_to_one_process_ends_all(launched, case, kind, message):
+    """Even where rank 1 alone saw it (main alone for the disk)."""
+    kinds = (kind, kind) if isinstance(kind, str) else kind
+    for found, wanted in zip(launched[0], kinds, strict=True):
+        assert found[case]["error"] == wanted
+        assert message in found[case]["message"]
+
+
+def test_a_broken_batch_is_named_on_every_process(launched):
+    for found in launched[0]:
+        message = found["not a number"]["message"]
+        assert "'person 8'" in message  # the second half of the batch
+        assert "'person 7'" not in message
+    assert "process 2 of 2 failed: ValueError" in launched[0][0]["failure"]["message"]
+
+
+def test_a_batch_is_cut_along_its_samples():
+    batch = {
+        "x": torch.arange(6), "names": list("abcdef"), "scale": torch.tensor(3.0), "all": ("a", "b")
+    }  # fmt: skip
+    first, second = split(batch, 2)
+    assert first["x"].tolist() == [0, 1, 2]
+    assert second["names"] == ["d", "e", "f"]
+    assert second["scale"] == 3
+    assert second["all"] == ("a", "b")
+    assert split(batch, 1) == [batch]
+    with pytest.raises(ConfigError, match="6 samples"):
+        split(batch, 4)
+    with pytest.raises(ConfigError, match="5 and 6 samples"):
+        split({**batch, "names": list("abcde")}, 2)
+
+
+def test_a_process_alone_has_nobody_to_ask():
+    alone = Processes()
+    assert alone.agree_on(None, [1.0, 2.0]) == [1.0, 2.0]
+    with pytest.raises(ValueError, match="own"):
+        alone.agree(ValueError("own"))
+    assert replace(alone, rank=1).is_main is False
