@@ -16,16 +16,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
-from ..adapters.attach import hold
 from ..base_model.checkpointing import gradient_checkpointing
 from ..base_model.precision import autocast, needs_loss_scale
 from ..base_model.protocol import BaseModel
@@ -40,7 +39,6 @@ from .loop_state import (
     Best,
     Meter,
     RunState,
-    buffers_of,
     on_cpu,
     optimizers,
     put,
@@ -49,13 +47,11 @@ from .loop_state import (
     write_best,
 )
 from .processes import Processes, deferred_interrupt, launched, split
+from .step import Step
 
 __all__ = ["Batch", "ByStep", "Draw", "Hooks", "LoopConfig", "Progress", "Stopped", "train"]
 
 T = TypeVar("T")
-
-_SMALLEST_SCALE = 2.0**-14
-"""Of a float16 loss; gradients that overflow at it will never do anything else."""
 
 
 def train(
@@ -120,11 +116,6 @@ class _Run:
         self.objective, self.draw, self.config = objective, draw, config
         self.folder, self.hooks, self.processes = folder, hooks, processes
         self.device = next(objective.parameters()).device
-        self.call = torch.compile(objective, dynamic=False) if config.compile else objective
-        self.buffers = buffers_of(objective)
-        last = {id(p) for p in hooks.matrices or ()}  # the order in which norms are summed
-        trained = (p for p in objective.parameters() if p.requires_grad)
-        self.trained = sorted(trained, key=lambda p: id(p) in last)
         scaled = needs_loss_scale(config.precision, hooks.base)
         self.state = RunState(
             objective,
@@ -133,11 +124,10 @@ class _Run:
             GradScaler(self.device.type, enabled=scaled),
             draw.generator if isinstance(draw, ByStep) else None,
         )
+        self.work = Step(self.state, config, hooks, processes)
         self.best, self.value = Best(), math.inf
-        self.seen: list[Mapping[str, Any]] = []
         self.metrics: dict[str, float] = {}
         self.fingerprint = fingerprint(config, hooks.fingerprint)
-        self.parts = processes.count * config.accumulate
         self._together(self._resume)
         self._together(self._check)
 
@@ -155,21 +145,15 @@ class _Run:
 
     def step(self, interrupted: Callable[[], bool]) -> None:
         """One step: batch, loss, gradient, update; then what is due after it."""
-        before, drawn = {n: b.clone() for n, b in self.buffers.items()}, self.state.drawn()
-        error = None
-        try:
-            if interrupted() or (self.hooks.stop is not None and self.hooks.stop()):
+        stop = self.hooks.stop or (lambda: False)
+
+        def batch() -> Batch:
+            if interrupted() or stop():
                 raise InterruptedTraining("stopped between two steps")
-            self._gradients(before)
-        except (Exception, KeyboardInterrupt) as raised:
-            error = raised
-        try:
-            self._average(before, error)
-        except InterruptedTraining:
-            put(self.objective, before)  # what an unfinished step changed
-            self.state.draw_again(drawn)
-            raise
-        self._update()
+            return self._batch()
+
+        self.work.gradients(batch)
+        self.work.update()
         self._after()
 
     def stopped(self) -> Stopped:
@@ -186,81 +170,11 @@ class _Run:
         self._restore()
         return self._result()
 
-    def _gradients(self, before: Mapping[str, Tensor]) -> None:
-        """Gradients of this process's parts of the batch, each from the buffers before the step."""
-        config, accumulate = self.config, self.config.accumulate
-        for group in (g for optimizer in self.state.optimizers for g in optimizer.param_groups):
-            group["lr"] = config.rate(group["peak"], self.state.done)
-        first = self.processes.rank * accumulate
-        made: list[dict[str, Tensor]] = []
-        self.seen = []
-        for part in split(dict(self._batch()), self.parts)[first : first + accumulate]:
-            if made:
-                put(self.objective, before)
-            with hold() as held:  # checkpointed layers are computed again with their adapters
-                with autocast(self.device, config.precision):
-                    loss, metrics = self.call(_to(part, self.device))
-                self._check_loss(float(loss.detach()), part)
-                held.resume()
-                self.state.scaler.scale(loss / accumulate if accumulate > 1 else loss).backward()
-            self.seen.append({"loss": loss.detach(), **metrics})
-            if accumulate > 1:
-                made.append({name: buffer.clone() for name, buffer in self.buffers.items()})
-        for name in self._changed(before) if made else ():
-            self.buffers[name].copy_(torch.stack([one[name] for one in made]).mean(0))
-
-    def _changed(self, before: Mapping[str, Tensor]) -> list[str]:
-        """Names of the buffers of numbers that the forward pass changed."""
-        numbers = {name: b for name, b in self.buffers.items() if b.is_floating_point()}
-        return [name for name, b in numbers.items() if not torch.equal(b, before[name])]
-
-    def _average(self, before: Mapping[str, Tensor], error: BaseException | None) -> None:
-        """Bring the parts of all processes together, unless one of them has an error."""
-        if self.processes.count == 1:
-            self.processes.agree(error)
-            return
-        changed = set(self._changed(before))
-        flags = [float(p.grad is not None) for p in self.trained]
-        flags += [float(name in changed) for name in self.buffers]
-        counts = self.processes.agree_on(error, flags)
-        shared: list[Tensor] = []
-        for parameter, count in zip(self.trained, counts, strict=False):
-            if count:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                shared.append(parameter.grad)
-        for buffer, count in zip(self.buffers.values(), counts[len(self.trained) :], strict=True):
-            shared += [buffer] if count else []
-        self.processes.average(shared)
-
-    def _update(self) -> None:
-        """Take the step that the gradients ask for."""
-        for optimizer in self.state.optimizers:
-            self.state.scaler.unscale_(optimizer)
-        if self.hooks.scale_gradients is not None:
-            self.hooks.scale_gradients()
-        elif self.config.clip:
-            nn.utils.clip_grad_norm_(self.trained, self.config.clip)
-        before = self.state.scaler.get_scale()
-        for optimizer in self.state.optimizers:
-            self.state.scaler.step(optimizer)
-        self.state.scaler.update()
-        for optimizer in self.state.optimizers:
-            optimizer.zero_grad()
-        scale = self.state.scaler.get_scale()
-        if scale < _SMALLEST_SCALE:
-            raise ConfigError(
-                f"The gradients are too large for float16 at step {self.state.done + 1}, however "
-                "the loss is scaled: lower learning_rate, or take precision bf16."
-            )
-        if scale >= before:  # else gradients overflowed, and nothing was done
-            self.state.average.update(self.objective)
-
     def _after(self) -> None:
         """Count the step; validate, report and save what is due."""
         config, after_step = self.config, self.hooks.after_step
         self.state.done += 1
-        for metrics in self.seen:
+        for metrics in self.work.metrics:
             self.state.meter.add(metrics)
         if after_step is not None:
             self._together(lambda: after_step(self.state.done))
@@ -372,10 +286,8 @@ class _Run:
             return self.draw(_generator(self.config.seed, self.state.done))
 
     def _check(self) -> None:
-        """Refuse, before the first step, what cannot be trained."""
-        if any(p.dtype in (torch.float16, torch.bfloat16) for p in self.trained):
-            raise ConfigError("Weights are trained in float32; these are in half precision.")
-        if self.parts == 1 or self.finished:
+        """Refuse, before the first step, a batch that cannot be split."""
+        if self.work.parts == 1 or self.finished:
             return
         if not self.hooks.splits:
             raise ConfigError(
@@ -383,19 +295,8 @@ class _Run:
                 "batch cannot be split: train in one process, with accumulate 1."
             )
         drawn = self.state.drawn()
-        split(dict(self._batch()), self.parts)
+        split(dict(self._batch()), self.work.parts)
         self.state.draw_again(drawn)
-
-    def _check_loss(self, loss: float, part: Batch) -> None:
-        if math.isfinite(loss):
-            return
-        who = f", {self.processes}" if self.processes.count > 1 else ""
-        names = "".join(f", {n} {list(part[n])}" for n in ("names", "prompts") if n in part)
-        raise ConfigError(
-            f"The loss is no longer a number ({loss}) at step {self.state.done + 1}{who} (batch of "
-            f"seed {self.config.seed}{names}): lower learning_rate, or look for damaged training "
-            "pictures."
-        )
 
     def _on_main(self, work: Callable[[], object]) -> None:
         """Let the main process do something; all stop when it fails."""
@@ -414,14 +315,6 @@ class _Run:
 
 def _generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + step) * 4_099)
-
-
-def _to(batch: Batch, device: torch.device) -> dict[str, Any]:
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
 
 
 def _checkpointing(config: LoopConfig, base: BaseModel | None) -> AbstractContextManager[None]:
