@@ -2,9 +2,9 @@
 
 Real ComfyUI, one process, the demo world's base on the CPU. The base and a variant, each with a
 model of its own, take single steps in turn (interleaving/), so that a machine that gets slower
-slows both. `ratio` is wall time and `cpu_ratio` processor time, each the median of the ratios of
-neighbouring steps. Only steps are timed; loading and patching come before them. `base_again` is the
-base against itself: the noise of the measurement.
+slows both; half-way they swap their models. `ratio` is wall time and `cpu_ratio` processor time,
+each the median of the ratios of neighbouring steps. Only steps are timed; loading and patching come
+before them. `base_again` is the base against itself: the noise of the measurement.
 --perfusion measures concepts instead, on a full-size SDXL UNet (concept_price.py).
 """
 
@@ -33,11 +33,11 @@ from ..command import (
     write_report,
 )
 from .concept_price import concept_prices
-from .interleaving.pairs import price
+from .interleaving.pairs import mean_price, price
 
 NODES = Path(__file__).parent / "interleaving"
 BATCH = 2
-PAIRS, QUICK_PAIRS = 1000, 250
+PAIRS, QUICK_PAIRS = 800, 200
 CONCEPT_PAIRS, QUICK_CONCEPT_PAIRS = 24, 8
 """Of --perfusion, whose steps take seconds."""
 _PLAIN = (["words", 0], ["nothing", 0])
@@ -88,22 +88,33 @@ def measure(server: ComfyServer, pairs: int) -> dict[str, dict[str, float]]:
     write_image(reference_picture(), picture)
     photo, rows = server.client.upload_picture(picture), {}
     for name in ROWS:
-        result = server.client.run(graph(photo, name, pairs), timeout=3600)
-        base, own = json.loads(result.outputs["interleave"]["text"][0])
-        rows[name] = price(base, own)
+        halves = []
+        for swapped in (False, True):
+            result = server.client.run(graph(photo, name, pairs // 2, swapped), timeout=3600)
+            halves.append(price(*json.loads(result.outputs["interleave"]["text"][0])))
+        rows[name] = mean_price(halves)
     return rows
 
 
-def graph(photo: str, row: str, pairs: int) -> dict[str, dict[str, Any]]:
-    """The base and one row, sampled in turn."""
+def graph(photo: str, row: str, pairs: int, swapped: bool = False) -> dict[str, dict[str, Any]]:
+    """The base and one row, sampled in turn.
+
+    Args:
+        photo: of whom the LoRA is.
+        row: of ROWS.
+        pairs: of steps.
+        swapped: which of two equal models is the base's. Where a model lies in memory can make it
+            2 % slower than its copy, as long as the process lives.
+    """
     kind, (positive, negative) = ROWS[row]
-    nodes, model = common_nodes(photo), ["own_demo", 0]
+    base, model = (["first_demo", 0], ["second_demo", 0])[:: -1 if swapped else 1]
+    nodes = common_nodes(photo)
     if kind != "plain":
         nodes["applied"] = _node("DiffLoRA_ApplyLoRA", model=model, **_APPLY[kind])
         model = ["applied", 0]
     nodes["interleave"] = _node(
         "Benchmark_Interleave",
-        base=["base_demo", 0],
+        base=base,
         base_positive=["words", 0],
         base_negative=["nothing", 0],
         model=model,
@@ -120,8 +131,8 @@ def common_nodes(photo: str) -> dict[str, dict[str, Any]]:
     half = {"width": 32, "height": 64}
     return {
         "demo": _node("DiffLoRA_LoadDemo"),
-        "base_demo": _node("Benchmark_OwnDemo", number=0),
-        "own_demo": _node("Benchmark_OwnDemo", number=1),
+        "first_demo": _node("Benchmark_OwnDemo", number=0),
+        "second_demo": _node("Benchmark_OwnDemo", number=1),
         "photo": _node("LoadImage", image=photo),
         "lora": _node("DiffLoRA_Personalize", images=["photo", 0], **PERSONALIZE),
         "hook": _node("DiffLoRA_LoRAToHook", lora=["lora", 0], strength_model=1.0),

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.concepts.methods import REGISTERED
 from benchmarks.cost import concept_price
-from benchmarks.cost.interleaving.pairs import WARM_UP, interleave, price
+from benchmarks.cost.interleaving.pairs import WARM_UP, interleave, mean_price, price
 from benchmarks.cost.overhead import ROWS, graph
 
 NARROW = {
@@ -60,6 +60,13 @@ def test_another_program_does_not_change_a_price():
         assert found["ratio"] == pytest.approx(cost, abs=0.02)
 
 
+def test_a_slower_copy_of_the_model_does_not_change_a_price():
+    """The variant costs 1.2; one of the two models is 2 % slower, whosever it is."""
+    halves = [price([(1.02, 1.02)], [(1.2, 1.2)]), price([(1.0, 1.0)], [(1.2 * 1.02, 1.2 * 1.02)])]
+    found = mean_price(halves)
+    assert found["ratio"] == found["cpu_ratio"] == pytest.approx(1.2)
+
+
 @pytest.mark.parametrize("row", ROWS)
 def test_every_link_of_a_row_ends_at_a_node(row):
     nodes = graph("person.png", row, 3)
@@ -72,14 +79,19 @@ def test_every_link_of_a_row_ends_at_a_node(row):
 def test_base_and_variant_have_models_of_their_own():
     """A weight patch changes its model: on a shared one the base would pay for it too."""
     for row in ROWS:
-        nodes = graph("person.png", row, 3)
-        sources = []
-        for name in ("base", "model"):
-            node = nodes["interleave"]["inputs"][name][0]
-            while nodes[node]["class_type"] != "Benchmark_OwnDemo":
-                node = nodes[node]["inputs"]["model"][0]
-            sources.append(nodes[node]["inputs"]["number"])
-        assert sources[0] != sources[1]
+        sources = [models_of(graph("person.png", row, 3, swapped)) for swapped in (False, True)]
+        assert sources == [[0, 1], [1, 0]]
+
+
+def models_of(nodes):
+    """Numbers of the models under base and variant."""
+    sources = []
+    for name in ("base", "model"):
+        node = nodes["interleave"]["inputs"][name][0]
+        while nodes[node]["class_type"] != "Benchmark_OwnDemo":
+            node = nodes[node]["inputs"]["model"][0]
+        sources.append(nodes[node]["inputs"]["number"])
+    return sources
 
 
 def test_price_on_a_narrow_unet():

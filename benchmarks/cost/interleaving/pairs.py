@@ -60,3 +60,8 @@ def price(base: Steps, own: Steps) -> dict[str, float]:
         "ratio": statistics.median(walls),
         "cpu_ratio": statistics.median(processors),
     }
+
+
+def mean_price(prices: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Geometric means of several measurements of one price: 0.98 and 1 / 0.98 make 1."""
+    return {name: statistics.geometric_mean(one[name] for one in prices) for name in prices[0]}
