@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.__main__ import BENCHMARKS
+
 MAX_README_LINES = 200
 MAX_PICTURE_BYTES = 600 * 1024
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,10 +46,8 @@ def broken_links(page):
 def unknown_commands(text, root):
     """`make` targets and benchmarks in a page's code that do not exist."""
     targets = set(re.findall(r"^([\w-]+):", (root / "Makefile").read_text("utf-8"), re.MULTILINE))
-    programs = [p for p in (root / "benchmarks").rglob("*.py") if "def main(" in p.read_text()]
-    benchmarks = {path.stem for path in programs} - {"__main__"}
     quoted = set(re.findall(r"\bmake ([a-z][\w-]*)", code(text))) - targets
-    return sorted(quoted | (set(re.findall(r"\bname=(\w+)", code(text))) - benchmarks))
+    return sorted(quoted | (set(re.findall(r"\bname=(\w+)", code(text))) - set(BENCHMARKS)))
 
 
 def test_readme_is_short(root):
