@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.concepts import covariance, perfusion
+from benchmarks.command import benchmark_console
+from benchmarks.concepts import choose_rates, covariance, perfusion
 from benchmarks.concepts.methods import DREAMBOOTH, INVERSION, METHODS
 from benchmarks.concepts.methods.base import ConceptModels, TrainingSettings
 from benchmarks.concepts.methods.library import LibraryMethod
@@ -290,3 +291,19 @@ def test_more_captions_come_closer(text):
     assert many["covector_error"] < few["covector_error"]
     assert many["gate_error_mean"] < few["gate_error_mean"]
     assert many["tokens"] > few["tokens"]
+
+
+def test_rates_of_the_largest_area_are_chosen(evaluator, monkeypatch, capsys):
+    grid = ((0.001,), (0.1,), (0.01,))
+    areas = iter([0.2, 0.7, 0.5])
+    monkeypatch.setattr(choose_rates, "VALIDATION_CONCEPTS", (HAT,))
+    monkeypatch.setattr(choose_rates, "hypervolume", lambda points, reference: next(areas))
+    console = benchmark_console()
+    method = replace(INVERSION, rate_grid=grid, settings=(1.0,))
+    best = choose_rates.choose(evaluator, [method], 2, console, TINY.training)
+    assert best == {"Textual Inversion": (0.1,)}
+    printed = capsys.readouterr().out
+    assert all(
+        f"Textual Inversion {rates}: {area:.3f}" in printed
+        for rates, area in zip(grid, (0.2, 0.7, 0.5), strict=True)
+    )
