@@ -7,12 +7,7 @@ import tomllib
 
 MAX_FILE, MAX_FUNCTION, MAX_FIT, MAX_PARAMETERS = 400, 50, 120, 7
 EXCUSE = "# over budget:"  # followed by the reason, in the file
-FORBIDDEN_CALLS = {
-    "print",
-    "eval",
-    "exec",
-    "torch.load",
-    "torch.save",
+SEEDING = {
     "torch.manual_seed",
     "torch.seed",
     "torch.random.manual_seed",
@@ -23,6 +18,7 @@ FORBIDDEN_CALLS = {
     "numpy.random.seed",
     "random.seed",
 }
+FORBIDDEN_CALLS = {"print", "eval", "exec", "torch.load", "torch.save", *SEEDING}
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "misc", "manager"}
 
 
@@ -96,6 +92,18 @@ def test_no_smells(sources):
                 smells.append(f"{at} bare except")
         smells += [f"{at} imports {t}" for at, t in source.imports() if t.split(".")[0] == "pickle"]
     assert not smells
+
+
+def test_tests_seed_no_global_state(root):
+    """What is random in a test comes from a generator of its own."""
+    seeded = []
+    for path in sorted((root / "tests").glob("**/*.py")):
+        if "benchmarks" in path.parts:  # not yet
+            continue
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in SEEDING:
+                seeded.append(f"{path.relative_to(root)}:{node.lineno}")
+    assert not seeded
 
 
 def test_files_are_named_after_their_subject(sources):
