@@ -34,7 +34,9 @@ def test_gradients_stay_and_layers_run_again(unet):
     z, y = torch.randn(2, 8, 16, 16, generator=g), torch.randn(2, 1600, generator=g)
     context, runs = torch.randn(2, 77, 128, generator=g), []
     handle = (
-        unet.middle_block[1].transformer_blocks[0].register_forward_pre_hook(lambda *_: runs.append(1))
+        unet.middle_block[1]
+        .transformer_blocks[0]
+        .register_forward_pre_hook(lambda *_: runs.append(1))
     )
 
     def gradients():
