@@ -168,7 +168,6 @@ def test_word_in_prompts_of_every_kind(comfy, trained):
 
 
 LOCKS = ("none", "local", "global")
-NOT_YET = "the global lock replaces keys whatever the strength is"
 
 
 def locked(strength):
@@ -189,10 +188,7 @@ def test_locks_give_three_pictures(comfy, trained):
         assert difference(shown, first, second) > 4, (first, second)
 
 
-@pytest.mark.parametrize(
-    "lock",
-    [*LOCKS[:2], pytest.param("global", marks=pytest.mark.xfail(strict=True, reason=NOT_YET))],
-)
+@pytest.mark.parametrize("lock", LOCKS)
 def test_a_lock_without_strength_leaves_the_base(comfy, trained, lock):
     shown = comfy.run(locked(0.0)).pictures
     np.testing.assert_array_equal(shown[f"lock_{lock}"], shown["base"])

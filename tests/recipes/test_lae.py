@@ -1,8 +1,9 @@
 """LAE recipes: weights alone, and through the base model's loss."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from difflora_core.training.early_stopping import EarlyStopping
 
 from difflora_core.errors import ConfigError
 from difflora_core.lora.distance import relative_error
@@ -137,9 +138,7 @@ def test_judged_on_other_people(layout, weights_of, tmp_path):
     corpus = weights_of(layout, 48, shared_down=True, directions=1)
     others = weights_of(layout, 8, seed=1, shared_down=True, directions=1)
     lae = tiny(layout)
-    config = recipe.LAETrainConfig(
-        loop=LOOP, batch=24, preserve=0.0, stopping=EarlyStopping(every=20)
-    )
+    config = recipe.LAETrainConfig(loop=replace(LOOP, validate_every=20), batch=24, preserve=0.0)
     recipe.prepare(lae, corpus, config)
     untrained = recipe.reconstruction_error(lae, others)  # of the mean LoRA
     result = recipe.fit(lae, corpus, config, tmp_path, validation=others)
