@@ -24,14 +24,7 @@ from difflora_core.text.covariance import RIDGE, Covariance, build_covariance
 from difflora_core.text.encoders import TextEncoders
 from difflora_core.text.new_words import superclass_token, word_encoding
 
-from ..command import (
-    benchmark_console,
-    command_parser,
-    commit,
-    machine,
-    set_threads,
-    write_report,
-)
+from ..command import benchmark_console, command_parser, commit, machine, set_threads, write_report
 from ..prompts import PROMPTS
 
 COUNTS, QUICK_COUNTS = (1_000, 10_000, 50_000), (500, 2_000)

@@ -48,7 +48,7 @@ class ConceptTrainer:
             task, examples = self.training_set(concept, photos)
             objective = method.objective(task, config)
             run = self.folder / f"{name}.run"
-            result = run_adaptation(objective, examples, config.batch, config.loop, run)
+            result = run_adaptation(objective, examples, run)
             seconds = time.process_time() - started
             method.write(path, result.adaptations[0], seconds)
             shutil.rmtree(run)

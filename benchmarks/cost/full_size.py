@@ -22,14 +22,7 @@ from difflora_core.methods.difflora import DiffLoRAConfig, DiffLoRAModel
 from difflora_core.storage.lora_file import write_lora_file
 from difflora_core.vision.features import ImageFeatures
 
-from ..command import (
-    benchmark_console,
-    command_parser,
-    commit,
-    machine,
-    set_threads,
-    write_report,
-)
+from ..command import benchmark_console, command_parser, commit, machine, set_threads, write_report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

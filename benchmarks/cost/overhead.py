@@ -24,14 +24,7 @@ from difflora_core.demo.workflows.masked_people import PERSONALIZE
 from difflora_core.evaluation.report import Report
 from difflora_core.storage.image_files import write_image
 
-from ..command import (
-    benchmark_console,
-    command_parser,
-    commit,
-    machine,
-    set_threads,
-    write_report,
-)
+from ..command import benchmark_console, command_parser, commit, machine, set_threads, write_report
 from .concept_price import concept_prices
 from .interleaving.pairs import mean_price, price
 

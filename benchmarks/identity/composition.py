@@ -34,14 +34,7 @@ from difflora_core.models.lae.autoencoder import LoRALatent
 from difflora_core.models.latent_math import blend
 from difflora_core.storage.image_files import write_image
 
-from ..command import (
-    benchmark_console,
-    command_parser,
-    commit,
-    machine,
-    set_threads,
-    write_report,
-)
+from ..command import benchmark_console, command_parser, commit, machine, set_threads, write_report
 from ..prompts import PROMPTS
 from .artefacts import Artefacts, load_artefacts
 from .drawing import PictureSampler, Plan

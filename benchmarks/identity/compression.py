@@ -28,14 +28,7 @@ from difflora_core.training.difflora import lae
 from difflora_core.training.difflora.linear_baselines import pca_autoencoder
 from difflora_core.training.loop import LoopConfig
 
-from ..command import (
-    benchmark_console,
-    command_parser,
-    commit,
-    machine,
-    set_threads,
-    write_report,
-)
+from ..command import benchmark_console, command_parser, commit, machine, set_threads, write_report
 from ..prompts import QUICK
 from .artefacts import Artefacts, load_artefacts
 from .drawing import Plan

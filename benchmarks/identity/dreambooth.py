@@ -18,7 +18,11 @@ from difflora_core.demo.build.stages_lora import CORPUS
 from difflora_core.demo.examples import DREAMBOOTH
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.storage.safetensors_io import write_atomic
-from difflora_core.training.dreambooth import DreamBoothConfig, DreamBoothExamples, train_dreambooth
+from difflora_core.training.lora.dreambooth import (
+    DreamBoothConfig,
+    DreamBoothExamples,
+    train_dreambooth,
+)
 
 from ..command import Log
 from .drawing import groups

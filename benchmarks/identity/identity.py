@@ -16,14 +16,7 @@ from rich.console import Console
 
 from difflora_core.evaluation.report import Report, recovered_share, share_improved
 
-from ..command import (
-    benchmark_console,
-    command_parser,
-    commit,
-    machine,
-    set_threads,
-    write_report,
-)
+from ..command import benchmark_console, command_parser, commit, machine, set_threads, write_report
 from ..prompts import PROMPTS, QUICK
 from .artefacts import STRENGTHS, load_artefacts
 from .choose_strength import read_strengths

@@ -19,14 +19,7 @@ from difflora_core.evaluation.report import Report
 from difflora_core.methods.difflora import DiffLoRAModel
 from difflora_core.storage.checkpoint import load_model, save_model
 
-from ..command import (
-    benchmark_console,
-    command_parser,
-    commit,
-    machine,
-    set_threads,
-    write_report,
-)
+from ..command import benchmark_console, command_parser, commit, machine, set_threads, write_report
 from .artefacts import STRENGTHS, Artefacts, load_artefacts
 from .choose_strength import read_strengths
 from .dreambooth import SETTINGS

@@ -11,8 +11,8 @@ from torch import Tensor
 from ..base_model.protocol import BaseModel
 from ..lora.weights import LoRAWeights
 from ..storage.image_files import write_image
-from ..training.dreambooth import DreamBoothConfig, DreamBoothExamples, train_dreambooth
 from ..training.loop import Progress
+from ..training.lora.dreambooth import DreamBoothConfig, DreamBoothExamples, train_dreambooth
 from .world.identities import split_seeds
 from .world.scenes import Pictures, Scene, render_portraits
 

@@ -19,13 +19,7 @@ from ..adapters.token_gate import ConceptMatcher, GatedConcept, SigmoidGate
 from ..config import Config
 from ..errors import ConfigError, LayoutError
 from ..lora.weights import LoRALayer, LoRAWeights
-from .base import (
-    AppliedAdaptation,
-    ConceptMethod,
-    PreparedAdaptation,
-    settings_as,
-    unit_covector,
-)
+from .base import AppliedAdaptation, ConceptMethod, PreparedAdaptation, settings_as, unit_covector
 
 Lock = Literal["none", "local", "global"]
 Combine = Literal["approximate", "exact"]

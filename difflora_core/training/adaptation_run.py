@@ -65,6 +65,10 @@ class RunSettings(Settings, Protocol):
     def seed(self) -> int:
         """Of batches and noise."""
 
+    @property
+    def loop(self) -> LoopConfig:
+        """The run, for instance of `adaptation_loop`."""
+
 
 def check_run(where: str, settings: RunSettings) -> None:
     """Raises ConfigError where a recipe's course makes no sense."""
@@ -97,6 +101,10 @@ class AdapterObjective(Protocol):
 
 class Objective(AdapterObjective, Protocol[Trained]):
     """What a method trains: a module (`nn.Module`) whose forward is the loss."""
+
+    @property
+    def config(self) -> RunSettings:
+        """The recipe."""
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """A batch of `ConceptExamples.draw` to (loss, metrics)."""
@@ -153,8 +161,6 @@ class AdaptationResult(Generic[Trained]):
 def run_adaptation(
     objective: Objective[Trained],
     examples: ConceptExamples,
-    batch: int,
-    loop: LoopConfig,
     folder: Path,
     watch: Watch | None = None,
     stop: Callable[[], bool] | None = None,
@@ -164,8 +170,6 @@ def run_adaptation(
     Args:
         objective: of the method.
         examples: pictures.
-        batch: pictures of a step.
-        loop: the run, for instance of `adaptation_loop`.
         folder: of this run's state; taken up again when settings and pictures are the same.
         watch: see `Watch`; `evaluation` is among the metrics. It may raise InterruptedTraining.
         stop: asked before every step; True stops the run.
@@ -178,7 +182,7 @@ def run_adaptation(
     if not isinstance(objective, nn.Module):
         raise TypeError(f"{type(objective).__name__} is not an nn.Module")
     module: nn.Module = objective
-    task, device = objective.task, compute_device(objective.task.base)
+    config, draw = objective.config, examples.draw(objective.config.batch)
 
     def report(step: int, total: int, metrics: dict[str, float]) -> None:
         named = {"evaluation" if k == "validation" else k: v for k, v in metrics.items()}
@@ -187,17 +191,14 @@ def run_adaptation(
 
     hooks = Hooks(
         progress=report,
-        validate=_evaluation(module, examples.draw(batch)),
+        validate=_evaluation(module, draw),
         stop=stop,
-        base=task.base,
-        fingerprint=fingerprint(
-            type(objective).__name__, objective.config, task.words, task.contexts,
-            task.base_name, task.probe, examples, batch,
-        ),
-    )  # fmt: skip
-    finished = True
+        base=objective.task.base,
+        fingerprint=_identity(objective, examples),
+    )
+    finished, device = True, compute_device(objective.task.base)
     try:
-        result = train(module, examples.draw(batch), loop, folder, hooks, device)
+        result = train(module, draw, config.loop, folder, hooks, device)
     except Stopped as early:
         if "validation" not in early.result:
             raise InterruptedTraining(str(early)) from early
@@ -206,6 +207,13 @@ def run_adaptation(
     step = int(result["best_step"])
     facts: Facts = {"steps": step, "pictures": len(examples)}
     return AdaptationResult(objective.adaptations(facts), finished, step, result["validation"])
+
+
+def _identity(objective: Objective[Trained], examples: ConceptExamples) -> str:
+    """Digest of everything that a run depends on."""
+    task, config = objective.task, objective.config
+    setting = (task.words, task.contexts, task.base_name, task.probe)
+    return fingerprint(type(objective).__name__, config, *setting, examples)
 
 
 def _evaluation(module: nn.Module, draw: Callable[[torch.Generator], Batch]) -> Callable[[], float]:

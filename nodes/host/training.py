@@ -209,9 +209,7 @@ def _run(recipe: Any, config: Any, request: TrainingRequest, parts: Parts) -> Ad
             raise InterruptedTraining(f"stopped after step {step}") from stop
 
     objective = recipe(task, config)
-    return run_adaptation(
-        objective, examples, config.batch, config.loop, folder, watch, _interrupted
-    )
+    return run_adaptation(objective, examples, folder, watch, _interrupted)
 
 
 def _interrupted() -> bool:

@@ -12,19 +12,8 @@ from benchmarks.concepts.methods import DREAMBOOTH, INVERSION, METHODS
 from benchmarks.concepts.methods.base import ConceptModels, TrainingSettings
 from benchmarks.concepts.methods.library import LibraryMethod
 from benchmarks.concepts.methods.perfusion import METHOD as PERFUSION
-from benchmarks.concepts.perfusion import (
-    BASE_TWO,
-    REAL,
-    Size,
-    conclusions,
-    measure,
-    real_pictures,
-)
-from benchmarks.concepts.word_pictures import (
-    ConceptEvaluator,
-    EvaluationPrompt,
-    evaluation_prompts,
-)
+from benchmarks.concepts.perfusion import BASE_TWO, REAL, Size, conclusions, measure, real_pictures
+from benchmarks.concepts.word_pictures import ConceptEvaluator, EvaluationPrompt, evaluation_prompts
 from benchmarks.concepts.words import ConceptTrainer
 from difflora_core.adapters.attach import attach
 from difflora_core.demo import paths

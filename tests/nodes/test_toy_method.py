@@ -68,8 +68,6 @@ def trained(toy, base, tmp_path_factory):
     result = run_adaptation(
         toy.objective(task, config),
         examples,
-        config.batch,
-        config.loop,
         tmp_path_factory.mktemp("toy"),
         lambda step, steps, metrics, preview: losses.append(metrics["evaluation"]),
     )

@@ -22,7 +22,7 @@ from difflora_core.text.captions import captions
 from difflora_core.text.clip_pair import ClipPairText, SpecialTokens
 from difflora_core.text.covariance import build_covariance
 from difflora_core.training.concept_task import ConceptExamples, NewWord, prepare_task
-from difflora_core.training.dreambooth import DreamBoothExamples
+from difflora_core.training.lora.dreambooth import DreamBoothExamples
 
 UNET = {
     "sample_size": 4,

@@ -8,7 +8,7 @@ from difflora_core.errors import CheckpointError, InterruptedTraining, LayoutErr
 from difflora_core.storage.lora_corpus import LoRACorpus, load_corpus, save_corpus
 from difflora_core.training.difflora.lora_corpus import CorpusConfig, build_corpus
 from difflora_core.training.difflora.refine import refine, refinement_config
-from difflora_core.training.dreambooth import DreamBoothConfig, train_dreambooth
+from difflora_core.training.lora.dreambooth import DreamBoothConfig, train_dreambooth
 
 CONFIG = CorpusConfig(base="tiny", group=2, dreambooth=DreamBoothConfig(rank=2, steps=3))
 

@@ -5,7 +5,11 @@ import torch
 
 from difflora_core.errors import CheckpointError, ConfigError, InterruptedTraining, LayoutError
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
-from difflora_core.training.dreambooth import DreamBoothConfig, DreamBoothExamples, train_dreambooth
+from difflora_core.training.lora.dreambooth import (
+    DreamBoothConfig,
+    DreamBoothExamples,
+    train_dreambooth,
+)
 
 PEOPLE, PICTURES = 3, 5
 
@@ -82,7 +86,7 @@ def test_equals_a_plain_implementation(base, people):
 
 def pictures(examples, config, step):
     """Which pictures the trainer draws at a step."""
-    from difflora_core.training.dreambooth_start import mixed_generator
+    from difflora_core.training.lora.dreambooth_start import mixed_generator
 
     g = mixed_generator(config.seed, examples.seeds[0], step + 1)
     return torch.randperm(PICTURES, generator=g)[: config.samples_per_step].tolist()

@@ -18,7 +18,7 @@ PROMPTS = ["photo of a <h1>", "a person wearing a <h1>, blue background", "the r
 
 def train(task, examples, config, folder):
     objective = InfusionObjective(task, config)
-    return run_adaptation(objective, examples, config.batch, config.loop, folder)
+    return run_adaptation(objective, examples, folder)
 
 
 def test_infusion_starts_at_the_base_and_learns(task, tmp_path, pictures, evaluation_loss, numbers):

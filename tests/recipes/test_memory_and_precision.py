@@ -18,8 +18,8 @@ from difflora_core.base_model.diffusers_base import DiffusersBase
 from difflora_core.base_model.protocol import TextCondition
 from difflora_core.errors import ConfigError
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
-from difflora_core.training.dreambooth import DreamBoothConfig, train_dreambooth
 from difflora_core.training.loop import Hooks, LoopConfig, train
+from difflora_core.training.lora.dreambooth import DreamBoothConfig, train_dreambooth
 from difflora_core.training.losses import NoisedBatch, denoise, denoising_error, under_guidance
 
 

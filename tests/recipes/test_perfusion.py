@@ -32,7 +32,7 @@ QUICK = PerfusionTraining(
 
 def train_perfusion(task, examples, config, folder, watch=None):
     objective = PerfusionObjective(task, config)
-    return run_adaptation(objective, examples, config.batch, config.loop, folder, watch)
+    return run_adaptation(objective, examples, folder, watch)
 
 
 def test_training_lowers_the_loss_and_leaves_the_base_alone(

@@ -17,10 +17,7 @@ from safetensors.torch import save_file
 
 from difflora_core.errors import ConfigError, DiffLoRAError, ImageError, LibraryError
 from difflora_core.models.lae.autoencoder import LoRALatent
-from difflora_core.storage.identity_library import (
-    add_people,
-    numbered,
-)
+from difflora_core.storage.identity_library import add_people, numbered
 from difflora_core.storage.library_file import METADATA_KEY, check_name, read_library
 from difflora_core.storage.thumbnail import (
     MAX_PICTURE_BYTES,

@@ -94,8 +94,6 @@ def concepts(progress: Progress) -> Figures:
         result = run_adaptation(
             PerfusionObjective(task, TRAINING),
             examples,
-            TRAINING.batch,
-            TRAINING.loop,
             folder,
             lambda step, of, seen, _: progress(step, of, seen),
         )

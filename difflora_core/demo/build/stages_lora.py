@@ -22,8 +22,8 @@ from ...storage.lora_file import write_lora_file
 from ...training.difflora import face_reader, lae, lae_encoder, latent_dit
 from ...training.difflora import functional as difflora
 from ...training.difflora.lora_corpus import CorpusConfig, build_corpus
-from ...training.dreambooth import DreamBoothConfig, DreamBoothExamples
 from ...training.loop import LoopConfig, Progress
+from ...training.lora.dreambooth import DreamBoothConfig, DreamBoothExamples
 from ...vision.face_choice import FaceOptions
 from ...vision.features import FeatureSizes, extract_features
 from .. import examples, paths

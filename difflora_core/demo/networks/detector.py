@@ -37,16 +37,7 @@ from ..world.renderer import (
 )
 from .detector_targets import ANCHORS, STRIDES, assign, detection_loss
 from .recogniser import describe_onnx, export_onnx
-from .views import (
-    Schedule,
-    as_planes,
-    convolution_block,
-    fit,
-    initialise,
-    lay_out,
-    uniform,
-    warp,
-)
+from .views import Schedule, as_planes, convolution_block, fit, initialise, lay_out, uniform, warp
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from ...base_model.protocol import BaseModel
 from ...config import Config, check_range
 from ...errors import CheckpointError
 from ...storage.lora_corpus import LoRACorpus, load_corpus, save_corpus
-from ..dreambooth import DreamBoothConfig, DreamBoothExamples, train_dreambooth
 from ..loop import Progress
+from ..lora.dreambooth import DreamBoothConfig, DreamBoothExamples, train_dreambooth
 
 __all__ = ["CorpusConfig", "build_corpus", "load_corpus"]
 

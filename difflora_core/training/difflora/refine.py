@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from ...base_model.protocol import BaseModel
 from ...lora.weights import LoRAWeights
-from ..dreambooth import DreamBoothConfig, DreamBoothExamples, train_dreambooth
 from ..loop import Progress
+from ..lora.dreambooth import DreamBoothConfig, DreamBoothExamples, train_dreambooth
 
 REFINEMENT_STEPS = 25
 

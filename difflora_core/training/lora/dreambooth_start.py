@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import ConfigError, LayoutError
-from ..lora.layout import LoRALayout
-from ..lora.weights import LoRALayer, LoRAWeights
+from ...errors import ConfigError, LayoutError
+from ...lora.layout import LoRALayout
+from ...lora.weights import LoRALayer, LoRAWeights
 from .dreambooth_config import DreamBoothConfig
 
 

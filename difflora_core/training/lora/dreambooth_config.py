@@ -8,10 +8,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..config import Config, check_range
-from ..errors import ConfigError
-from .fingerprint import SAME_COURSE
-from .loop_config import LoopConfig, Precision
+from ...config import Config, check_range
+from ...errors import ConfigError
+from ..fingerprint import SAME_COURSE
+from ..loop_config import LoopConfig, Precision
 
 
 @dataclass(frozen=True)

@@ -16,18 +16,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..adapters.attach import attach
-from ..adapters.lora import lora_adapter_set
-from ..base_model.protocol import BaseModel, TextCondition
-from ..diffusion.objective import stratified_timesteps
-from ..lora.weights import LoRALayer, LoRAWeights
-from ..storage.safetensors_io import write_atomic
+from ...adapters.attach import attach
+from ...adapters.lora import lora_adapter_set
+from ...base_model.protocol import BaseModel, TextCondition
+from ...diffusion.objective import stratified_timesteps
+from ...lora.weights import LoRALayer, LoRAWeights
+from ...storage.safetensors_io import write_atomic
+from ..fingerprint import fingerprint
+from ..loop import Batch, ByStep, Hooks, Progress, train
+from ..losses import NoisedBatch, denoising_error
+from ..processes import launched
 from .dreambooth_config import DreamBoothConfig, DreamBoothExamples
 from .dreambooth_start import mixed_generator, starting_weights
-from .fingerprint import fingerprint
-from .loop import Batch, ByStep, Hooks, Progress, train
-from .losses import NoisedBatch, denoising_error
-from .processes import launched
 
 __all__ = ["DreamBoothConfig", "DreamBoothExamples", "train_dreambooth"]
 
@@ -72,30 +72,50 @@ def train_dreambooth(
     fine = torch.promote_types(examples.latents.dtype, torch.float32)
     objective = DreamBoothObjective(base, start.to(fine, source.device), source.text, config)
     run = None if folder is None else folder / FOLDER
-    kept: dict[int, LoRAWeights] = {}
-
-    def keep(step: int) -> None:
-        if step in {*config.snapshots, config.steps}:
-            kept[step] = objective.copy()
-            if run is not None and launched().is_main:
-                _write(kept[step], run / f"snapshot-{step}.safetensors")
-
+    snapshots = _Snapshots(objective, start, config, run)
     hooks = Hooks(
         progress=progress,
-        after_step=keep,
+        after_step=snapshots.keep,
         scale_gradients=objective.scale_gradients,
         base=base,
         fingerprint=fingerprint(config, examples, _factors(start)),
     )
     with attach(base.unet, lora_adapter_set(objective.weights), names=layout.module_names):
         train(objective, ByStep(source.batch), config.loop, run, hooks, source.device)
-    for step in {*config.snapshots, config.steps} - kept.keys():
-        kept[step] = _read(start, (run or Path()) / f"snapshot-{step}.safetensors")
-    processes = launched()
-    processes.agree(None)  # all have read
-    if run is not None and processes.is_main:
-        shutil.rmtree(run)
-    return dict(sorted(kept.items()))
+    return snapshots.collect()
+
+
+class _Snapshots:
+    """Weights of the steps that were asked for, in memory and beside the run's state."""
+
+    def __init__(
+        self,
+        objective: DreamBoothObjective,
+        start: LoRAWeights,
+        config: DreamBoothConfig,
+        run: Path | None,
+    ) -> None:
+        self.objective, self.start, self.run = objective, start, run
+        self.wanted = {*config.snapshots, config.steps}
+        self.kept: dict[int, LoRAWeights] = {}
+
+    def keep(self, step: int) -> None:
+        """Copy the weights of a step, if it was asked for."""
+        if step in self.wanted:
+            self.kept[step] = self.objective.copy()
+            if self.run is not None and launched().is_main:
+                _write(self.kept[step], self.run / f"snapshot-{step}.safetensors")
+
+    def collect(self) -> dict[int, LoRAWeights]:
+        """All of them, those of a run before this one too; the run's folder is no longer needed."""
+        for step in self.wanted - self.kept.keys():
+            path = (self.run or Path()) / f"snapshot-{step}.safetensors"
+            self.kept[step] = _read(self.start, path)
+        processes = launched()
+        processes.agree(None)  # all have read
+        if self.run is not None and processes.is_main:
+            shutil.rmtree(self.run)
+        return dict(sorted(self.kept.items()))
 
 
 class DreamBoothObjective(nn.Module):

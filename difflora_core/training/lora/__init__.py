@@ -1,0 +1,1 @@
+"""LoRAs trained on pictures: DreamBooth, of one person or of many side by side."""
