@@ -63,6 +63,12 @@ def check_range(where: str, name: str, value: float, low: float, high: float) ->
         raise ConfigError(f"{where}: {name} is {value}; it must lie in {low} to {high}.")
 
 
+def check_ranges(where: str, settings: object, low: float, high: float, *names: str) -> None:
+    """`check_range` for several fields of a record."""
+    for name in names:
+        check_range(where, name, getattr(settings, name), low, high)
+
+
 def _build(kind: Any, data: Any, where: str) -> Any:
     """Converts plain data to the annotated type, or raises ConfigError."""
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..config import Config, check_range
+from ..config import Config, check_range, check_ranges
 from ..errors import ConfigError
 from .fingerprint import SAME_COURSE
 
@@ -69,12 +69,11 @@ class LoopConfig(Config):
 
     def __post_init__(self) -> None:
         self.check_choices("Training")
-        for name in ("steps", "checkpoint_every", "log_every", "accumulate", "validate_every"):
-            check_range("Training", name, getattr(self, name), 1, 2**40)
-        for name in ("warmup", "weight_decay", "clip", "patience"):
-            check_range("Training", name, getattr(self, name), 0, 2**40)
-        for name in ("learning_rate", "matrix_rate"):
-            check_range("Training", name, getattr(self, name), 0, 10)
+        counts = ("steps", "checkpoint_every", "log_every", "accumulate", "validate_every")
+        check_ranges("Training", self, 1, 2**40, *counts)
+        check_ranges("Training", self, 0, 2**40, "warmup", "weight_decay", "clip", "patience")
+        check_ranges("Training", self, 0, 10, "learning_rate", "matrix_rate")
+        check_ranges("Training", self, 0, 2**62, "seed")
         check_range("Training", "decay", self.decay, 0, 1)
         for value in (self.ema, *self.betas):
             if not 0 <= value < 1:

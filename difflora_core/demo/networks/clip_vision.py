@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from ...config import Config
+from ...config import Config, check_ranges
 from ...training.fingerprint import fingerprint
 from ...training.loop import Batch, ByStep, Hooks, Progress
 from ...vision.preprocess import CLIP_MEAN, CLIP_STD
@@ -70,6 +70,14 @@ class ClipVisionRecipe(Config):
     contrast_weight: float = 0.1
     schedule: Schedule = field(default_factory=lambda: Schedule(steps=2000))
     seed: int = 11
+
+    def __post_init__(self) -> None:
+        sizes = ("image_size", "patch_size", "width", "layers", "heads", "projection", "people")
+        check_ranges("CLIP vision", self, 1, 65_536, *sizes)
+        check_ranges("CLIP vision", self, 0, 1, "whole")
+        weights = ("attribute_weight", "point_weight", "contrast_weight")
+        check_ranges("CLIP vision", self, 0, 1000, *weights)
+        check_ranges("CLIP vision", self, 0, 2**62, "seed")
 
     def network(self) -> dict[str, object]:
         """The configuration that transformers and ComfyUI both read."""

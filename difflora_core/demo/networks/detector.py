@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...config import Config
+from ...config import Config, check_ranges
 from ...training.fingerprint import fingerprint
 from ...training.loop import Batch, ByStep, Hooks, Progress
 from ...vision.face_encoder import InsightFaceEncoder
@@ -62,6 +62,12 @@ class DetectorRecipe(Config):
     faces: tuple[float, float] = (18.0, 112.0)
     schedule: Schedule = field(default_factory=lambda: Schedule(steps=1200, rate=3e-3))
     seed: int = 31
+
+    def __post_init__(self) -> None:
+        check_ranges("Detector", self, 1, 65_536, "size")
+        check_ranges("Detector", self, 0, 65_536, "portraits", "wide", "empty")
+        check_ranges("Detector", self, 0, 1, "usual")
+        check_ranges("Detector", self, 0, 2**62, "seed")
 
 
 class Detector(nn.Module):

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...config import Config
+from ...config import Config, check_ranges
 from ...training.fingerprint import fingerprint
 from ...training.loop import Batch, ByStep, Hooks, Progress
 from ...vision.preprocess import resize_square
@@ -80,6 +80,13 @@ class JudgeRecipe(Config):
     temperature: float = 0.1
     schedule: Schedule = field(default_factory=lambda: Schedule(steps=1200, rate=3e-3))
     seed: int = 41
+
+    def __post_init__(self) -> None:
+        check_ranges("Judge", self, 1, 65_536, "outputs", "people")
+        check_ranges("Judge", self, 0, 1, "paintings")
+        check_ranges("Judge", self, 0, 1000, "shift")
+        check_ranges("Judge", self, 1e-4, 100, "temperature")
+        check_ranges("Judge", self, 0, 2**62, "seed")
 
 
 EMBEDDER = JudgeRecipe(

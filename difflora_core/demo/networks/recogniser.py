@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...config import Config
+from ...config import Config, check_ranges
 from ...training.fingerprint import fingerprint
 from ...training.loop import Batch, ByStep, Hooks, Progress
 from ...vision.preprocess import ARCFACE_POINTS, ARCFACE_SIZE
@@ -60,6 +60,12 @@ class RecogniserRecipe(Config):
     parameter_weight: float = 1.0
     schedule: Schedule = field(default_factory=lambda: Schedule(steps=700, rate=3e-3))
     seed: int = 21
+
+    def __post_init__(self) -> None:
+        check_ranges("Recogniser", self, 1, 65_536, "embedding", "people")
+        check_ranges("Recogniser", self, 0, 1000, "point_noise", "margin", "parameter_weight")
+        check_ranges("Recogniser", self, 1e-4, 100, "temperature")
+        check_ranges("Recogniser", self, 0, 2**62, "seed")
 
 
 class Recogniser(nn.Module):

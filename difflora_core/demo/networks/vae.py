@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from ...config import Config
+from ...config import Config, check_ranges
 from ...models.layers import DrawnFrom
 from ..world.pool import PicturePool
 
@@ -37,6 +37,9 @@ class VaeLoss(Config):
 
     face: float = 2.0
     kl: float = 1e-4
+
+    def __post_init__(self) -> None:
+        check_ranges("VAE loss", self, 0, 1000, "face", "kl")
 
 
 class VaeObjective(nn.Module):

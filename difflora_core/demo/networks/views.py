@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...config import Config
+from ...config import Config, check_ranges
 from ...training.loop import ByStep, Hooks, LoopConfig, train
 from ..world.renderer import BACKGROUNDS, COLOURS, EXPRESSIONS, LOOKS, OBJECTS, PATTERNS
 from ..world.scenes import Scene
@@ -201,6 +201,10 @@ class Schedule(Config):
     rate: float = 2e-3
     matrix_rate: float = 0.02
     decay: float = 0.02
+
+    def __post_init__(self) -> None:
+        check_ranges("Schedule", self, 1, 10_000_000, "steps")
+        check_ranges("Schedule", self, 0, 10, "rate", "matrix_rate", "decay")
 
     def loop(self, with_matrices: bool) -> LoopConfig:
         """The run: a warm-up, a cosine decay to zero, and bfloat16 products."""

@@ -23,7 +23,7 @@ from ...adapters.attach import attach
 from ...adapters.lora import lora_adapter_set
 from ...base_model.diffusers_base import DiffusersBase
 from ...base_model.protocol import TextCondition
-from ...config import Config
+from ...config import Config, check_ranges
 from ...diffusion.objective import loss_weight, stratified_timesteps
 from ...errors import ConfigError
 from ...methods.difflora import DiffLoRAModel
@@ -59,8 +59,8 @@ class FunctionalConfig(Config):
     def __post_init__(self) -> None:
         if self.batch < 1 or self.photos < 1:
             raise ConfigError("batch and photos must be at least 1")
-        if self.likeness < 0:
-            raise ConfigError("likeness must be 0 or more")
+        weights = ("feature_noise", "latent_noise", "latent_weight", "balance", "likeness")
+        check_ranges("Functional", self, 0, 1000, *weights)
 
 
 @dataclass(frozen=True)

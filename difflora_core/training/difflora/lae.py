@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...config import Config
+from ...config import Config, check_ranges
 from ...errors import ConfigError
 from ...lora.canonical import align_to, canonical
 from ...lora.distance import squared_relative_error
@@ -68,6 +68,8 @@ class LAETrainConfig(Config):
         numbers = (self.preserve, self.preserve_power, self.angular, self.relative, self.kl)
         if self.batch < 1 or self.preserve_cap <= 0 or min(numbers) < 0:
             raise ConfigError("LAE: the batch must be at least 1 and no weight may be negative.")
+        weights = ("preserve", "preserve_power", "preserve_cap", "angular", "relative", "kl")
+        check_ranges("LAE", self, 0, 1e6, *weights)
 
 
 class LAEObjective(nn.Module):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...config import Config
+from ...config import Config, check_ranges
 from ...diffusion.objective import (
     abar_at,
     add_noise,
@@ -65,6 +65,7 @@ class LatentDiTConfig(Config):
     def __post_init__(self) -> None:
         if self.batch < 1 or self.photos < 1 or min(self.feature_noise, self.balance) < 0:
             raise ConfigError("Latent DiT: batch and photos must be at least 1, noise 0 or more.")
+        check_ranges("Latent DiT", self, 0, 1000, "feature_noise", "balance")
         if not 0 <= self.condition_dropout < 1:
             raise ConfigError("Latent DiT: condition_dropout must lie in [0, 1).")
 

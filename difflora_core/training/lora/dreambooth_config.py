@@ -64,7 +64,7 @@ class DreamBoothConfig(Config):
     checkpointing: bool = field(default=False, metadata=SAME_COURSE)
 
     def __post_init__(self) -> None:
-        for name in ("rank", "steps", "samples_per_step", "checkpoint_every"):
+        for name in ("rank", "steps", "samples_per_step", "checkpoint_every", "accumulate"):
             check_range("DreamBooth", name, getattr(self, name), 1, 10_000_000)
         for name in ("warmup", "clip", "weight_decay", "seed"):
             check_range("DreamBooth", name, getattr(self, name), 0, 2**62)
