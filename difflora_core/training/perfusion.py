@@ -99,6 +99,7 @@ class PerfusionObjective(nn.Module):
 
     name: ClassVar[str] = Perfusion.name
     Config: ClassVar[type[PerfusionTraining]] = PerfusionTraining
+    direction: Tensor
 
     def __init__(self, task: ConceptTask, config: PerfusionTraining) -> None:
         super().__init__()
@@ -116,8 +117,8 @@ class PerfusionObjective(nn.Module):
             torch.zeros(len(task.words), len(vector)) for vector in task.embeddings[0]
         )
         self.shifts.requires_grad_(config.word_rate > 0)
-        # Never gets a gradient; as a parameter it is part of the loop's checkpoints.
-        self.direction = nn.Parameter(task.superclasses.clone().float())
+        # Changes in the forward pass; as a buffer it is averaged over processes and checkpointed.
+        self.register_buffer("direction", task.superclasses.clone().float())
         self.register_buffer("inverse", task.covariance.inverse.float(), persistent=False)
 
     def embeddings(self) -> dict[str, WordEmbedding]:

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.concepts import perfusion
-from benchmarks.concepts.methods import METHODS, TrainingSettings
+from benchmarks.concepts.methods import METHODS
+from benchmarks.concepts.methods.base import TrainingSettings
 from benchmarks.concepts.word_objectives import YardstickConfig
 from benchmarks.identity import composition
 from benchmarks.identity.compression import ABLATIONS, Recipe
