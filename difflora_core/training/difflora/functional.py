@@ -59,6 +59,8 @@ class FunctionalConfig(Config):
     def __post_init__(self) -> None:
         if self.batch < 1 or self.photos < 1:
             raise ConfigError("batch and photos must be at least 1")
+        if self.likeness < 0:
+            raise ConfigError("likeness must be 0 or more")
         weights = ("feature_noise", "latent_noise", "latent_weight", "balance", "likeness")
         check_ranges("Functional", self, 0, 1000, *weights)
 
