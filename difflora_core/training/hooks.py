@@ -66,8 +66,8 @@ class Hooks:
 
 
 class Stopped(InterruptedTraining):
-    """A run was stopped. `result` is what `train` would have returned at this step."""
+    """A run was stopped after `step`. `result` is what `train` would have returned there."""
 
-    def __init__(self, message: str, result: dict[str, float]) -> None:
-        super().__init__(message)
-        self.result = result
+    def __init__(self, step: int, result: dict[str, float]) -> None:
+        super().__init__(f"stopped after step {step}; run it again to go on")
+        self.step, self.result = step, result

@@ -162,8 +162,7 @@ class _Run:
         if self.hooks.validate is not None and self.state.judged >= 0:
             self._compare_present()
             self._restore()
-        message = f"stopped after step {self.state.done}; run it again to go on"
-        return Stopped(message, self._result())
+        return Stopped(self.state.done, self._result())
 
     def end(self) -> dict[str, float]:
         """Leave the objective at the best weights, or at the average."""

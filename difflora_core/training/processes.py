@@ -8,6 +8,7 @@ that fails inside its step can still tell the others, which would otherwise wait
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import threading
@@ -132,8 +133,17 @@ def launched() -> Processes:
         return Processes()
     from accelerate import PartialState
 
+    began = dist.is_initialized()
     state = PartialState(cpu=not torch.cuda.is_available())
+    if not began:
+        atexit.register(_leave)
     return Processes(state.process_index, state.num_processes, state.device)
+
+
+def _leave() -> None:
+    """End the group before the interpreter does, whose order lets gloo's threads abort."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def split(batch: dict[str, object], parts: int) -> list[dict[str, object]]:
