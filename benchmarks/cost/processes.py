@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from difflora_core.training.dreambooth import DreamBoothConfig, DreamBoothObjective
+from difflora_core.training.dreambooth_start import starting_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -32,8 +34,6 @@ from difflora_core.demo import paths
 from difflora_core.demo.networks.base import load_base
 from difflora_core.diffusion.objective import stratified_timesteps
 from difflora_core.evaluation.report import Report
-from difflora_core.training.dreambooth import DreamBoothConfig, DreamBoothObjective
-from difflora_core.training.dreambooth_start import starting_weights
 from difflora_core.training.loop import Draw, Hooks, Stopped, train
 from difflora_core.training.processes import launched
 

@@ -179,9 +179,7 @@ def run_adaptation(
         CheckpointError: the folder holds a run with other settings or pictures.
         TypeError: the objective is no module.
     """
-    if not isinstance(objective, nn.Module):
-        raise TypeError(f"{type(objective).__name__} is not an nn.Module")
-    module: nn.Module = objective
+    module = _module(objective)
     config, draw = objective.config, examples.draw(objective.config.batch)
 
     def report(step: int, total: int, metrics: dict[str, float]) -> None:
@@ -234,11 +232,16 @@ def _evaluation(module: nn.Module, draw: Callable[[torch.Generator], Batch]) -> 
     return evaluate
 
 
+def _module(objective: object) -> nn.Module:
+    """An objective as the module that it must be."""
+    if not isinstance(objective, nn.Module):
+        raise TypeError(f"{type(objective).__name__} is not an nn.Module")
+    return objective
+
+
 @contextmanager
-def _evaluating(module: object) -> Iterator[None]:
+def _evaluating(module: nn.Module) -> Iterator[None]:
     """A module in evaluation mode while the block runs."""
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"{type(module).__name__} is not an nn.Module")
     module.eval()
     try:
         yield
@@ -277,7 +280,7 @@ def preview(objective: AdapterObjective, examples: ConceptExamples) -> Tensor:
     when = torch.tensor([PREVIEW_TIMESTEP], device=device)
     abar = abar_at(base.alphas_cumprod, when, clean)
     noisy = add_noise(clean, noise, abar)
-    with _evaluating(objective):
+    with _evaluating(_module(objective)):
         encoded, adapters = objective.prepare([examples.prompts[0][0]])
     text = TextCondition(encoded.context.to(device, dtype), encoded.pooled.to(device, dtype))
     with attach(base.unet, adapters, names=objective.module_names):

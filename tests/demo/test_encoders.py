@@ -3,6 +3,8 @@
 Only the splits train, validation and judge appear here; test people are for the final table.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -19,6 +21,7 @@ from difflora_core.demo.networks import (
 from difflora_core.demo.networks.views import Schedule
 from difflora_core.demo.world.identities import PARAMETERS, SPLITS
 from difflora_core.demo.world.pool import pair_pool, portrait_pool
+from difflora_core.errors import CheckpointError, InterruptedTraining
 from difflora_core.vision.face_encoder import InsightFaceEncoder
 from difflora_core.vision.preprocess import align_face, clip_pixels
 
@@ -182,6 +185,31 @@ def test_judge_recipe_repeats_itself(name, tmp_path):
     recipe = judges.JudgeRecipe(
         outputs=judges.RECIPES[name].outputs, widths=(8, 8, 8, 8), people=4, schedule=Schedule(3)
     )
-    runs = [judges.train_judge(name, pool, recipe, tmp_path) for _ in range(2)]
+    runs = [judges.train_judge(name, pool, recipe, tmp_path, tmp_path / run) for run in "ab"]
     for a, b in zip(runs[0].state_dict().values(), runs[1].state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_stopped_training_of_a_network_goes_on_as_if_nothing_had_been(tmp_path):
+    """Batch norms and draws from one generator included."""
+    pool = portrait_pool("judge", 6, 3, start=9000)
+    recipe = replace(judges.CLASSIFIER, widths=(8, 8, 8, 8), people=4, schedule=Schedule(25))
+
+    def trained(folder, stop):
+        training = judges.JudgeTraining("attributes", pool, recipe)
+
+        def progress(step, steps, metrics):
+            if stop and step == 20:
+                raise InterruptedTraining("enough")
+
+        training.run(tmp_path / folder, progress)
+        return training.model.state_dict()
+
+    straight = trained("a", stop=False)
+    with pytest.raises(InterruptedTraining, match="step 20"):
+        trained("b", stop=True)
+    resumed = trained("b", stop=False)
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    other = judges.JudgeTraining("attributes", pool, replace(recipe, shift=3.0))
+    with pytest.raises(CheckpointError, match="another training"):
+        other.run(tmp_path / "b")

@@ -1,12 +1,15 @@
 """Configuration records: exact round trip, strict about everything else."""
 
 import json
-from dataclasses import FrozenInstanceError, replace
+from collections.abc import Mapping
+from dataclasses import FrozenInstanceError, dataclass, field, replace
+from typing import Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from difflora_core.config import Config
 from difflora_core.errors import ConfigError
 from difflora_core.models.difflora_config import DiffLoRAConfig
 from difflora_core.models.dit import DiTConfig
@@ -59,6 +62,51 @@ def test_hostile_values_raise_only_our_error(name: str, value) -> None:
 def test_text_that_is_no_configuration(text: str) -> None:
     with pytest.raises(ConfigError):
         DiffLoRAConfig.from_json(text)
+
+
+@dataclass(frozen=True)
+class Kinds(Config):
+    """One field of every kind."""
+
+    choice: Literal["a", "b", 3] = "a"
+    pair: tuple[int, float] = (1, 2.0)
+    many: tuple[int, ...] = ()
+    table: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    maybe: Literal["x"] | None = None
+
+
+def test_every_kind_of_field_goes_both_ways() -> None:
+    kinds = Kinds("b", (3, 0.5), (1, 2, 3), {"left": (1,), "right": ()}, "x")
+    assert Kinds.from_json(kinds.to_json()) == kinds
+    assert Kinds.from_json(Kinds().to_json()) == Kinds()
+    assert Kinds.from_dict({"choice": 3, "pair": [1, 2]}) == Kinds(choice=3)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"choice": "c"}, "unknown value 'c'; use one of a, b, 3"),
+        ({"choice": 3.0}, "unknown value"),
+        ({"choice": None}, "unknown value"),
+        ({"pair": [1]}, "expected 2 values, got 1"),
+        ({"pair": [1, 2, 3]}, "expected 2 values, got 3"),
+        ({"pair": [1.5, 2]}, "expected int"),
+        ({"many": [1, "2"]}, "expected int"),
+        ({"many": 3}, "expected a list"),
+        ({"table": [1]}, "expected a table"),
+        ({"table": {"left": ["1"]}}, "expected int"),
+        ({"maybe": "y"}, "unknown value"),
+    ],
+)
+def test_other_values_are_refused(data, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Kinds.from_dict(data)
+
+
+def test_choices_are_checked_where_a_record_asks() -> None:
+    Kinds(choice=3).check_choices("Kinds")
+    with pytest.raises(ConfigError, match="Kinds: choice: unknown value 'c'"):
+        Kinds(choice="c").check_choices("Kinds")
 
 
 def test_networks_must_meet() -> None:

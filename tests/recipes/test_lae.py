@@ -104,6 +104,20 @@ def test_learns_a_corpus_by_its_weights(layout, weights_of, tmp_path, kind, part
     assert (tmp_path / "config.json").exists()
 
 
+def test_parts_of_a_batch_are_normalised_by_the_whole(layout, weights_of, tmp_path):
+    """Large weights count more, so parts weigh differently; their sum is the loss of the whole."""
+    corpus, found = weights_of(layout, 12), []
+    for accumulate in (1, 2):
+        lae = tiny(layout, parts=("down", "up"))
+        loop = LoopConfig(steps=3, warmup=1, log_every=3, accumulate=accumulate)
+        config = recipe.LAETrainConfig(loop=loop, batch=8, preserve=5.0, preserve_power=2.0)
+        result = recipe.fit(lae, corpus, config, tmp_path / str(accumulate))
+        found.append(torch.cat([p.detach().flatten() for p in lae.encoder.parameters()]))
+        found.append(result["loss"])
+    torch.testing.assert_close(found[2], found[0], rtol=1e-4, atol=1e-5)
+    assert found[3] == pytest.approx(found[1], rel=1e-5)
+
+
 PINNED = {  # last logged loss, as first measured
     ("structured", 1): 0.5914,
     ("structured", 2): 0.5394,

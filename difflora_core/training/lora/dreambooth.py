@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ...adapters.attach import attach
@@ -24,6 +23,7 @@ from ...lora.weights import LoRALayer, LoRAWeights
 from ...storage.safetensors_io import write_atomic
 from ..fingerprint import fingerprint
 from ..loop import Batch, ByStep, Hooks, Progress, train
+from ..loop_state import read_file
 from ..losses import NoisedBatch, denoising_error
 from ..processes import launched
 from .dreambooth_config import DreamBoothConfig, DreamBoothExamples
@@ -72,50 +72,17 @@ def train_dreambooth(
     fine = torch.promote_types(examples.latents.dtype, torch.float32)
     objective = DreamBoothObjective(base, start.to(fine, source.device), source.text, config)
     run = None if folder is None else folder / FOLDER
-    snapshots = _Snapshots(objective, start, config, run)
+    snapshots = _Snapshots(objective, {*config.snapshots, config.steps}, run)
     hooks = Hooks(
         progress=progress,
-        after_step=snapshots.keep,
+        after_step=snapshots.after_step,
         scale_gradients=objective.scale_gradients,
         base=base,
         fingerprint=fingerprint(config, examples, _factors(start)),
     )
     with attach(base.unet, lora_adapter_set(objective.weights), names=layout.module_names):
         train(objective, ByStep(source.batch), config.loop, run, hooks, source.device)
-    return snapshots.collect()
-
-
-class _Snapshots:
-    """Weights of the steps that were asked for, in memory and beside the run's state."""
-
-    def __init__(
-        self,
-        objective: DreamBoothObjective,
-        start: LoRAWeights,
-        config: DreamBoothConfig,
-        run: Path | None,
-    ) -> None:
-        self.objective, self.start, self.run = objective, start, run
-        self.wanted = {*config.snapshots, config.steps}
-        self.kept: dict[int, LoRAWeights] = {}
-
-    def keep(self, step: int) -> None:
-        """Copy the weights of a step, if it was asked for."""
-        if step in self.wanted:
-            self.kept[step] = self.objective.copy()
-            if self.run is not None and launched().is_main:
-                _write(self.kept[step], self.run / f"snapshot-{step}.safetensors")
-
-    def collect(self) -> dict[int, LoRAWeights]:
-        """All of them, those of a run before this one too; the run's folder is no longer needed."""
-        for step in self.wanted - self.kept.keys():
-            path = (self.run or Path()) / f"snapshot-{step}.safetensors"
-            self.kept[step] = _read(self.start, path)
-        processes = launched()
-        processes.agree(None)  # all have read
-        if self.run is not None and processes.is_main:
-            shutil.rmtree(self.run)
-        return dict(sorted(self.kept.items()))
+    return snapshots.take_all()
 
 
 class DreamBoothObjective(nn.Module):
@@ -182,6 +149,43 @@ class DreamBoothObjective(nn.Module):
         )
 
 
+class _Snapshots:
+    """Copies of the weights after some steps; on disk too, where a run has a folder."""
+
+    def __init__(self, objective: DreamBoothObjective, steps: set[int], run: Path | None) -> None:
+        self.objective, self.steps, self.run = objective, steps, run
+        self.kept: dict[int, LoRAWeights] = {}
+
+    def after_step(self, step: int) -> None:
+        """Keep the weights of a step that is asked for."""
+        if step in self.steps:
+            self.kept[step] = self.objective.copy()
+            if self.run is not None and launched().is_main:
+                tensors = {k: t.contiguous() for k, t in _factors(self.kept[step]).items()}
+                write_atomic(tensors, {}, self.run / f"snapshot-{step}.safetensors")
+
+    def take_all(self) -> dict[int, LoRAWeights]:
+        """All of them, those from before a stop read from disk; the run's folder goes."""
+        if self.run is not None:
+            for step in self.steps - self.kept.keys():
+                self.kept[step] = self._read(self.run / f"snapshot-{step}.safetensors")
+            processes = launched()
+            processes.agree(None)  # all have read
+            if processes.is_main:
+                shutil.rmtree(self.run)
+        return dict(sorted(self.kept.items()))
+
+    def _read(self, path: Path) -> LoRAWeights:
+        tensors, _ = read_file(path)
+        layers = self.objective.weights.layers
+        return LoRAWeights(
+            {
+                name: LoRALayer(tensors[f"down.{name}"], tensors[f"up.{name}"], layer.alpha)
+                for name, layer in layers.items()
+            }
+        )
+
+
 def _factors(weights: LoRAWeights) -> dict[str, Tensor]:
     """Factors under the names of a snapshot file."""
     return {
@@ -189,20 +193,6 @@ def _factors(weights: LoRAWeights) -> dict[str, Tensor]:
         for name, layer in weights.layers.items()
         for part, tensor in (("down", layer.down), ("up", layer.up))
     }
-
-
-def _write(weights: LoRAWeights, path: Path) -> None:
-    write_atomic({k: t.contiguous() for k, t in _factors(weights).items()}, {}, path)
-
-
-def _read(like: LoRAWeights, path: Path) -> LoRAWeights:
-    tensors = load_file(path)
-    return LoRAWeights(
-        {
-            name: LoRALayer(tensors[f"down.{name}"], tensors[f"up.{name}"], layer.alpha)
-            for name, layer in like.layers.items()
-        }
-    )
 
 
 class _Source:
