@@ -17,6 +17,7 @@ BENCHMARKS = {
     "covariance": ("concepts.covariance", "how many captions the covariance C needs"),
     "choose_rates": ("concepts.choose_rates", "learning rates, chosen on validation concepts"),
     "overhead": ("cost.overhead", "what a LoRA or a concept costs while sampling"),
+    "processes": ("cost.processes", "the loop under 1, 2 and 4 processes, and a stop on one"),
     "full_size": ("cost.full_size", "time and memory of the full-size model"),
 }
 """Name to module and what it measures: one line a benchmark. The module has `main(arguments)`."""

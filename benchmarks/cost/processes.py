@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from difflora_core.training.dreambooth import DreamBoothConfig, DreamBoothObjective
-from difflora_core.training.dreambooth_start import starting_weights
+from difflora_core.training.lora.dreambooth import DreamBoothConfig, DreamBoothObjective
+from difflora_core.training.lora.dreambooth_start import starting_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
