@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from difflora_core.training.lora.dreambooth import DreamBoothConfig, DreamBoothObjective
-from difflora_core.training.lora.dreambooth_start import starting_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -35,9 +33,11 @@ from difflora_core.demo.networks.base import load_base
 from difflora_core.diffusion.objective import stratified_timesteps
 from difflora_core.evaluation.report import Report
 from difflora_core.training.loop import Draw, Hooks, Stopped, train
+from difflora_core.training.lora.dreambooth import DreamBoothConfig, DreamBoothObjective
+from difflora_core.training.lora.dreambooth_start import starting_weights
 from difflora_core.training.processes import launched
 
-from ..world import benchmark_console, commit, machine, set_threads, write_report
+from ..command import benchmark_console, commit, machine, set_threads, write_report
 
 COUNTS = (1, 2, 4)
 PEOPLE, SAMPLES = 4, 4
