@@ -71,8 +71,13 @@ class GlobalKeyAdapter(LayerAdapter):
         self.context = context
 
     def substitute(self, x: Tensor) -> Tensor:
-        """The super-class encoding; x (B, L, in)."""
+        """The super-class encoding; x (B, L, in).
+
+        ComfyUI repeats the shorter one of two prompts that share a batch, and so is this one.
+        """
         context = self.context.to(x)
+        if x.shape[-2] > context.shape[-2] and x.shape[-2] % context.shape[-2] == 0:
+            context = context.repeat(1, x.shape[-2] // context.shape[-2], 1)
         if context.shape[-2:] != x.shape[-2:] or len(context) not in (1, len(x)):
             raise LayoutError(
                 f"The super-class prompt has the shape {tuple(context.shape)}, the prompt itself "

@@ -151,23 +151,29 @@ class ConceptMatcher:
         similarity = fine @ covectors.mT  # B L J
         gates = [c.gate(a) for c, a in zip(self.concepts, similarity.unbind(-1), strict=True)]
         gate, share = torch.stack(gates, -1), similarity
+        strengths = self._strengths(similarity)
         if self.exact and len(self.concepts) > 1:
-            # s = G c with s_j = e' C^-1 i_j; both sides divided by the energies.
-            gram = covectors @ directions.mT  # J J
+            # s = G c with s_j = e' C^-1 i_j, both sides divided by the energies; what has no
+            # strength in a sample is not there.
+            there = strengths != 0  # J, or B J
+            pairs = there[..., :, None] & there[..., None, :]
+            gram = torch.where(pairs, covectors @ directions.mT, torch.eye(len(covectors)).to(fine))
             share = torch.linalg.solve(gram, similarity.mT).mT
-        weight = self._weights(fine, similarity)
+        weight = self._weights(fine, similarity, strengths)
         gate, rest = gate * weight, fine - (share * weight) @ directions
         anchors = torch.stack([c.superclass for c in self.concepts]).to(device, dtype)  # J in
         locked = rest + gate @ anchors
         return Match(gate.to(x.dtype), rest.to(x.dtype), locked.to(x.dtype))
 
-    def _weights(self, fine: Tensor, similarity: Tensor) -> Tensor:
-        """Strength of each concept at each token of each row, broadcastable to (B, L, J)."""
+    def _strengths(self, similarity: Tensor) -> Tensor:
+        """Strength of each concept (J,), or of each in each sample (B, J)."""
         dtype, device = similarity.dtype, similarity.device
         strengths = [torch.as_tensor(c.strength, dtype=dtype, device=device) for c in self.concepts]
-        weights = torch.stack(torch.broadcast_tensors(*strengths), -1)  # J, or B J
-        if weights.ndim > 1:
-            weights = weights[:, None]  # B 1 J
+        return torch.stack(torch.broadcast_tensors(*strengths), -1)
+
+    def _weights(self, fine: Tensor, similarity: Tensor, strengths: Tensor) -> Tensor:
+        """Strength of each concept at each token of each row, broadcastable to (B, L, J)."""
+        weights = strengths[:, None] if strengths.ndim > 1 else strengths  # B 1 J, or J
         if any(c.reach is not None for c in self.concepts):
             length = similarity.shape[-2]
             own = first_match(fine, similarity)

@@ -118,6 +118,15 @@ class AppliedAdaptation:
         """What was trained."""
         return self.prepared.adaptation
 
+    def to(self, device: torch.device | str) -> AppliedAdaptation:
+        """The same with its tensors on another device."""
+        prompt = self.superclass_prompt
+        return replace(
+            self,
+            prepared=self.prepared.to(device),
+            superclass_prompt=None if prompt is None else prompt.to(device),
+        )
+
 
 class Method(ABC):
     """A way to adapt a base model; a class without instances.

@@ -42,6 +42,11 @@ class LoRA(Method):
                     f"{adaptation.title} has factors {tuple(down.shape)} and {tuple(up.shape)} on "
                     f"{layer}, which do not fit each other."
                 )
+            if tensors["alpha"].numel() != 1:
+                raise LayoutError(
+                    f"{adaptation.title} has {tensors['alpha'].numel()} numbers for alpha on "
+                    f"{layer}; it is one."
+                )
 
     @classmethod
     def layer_sizes(cls, adaptation: TrainedAdaptation) -> dict[str, tuple[int, int]]:

@@ -151,7 +151,8 @@ def _key_adapter(
     """
     whole = [part for part, s in zip(applied, settings, strict=True) if s.lock == "global"]
     if whole:
-        asked = next((p for p in reversed(whole) if p.superclass_prompt is not None), None)
+        given = [p for p in reversed(whole) if p.superclass_prompt is not None]
+        asked = next((p for p in given if _acts(p.strength)), given[0] if given else None)
         if asked is None or asked.superclass_prompt is None:
             raise ConfigError(
                 "A global key lock needs the prompt written with the super-class word instead of "
@@ -165,6 +166,11 @@ def _key_adapter(
         return None
     own = matcher if len(locked) == len(gated) else ConceptMatcher(locked, matcher.exact)
     return PerfusionKeyAdapter(own), 1.0
+
+
+def _acts(strength: Strength) -> bool:
+    """True unless a strength is 0 everywhere."""
+    return bool((strength != 0).any()) if isinstance(strength, Tensor) else strength != 0
 
 
 def _superclass(prepared: PreparedAdaptation) -> Tensor:

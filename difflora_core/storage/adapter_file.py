@@ -38,6 +38,7 @@ MAX_LAYERS = 4096
 MAX_VALUES = 2**28
 MAX_ENCODERS = 8
 MAX_TENSORS = 64
+KINDS = {torch.float16: "F16", torch.float32: "F32", torch.int8: "I8"}
 HALF = (2.0**-6, 2.0**10)  # largest entries that float16 keeps well without a scale
 
 Table = dict[str, dict[str, tuple[int, ...]]]
@@ -72,11 +73,19 @@ def write_adaptation(
     path = Path(path)
     if path.suffix != ".safetensors":
         raise CheckpointError(f"A concept file must end in .safetensors, got {path.name}.")
+    try:
+        method(adaptation.method).check(adaptation)
+    except (LayoutError, ConfigError) as error:
+        raise CheckpointError(f"{adaptation.title} was not saved: {error}") from error
     table = {
         layer: {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         for layer, tensors in adaptation.layers.items()
     }
     stored, scales = _shared_tensors(adaptation)
+    if taken := sorted(set(stored) & {*_names(table), *map(_scales, _names(table))}):
+        raise CheckpointError(
+            f"{adaptation.title} was not saved: two tensors are called {taken[0]}."
+        )
     error = exact = 0.0
     for name in _names(table):
         own = [tensors[name] for tensors in adaptation.layers.values() if name in tensors]
@@ -91,6 +100,8 @@ def write_adaptation(
             f"{adaptation.title} was not saved: a value is too large for float16."
         )
     text = json.dumps(_description(adaptation, table, scales), separators=(",", ":"))
+    kinds = {name: (KINDS[t.dtype], tuple(t.shape)) for name, t in stored.items()}
+    _described(path, Header(kinds, {METADATA_KEY: text}))  # what is written can be read
     write_atomic({k: t.contiguous() for k, t in stored.items()}, {METADATA_KEY: text}, path)
     return Written(path, path.stat().st_size, math.sqrt(error / max(exact, 1e-30)))
 
@@ -106,10 +117,7 @@ def read_adaptation(path: str | Path) -> TrainedAdaptation:
             method that is not known here.
     """
     path = Path(path)
-    header = read_header(path, KIND, CheckpointError)
-    document = _document(path, header)
-    table = _table(path, document)
-    _check_tensors(path, header, document, table)
+    document, table = _described(path, read_header(path, KIND, CheckpointError))
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -119,6 +127,14 @@ def read_adaptation(path: str | Path) -> TrainedAdaptation:
         return _adaptation(document, table, tensors)
     except (LayoutError, ConfigError) as error:
         raise CheckpointError(f"{path.name}: {error}") from error
+
+
+def _described(path: Path, header: Header) -> tuple[dict[str, Any], Table]:
+    """Description and table of a file, both checked against its tensors."""
+    document = _document(path, header)
+    table = _table(path, document)
+    _check_tensors(path, header, document, table)
+    return document, table
 
 
 def _adaptation(
@@ -188,6 +204,8 @@ def _shared_tensors(adaptation: TrainedAdaptation) -> tuple[dict[str, Tensor], d
     """What all layers share and the word's own tensors, as float16, and scales to multiply by."""
     stored, scales = {}, {}
     for name, tensor in adaptation.shared.items():
+        if name == "probe" or name.startswith("embedding."):
+            raise CheckpointError(f"{adaptation.title} was not saved: {name} is a word's tensor.")
         fine, largest = tensor.detach().cpu().float(), float(tensor.abs().max())
         if largest and not HALF[0] <= largest <= HALF[1]:
             scales[name] = largest
@@ -201,9 +219,15 @@ def _shared_tensors(adaptation: TrainedAdaptation) -> tuple[dict[str, Tensor], d
 
 
 def _packed(name: str, rows: Iterable[Tensor], int8: bool) -> dict[str, Tensor]:
-    """Vectors as one tensor: float16, or symmetric 8-bit integers with one scale for each."""
+    """Vectors as one tensor: float16, or symmetric 8-bit integers with one scale for each.
+
+    Single numbers stay float32: they cost nothing, and may be factors of everything else.
+    """
+    rows = list(rows)
+    if all(len(row) == 1 for row in rows):
+        return {name: torch.cat(rows).float()}
     if not int8:
-        return {name: torch.cat(list(rows)).half()}
+        return {name: torch.cat(rows).half()}
     integers, scales = [], []
     for row in rows:
         scale = (row.float().abs().max() / 127).clamp_min(1e-12)

@@ -5,10 +5,9 @@ adapters are hooked onto the network for one call and taken off again: other clo
 never see them, and nothing of this is left on the network between two calls.
 """
 
-import logging
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -25,13 +24,13 @@ from ...difflora_core.methods.base import AppliedAdaptation
 from ...difflora_core.methods.registry import method
 from .base import check_fits
 
-logger = logging.getLogger(__name__)
-
 KEY = "difflora"
 NEGATIVE = "difflora_negative"
 """Condition that says of every sample whether its prompt is a negative one: 1, else 0."""
 CALL = comfy.patcher_extension.WrappersMP.APPLY_MODEL
 PREPARE = comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING
+BEGIN = comfy.patcher_extension.CallbacksMP.ON_PRE_RUN
+END = comfy.patcher_extension.CallbacksMP.ON_CLEANUP
 KEPT = 8  # sets of adapters: of the steps of a run, with and without the negative prompt
 
 
@@ -63,11 +62,26 @@ class Link:
 
 
 class AdapterChain:
-    """The links of one model clone; puts the adapters of those that act on for every call."""
+    """The links of one model clone; puts the adapters of those that act on for every call.
+
+    A sampling run is `prepare`, `begin`, calls, `end`; nothing is left on the device after it.
+    """
 
     def __init__(self, links: Sequence[Link]) -> None:
         self.links, self.prepared = tuple(links), False
+        self._moved: dict[tuple[int, str], AppliedAdaptation] = {}
         self._built: dict[Any, AdapterSet] = {}
+
+    def on(self, model: Any) -> Any:
+        """A clone of a model with this chain instead of the one that it may have."""
+        clone = model.clone()
+        for kind, wrapper in ((PREPARE, self.prepare), (CALL, self)):
+            clone.remove_wrappers_with_key(kind, KEY)
+            clone.add_wrapper_with_key(kind, KEY, wrapper)
+        for kind, callback in ((BEGIN, self.begin), (END, self.end)):
+            clone.remove_callbacks_with_key(kind, KEY)
+            clone.add_callback_with_key(kind, KEY, callback)
+        return clone
 
     def prepare(
         self, executor: Any, model: Any, noise_shape: Any, conds: Any, *args: Any, **kwargs: Any
@@ -83,6 +97,28 @@ class AdapterChain:
                 cond["model_conds"] = {**cond["model_conds"], NEGATIVE: flag}
         self.prepared = True
         return executor(model, noise_shape, conds, *args, **kwargs)
+
+    def begin(self, patcher: Any) -> None:
+        """ComfyUI starts to sample with a model.
+
+        Raises:
+            ConfigError: it did not ask what is on this model, so that would have no effect.
+        """
+        del patcher
+        if not self.prepared:
+            titles = ", ".join(link.applied.adaptation.title for link in self.links)
+            raise ConfigError(
+                f"{titles} would have no effect on this model: the sampler or guider does not run "
+                "what is on it (Dual Model Guider runs its second model so). Apply it to the model "
+                "that is sampled with, or as a plain LoRA with Load LoRA Model."
+            )
+
+    def end(self, patcher: Any) -> None:
+        """The run is over: what was moved to its device may go."""
+        del patcher
+        self.prepared = False
+        self._moved.clear()
+        self._built.clear()
 
     def __call__(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Any:
         """One call of the network on x (B, ...) at noise t.
@@ -108,7 +144,7 @@ class AdapterChain:
         acting = tuple(link for link in acting if not link.positive_only or any(rows))
         if not acting:
             return executor(x, t, *args, **kwargs)
-        with _eager(acting), attach(base.diffusion_model, self.adapters(acting, rows, x.device)):
+        with _eager(), attach(base.diffusion_model, self.adapters(acting, rows, x.device)):
             return executor(x, t, *args, **kwargs)
 
     def adapters(
@@ -119,22 +155,21 @@ class AdapterChain:
         if key not in self._built:
             while len(self._built) >= KEPT:
                 self._built.pop(next(iter(self._built)))
-            self._built[key] = adapter_set([_for_rows(link, rows, device) for link in acting])
+            self._built[key] = adapter_set([self._for_rows(link, rows, device) for link in acting])
         return self._built[key]
 
-
-def _for_rows(link: Link, rows: Sequence[bool], device: torch.device) -> AppliedAdaptation:
-    """What a link does to samples of which `rows` are positive."""
-    applied, strength = link.applied, link.applied.strength
-    if link.positive_only and not all(rows):
-        strength = strength * torch.tensor(rows, dtype=torch.float32, device=device)
-    prompt = applied.superclass_prompt
-    return replace(
-        applied,
-        prepared=applied.prepared.to(device),
-        strength=strength,
-        superclass_prompt=None if prompt is None else prompt.to(device),
-    )
+    def _for_rows(
+        self, link: Link, rows: Sequence[bool], device: torch.device
+    ) -> AppliedAdaptation:
+        """What a link does to samples of which `rows` are positive; moved to a device once."""
+        key = (id(link), str(device))
+        if key not in self._moved:
+            self._moved[key] = link.applied.to(device)
+        applied = self._moved[key]
+        if not link.positive_only or all(rows):
+            return applied
+        flags = torch.tensor(rows, dtype=torch.float32, device=device)
+        return replace(applied, strength=applied.strength * flags)
 
 
 def adapter_set(applied: Sequence[AppliedAdaptation]) -> AdapterSet:
@@ -149,15 +184,11 @@ def adapter_set(applied: Sequence[AppliedAdaptation]) -> AdapterSet:
     return entries
 
 
-def _eager(acting: Sequence[Link]) -> AbstractContextManager[None]:
+def _eager() -> AbstractContextManager[None]:
     """Rests torch.compile for one call: a compiled network does not see hooks put on after it."""
-    return _rested(acting) if "torch._dynamo" in sys.modules else nullcontext()
-
-
-@contextmanager
-def _rested(acting: Sequence[Link]) -> Iterator[None]:
-    with torch.compiler.set_stance("force_eager"):
-        yield
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def chain_of(model: Any) -> tuple[Link, ...]:
@@ -176,10 +207,7 @@ def with_link(model: Any, link: Link) -> Any:
     if link.word is not None and link.word in [before.word for before in links]:
         raise ConfigError(f"{link.applied.adaptation.title} is on this model already.")
     check_fits(model, link.applied.adaptation)
-    chain = AdapterChain([*links, link])
-    chain.adapters(chain.links, [True], torch.device("cpu"))  # refuse before sampling
-    clone = model.clone()
-    for kind, wrapper in ((PREPARE, chain.prepare), (CALL, chain)):
-        clone.remove_wrappers_with_key(kind, KEY)
-        clone.add_wrapper_with_key(kind, KEY, wrapper)
-    return clone
+    chain = [*links, link]
+    for acting in (chain, [link]):  # refuse before sampling
+        adapter_set([one.applied for one in acting])
+    return AdapterChain(chain).on(model)

@@ -284,8 +284,11 @@ def test_global_lock_replaces_the_keys_of_chosen_rows():
         got = layer.to_k(world.e)
     torch.testing.assert_close(got[0], layer.to_k(other[0]))
     torch.testing.assert_close(got[1], layer.to_k(world.e[1]))
+    # beside a negative prompt of twice its length ComfyUI repeats a prompt, and so are keys
+    twice = GlobalKeyAdapter(other[:, :2]).substitute(world.e)
+    assert torch.equal(twice, torch.cat([other[:, :2], other[:, :2]], 1).expand_as(world.e))
     with pytest.raises(LayoutError, match="equally long"):
-        GlobalKeyAdapter(other[:, :2]).substitute(world.e)
+        GlobalKeyAdapter(other[:, :3]).substitute(world.e)
 
 
 def test_the_match_is_computed_once_and_follows_changes():
@@ -332,6 +335,19 @@ def test_no_weight_is_like_them():
         GlobalKeyAdapter(world.e),
     ):
         assert adapter.merge(layer.to_v.weight) is None
+
+
+def test_exactly_apart_from_what_is_there_alone():
+    """A concept without strength in a sample takes nothing out of it, nor from its neighbour."""
+    world = World(17, concepts=2)
+    alone = ConceptMatcher([world.concept(0)], exact=True)(world.e).rest
+    both = world.matcher(exact=True)(world.e).rest
+    assert float((both - alone).abs().max()) > 0.05
+    off = ConceptMatcher([world.concept(0), world.concept(1, strength=0.0)], exact=True)
+    torch.testing.assert_close(off(world.e).rest, alone)
+    rows = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    mixed = ConceptMatcher([world.concept(0), world.concept(1, strength=rows)], exact=True)
+    torch.testing.assert_close(mixed(world.e).rest, torch.stack([alone[0], both[1]]))
 
 
 def test_concepts_of_several_strengths_in_one_batch():

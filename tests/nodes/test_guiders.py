@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from difflora_core.demo.comfyui.client import ComfyPromptError
+
 MODEL, CLIP, VAE = (["demo", k] for k in range(3))
 ROUNDING = 2  # grey levels between the same arithmetic in another order
 WHOLE = {
@@ -136,6 +138,19 @@ def test_a_lora_on_one_model_of_two_leaves_the_other_alone(comfy, parts):
     shown = comfy.run(nodes).pictures
     assert difference(shown["both"], shown["positive"]) <= ROUNDING
     assert difference(shown["both"], shown["everywhere"]) > 8
+
+
+def test_on_the_second_model_it_is_refused_before_sampling(comfy, parts):
+    """Core runs nothing of what wraps that model, so it would have no effect."""
+    guider = dual_model(MODEL, ["words", 0])
+    guider["inputs"]["model_negative"] = ["ours", 0]
+    with pytest.raises(ComfyPromptError, match="would have no effect on this model"):
+        comfy.run({**parts, **guided("out", guider)})
+    both = dual_model(["ours", 0], ["words", 0])
+    both["inputs"]["model_negative"] = ["other", 0]
+    other = apply(positive_only=True, strength=0.5)
+    with pytest.raises(ComfyPromptError, match="would have no effect on this model"):
+        comfy.run({**parts, "other": other, **guided("out", both)})
 
 
 PATCHES = {
@@ -266,8 +281,14 @@ def test_a_compiled_model_has_its_adapters(comfyui, pack, unet, order, link):
 
 
 def test_a_sampler_that_prepares_nothing_is_refused(comfyui, pack, unet):
-    """Nobody could say which prompts are negative."""
+    """Nobody could say which prompts are negative; also after a run that was prepared."""
     model = with_lora(pack, unet, positive_only=True)
+    (chain,) = model.get_wrappers("apply_model", "difflora")
+    chain.prepare(lambda *_: None, model, (1, 8, 16, 16), {"positive": [], "negative": None})
+    chain.begin(model)
+    call(model)
+    chain.end(model)
+    assert not chain._built
     with pytest.raises(Exception, match="does not prepare its prompts") as caught:
         model.model.apply_model(
             torch.zeros(1, 8, 16, 16), torch.ones(1), c_crossattn=torch.zeros(1, 7, 8),

@@ -1,6 +1,7 @@
 """Concept and covariance files: sizes, rounding, round trips, and files that mean harm."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -240,7 +241,35 @@ def test_an_adaptation_without_a_word_and_with_matrices(tmp_path, int8, error):
         torch.testing.assert_close(layer.delta(), weights[name].delta(), rtol=0, atol=20 * error)
 
 
+def test_what_could_not_be_read_is_not_written(tmp_path):
+    """The method looks at it first."""
+    one, path = lora_adaptation(small_lora()), tmp_path / "a.safetensors"
+    layer = next(iter(one.layers))
+    bare = {**one.layers[layer], "down": torch.tensor(1.0)}
+    cases = {
+        "do not fit each other": replace(one, layers={layer: bare}),
+        "not hold the factors": replace(one, shared={"down": torch.ones(2)}),
+        "not known here": replace(one, method="magic"),
+        "does not hold the tensors": replace(concept(), shared={"probe": torch.ones(2)}),
+        "has no word": replace(concept(), word=None),
+    }
+    for message, bad in cases.items():
+        with pytest.raises(CheckpointError, match=message):
+            write_adaptation(path, bad)
+        assert not path.exists()
+
+
+def test_a_factor_of_everything_is_kept_exactly(tmp_path):
+    """Alpha alone may be far outside of what half precision holds."""
+    weights = LoRAWeights({"a.to_q": LoRALayer(torch.ones(2, 3), torch.ones(4, 2), 3e-9)})
+    path = write_adaptation(tmp_path / "a.safetensors", lora_adaptation(weights), int8=True).path
+    assert lora_weights(read_adaptation(path))["a.to_q"].alpha == pytest.approx(3e-9, rel=1e-6)
+
+
 ODD = {
+    "two alphas": lambda t, d: (
+        [own.update(alpha=[2]) for own in d["layers"].values()] and t.update(alpha=torch.ones(6))
+    ),
     "a layer less": lambda t, d: d["layers"].pop("middle_block.0.attn1.to_q"),
     "a shape of text": lambda t, d: d["layers"]["middle_block.0.attn1.to_q"].update(up="wide"),
     "five dimensions": lambda t, d: d["layers"]["middle_block.0.attn1.to_q"].update(up=[1] * 5),
