@@ -113,6 +113,8 @@ def launch(folder: Path, count: int, steps: int, stop: int = -1) -> list[dict[st
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("report-*.json"):
+        old.unlink()
     command = [sys.executable, "-m", "benchmarks.cost.processes", "--steps", str(steps)]
     command += ["--worker", str(folder), str(stop)]
     workers = []
@@ -121,9 +123,12 @@ def launch(folder: Path, count: int, steps: int, stop: int = -1) -> list[dict[st
         own |= {"MASTER_ADDR": "127.0.0.1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": 1}
         environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
         workers.append(subprocess.Popen(command, cwd=paths.ROOT, env=environment))
-    if any([worker.wait() for worker in workers]):
+    for worker in workers:
+        worker.wait()
+    reports = [folder / f"report-{rank}.json" for rank in range(count)]
+    if not all(report.exists() for report in reports):
         raise RuntimeError(f"a run with {count} processes failed; see above")
-    return [json.loads((folder / f"report-{rank}.json").read_text()) for rank in range(count)]
+    return [json.loads(report.read_text()) for report in reports]
 
 
 def work(folder: Path, steps: int, stop: int) -> None:
@@ -150,10 +155,10 @@ def work(folder: Path, steps: int, stop: int) -> None:
         except Stopped as early:
             stopped = early.step
     told = {"seconds": time.perf_counter() - began, "stopped": stopped}
-    (folder / f"report-{processes.rank}.json").write_text(json.dumps(told))
     if processes.is_main:
         weights = {name: p.detach().contiguous() for name, p in objective.named_parameters()}
         save_file(weights, folder / "weights.safetensors")
+    (folder / f"report-{processes.rank}.json").write_text(json.dumps(told))
 
 
 def batches(base: BaseModel) -> Draw:

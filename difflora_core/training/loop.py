@@ -242,9 +242,9 @@ class _Run:
         self.metrics = self.state.meter.pop()
         if self.state.judged == self.state.done:
             self.metrics["validation"] = self.value
-        self._on_main(self._tell)
+        self._on_main(self._log)
 
-    def _tell(self) -> None:
+    def _log(self) -> None:
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / "events.jsonl").open("a") as file:

@@ -170,7 +170,7 @@ def _put_optimizers(found: Sequence[torch.optim.Optimizer], tensors: Mapping[str
             if key.startswith(f"optimizer.{number}."):
                 index, name = key.split(".", 3)[2:]
                 like = parameters[int(index)]
-                if tensor.shape == like.shape:
+                if name != "step" and tensor.shape == like.shape:
                     tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor).detach()
                 state["state"].setdefault(int(index), {})[name] = tensor
         optimizer.load_state_dict(state)
@@ -195,9 +195,9 @@ def damaged(path: Path) -> CheckpointError:
     return CheckpointError(f"{path} is damaged; delete it to start anew.")
 
 
-def check_run(path: Path, facts: Mapping[str, str], mark: str) -> None:
+def check_run(path: Path, facts: Mapping[str, str], fingerprint: str) -> None:
     """Raises CheckpointError unless a file belongs to the run with this fingerprint."""
-    if facts.get("fingerprint") != mark:
+    if facts.get("fingerprint") != fingerprint:
         raise CheckpointError(
             f"{path.parent} holds the state of another training (other settings, words or "
             "pictures); delete it or take another folder."
@@ -213,13 +213,13 @@ def check_model(path: Path, module: nn.Module, tensors: Mapping[str, Tensor], pr
         raise CheckpointError(f"{path} belongs to another model; move it away to start anew.")
 
 
-def write_best(path: Path, best: Best, mark: str) -> None:
+def write_best(path: Path, best: Best, fingerprint: str) -> None:
     """Write the best weights so far."""
-    facts = {"value": best.value.hex(), "best_step": str(best.step), "fingerprint": mark}
+    facts = {"value": best.value.hex(), "best_step": str(best.step), "fingerprint": fingerprint}
     write_atomic(best.tensors, facts, path)
 
 
-def read_best(path: Path, module: nn.Module, mark: str) -> Best:
+def read_best(path: Path, module: nn.Module, fingerprint: str) -> Best:
     """What `write_best` wrote, or none so far.
 
     Raises:
@@ -229,7 +229,7 @@ def read_best(path: Path, module: nn.Module, mark: str) -> Best:
         return Best()
     tensors, facts = read_file(path)
     check_model(path, module, tensors, "")
-    check_run(path, facts, mark)
+    check_run(path, facts, fingerprint)
     try:
         return Best(float.fromhex(facts["value"]), int(facts["best_step"]), tensors)
     except (KeyError, ValueError) as error:
@@ -276,7 +276,7 @@ class RunState:
         if self.generator is not None and drawn is not None:
             self.generator.set_state(drawn)
 
-    def write(self, path: Path, mark: str) -> None:
+    def write(self, path: Path, fingerprint: str) -> None:
         """Write the file of the run with this fingerprint."""
         named = self.objective.named_parameters()
         tensors = {f"model.{name}": p.detach() for name, p in named if p.requires_grad}
@@ -291,12 +291,12 @@ class RunState:
             "updates": str(self.average.updates),
             "meter": _meter_text(self.meter),
             "scaler": json.dumps(self.scaler.state_dict()),
-            "fingerprint": mark,
+            "fingerprint": fingerprint,
         }
         stored = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
         write_atomic(stored, facts, path)
 
-    def read(self, path: Path, mark: str) -> None:
+    def read(self, path: Path, fingerprint: str) -> None:
         """Take up what `write` wrote, if there is a file.
 
         Raises:
@@ -306,7 +306,7 @@ class RunState:
             return
         tensors, facts = read_file(path)
         check_model(path, self.objective, tensors, "model.")
-        check_run(path, facts, mark)
+        check_run(path, facts, fingerprint)
         try:
             put(self.objective, _under("model.", tensors) | _under("buffer.", tensors))
             for name, weight in self.average.weights.items():

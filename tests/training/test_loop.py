@@ -305,7 +305,8 @@ def half_batch(generator):
     return {"x": x, "y": torch.ones(4096, 8)}
 
 
-def test_a_float16_base_trains_with_a_scaled_loss(tmp_path):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_float16_base_trains_with_a_scaled_loss(tmp_path, device):
     """Unscaled, gradients below 3e-8 vanish in float16; scaled, the factors follow float32's."""
     loop = LoopConfig(steps=40, learning_rate=0.02, warmup=1, weight_decay=0.0, clip=0.0)
     runs = {}
@@ -313,7 +314,7 @@ def test_a_float16_base_trains_with_a_scaled_loss(tmp_path):
                               ("unscaled", torch.float16, None)):  # fmt: skip
         module = Half(dtype)
         hooks = Hooks(base=module if base else None)
-        train(module, half_batch, loop, tmp_path / name, hooks)
+        train(module, half_batch, loop, tmp_path / name, hooks, torch.device(device))
         assert module.factor.dtype == torch.float32
         runs[name] = module.factor.detach()
     scale = runs["fine"].abs().mean()
