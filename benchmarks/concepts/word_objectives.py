@@ -12,30 +12,24 @@ from torch import Tensor, nn
 
 from difflora_core.adapters.base import AdapterSet
 from difflora_core.adapters.lora import lora_adapter_set
-from difflora_core.config import Config
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.text.encoders import EncodedPrompts, WordEmbedding
-from difflora_core.training.adaptation_run import adaptation_loop, masked_loss
+from difflora_core.training.adaptation_run import AdaptationTraining, masked_loss
 from difflora_core.training.concept_task import ConceptTask
 from difflora_core.training.loop import LoopConfig
 
 
 @dataclass(frozen=True)
-class YardstickConfig(Config):
+class YardstickConfig(AdaptationTraining):
     """Settings; `rank` is of the LoRA, `rate` of AdamW."""
 
-    steps: int
-    rate: float
-    batch: int = 4
+    rate: float = 0.01
     rank: int = 4
-    seed: int = 0
-    evaluate_every: int = 25
-    weighting: str = "uniform"
 
     @property
     def loop(self) -> LoopConfig:
         """The run: the same course as that of the concept recipes."""
-        return adaptation_loop(self.steps, self.rate, self.evaluate_every, self.seed)
+        return self.course(self.rate)
 
 
 class WordObjective(nn.Module):

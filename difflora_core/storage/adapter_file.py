@@ -75,8 +75,8 @@ def write_adaptation(
         raise CheckpointError(f"A concept file must end in .safetensors, got {path.name}.")
     try:
         method(adaptation.method).check(adaptation)
-    except (LayoutError, ConfigError) as error:
-        raise CheckpointError(f"{adaptation.title} was not saved: {error}") from error
+    except (LayoutError, ConfigError) as refusal:
+        raise CheckpointError(f"{adaptation.title} was not saved: {refusal}") from refusal
     table = {
         layer: {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         for layer, tensors in adaptation.layers.items()

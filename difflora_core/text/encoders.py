@@ -40,6 +40,12 @@ class EncodedPrompts:
         rows = torch.arange(len(place), device=place.device)[place >= 0]
         return self.context[rows, place[rows]]
 
+    def select(self, index: Sequence[int]) -> EncodedPrompts:
+        """Prompts by number; repeats are allowed."""
+        rows = list(index)
+        positions = {word: place[rows] for word, place in self.positions.items()}
+        return EncodedPrompts(self.context[rows], self.pooled[rows], self.real[rows], positions)
+
 
 class TextEncoders(Protocol):
     """A frozen pair of text encoders that can be taught words."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from ..adapters.attach import attach
 from ..adapters.base import AdapterSet
 from ..base_model.protocol import TextCondition, compute_device, compute_dtype
-from ..config import check_range
-from ..diffusion.objective import abar_at, add_noise, to_x0
+from ..config import Config, check_range
+from ..diffusion.objective import LossWeight, abar_at, add_noise, to_x0
 from ..errors import ConfigError, InterruptedTraining
 from ..methods.base import Facts
 from ..text.encoders import EncodedPrompts
 from .concept_task import ConceptExamples, ConceptTask
-from .fingerprint import fingerprint
+from .fingerprint import SAME_COURSE, fingerprint, weights_digest
 from .loop import Batch, Hooks, LoopConfig, Stopped, train
+from .loop_config import MAX_SEED, Precision
 from .losses import denoising_error
 
 EVALUATION_BATCHES = 6
@@ -38,43 +39,65 @@ Watch = Callable[[int, int, dict[str, float], Callable[[], Tensor]], None]
 Trained = TypeVar("Trained")
 
 
-class Settings(Protocol):
-    """What the runner reads of a recipe's settings, a dataclass."""
+@dataclass(frozen=True)
+class AdaptationTraining(Config):
+    """What the settings of all these recipes have in common.
 
-    @property
-    def weighting(self) -> str:
-        """Kind of `diffusion.objective.loss_weight`."""
+    Args:
+        steps: of the optimiser.
+        batch: pictures of a step.
+        weighting: of the denoising loss, see `diffusion.objective.loss_weight`.
+        evaluate_every: steps between looks at the evaluation batches.
+        precision, accumulate, checkpointing: see `LoopConfig`.
+        seed: of batches and noise.
 
+    Raises:
+        ConfigError: a value out of range.
+    """
 
-class RunSettings(Settings, Protocol):
-    """Settings of a whole recipe."""
+    steps: int = 400
+    batch: int = 4
+    weighting: LossWeight = "uniform"
+    evaluate_every: int = 25
+    precision: Precision = "no"
+    seed: int = 0
+    accumulate: int = field(default=1, metadata=SAME_COURSE)
+    checkpointing: bool = field(default=False, metadata=SAME_COURSE)
 
-    @property
-    def steps(self) -> int:
-        """Optimiser steps."""
-
-    @property
-    def batch(self) -> int:
-        """Pictures of a step."""
-
-    @property
-    def evaluate_every(self) -> int:
-        """Steps between looks at the evaluation batches."""
-
-    @property
-    def seed(self) -> int:
-        """Of batches and noise."""
+    def __post_init__(self) -> None:
+        self.check_choices(type(self).__name__)
+        if min(self.steps, self.batch, self.evaluate_every, self.accumulate) < 1:
+            raise ConfigError("steps, batch and evaluate_every must be at least 1.")
+        check_range(type(self).__name__, "seed", self.seed, 0, MAX_SEED)
 
     @property
     def loop(self) -> LoopConfig:
-        """The run, for instance of `adaptation_loop`."""
+        """The run; a recipe says at which rate."""
+        raise NotImplementedError
 
+    def course(self, rate: float) -> LoopConfig:
+        """The course that all these recipes take: AdamW without decay, the rate falls at the end.
 
-def check_run(where: str, settings: RunSettings) -> None:
-    """Raises ConfigError where a recipe's course makes no sense."""
-    if min(settings.steps, settings.batch, settings.evaluate_every) < 1:
-        raise ConfigError("steps, batch and evaluate_every must be at least 1.")
-    check_range(where, "seed", settings.seed, 0, 2**62)
+        Args:
+            rate: learning rate.
+        """
+        return LoopConfig(
+            steps=self.steps,
+            learning_rate=rate,
+            warmup=1,
+            decay=0.3,
+            weight_decay=0.0,
+            betas=(0.9, 0.999),
+            checkpoint_every=max(self.evaluate_every, 100),
+            log_every=self.evaluate_every,
+            precision=self.precision,
+            seed=self.seed,
+            accumulate=self.accumulate,
+            checkpointing=self.checkpointing,
+            validate_every=self.evaluate_every,
+            validate_first=True,
+            patience=0,
+        )
 
 
 class AdapterObjective(Protocol):
@@ -85,7 +108,7 @@ class AdapterObjective(Protocol):
         """The frozen setting."""
 
     @property
-    def config(self) -> Settings:
+    def config(self) -> AdaptationTraining:
         """The recipe."""
 
     @property
@@ -102,46 +125,11 @@ class AdapterObjective(Protocol):
 class Objective(AdapterObjective, Protocol[Trained]):
     """What a method trains: a module (`nn.Module`) whose forward is the loss."""
 
-    @property
-    def config(self) -> RunSettings:
-        """The recipe."""
-
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """A batch of `ConceptExamples.draw` to (loss, metrics)."""
 
     def adaptations(self, facts: Facts) -> list[Trained]:
         """What was trained so far, one record for each word, with facts for its file."""
-
-
-def adaptation_loop(
-    steps: int, rate: float, evaluate_every: int, seed: int, precision: str = "no"
-) -> LoopConfig:
-    """The course that all these recipes take: AdamW without decay, the rate falls at the end.
-
-    Args:
-        steps: of the optimiser.
-        rate: its learning rate.
-        evaluate_every: steps between looks at the evaluation batches.
-        seed: of batches and noise.
-        precision: see `LoopConfig`.
-    """
-    return LoopConfig.from_dict(
-        {
-            "steps": steps,
-            "learning_rate": rate,
-            "warmup": 1,
-            "decay": 0.3,
-            "weight_decay": 0.0,
-            "betas": (0.9, 0.999),
-            "checkpoint_every": max(evaluate_every, 100),
-            "log_every": evaluate_every,
-            "precision": precision,
-            "seed": seed,
-            "validate_every": evaluate_every,
-            "validate_first": True,
-            "patience": 0,
-        }
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +180,7 @@ def run_adaptation(
         validate=_evaluation(module, draw),
         stop=stop,
         base=objective.task.base,
-        fingerprint=_identity(objective, examples),
+        fingerprint=run_fingerprint(objective, examples),
     )
     finished, device = True, compute_device(objective.task.base)
     try:
@@ -207,11 +195,12 @@ def run_adaptation(
     return AdaptationResult(objective.adaptations(facts), finished, step, result["validation"])
 
 
-def _identity(objective: Objective[Trained], examples: ConceptExamples) -> str:
-    """Digest of everything that a run depends on."""
+def run_fingerprint(objective: Objective[Trained], examples: ConceptExamples) -> str:
+    """Digest of everything that a run depends on: settings, words, pictures, C and the base."""
     task, config = objective.task, objective.config
-    setting = (task.words, task.contexts, task.base_name, task.probe)
-    return fingerprint(type(objective).__name__, config, *setting, examples)
+    words = (task.words, task.contexts, task.base_name, task.probe)
+    models = (task.covariance.regularised, weights_digest(task.base.unet))
+    return fingerprint(type(objective).__name__, config, *words, *models, examples)
 
 
 def _evaluation(module: nn.Module, draw: Callable[[torch.Generator], Batch]) -> Callable[[], float]:

@@ -98,6 +98,7 @@ class ConceptExamples:
                 "noise": torch.randn(latents.shape, generator=generator),
                 "timesteps": stratified_timesteps(count, generator, TRAIN_STEPS),
                 "prompts": chosen,
+                "whole": tuple(chosen),  # shared by all parts of the batch
             }
             return parts if self.masks is None else {**parts, "masks": self.masks[index].float()}
 

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 SAME_COURSE = {"same_course": True}
 """Metadata of a setting that changes how a run is computed, not what comes out of it."""
@@ -28,6 +28,24 @@ def fingerprint(*parts: object) -> str:
         digest.update(memoryview(piece).nbytes.to_bytes(8, "little"))
         digest.update(piece)
     return digest.hexdigest()
+
+
+WEIGHTS_EACH = 8
+"""Numbers of every parameter that tell a model from another."""
+
+
+@torch.no_grad()
+def weights_digest(module: nn.Module) -> str:
+    """Digest of a few numbers of every parameter, in their order: tells base models apart.
+
+    A model is too large to be read whole each time; another training moves all of its parameters.
+    """
+    pieces = []
+    for name, parameter in module.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        few = flat[:: max(1, len(flat) // WEIGHTS_EACH)][:WEIGHTS_EACH]
+        pieces.append((name, few.cpu().float()))
+    return fingerprint(pieces)
 
 
 def _pieces(part: object) -> Iterator[bytes | memoryview]:

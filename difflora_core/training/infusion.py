@@ -16,50 +16,41 @@ from torch import Tensor, nn
 from ..adapters.base import AdapterEntry, AdapterSet
 from ..adapters.infusion import InfusionValueAdapter, token_concept
 from ..adapters.token_gate import ConceptMatcher
-from ..config import Config
 from ..errors import ConfigError
 from ..methods.base import Facts, TrainedAdaptation
 from ..methods.infusion import Infusion, InfusionConfig
 from ..text.encoders import EncodedPrompts
-from .adaptation_run import adaptation_loop, check_run, masked_loss
+from .adaptation_run import AdaptationTraining, masked_loss
 from .concept_task import ConceptTask, learned_words
 from .loop import LoopConfig
 from .losses import check_guidance
 
 
 @dataclass(frozen=True)
-class InfusionTraining(Config):
+class InfusionTraining(AdaptationTraining):
     """Settings of the recipe (related.md 2): 500 steps at 0.01.
 
-    `steps`, `batch`: optimiser steps and pictures in each. `learning_rate`: of the residuals.
-    `threshold`: similarity from which a token can be the concept's. `weighting`: of the denoising
-    loss. `guidance`: see `losses.under_guidance`; 1 is the plain loss. `evaluate_every`: steps
-    between looks at the evaluation batch. `precision`: "no", "bf16".
+    `learning_rate`: of the residuals. `threshold`: similarity from which a token can be the
+    concept's. `guidance`: see `losses.under_guidance`; 1 is the plain loss. The rest: see
+    `AdaptationTraining`.
     """
 
     steps: int = 500
-    batch: int = 4
     learning_rate: float = 0.01
     threshold: float = InfusionConfig.threshold
-    weighting: str = "uniform"
     guidance: float = 1.0
-    evaluate_every: int = 25
-    precision: str = "no"
-    seed: int = 0
 
     def __post_init__(self) -> None:
         InfusionConfig(self.threshold)
-        check_run("Infusion", self)
+        super().__post_init__()
         if not 0 < self.learning_rate <= 10:
             raise ConfigError(f"The learning rate must lie in 0 to 10, got {self.learning_rate}.")
         check_guidance(self.guidance)
 
     @property
     def loop(self) -> LoopConfig:
-        """The run, for `loop.train`."""
-        return adaptation_loop(
-            self.steps, self.learning_rate, self.evaluate_every, self.seed, self.precision
-        )
+        """The run."""
+        return self.course(self.learning_rate)
 
 
 class InfusionObjective(nn.Module):

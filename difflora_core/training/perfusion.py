@@ -19,13 +19,13 @@ from ..adapters.base import AdapterEntry, AdapterSet
 from ..adapters.perfusion import PerfusionKeyAdapter, PerfusionValueAdapter
 from ..adapters.token_gate import ConceptMatcher, GatedConcept, SigmoidGate
 from ..base_model.protocol import TextCondition
-from ..config import Config, check_range
+from ..config import check_range
 from ..diffusion.objective import loss_weight
 from ..errors import ConfigError
 from ..methods.base import Facts, TrainedAdaptation
 from ..methods.perfusion import Perfusion, PerfusionConfig, key_layer
 from ..text.encoders import EncodedPrompts, WordEmbedding
-from .adaptation_run import adaptation_loop, check_run
+from .adaptation_run import AdaptationTraining
 from .calibration import AttentionRecord, binding_loss, record_attention, separation_loss
 from .concept_task import ConceptTask, learned_words
 from .loop import LoopConfig
@@ -33,40 +33,33 @@ from .losses import NoisedBatch, check_guidance, denoise
 
 
 @dataclass(frozen=True)
-class PerfusionTraining(Config):
+class PerfusionTraining(AdaptationTraining):
     """Settings of the recipe; the numbers are those of perfusion.md 4, but for `average`.
 
-    `steps`, `batch`: optimiser steps and pictures in each. `value_rate`, `word_rate`: learning
-    rates of o* and of the embeddings. `average`: decay of i*; with the usual 0.99 it lags 100
-    steps behind a moving embedding, whose similarity may then run away from 1 (measured). `bias`,
-    `temperature`: gate while training. `weighting`: of the denoising loss. `binding`,
-    `separation`: weights of DisenDiff's losses (arXiv 2403.18551 takes 0.01 for both), for several
-    words from one picture. `preservation`: weight of staying, outside the masks, at what the
-    base draws for the super-class word (ours). `reach`: tokens from the word on which it acts
-    while training, -1 for all. `guidance`: see `losses.under_guidance`; 1 is the plain loss.
-    `evaluate_every`: steps between looks at the fixed evaluation batch. `precision`: "no", "bf16".
+    `value_rate`, `word_rate`: learning rates of o* and of the embeddings. `average`: decay of i*;
+    with the usual 0.99 it lags 100 steps behind a moving embedding, whose similarity may then run
+    away from 1 (measured). `bias`, `temperature`: gate while training. `binding`, `separation`:
+    weights of DisenDiff's losses (arXiv 2403.18551 takes 0.01 for both), for several words from
+    one picture. `preservation`: weight of staying, outside the masks, at what the base draws for
+    the super-class word (ours). `reach`: tokens from the word on which it acts while training, -1
+    for all. `guidance`: see `losses.under_guidance`; 1 is the plain loss. The rest: see
+    `AdaptationTraining`.
     """
 
-    steps: int = 400
-    batch: int = 4
     value_rate: float = 0.03
     word_rate: float = 0.006
     average: float = 0.9
     bias: float = 0.75
     temperature: float = 0.1
-    weighting: str = "uniform"
     binding: float = 0.0
     separation: float = 0.0
     preservation: float = 0.15
     reach: int = -1
     guidance: float = 1.0
-    evaluate_every: int = 25
-    precision: str = "no"
-    seed: int = 0
 
     def __post_init__(self) -> None:
         SigmoidGate(self.bias, self.temperature)
-        check_run("Perfusion", self)
+        super().__post_init__()
         if not (0 < self.value_rate <= 10 and 0 <= self.word_rate <= 10):
             raise ConfigError("Learning rates must lie in 0 to 10, and that of the values above 0.")
         if not 0 <= self.average < 1:
@@ -79,10 +72,8 @@ class PerfusionTraining(Config):
 
     @property
     def loop(self) -> LoopConfig:
-        """The run, for `loop.train`."""
-        return adaptation_loop(
-            self.steps, self.value_rate, self.evaluate_every, self.seed, self.precision
-        )
+        """The run."""
+        return self.course(self.value_rate)
 
 
 class PerfusionObjective(nn.Module):
@@ -170,8 +161,14 @@ class PerfusionObjective(nn.Module):
         return encoded, self.adapters(self.directions(encoded))
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Masked denoising loss (perfusion.md 3), plus the losses that are on."""
-        encoded, adapters = self.prepare(batch["prompts"])
+        """Masked denoising loss (perfusion.md 3), plus the losses that are on.
+
+        i* is a mean over the whole batch, so every part of it encodes all its prompts.
+        """
+        own = tuple(batch["prompts"])
+        whole = tuple(batch.get("whole", own))
+        everything, adapters = self.prepare(whole)
+        encoded = everything if own == whole else everything.select([*map(whole.index, own)])
         noised = self.task.noised(batch, encoded, self.config.guidance)
         base, names = self.task.base, self.module_names
         calibrated = self.config.binding > 0 or self.config.separation > 0
@@ -180,14 +177,16 @@ class PerfusionObjective(nn.Module):
             made = denoise(base, noised, batch.get("masks"))
         weight = loss_weight(self.config.weighting, made.abar, base.prediction_type)
         loss = (made.error * weight).mean()
-        extra, parts = self._calibration(record, encoded, batch) if calibrated else (0.0, {})
+        parts: dict[str, Tensor] = {}
+        if calibrated:
+            size = (batch["latents"].shape[-2], batch["latents"].shape[-1])
+            extra, parts = self._calibration(record, encoded, everything, whole, size)
+            loss = loss + extra
         if self.config.preservation and "masks" in batch:
             drift = self._drift(made.estimate, noised, batch)
-            loss, parts = (
-                loss + self.config.preservation * drift,
-                {**parts, "drift": drift.detach()},
-            )
-        return loss + extra, parts
+            loss = loss + self.config.preservation * drift
+            parts["drift"] = drift.detach()
+        return loss, parts
 
     def _drift(self, estimate: Tensor, noised: NoisedBatch, batch: Mapping[str, Any]) -> Tensor:
         """Squared change outside the masks, where the masked loss lets a concept spread."""
@@ -206,31 +205,39 @@ class PerfusionObjective(nn.Module):
         return {**values, **{key_layer(n): key_layer(p) for n, p in values.items()}}
 
     def _calibration(
-        self, record: AttentionRecord, encoded: EncodedPrompts, batch: Mapping[str, Any]
+        self,
+        record: AttentionRecord,
+        encoded: EncodedPrompts,
+        everything: EncodedPrompts,
+        prompts: Sequence[str],
+        size: tuple[int, int],
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """DisenDiff's two losses over the prompts that hold every word.
+        """DisenDiff's two losses over the prompts of the whole batch that hold every word.
 
         The class word is the token after the new word where the prompt says so ("<v1> cat"),
         else the new word stands for its class and there is nothing to bind.
         """
-        words = self.task.words
+        words, device = self.task.words, self.direction.device
         places = torch.stack([encoded.positions[word.word] for word in words])  # J B
-        device, size = batch["latents"].device, tuple(batch["latents"].shape[-2:])
-        whole, zero = (places >= 0).all(0).to(device), batch["latents"].new_zeros(())
-        if not bool(whole.any()):
-            return zero, {}
-        follows = [all(f"{w.word} {w.superclass}" in p for p in batch["prompts"]) for w in words]
-        own = [record.maps(row.to(device), (size[0], size[1])) for row in places]
+        here = (places >= 0).all(0).to(device)
+        all_places = torch.stack([everything.positions[word.word] for word in words])
+        count = int((all_places >= 0).all(0).sum())
+        if not count:
+            return self.direction.new_zeros(()), {}
+        share = len(prompts) / (count * len(here))  # the mean over parts is the mean over prompts
+        follows = [all(f"{w.word} {w.superclass}" in p for p in prompts) for w in words]
+        own = [record.maps(row.to(device), size) for row in places]
         classes = [
-            record.maps((row + 1).to(device), (size[0], size[1])) if paired else map_
+            record.maps((row + 1).to(device), size) if paired else map_
             for row, paired, map_ in zip(places, follows, own, strict=True)
         ]
-        bind, separate = zero, zero
+        bind = separate = own[0].new_zeros(())
         if self.config.binding and any(follows):
             pairs = [(o, c) for o, c, paired in zip(own, classes, follows, strict=True) if paired]
-            bind = binding_loss([o for o, _ in pairs], [c for _, c in pairs])[whole].mean()
+            losses = binding_loss([o for o, _ in pairs], [c for _, c in pairs])
+            bind = losses[here].sum() * share
         if self.config.separation:
-            separate = separation_loss(classes)[whole].mean()
+            separate = separation_loss(classes)[here].sum() * share
         total = self.config.binding * bind + self.config.separation * separate
         return total, {"binding": bind.detach(), "separation": separate.detach()}
 
@@ -247,7 +254,8 @@ class PerfusionObjective(nn.Module):
                 layer: {"values": (self.starts[layer][row].to(v) + v[row]).detach().cpu().clone()}
                 for layer, v in zip(task.layers, self.values, strict=True)
             }
-            made = (self.name, task.base_name, PerfusionConfig(), shared, layers, word, facts)
+            settings = PerfusionConfig(reach=self.config.reach)
+            made = (self.name, task.base_name, settings, shared, layers, word, facts)
             result.append(TrainedAdaptation(*made))
         return result
 

@@ -89,12 +89,14 @@ class Step:
             group["lr"] = self.config.rate(group["peak"], state.done)
         for optimizer in state.optimizers:
             state.scaler.unscale_(optimizer)
+        finite = not state.scaler.is_enabled() or all(
+            bool(torch.isfinite(p.grad).all()) for p in self.trained if p.grad is not None
+        )  # one that overflowed stops all: halves of a step are no step
         if self.hooks.scale_gradients is not None:
             self.hooks.scale_gradients()
         elif self.config.clip:
             nn.utils.clip_grad_norm_(self.trained, self.config.clip)
-        before = state.scaler.get_scale()
-        for optimizer in state.optimizers:
+        for optimizer in state.optimizers if finite else ():
             state.scaler.step(optimizer)
         state.scaler.update()
         for optimizer in state.optimizers:
@@ -105,7 +107,7 @@ class Step:
                 f"The gradients are too large for float16 at step {state.done + 1}, however the "
                 "loss is scaled: lower learning_rate, or take precision bf16."
             )
-        if scale >= before:  # else gradients overflowed, and nothing was done
+        if finite:
             state.average.update(state.objective)
 
     def _own_gradients(self, batch: Batch, before: Mapping[str, Tensor]) -> None:

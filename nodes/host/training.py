@@ -1,6 +1,5 @@
 """What the training nodes of all methods share: inputs, the run with progress, the file."""
 
-import hashlib
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,11 @@ from ...difflora_core.errors import InterruptedTraining
 from ...difflora_core.methods.base import PreparedAdaptation
 from ...difflora_core.storage.adapter_file import write_adaptation
 from ...difflora_core.text.covariance import Covariance
-from ...difflora_core.training.adaptation_run import AdaptationResult, run_adaptation
+from ...difflora_core.training.adaptation_run import (
+    AdaptationResult,
+    run_adaptation,
+    run_fingerprint,
+)
 from ...difflora_core.training.concept_task import concept_examples, prepare_task
 from .. import model_paths, sockets
 from .base import ComfyBase
@@ -199,7 +202,8 @@ def _run(recipe: Any, config: Any, request: TrainingRequest, parts: Parts) -> Ad
     prompts = [request.lines] * len(parts.images)
     images = parts.images.clone()[..., :3]
     examples = concept_examples(base, images, words, masks, prompts, request.mirror)
-    folder = model_paths.run_folder(_run_name(config, request, examples.latents))
+    objective = recipe(task, config)
+    folder = model_paths.run_folder(run_fingerprint(objective, examples)[:24])
     bar = comfy.utils.ProgressBar(config.steps)
 
     def watch(step: int, total: int, metrics: dict[str, float], preview: Any) -> None:
@@ -208,7 +212,6 @@ def _run(recipe: Any, config: Any, request: TrainingRequest, parts: Parts) -> Ad
         except comfy.model_management.InterruptProcessingException as stop:
             raise InterruptedTraining(f"stopped after step {step}") from stop
 
-    objective = recipe(task, config)
     return run_adaptation(objective, examples, folder, watch, _interrupted)
 
 
@@ -219,12 +222,6 @@ def _interrupted() -> bool:
     except comfy.model_management.InterruptProcessingException:
         return True
     return False
-
-
-def _run_name(config: Any, request: TrainingRequest, latents: Tensor) -> str:
-    """Name of the folder of a run: equal for equal settings and pictures."""
-    text = f"{config!r} {request!r} {tuple(latents.shape)} {float(latents.double().sum())}"
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def _picture(images: Tensor) -> Image.Image:

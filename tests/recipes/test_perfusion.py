@@ -79,6 +79,31 @@ def test_stopped_and_resumed_equals_straight(task, tmp_path, pictures, numbers):
         train_perfusion(task, pictures(), other, tmp_path / "b")
 
 
+@pytest.mark.parametrize("more", [{}, {"preservation": 0.5, "guidance": 1.5}])
+def test_parts_of_a_batch_give_the_weights_of_the_whole(task, tmp_path, pictures, numbers, more):
+    """The direction is a mean over the whole batch, also where a part sees half of it."""
+    config = replace(QUICK, steps=8, **more)
+    whole = train_perfusion(task, pictures(), config, tmp_path / "whole")
+    parts = train_perfusion(task, pictures(), replace(config, accumulate=2), tmp_path / "parts")
+    apart = float((numbers(whole) - numbers(parts)).abs().max() / numbers(whole).abs().max())
+    assert apart < 1e-4
+
+
+def test_another_covariance_base_or_mask_is_another_run(task, base, tmp_path, pictures):
+    """Else a queue with another checkpoint would hand over what the first one learned."""
+    train_perfusion(task, pictures(), QUICK, tmp_path)
+    other = Covariance(2 * task.covariance.matrix + torch.eye(8), 10, probe=task.covariance.probe)
+    changed = [(replace(task, covariance=other), pictures()), (task, pictures(masked=False))]
+    for setting, examples in changed:
+        with pytest.raises(CheckpointError, match="another training"):
+            train_perfusion(setting, examples, QUICK, tmp_path)
+    with torch.no_grad():
+        for parameter in task.base.unet.parameters():
+            parameter.mul_(1.01)
+    with pytest.raises(CheckpointError, match="another training"):
+        train_perfusion(task, pictures(), QUICK, tmp_path)
+
+
 def test_trained_record_gives_the_training_adapters(task, tmp_path, pictures):
     """Method and recipe compute the same thing from a prompt on."""
     result = train_perfusion(task, pictures(), QUICK, tmp_path)

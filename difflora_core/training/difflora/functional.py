@@ -24,13 +24,13 @@ from ...adapters.lora import lora_adapter_set
 from ...base_model.diffusers_base import DiffusersBase
 from ...base_model.protocol import TextCondition
 from ...config import Config, check_ranges
-from ...diffusion.objective import loss_weight, stratified_timesteps
+from ...diffusion.objective import LossWeight, loss_weight, stratified_timesteps
 from ...errors import ConfigError
 from ...methods.difflora import DiffLoRAModel
 from ...models.face_reader import FaceReader
 from ...models.mif import IdentityCondition, balance_loss
 from ...vision.features import ImageFeatures
-from ..fingerprint import fingerprint
+from ..fingerprint import fingerprint, weights_digest
 from ..loop import Hooks, LoopConfig, Progress, train
 from ..losses import Denoised, NoisedBatch, denoise
 from .face_reader import face_centroids, likeness_error
@@ -53,7 +53,7 @@ class FunctionalConfig(Config):
     latent_noise: float = 0.1
     latent_weight: float = 1e-4
     balance: float = 1e-3
-    weighting: str = "uniform"
+    weighting: LossWeight = "uniform"
     likeness: float = 1.0
 
     def __post_init__(self) -> None:
@@ -62,6 +62,7 @@ class FunctionalConfig(Config):
         if self.likeness < 0:
             raise ConfigError("likeness must be 0 or more")
         weights = ("feature_noise", "latent_noise", "latent_weight", "balance", "likeness")
+        self.check_choices("Functional")
         check_ranges("Functional", self, 0, 1000, *weights)
 
 
@@ -214,5 +215,6 @@ def fit(
         model.mif.fit_statistics(
             sample.face, sample.face_found, sample.image.float(), sample.image_tokens.float()
         )
-    hooks = Hooks(progress, base=objective.base, fingerprint=fingerprint(objective.config, data))
+    identity = fingerprint(objective.config, data, weights_digest(objective.base.unet))
+    hooks = Hooks(progress, base=objective.base, fingerprint=identity)
     return train(objective, person_batches(data, model, objective.config), loop, folder, hooks)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...config import Config, check_ranges
 from ...diffusion.objective import (
+    LossWeight,
     abar_at,
     add_noise,
     loss_weight,
@@ -59,13 +60,14 @@ class LatentDiTConfig(Config):
     photos: int = 4
     condition_dropout: float = 0.1
     feature_noise: float = 0.1
-    weighting: str = "min_snr"
+    weighting: LossWeight = "min_snr"
     balance: float = 1e-2
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.photos < 1 or min(self.feature_noise, self.balance) < 0:
             raise ConfigError("Latent DiT: batch and photos must be at least 1, noise 0 or more.")
         check_ranges("Latent DiT", self, 0, 1000, "feature_noise", "balance")
+        self.check_choices("Latent DiT")
         if not 0 <= self.condition_dropout < 1:
             raise ConfigError("Latent DiT: condition_dropout must lie in [0, 1).")
 
@@ -251,7 +253,12 @@ def fit(
     validate = None
     if validation is not None:
         validate = _validation(objective, LatentBatches(model, validation, config))
-    hooks = Hooks(progress, validate, fingerprint=fingerprint(config, examples, validation))
+    hooks = Hooks(
+        progress,
+        validate,
+        splits=not config.balance,  # a loss of means over the batch
+        fingerprint=fingerprint(config, examples, validation),
+    )
     return train(objective, draw, config.loop, folder, hooks)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,8 +13,10 @@ from ...base_model.protocol import BaseModel
 from ...config import Config, check_range
 from ...errors import CheckpointError
 from ...storage.lora_corpus import LoRACorpus, load_corpus, save_corpus
+from ..fingerprint import fingerprint, weights_digest
 from ..loop import Progress
 from ..lora.dreambooth import DreamBoothConfig, DreamBoothExamples, train_dreambooth
+from ..processes import launched
 
 __all__ = ["CorpusConfig", "build_corpus", "load_corpus"]
 
@@ -71,9 +72,10 @@ def build_corpus(
         InterruptedTraining: stopped; the same call goes on.
         CheckpointError: the file or a part of it was made with other settings or identities.
     """
-    mark = _fingerprint(identities, config, shared_down)
+    made_of = (list(identities), config, dict(shared_down or {}), weights_digest(base.unet))
+    wanted = fingerprint(*made_of)
     if path.exists():
-        return _checked(load_corpus(path), mark, path)
+        return _checked(load_corpus(path), wanted, path)
     layout, settings = base.layout(config.base, config.dreambooth.rank), config.dreambooth
     folder = path.with_name(path.name + ".parts")
     starts = range(0, len(identities), config.group)
@@ -87,19 +89,25 @@ def build_corpus(
             trained = train_dreambooth(
                 base, pictures, settings, report, shared_down=shared_down, folder=folder
             )[settings.steps]
-            facts = {"fingerprint": mark, "settings": config.to_dict()}
-            save_corpus(LoRACorpus(layout, group, trained, facts), part)
-        parts.append(_checked(load_corpus(part), mark, part))
+            facts = {"fingerprint": wanted, "settings": config.to_dict()}
+            _write(LoRACorpus(layout, group, trained, facts), part)
+        parts.append(_checked(load_corpus(part), wanted, part))
     return _finish(parts, path, folder)
+
+
+def _write(corpus: LoRACorpus, path: Path) -> None:
+    """Write a corpus once, whatever the number of processes; all go on when it is there."""
+    if launched().is_main:
+        save_corpus(corpus, path)
+    launched().agree(None)
 
 
 def _finish(parts: Sequence[LoRACorpus], path: Path, folder: Path) -> LoRACorpus:
     """Joins the groups in one file and removes theirs."""
     corpus = LoRACorpus.join(parts)
-    save_corpus(corpus, path)
-    for part in folder.iterdir():
-        part.unlink()
-    folder.rmdir()
+    _write(corpus, path)  # all have read the parts
+    if launched().is_main:
+        shutil.rmtree(folder)
     return corpus
 
 
@@ -110,18 +118,9 @@ def _shifted(progress: Progress | None, done: int, total: int) -> Progress | Non
     return lambda step, steps, metrics: progress(done + step, total, metrics)
 
 
-def _fingerprint(
-    identities: Sequence[int], config: CorpusConfig, shared_down: Mapping[str, Tensor] | None
-) -> str:
-    """Digest of everything that decides the result, but the pictures."""
-    shared = {name: float(down.double().sum()) for name, down in (shared_down or {}).items()}
-    text = json.dumps([list(identities), config.to_dict(), shared], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _checked(corpus: LoRACorpus, mark: str, path: Path) -> LoRACorpus:
+def _checked(corpus: LoRACorpus, wanted: str, path: Path) -> LoRACorpus:
     """The corpus, if it was made with these settings."""
-    if corpus.source.get("fingerprint") != mark:
+    if corpus.source.get("fingerprint") != wanted:
         raise CheckpointError(
             f"{path} was made with other settings or identities; move it away to build anew."
         )

@@ -21,7 +21,7 @@ from ...base_model.protocol import BaseModel, TextCondition
 from ...diffusion.objective import stratified_timesteps
 from ...lora.weights import LoRALayer, LoRAWeights
 from ...storage.safetensors_io import write_atomic
-from ..fingerprint import fingerprint
+from ..fingerprint import fingerprint, weights_digest
 from ..loop import Batch, ByStep, Hooks, Progress, train
 from ..loop_state import read_file
 from ..losses import NoisedBatch, denoising_error
@@ -78,7 +78,7 @@ def train_dreambooth(
         after_step=snapshots.after_step,
         scale_gradients=objective.scale_gradients,
         base=base,
-        fingerprint=fingerprint(config, examples, _factors(start)),
+        fingerprint=fingerprint(config, examples, _factors(start), weights_digest(base.unet)),
     )
     with attach(base.unet, lora_adapter_set(objective.weights), names=layout.module_names):
         train(objective, ByStep(source.batch), config.loop, run, hooks, source.device)

@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from ...config import Config, check_range
+from ...diffusion.objective import LossWeight
 from ...errors import ConfigError
 from ..fingerprint import SAME_COURSE
 from ..loop_config import LoopConfig, Precision
@@ -51,7 +52,7 @@ class DreamBoothConfig(Config):
     decay: Literal["constant", "linear", "cosine"] = "constant"
     warmup: int = 0
     train_down: bool = True
-    loss_weighting: str = "high_noise"
+    loss_weighting: LossWeight = "high_noise"
     snapshots: tuple[int, ...] = ()
     normalise_gradient: bool = True
     clip: float = 1.0

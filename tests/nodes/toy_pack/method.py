@@ -67,17 +67,17 @@ def make(part: Callable[[str], ModuleType]) -> SimpleNamespace:
             return adapters.AdapterSet(tuple(entries))
 
     @dataclass(frozen=True)
-    class GainTraining(config.Config):
+    class GainTraining(part("training.adaptation_run").AdaptationTraining):
         """Settings of the recipe."""
 
         steps: int = 3
         batch: int = 2
+        evaluate_every: int = 1
         rate: float = 0.1
-        weighting: str = "uniform"
 
         @property
         def loop(self):
-            return part("training.adaptation_run").adaptation_loop(self.steps, self.rate, 1, 0)
+            return self.course(self.rate)
 
     class GainObjective(nn.Module):
         """Gains of the attention projections of a base; they start at zero."""
