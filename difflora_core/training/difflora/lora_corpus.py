@@ -72,8 +72,7 @@ def build_corpus(
         InterruptedTraining: stopped; the same call goes on.
         CheckpointError: the file or a part of it was made with other settings or identities.
     """
-    made_of = (list(identities), config, dict(shared_down or {}), weights_digest(base.unet))
-    wanted = fingerprint(*made_of)
+    wanted = fingerprint(list(identities), config, shared_down, weights_digest(base.unet))
     if path.exists():
         return _checked(load_corpus(path), wanted, path)
     layout, settings = base.layout(config.base, config.dreambooth.rank), config.dreambooth
