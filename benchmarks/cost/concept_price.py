@@ -29,7 +29,7 @@ from difflora_core.methods.base import (
 from difflora_core.methods.registry import METHODS
 from difflora_core.text.new_words import LearnedWord
 
-from .interleaving.pairs import Seconds, interleave, price
+from .interleaving.pairs import BASE, Seconds, interleave, price
 
 SIDE = 32
 """Of the latent: a picture of 256 x 256."""
@@ -122,6 +122,7 @@ def concept_prices(
     rows = {}
     for name, adapters in concept_adapters(config).items():
         base, own = interleave(partial(timed, None), partial(timed, adapters), pairs)
+        rows.setdefault(BASE, price(base, base) | {"projections": 0.0})
         rows[name] = price(base, own) | {"projections": float(len(adapters or ()))}
     return rows
 

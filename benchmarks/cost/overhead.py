@@ -26,7 +26,7 @@ from difflora_core.storage.image_files import write_image
 
 from ..command import benchmark_console, command_parser, commit, machine, set_threads, write_report
 from .concept_price import concept_prices
-from .interleaving.pairs import mean_price, price
+from .interleaving.pairs import BASE, WARM_UP, mean_price, price
 
 NODES = Path(__file__).parent / "interleaving"
 BATCH = 2
@@ -63,14 +63,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             with ComfyServer(Path(folder), packs=(PACK, NODES)) as server:
                 rows = measure(server, pairs)
-        facts["batch"] = BATCH
-    facts |= {"pairs": pairs, "commit": commit(), "machine": machine()}
+        facts |= {"steps": WARM_UP + pairs // 2, "batch": BATCH}
+    facts |= {"rounds": pairs, "commit": commit(), "machine": machine()}
     return finish(Report(rows, facts), options.json, console)
 
 
 def finish(report: Report, path: Path | None, console: Console) -> int:
     """Print the table, and write it where asked to."""
-    console.print(report.to_markdown({"seconds_per_step": 4, "projections": 0}))
+    console.print(
+        report.to_markdown({"seconds_per_step": 4, "cpu_seconds_per_step": 4, "projections": 0})
+    )
     write_report(report, path, console)
     return 0
 
@@ -84,8 +86,9 @@ def measure(server: ComfyServer, pairs: int) -> dict[str, dict[str, float]]:
         halves = []
         for swapped in (False, True):
             result = server.client.run(graph(photo, name, pairs // 2, swapped), timeout=3600)
-            halves.append(price(*json.loads(result.outputs["interleave"]["text"][0])))
-        rows[name] = mean_price(halves)
+            halves.append(json.loads(result.outputs["interleave"]["text"][0]))
+        rows.setdefault(BASE, mean_price([price(base, base) for base, _ in halves]))
+        rows[name] = mean_price([price(base, own) for base, own in halves])
     return rows
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,12 @@ def test_a_wrong_name_lists_the_right_ones(arguments):
         assert name in refused.value.code
         assert about in refused.value.code
     assert all(f"no benchmark {a!r}" in refused.value.code for a in arguments)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_command_explains_itself(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks"])
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    assert f"python -m benchmarks {name}" in capsys.readouterr().out

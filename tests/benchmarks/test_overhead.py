@@ -35,14 +35,16 @@ def test_steps_alternate_and_both_sides_have_the_same_neighbours():
 def test_ratios_are_taken_within_a_pair():
     slower = [1.0, 10.0, 100.0]  # the machine gets slower
     base = [(s, 2 * s) for s in slower]
-    own = [(1.5 * s, 2 * s) for s in slower]
-    assert price(base, own) == {"seconds_per_step": 15.0, "ratio": 1.5, "cpu_ratio": 1.0}
+    own = [(s * cost, 2 * s) for s, cost in zip(slower, (1.5, 1.2, 3.0), strict=True)]
+    cpu = {"cpu_seconds_per_step": 20.0, "cpu_ratio": 1.0}
+    assert price(base, own) == {"seconds_per_step": 12.0, "ratio": 1.5, **cpu}
 
 
 def test_one_disturbed_step_does_not_count():
     base, own = [(1.0, 1.0)] * 5, [(1.2, 1.1)] * 4 + [(30.0, 9.0)]
     found = price(base, own)
-    assert found == {"seconds_per_step": 1.2, "ratio": 1.2, "cpu_ratio": 1.1}
+    cpu = {"cpu_seconds_per_step": 1.1, "cpu_ratio": 1.1}
+    assert found == {"seconds_per_step": 1.2, "ratio": 1.2, **cpu}
 
 
 def test_another_program_does_not_change_a_price():
@@ -98,13 +100,16 @@ def test_price_on_a_narrow_unet():
     """Keys and values of 70 cross-attentions; a method may change values alone."""
     rows = concept_price.concept_prices(3, NARROW, side=8)
     counts = {name: row["projections"] for name, row in rows.items()}
-    assert counts.pop("base_again") == 0
+    assert counts.pop("base") == counts.pop("base_again") == 0
     assert counts["perfusion"] == 140
     for name in REGISTERED:
         assert counts.pop(f"two_{name}") == counts.pop(name) in (70, 140)
     assert not counts
     for row in rows.values():
-        assert set(row) == {"seconds_per_step", "ratio", "cpu_ratio", "projections"}
+        assert set(row) == {
+            *("seconds_per_step", "ratio", "cpu_seconds_per_step", "cpu_ratio", "projections")
+        }
+    assert rows["base"]["ratio"] == rows["base"]["cpu_ratio"] == 1.0
 
 
 def test_concepts_change_what_a_step_computes():

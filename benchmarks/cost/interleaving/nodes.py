@@ -31,12 +31,17 @@ class SteppedSampler:
 
     Args:
         model: with all patches. conditions: positive and negative.
-        latent: (B, C, H, W), empty. steps: of its schedule, at least as many as will be taken.
+        latent: ComfyUI's LATENT, empty. steps: of its schedule, at least as many as will be taken.
     """
 
-    def __init__(self, model: Any, conditions: tuple[Any, Any], latent: torch.Tensor, steps: int):
+    def __init__(self, model: Any, conditions: tuple[Any, Any], latent: dict[str, Any], steps: int):
         self.model, self.conditions, self.steps = model, conditions, steps
-        self.latent = comfy.sample.fix_empty_latent_channels(model, latent)
+        self.latent = comfy.sample.fix_empty_latent_channels(  # as KSampler does
+            model,
+            latent["samples"],
+            latent.get("downscale_ratio_spacial"),
+            latent.get("downscale_ratio_temporal"),
+        )
         self._error: BaseException | None = None
         self._stopped = False
         self._turn, self._done = threading.Semaphore(0), threading.Semaphore(0)
@@ -144,9 +149,9 @@ class Interleave(io.ComfyNode):
     def execute(
         cls, base, base_positive, base_negative, model, positive, negative, latent, pairs
     ) -> io.NodeOutput:
-        empty, steps = latent["samples"], WARM_UP + pairs
-        plain = SteppedSampler(base, (base_positive, base_negative), empty, steps)
-        variant = SteppedSampler(model, (positive, negative), empty, steps)
+        steps = WARM_UP + pairs
+        plain = SteppedSampler(base, (base_positive, base_negative), latent, steps)
+        variant = SteppedSampler(model, (positive, negative), latent, steps)
         try:
             times = interleave(plain.step, variant.step, pairs)
         finally:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
+BASE = "base"
+"""Name of the row that the others are compared with."""
 WARM_UP = 4
 """Pairs that are not counted: the first steps fill caches and allocate."""
 
@@ -49,7 +51,8 @@ def price(base: Steps, own: Steps) -> dict[str, float]:
         own: steps of the variant.
 
     Returns:
-        `seconds_per_step`, wall; `ratio` of wall and `cpu_ratio` of processor time, medians.
+        Medians: `seconds_per_step` and its `ratio` to the base's, both of wall time;
+        `cpu_seconds_per_step` and `cpu_ratio`, of processor time.
     """
     walls, processors = (
         [ours[clock] / theirs[clock] for theirs, ours in zip(base, own, strict=True)]
@@ -58,6 +61,7 @@ def price(base: Steps, own: Steps) -> dict[str, float]:
     return {
         "seconds_per_step": statistics.median(wall for wall, _ in own),
         "ratio": statistics.median(walls),
+        "cpu_seconds_per_step": statistics.median(processor for _, processor in own),
         "cpu_ratio": statistics.median(processors),
     }
 
