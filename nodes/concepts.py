@@ -262,7 +262,7 @@ def _long_tail() -> list[io.Input]:
             advanced=True,
             tooltip="Several concepts: exact keeps those apart that resemble each other.",
         ),
-        _reach(
+        sockets.reach_widget(
             "How many tokens around its word a concept acts on: -1 all, 0 the word alone. "
             f"{_only('reach')}"
         ),
@@ -271,12 +271,6 @@ def _long_tail() -> list[io.Input]:
 
 def _percent(name: str, default: float, tooltip: str) -> io.Input:
     return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip)
-
-
-def _reach(tooltip: str, optional: bool = False) -> io.Input:
-    return io.Int.Input(
-        "reach", default=-1, min=-1, max=512, optional=optional, advanced=True, tooltip=tooltip
-    )
 
 
 class ExportConceptLoRA(io.ComfyNode):

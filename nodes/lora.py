@@ -1,21 +1,14 @@
 """Where and when a LoRA acts: as hooks for masks and keyframes, or on a model by part and time."""
 
-from typing import Any
-
 import comfy.hooks
-import comfy.lora
-import comfy.utils
 from comfy_api.latest import io
-from torch import Tensor
 
-from ..difflora_core.errors import LayoutError, LoRAFileError
 from ..difflora_core.lora.block_groups import GroupStrengths, scale_groups
-from ..difflora_core.lora.formats.state_dict import from_state_dict, to_state_dict
-from ..difflora_core.lora.weights import LoRAWeights
+from ..difflora_core.lora.formats.state_dict import to_state_dict
 from ..difflora_core.methods.base import AppliedAdaptation, PreparedAdaptation
 from ..difflora_core.methods.lora import LoRASettings, lora_adaptation
 from . import sockets
-from .host import models
+from .host import lora as host_lora
 from .host.adapters import Link, with_link
 
 CATEGORY = "DiffLoRA/placing"
@@ -69,9 +62,9 @@ class LoRAToHook(io.ComfyNode):
     @classmethod
     def execute(cls, lora, strength_model, prev_hooks=None, base_model=None):
         hooks = prev_hooks or comfy.hooks.HookGroup()
-        state = models.check_lora(lora)
+        state = host_lora.check_lora(lora)
         if base_model is not None:
-            state = to_state_dict(read_lora(state, base_model))
+            state = to_state_dict(host_lora.read_lora(state, base_model))
         if strength_model != 0:
             hooks = hooks.clone_and_combine(comfy.hooks.create_hook_lora(state, strength_model, 0))
         return io.NodeOutput(hooks)
@@ -138,10 +131,10 @@ class ApplyLoRA(io.ComfyNode):
         groups = GroupStrengths(
             input_blocks, middle_block, output_blocks, self_attention, cross_attention
         )
-        weights = scale_groups(read_lora(models.check_lora(lora), model), groups)
+        weights = scale_groups(host_lora.read_lora(host_lora.check_lora(lora), model), groups)
         scaled = weights.scaled(strength)
         if (start_percent, end_percent, positive_only) == (0.0, 1.0, False):
-            patched = patch(model, weights, strength)
+            patched = host_lora.with_lora(model, weights, strength)
         else:
             prepared = PreparedAdaptation(lora_adaptation(scaled))
             applied = AppliedAdaptation(prepared, LoRASettings())
@@ -183,48 +176,6 @@ def _group_widget(name: str, where: str) -> io.Input:
         advanced=True,
         tooltip=f"Multiplies the strength in {where}.",
     )
-
-
-def read_lora(state: dict[str, Tensor], model: Any) -> LoRAWeights:
-    """The layers of a LoRA that edit a model's UNet, all of them or none.
-
-    Raises:
-        LayoutError: it is for another base model.
-        LoRAFileError: part of it is no plain LoRA.
-    """
-    names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
-    weight = ".weight"
-    known = {
-        diffusers.removesuffix(weight): ldm.removesuffix(weight)
-        for diffusers, ldm in names.items()
-        if diffusers.endswith(weight)
-    }
-    found = from_state_dict(state, known)
-    if found.report.skipped:
-        stem, reason = next(iter(found.report.skipped.items()))
-        raise LoRAFileError(
-            f"{len(found.report.skipped)} layers of this LoRA are no plain low-rank edits ({stem}: "
-            f"{reason}). Use ComfyUI's own nodes for it: Load LoRA Model, or Create Hook LoRA."
-        )
-    if found.report.unused:
-        raise LayoutError(
-            f"{len(found.report.unused)} entries of this LoRA belong to no layer of the base model "
-            f"that is connected (for example {found.report.unused[0]}). Use a LoRA made for it."
-        )
-    layers = {name: x for name, x in found.weights.layers.items() if not name.startswith("te")}
-    if not layers:
-        raise LayoutError("This LoRA edits text encoders only; connect one that edits the model.")
-    weights = LoRAWeights(layers)
-    models.check_fits(weights, model, "another base model")
-    return weights
-
-
-def patch(model: Any, weights: LoRAWeights, strength: float) -> Any:
-    """A clone of a model with a LoRA as weight patches, as ComfyUI's own loader makes them."""
-    keys = comfy.lora.model_lora_keys_unet(model.model, {})
-    patched = model.clone()
-    patched.add_patches(comfy.lora.load_lora(to_state_dict(weights), keys), strength)
-    return patched
 
 
 NODES = [LoRAToHook, ApplyLoRA]

@@ -5,6 +5,7 @@ from comfy_api.latest import io, ui
 from ..difflora_core.lora.formats.state_dict import from_state_dict
 from ..difflora_core.training.difflora.latent_fit import fit_latent
 from . import sockets
+from .host import lora as host_lora
 from .host import models
 
 
@@ -49,7 +50,7 @@ class EncodeLoRA(io.ComfyNode):
     @classmethod
     def execute(cls, difflora_model, lora, refine_steps):
         network = difflora_model.ready()
-        read = from_state_dict(models.check_lora(lora), network.layout)
+        read = from_state_dict(host_lora.check_lora(lora), network.layout)
         fitted = fit_latent(network, read.weights, refine_steps, models.progress(refine_steps))
         report = f"{read.report.summary()}\nAgreement of the weights: {fitted.kept:.0%}."
         models.show_text(cls, report)

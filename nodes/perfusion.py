@@ -139,7 +139,7 @@ def _seldom_needed() -> list[io.Input]:
             "Two words, in prompts that say the kind after the word (<my-hat> hat): how "
             "hard each word is drawn to the place of its kind; 0 is off.",
         ),
-        _reach(
+        sockets.reach_widget(
             "How many tokens around it the word learns through: -1 all, 0 itself alone, which "
             "keeps several words apart. Choose the same in Apply Concept.",
             optional=True,
@@ -153,12 +153,6 @@ def _calibration(name: str, tooltip: str) -> io.Input:
         name, default=CALIBRATION, min=0.0, max=10.0, step=0.001,
         optional=True, advanced=True, tooltip=tooltip,
     )  # fmt: skip
-
-
-def _reach(tooltip: str, optional: bool = False) -> io.Input:
-    return io.Int.Input(
-        "reach", default=-1, min=-1, max=512, optional=optional, advanced=True, tooltip=tooltip
-    )
 
 
 NODES = [TrainPerfusionConcept]

@@ -187,3 +187,10 @@ def guidance_widget(when: str = "") -> io.Input:
         advanced=True,
         tooltip=f"1 follows the photos, above 1 exaggerates, 0 ignores them{when}.",
     )
+
+
+def reach_widget(tooltip: str, optional: bool = False) -> io.Input:
+    """How many tokens around its word a concept acts on; -1 all of them."""
+    return io.Int.Input(
+        "reach", default=-1, min=-1, max=512, optional=optional, advanced=True, tooltip=tooltip
+    )

@@ -1,12 +1,9 @@
 """The covariance of a CLIP: read from its file, or built with progress and written."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import comfy.model_management
-import comfy.utils
 import torch
 from torch import Tensor
 
@@ -14,6 +11,7 @@ from ...difflora_core.storage.covariance_file import read_covariance, write_cova
 from ...difflora_core.text.captions import WORLDS, captions
 from ...difflora_core.text.covariance import Covariance, build_covariance
 from ...difflora_core.text.encoders import check_probe, text_probe
+from .models import progress
 from .text import ComfyText
 
 CAPTION_WORLDS = tuple(WORLDS)
@@ -46,18 +44,7 @@ def covariance_for(clip: Any, path: Path, request: CovarianceRequest) -> Covaria
             )
             return found
         covariance = build_covariance(
-            text, captions(request.count, request.captions), request.ridge, _progress(request.count)
+            text, captions(request.count, request.captions), request.ridge, progress(request.count)
         )
     write_covariance(path, covariance)
     return read_covariance(path)  # as the next run will find it, to the last digit
-
-
-def _progress(total: int) -> Callable[[int, int, dict[str, float]], None]:
-    """Moves ComfyUI's bar and stops when the user asks."""
-    bar = comfy.utils.ProgressBar(total)
-
-    def step(done: int, total: int, metrics: dict[str, float]) -> None:
-        bar.update_absolute(done, total)
-        comfy.model_management.throw_exception_if_processing_interrupted()
-
-    return step

@@ -1,13 +1,11 @@
-"""Between ComfyUI's objects and the library's: models under its memory management, and LoRA.
+"""Between ComfyUI's objects and the library's: models under its memory management.
 
 Nothing here decides anything about DiffLoRA; it hands tensors over and checks that both sides fit.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
@@ -16,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from ...difflora_core.diffusion.sampler import MAX_SEED, SampleSettings
-from ...difflora_core.errors import ConfigError, EncoderError, LayoutError, LoRAFileError
+from ...difflora_core.errors import ConfigError, EncoderError
 from ...difflora_core.lora.formats.state_dict import to_state_dict
-from ...difflora_core.lora.weights import LoRAWeights
 from ...difflora_core.methods.difflora import DiffLoRAModel
 from ...difflora_core.models.lae.autoencoder import LoRALatent
 from ...difflora_core.models.mif import IdentityCondition
 from ...difflora_core.storage.checkpoint import load_model
 from ...difflora_core.vision.features import ImageFeatures
 from ..sockets import BEST_GUESS, MANUAL
+from .lora import check_lora_fits
 
 # Activations only; ComfyUI knows the weights. Covers a full-size model reading 16 photos.
 ACTIVATION_BYTES = 512 * 2**20
@@ -181,44 +179,5 @@ def decode(hosted: HostedModel, latent: LoRALatent, base_model: Any) -> dict[str
     """A latent to a LORA_MODEL: kohya LDM keys with alpha; checked against the base when given."""
     weights = hosted.ready().decode(latent).batch_item(0).to(device="cpu")
     if base_model is not None:
-        check_fits(weights, base_model, hosted.settings.layout.base)
+        check_lora_fits(base_model, weights, hosted.settings.layout.base)
     return to_state_dict(weights, "kohya_ldm")
-
-
-def check_lora(lora: Any) -> dict[str, Tensor]:
-    """What came through a LoRA socket, if it is one.
-
-    Raises:
-        LoRAFileError: it is empty, or something else.
-    """
-    if not isinstance(lora, dict) or not all(isinstance(v, Tensor) for v in lora.values()):
-        raise LoRAFileError(
-            f"A {type(lora).__name__} is not a LoRA. Connect a node that makes one, for example "
-            "Personalize."
-        )
-    if not lora:
-        raise LoRAFileError("This LoRA is empty: it changes no layer. Make it again.")
-    return lora
-
-
-def check_fits(weights: LoRAWeights, base_model: Any, made_for: str) -> None:
-    """Compares every layer with the model it is meant for; ComfyUI itself only logs what is lost.
-
-    Raises:
-        LayoutError: a layer is missing there, or has another size.
-    """
-    names: Mapping[str, str] = comfy.lora.model_lora_keys_unet(base_model.model, {})
-    state = base_model.model.state_dict()
-    wrong = []
-    for name, layer in weights.layers.items():
-        key = names.get(f"lora_unet_{name.replace('.', '_')}")
-        if not isinstance(key, str) or key not in state:
-            wrong.append(name)
-        elif tuple(state[key].shape[:2]) != (layer.up.shape[0], layer.down.shape[1]):
-            wrong.append(name)
-    if wrong:
-        raise LayoutError(
-            f"This LoRA is made for {made_for}: {len(wrong)} of its {len(weights.layers)} "
-            f"layers do not fit the base model that is connected (for example {wrong[0]}). Load "
-            "the base model it was made for, or make a LoRA for this one."
-        )

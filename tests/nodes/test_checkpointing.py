@@ -14,7 +14,7 @@ from difflora_core.lora.weights import LoRALayer, LoRAWeights
 def unet(comfyui, node_module, demo_world):
     import comfy.model_management
 
-    patcher = node_module("demo").load_demo_unet(demo_world / "base.safetensors", None)
+    patcher = node_module("host.demo").load_demo_unet(demo_world / "base.safetensors", None)
     comfy.model_management.load_models_gpu([patcher])
     return patcher.model.diffusion_model.requires_grad_(False)
 

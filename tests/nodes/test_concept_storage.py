@@ -21,7 +21,7 @@ def unet(parts):
     """A fresh demo UNet in a ModelPatcher that puts weight patches into the weights."""
     model_paths = parts("nodes.model_paths")
     (base, *_), _ = model_paths.demo_paths()
-    return lambda: parts("nodes.demo").load_demo_unet(base, disable_dynamic=True)
+    return lambda: parts("nodes.host.demo").load_demo_unet(base, disable_dynamic=True)
 
 
 def with_concept(parts, model):
@@ -99,7 +99,7 @@ def test_a_covariance_is_the_same_built_and_read(parts, tmp_path):
     """To the last digit, or a training after the first one would end elsewhere."""
     covariance = parts("nodes.host.covariance")
     (base, *_), _ = parts("nodes.model_paths").demo_paths()
-    clip = parts("nodes.demo").load_demo_clip(base)
+    clip = parts("nodes.host.demo").load_demo_clip(base)
     request = covariance.CovarianceRequest("demo", 200, 0.01, False)
     built, read = (
         covariance.covariance_for(clip, tmp_path / "c.safetensors", request) for _ in "ab"

@@ -19,7 +19,7 @@ def test_comfyui_computes_what_was_trained(demo_world, node_module):
     import comfy.controlnet
     import comfy.model_management
 
-    demo = node_module("demo")
+    demo = node_module("host.demo")
     patcher = demo.load_demo_unet(demo_world / "base.safetensors")
     comfy.model_management.load_models_gpu([patcher])
     model, base = patcher.model, load_base(demo_world / "base.safetensors")

@@ -25,7 +25,7 @@ def reference(base_file, words):
 
 @pytest.fixture(scope="module")
 def demo(node_module):
-    return node_module("demo")
+    return node_module("host.demo")
 
 
 @pytest.fixture(scope="module")

@@ -217,7 +217,7 @@ def unet(pack):
     """A fresh demo UNet in a ModelPatcher."""
     part = lambda name: import_module(f".{name}", pack.__name__)  # noqa: E731
     (base, *_), _ = part("nodes.model_paths").demo_paths()
-    return part("nodes.demo").load_demo_unet(base, disable_dynamic=True)
+    return part("nodes.host.demo").load_demo_unet(base, disable_dynamic=True)
 
 
 def with_lora(pack, model, **link):

@@ -26,7 +26,7 @@ def portraits():
 def test_preview_colours_are_those_of_the_vae(node_module, is_shipped, demo_world, portraits):
     if not is_shipped:
         pytest.skip("the shipped demo world is not trained yet (make demo-world)")
-    demo = node_module("demo")
+    demo = node_module("host.demo")
     base = load_base(demo_world / "base.safetensors")
     latents = base.encode_images(portraits).permute(0, 2, 3, 1)
     pixels = portraits.permute(0, 3, 1, 2)

@@ -1,0 +1,93 @@
+"""LoRA between ComfyUI and the library: what a socket holds, what fits a model, weight patches."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import comfy.lora
+import comfy.utils
+from torch import Tensor
+
+from ...difflora_core.errors import LayoutError, LoRAFileError
+from ...difflora_core.lora.formats.state_dict import from_state_dict, to_state_dict
+from ...difflora_core.lora.weights import LoRAWeights
+
+
+def check_lora(lora: Any) -> dict[str, Tensor]:
+    """What came through a LoRA socket, if it is one.
+
+    Raises:
+        LoRAFileError: it is empty, or something else.
+    """
+    if not isinstance(lora, dict) or not all(isinstance(v, Tensor) for v in lora.values()):
+        raise LoRAFileError(
+            f"A {type(lora).__name__} is not a LoRA. Connect a node that makes one, for example "
+            "Personalize."
+        )
+    if not lora:
+        raise LoRAFileError("This LoRA is empty: it changes no layer. Make it again.")
+    return lora
+
+
+def check_lora_fits(model: Any, weights: LoRAWeights, made_for: str) -> None:
+    """Compares every layer with the model it is meant for; ComfyUI itself only logs what is lost.
+
+    Raises:
+        LayoutError: a layer is missing there, or has another size.
+    """
+    names: Mapping[str, str] = comfy.lora.model_lora_keys_unet(model.model, {})
+    state = model.model.state_dict()
+    wrong = []
+    for name, layer in weights.layers.items():
+        key = names.get(f"lora_unet_{name.replace('.', '_')}")
+        if not isinstance(key, str) or key not in state:
+            wrong.append(name)
+        elif tuple(state[key].shape[:2]) != (layer.up.shape[0], layer.down.shape[1]):
+            wrong.append(name)
+    if wrong:
+        raise LayoutError(
+            f"This LoRA is made for {made_for}: {len(wrong)} of its {len(weights.layers)} "
+            f"layers do not fit the base model that is connected (for example {wrong[0]}). Load "
+            "the base model it was made for, or make a LoRA for this one."
+        )
+
+
+def read_lora(state: dict[str, Tensor], model: Any) -> LoRAWeights:
+    """The layers of a LoRA that edit a model's UNet, all of them or none.
+
+    Raises:
+        LayoutError: it is for another base model.
+        LoRAFileError: part of it is no plain LoRA.
+    """
+    names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
+    weight = ".weight"
+    known = {
+        diffusers.removesuffix(weight): ldm.removesuffix(weight)
+        for diffusers, ldm in names.items()
+        if diffusers.endswith(weight)
+    }
+    found = from_state_dict(state, known)
+    if found.report.skipped:
+        stem, reason = next(iter(found.report.skipped.items()))
+        raise LoRAFileError(
+            f"{len(found.report.skipped)} layers of this LoRA are no plain low-rank edits ({stem}: "
+            f"{reason}). Use ComfyUI's own nodes for it: Load LoRA Model, or Create Hook LoRA."
+        )
+    if found.report.unused:
+        raise LayoutError(
+            f"{len(found.report.unused)} entries of this LoRA belong to no layer of the base model "
+            f"that is connected (for example {found.report.unused[0]}). Use a LoRA made for it."
+        )
+    layers = {name: x for name, x in found.weights.layers.items() if not name.startswith("te")}
+    if not layers:
+        raise LayoutError("This LoRA edits text encoders only; connect one that edits the model.")
+    weights = LoRAWeights(layers)
+    check_lora_fits(model, weights, "another base model")
+    return weights
+
+
+def with_lora(model: Any, weights: LoRAWeights, strength: float) -> Any:
+    """A clone of a model with a LoRA as weight patches, as ComfyUI's own loader makes them."""
+    keys = comfy.lora.model_lora_keys_unet(model.model, {})
+    patched = model.clone()
+    patched.add_patches(comfy.lora.load_lora(to_state_dict(weights), keys), strength)
+    return patched
