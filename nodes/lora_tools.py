@@ -52,6 +52,6 @@ class EncodeLoRA(io.ComfyNode):
         network = difflora_model.ready()
         read = from_state_dict(host_lora.check_lora(lora), network.layout)
         fitted = fit_latent(network, read.weights, refine_steps, models.progress(refine_steps))
-        report = f"{read.report.summary()}\nAgreement of the weights: {fitted.kept:.0%}."
+        report = f"{read.report.summary()}\nAgreement of the weights: {fitted.agreement:.0%}."
         models.show_text(cls, report)
-        return io.NodeOutput(fitted.latent, fitted.kept, report, ui=ui.PreviewText(report))
+        return io.NodeOutput(fitted.latent, fitted.agreement, report, ui=ui.PreviewText(report))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from difflora_core.demo.build.concept_training import concept_lesson, wordings
+from difflora_core.demo.build.concept_training import concept_training_set, wordings
 from difflora_core.demo.world.concepts import ConceptPictures, DemoConcept, render_concept
 from difflora_core.demo.world.identities import split_seeds
 from difflora_core.training.adaptation_run import run_adaptation
@@ -64,7 +64,7 @@ class ConceptTrainer:
     ) -> tuple[ConceptTask, ConceptExamples]:
         """The task and its pictures."""
         models = self.models
-        return concept_lesson(models.base, models.text, models.covariance, concept, photos)
+        return concept_training_set(models.base, models.text, models.covariance, concept, photos)
 
     def _fingerprint(
         self, concept: DemoConcept, method: ComparedMethod, config: Any, photos: ConceptPictures

@@ -80,12 +80,12 @@ def measure(folder: Path, steps: int, counts: Sequence[int] = COUNTS) -> Report:
     rows: dict[str, dict[str, float]] = {}
     seconds: dict[str, float] = {}
     for count in counts:
-        (told, *_) = launch(folder / str(count), count, steps)
+        (first, *_) = launch(folder / str(count), count, steps)
         apart = difference(folder / str(count), folder / str(counts[0]))
-        seconds[str(count)] = told["seconds"]
+        seconds[str(count)] = first["seconds"]
         rows[f"{count} processes" if count > 1 else "1 process"] = {
-            "seconds": told["seconds"],
-            "seconds per step": told["seconds"] / steps,
+            "seconds": first["seconds"],
+            "seconds per step": first["seconds"] / steps,
             "relative difference": apart,
         }
     stopped = launch(folder / "stopped", 2, steps, stop=steps // 2)
@@ -154,11 +154,11 @@ def work(folder: Path, steps: int, stop: int) -> None:
             train(objective, batches(base), config.loop, folder, hooks)
         except Stopped as early:
             stopped = early.step
-    told = {"seconds": time.perf_counter() - began, "stopped": stopped}
+    report = {"seconds": time.perf_counter() - began, "stopped": stopped}
     if processes.is_main:
         weights = {name: p.detach().contiguous() for name, p in objective.named_parameters()}
         save_file(weights, folder / "weights.safetensors")
-    (folder / f"report-{processes.rank}.json").write_text(json.dumps(told))
+    (folder / f"report-{processes.rank}.json").write_text(json.dumps(report))
 
 
 def batches(base: BaseModel) -> Draw:

@@ -53,11 +53,11 @@ def truncated_layer(layer: LoRALayer, rank: int) -> tuple[LoRALayer, Tensor]:
     s = torch.where(s > noise, s, torch.zeros_like(s))
     total = s.square().sum(-1)
     error = (s[..., rank:].square().sum(-1) / total.clamp_min(torch.finfo(s.dtype).tiny)).sqrt()
-    keep = min(rank, s.shape[-1])
-    root = s[..., :keep].sqrt()
+    values = min(rank, s.shape[-1])
+    root = s[..., :values].sqrt()
     dtype = torch.promote_types(layer.up.dtype, torch.float32)
-    up = F.pad(u[..., :keep] * root[..., None, :], (0, rank - keep))
-    down = F.pad(root[..., :, None] * vh[..., :keep, :], (0, 0, 0, rank - keep))
+    up = F.pad(u[..., :values] * root[..., None, :], (0, rank - values))
+    down = F.pad(root[..., :, None] * vh[..., :values, :], (0, 0, 0, rank - values))
     return LoRALayer(down.to(dtype), up.to(dtype), float(rank)), error
 
 

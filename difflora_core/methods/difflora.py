@@ -122,7 +122,7 @@ class DiffLoRAModel(nn.Module):
 
     @property
     def latent_space(self) -> str:
-        """Digest that tells latents of this model from another's of the same layout (ours).
+        """Digest by which latents of this model differ from another's of the same layout (ours).
 
         It covers the layout and the latent statistics, which every training run sets and every
         storage type keeps exactly.

@@ -1,4 +1,4 @@
-"""How well latents agree with photos, told from the DiT alone: no picture is drawn.
+"""How well latents agree with photos, by the DiT alone: no picture is drawn.
 
 Ours, after the diffusion classifier (arXiv:2303.16203): a latent is noised at several levels and
 the DiT restores it twice, with the photos' condition and without one. The more the condition helps,

@@ -272,8 +272,8 @@ def _source_sizes(config: MIFConfig) -> tuple[int, int, int]:
 
 def _average(x: Tensor, mask: Tensor) -> Tensor:
     """Mean over the photos that count, then L2 normalisation; (B, N, D) to (B, D)."""
-    kept = x.masked_fill(~mask[..., None], 0.0)
-    return F.normalize(kept.sum(1) / mask.sum(1, keepdim=True).clamp_min(1), dim=-1)
+    present = x.masked_fill(~mask[..., None], 0.0)
+    return F.normalize(present.sum(1) / mask.sum(1, keepdim=True).clamp_min(1), dim=-1)
 
 
 def _masked_softmax(logits: Tensor, usable: Tensor) -> Tensor:

@@ -135,9 +135,9 @@ def _with(
 def _without(library: Library, name: str) -> Library:
     """The library without one person."""
     row = library.find(check_name(name))
-    kept = [k for k in range(len(library)) if k != row]
-    people = tuple(library.people[k] for k in kept)
-    latents = replace(library.latents, z=library.latents.z[kept])
+    others = [k for k in range(len(library)) if k != row]
+    people = tuple(library.people[k] for k in others)
+    latents = replace(library.latents, z=library.latents.z[others])
     return replace(library, latents=latents, people=people)
 
 

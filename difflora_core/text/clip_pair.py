@@ -96,8 +96,8 @@ class ClipPairText:
         ids = torch.full((len(pieces), length), padding)
         for row, piece in enumerate(pieces):
             numbers = [self.special.start if isinstance(p, str) else p for p in piece]
-            marked = torch.tensor([self.special.start, *numbers, self.special.end])
-            ids[row, : len(marked)] = marked
+            whole = torch.tensor([self.special.start, *numbers, self.special.end])
+            ids[row, : len(whole)] = whole
         return ids
 
 

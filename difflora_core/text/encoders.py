@@ -51,7 +51,7 @@ class TextEncoders(Protocol):
     """A frozen pair of text encoders that can be taught words."""
 
     def tokens(self, text: str) -> list[int]:
-        """Token numbers of a text, without start and end marks."""
+        """Token numbers of a text, without start and end tokens."""
 
     def knows(self, word: str) -> bool:
         """True when a word has a token of its own already."""

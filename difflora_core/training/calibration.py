@@ -121,7 +121,7 @@ def record_attention(module: nn.Module, key_paths: Sequence[str]) -> Iterator[At
     parents = {path: module.get_submodule(path.removesuffix(".to_k")) for path in key_paths}
     record = AttentionRecord({path: int(parent.heads) for path, parent in parents.items()})  # type: ignore[arg-type]
 
-    def keep(store: dict[str, Tensor], path: str) -> Any:
+    def storing(store: dict[str, Tensor], path: str) -> Any:
         def hook(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             del layer, args
             store[path] = output
@@ -132,7 +132,7 @@ def record_attention(module: nn.Module, key_paths: Sequence[str]) -> Iterator[At
     for path, parent in parents.items():
         for store, leaf in ((record.queries, "to_q"), (record.keys, "to_k")):
             projection = parent.get_submodule(leaf)
-            handles.append(projection.register_forward_hook(keep(store, path)))
+            handles.append(projection.register_forward_hook(storing(store, path)))
     try:
         yield record
     finally:

@@ -34,7 +34,7 @@ HINT_SCALE = 8
 """Pixels of the control picture per latent; ComfyUI resizes it to that, by nearest pixel."""
 
 MARKER = "lora_controlnet"
-"""The key that tells ComfyUI what the file is."""
+"""The key by which ComfyUI knows what the file is."""
 
 _WHOLE = ("controlnet_cond_embedding.", "controlnet_down_blocks.", "controlnet_mid_block.")
 _LOW_RANK = ("conv_in.", "down_blocks.", "mid_block.")
@@ -215,8 +215,8 @@ def control_batches(
         latents = data.latents[index].float()
         # Places are settled early, so high noise comes more often (Eq. 4 of arXiv:2302.08453).
         late = stratified_timesteps(count, generator).double() / 1000
-        told = torch.rand(count, generator=generator) >= 0.1
-        known = zip(index.tolist(), told.tolist(), strict=True)
+        captioned = torch.rand(count, generator=generator) >= 0.1
+        known = zip(index.tolist(), captioned.tolist(), strict=True)
         text = base.encode_prompts([data.captions[k] if t else "" for k, t in known])
         coarse = bool(torch.rand((), generator=generator) < 0.5)
         return {

@@ -28,7 +28,7 @@ from .preprocess import (
 
 @dataclass(frozen=True)
 class FeatureSizes(Config):
-    """Sizes that tell encoders apart; a trained model keeps those of its own encoders.
+    """Sizes by which encoders differ; a trained model stores those of its own encoders.
 
     Attributes:
         face: Df, length of a face embedding.
@@ -214,19 +214,19 @@ def extract_features(
             f"{' '.join(notes)} Use a photo with one clear face, or set the missing-face policy "
             "to skip or image_only."
         )
-    keep = [row for row in rows if row[1] or options.on_missing == "image_only"]
-    if not keep:
+    left = [row for row in rows if row[1] or options.on_missing == "image_only"]
+    if not left:
         raise NoFaceError(
             f"{' '.join(notes)} No photo is left after skipping. Add a photo with a clear face, "
             "or set the missing-face policy to image_only."
         )
-    photos, faces = zip(*keep, strict=True)
-    kept = _KeptPhotos(photos, [pictures[i] for i in photos], list(faces), tuple(notes))
-    return _describe(kept, face_encoder.embedding_dim, image_encoder, options)
+    photos, faces = zip(*left, strict=True)
+    usable = _UsablePhotos(photos, [pictures[i] for i in photos], list(faces), tuple(notes))
+    return _describe(usable, face_encoder.embedding_dim, image_encoder, options)
 
 
 @dataclass(frozen=True)
-class _KeptPhotos:
+class _UsablePhotos:
     """The photos that go on, once for each face chosen in them."""
 
     photos: tuple[int, ...]
@@ -236,33 +236,33 @@ class _KeptPhotos:
 
 
 def _describe(
-    kept: _KeptPhotos, face_dim: int, image_encoder: ImageEncoder, options: FaceOptions
+    usable: _UsablePhotos, face_dim: int, image_encoder: ImageEncoder, options: FaceOptions
 ) -> ExtractedFeatures:
-    """Crop, encode and collect the kept photos."""
+    """Crop, encode and collect the usable photos."""
     blank = DetectedFace(
         torch.full((4,), torch.nan), 0.0, torch.full((5, 2), torch.nan), torch.zeros(face_dim)
     )
-    shown = [face or blank for face in kept.faces]
-    pairs = list(zip(kept.pictures, shown, strict=True))
+    shown = [face or blank for face in usable.faces]
+    pairs = list(zip(usable.pictures, shown, strict=True))
     crops = [_image_region(*pair, options, image_encoder.image_size) for pair in pairs]
     # One photo at a time: a matrix product may round differently in another batch size.
     encoded = [image_encoder.encode(crop[None]) for crop in crops]
     features = ImageFeatures(
         face=torch.stack([F.normalize(face.embedding, dim=0) for face in shown]),
-        face_found=torch.tensor([face is not None for face in kept.faces]),
+        face_found=torch.tensor([face is not None for face in usable.faces]),
         image=torch.cat([image for image, _ in encoded]).float(),
         image_tokens=torch.cat([tokens for _, tokens in encoded]).float(),
     )
     return ExtractedFeatures(
         features=features,
-        photos=kept.photos,
+        photos=usable.photos,
         crops=torch.stack(crops),
         aligned=torch.stack([_aligned(*pair) for pair in pairs]),
         boxes=torch.stack([face.box for face in shown]),
         keypoints=torch.stack([face.keypoints for face in shown]),
         scores=torch.tensor([face.score for face in shown]),
         face_masks=tuple(box_mask(face.box, *picture.shape[:2]) for picture, face in pairs),
-        notes=kept.notes,
+        notes=usable.notes,
     )
 
 

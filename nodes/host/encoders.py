@@ -102,7 +102,7 @@ def read_photos(
     mask: Tensor | None,
     options: FaceOptions,
 ) -> ExtractedFeatures:
-    """Features of photos with whichever encoders are connected; the node tells what it found.
+    """Features of photos with whichever encoders are connected; the node shows what it found.
 
     Raises:
         EncoderError: neither is connected, or one of them is something else.

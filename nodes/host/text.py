@@ -83,7 +83,7 @@ class ComfyText:
         return self.clip.tokenizer.clip_l
 
     def tokens(self, text: str) -> list[int]:
-        """Token numbers of a text, without start and end marks."""
+        """Token numbers of a text, without start and end tokens."""
         return list(self._first.tokenizer(text)["input_ids"][1:-1])
 
     def knows(self, word: str) -> bool:
@@ -194,8 +194,8 @@ class WordTokenizer:
         numbers = {word: f"difflora{k}" for k, word in enumerate(self.words)}
         pieces, end = [], 0
         for start, stop, word in find_words(text, list(self.words)):
-            mark = f" {self.plain.embedding_identifier}{numbers[word]} "
-            pieces += [text[end:start], mark]
+            embedding = f" {self.plain.embedding_identifier}{numbers[word]} "
+            pieces += [text[end:start], embedding]
             end = stop
         reader = copy.copy(self.plain)
         reader.embedding_directory = self.plain.embedding_directory or []

@@ -27,11 +27,11 @@ def test_what_the_words_do_not_say_is_hidden():
     unet, text = new_base(1)
     objective = words.WordsObjective(unet, text)
     first, second = tokenize(CAPTIONS)
-    told = torch.tensor([[True], [True], [True], [False]])
+    captioned = torch.tensor([[True], [True], [True], [False]])
     with torch.no_grad():
         hidden = torch.tensor([[True], [True], [False], [True]])
         looks = torch.randn(4, 2, 6, generator=torch.Generator().manual_seed(3))
-        batch = {"tokens_l": first, "tokens_g": second, "told": told, "hidden": hidden}
+        batch = {"tokens_l": first, "tokens_g": second, "captioned": captioned, "hidden": hidden}
         batch["looks"] = looks
         made = objective.condition(batch)
         own = BaseObjective(unet, text).condition(batch)
@@ -47,7 +47,7 @@ def test_what_the_words_do_not_say_is_hidden():
             if said in (hat, cat):
                 second_thing = row == 0 and said == cat
                 source = source + objective.names(looks[row, int(second_thing)])
-            if k >= end and told[row]:
+            if k >= end and captioned[row]:
                 source = own.context[other, min(76, max(0, ends[other] + k - end))]
             torch.testing.assert_close(made.context[row, k], source)
     assert torch.equal(made.pooled, own.pooled)
@@ -67,16 +67,16 @@ def test_batches_mix_portraits_and_named_things():
     batch = words.word_batches((shown, pool), things, 400)(generator)
     which, of_things = batch["latents"][:, 0, 0, 0] % 10, batch["latents"][:, 0, 0, 0] >= 10
     assert of_things.float().mean() == pytest.approx(words.PAIR_SHARE)
-    assert 0.05 < (~batch["told"]).float().mean() < 0.15
+    assert 0.05 < (~batch["captioned"]).float().mean() < 0.15
     for row, number in enumerate(which.long().tolist()):
-        said = (pairs if of_things[row] else captions)[number] if batch["told"][row] else ""
+        said = (pairs if of_things[row] else captions)[number] if batch["captioned"][row] else ""
         assert torch.equal(batch["tokens_l"][row], tokenize([said])[0][0])
         weight = 1 + words.THING_WEIGHT * masks[number] if of_things[row] else torch.ones(16, 16)
         torch.testing.assert_close(batch["weights"][row, 0], weight)
         named = batch["looks"][row].abs().sum() > 0
         if named:
             assert of_things[row]
-            assert batch["told"][row]
+            assert batch["captioned"][row]
             assert batch["hidden"][row]
             torch.testing.assert_close(batch["looks"][row], 2 * paint[number] - 1)
     share = (batch["looks"].abs().sum((1, 2)) > 0)[of_things].float().mean()
@@ -163,8 +163,8 @@ def test_looks_keep_away_from_what_is_taught():
         unnamed = torch.tensor([not said for said in looks.said])
         assert apart[unnamed].min() >= TAUGHT_DISTANCE - 1e-6
         assert apart.min() > 0.15
-    told = {len(said.split()) for said in looks.said}
-    assert told == {0, 1, 3}
+    lengths = {len(said.split()) for said in looks.said}
+    assert lengths == {0, 1, 3}
 
 
 def test_things_are_drawn_and_told():

@@ -104,7 +104,7 @@ def test_captions_use_known_words() -> None:
 
 
 def test_unknown_words_and_long_prompts() -> None:
-    """A foreign word becomes the unknown word; a prompt is cut at 77 tokens with its end mark."""
+    """A foreign word becomes the unknown word; a prompt is cut at 77 tokens with its end token."""
     first, second = tokenize(["photo of a zeppelin", "red " * 200])
     assert (first[0] == UNKNOWN).sum() == 1
     assert first.shape == second.shape == (2, 77)

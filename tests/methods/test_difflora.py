@@ -93,7 +93,7 @@ def test_latent_of_another_model_of_this_layout_is_refused(model, person) -> Non
     for use in (model.decode, lambda x: model.sample_latent(None, [1], initial=x)):
         with pytest.raises(LayoutError, match="another DiffLoRA model"):
             use(latent)
-    model.decode(replace(latent, space=""))  # from before the mark: taken on trust
+    model.decode(replace(latent, space=""))  # from before the digest: taken on trust
 
 
 def test_variations_from_the_person_to_nobody_left(model, person) -> None:

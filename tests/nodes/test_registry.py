@@ -100,7 +100,7 @@ def test_installed_pack_is_complete(installed, comfy):
     templates = installed.client.get("/workflow_templates")["difflora"]
     assert set(templates) == {path.stem for path in WORKFLOWS}
     photos = {path.name for path in (PACK / "workflows").glob("difflora_demo_*.png")}
-    assert photos <= {path.name for path in installed.input_directory.iterdir()}
+    assert photos <= {path.name for path in (installed.base_directory / "input").iterdir()}
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)

@@ -41,9 +41,9 @@ def lora_of(model, seed=1):
 def test_a_lora_of_the_model_is_found_again(changes):
     model = network(**changes)
     fitted = fit_latent(model, lora_of(model), 150)
-    assert fitted.kept > 0.98
+    assert fitted.agreement > 0.98
     assert fitted.latent.space == model.latent_space
-    assert fit_latent(model, lora_of(model), 0).kept < fitted.kept
+    assert fit_latent(model, lora_of(model), 0).agreement < fitted.agreement
 
 
 def test_factors_are_a_matter_of_taste():
@@ -69,7 +69,7 @@ def test_a_poor_encoder_does_not_spoil_the_latent():
         model.lae.encoder.latent_out.bias.fill_(2.0)  # what the encoder makes up
         assert model.encode(weights).z.flatten()[6:].norm() > 2.0
     fitted = fit_latent(model, weights, 150)
-    assert fitted.kept > 0.98
+    assert fitted.agreement > 0.98
     assert fitted.latent.z.flatten()[6:].norm() < 1.0
 
 
@@ -81,7 +81,7 @@ def test_a_foreign_lora_keeps_only_a_part():
             for s in LAYOUT
         }
     )
-    kept = [fit_latent(model, foreign, steps).kept for steps in (0, 100)]
+    kept = [fit_latent(model, foreign, steps).agreement for steps in (0, 100)]
     assert kept[0] < kept[1] < 0.9
 
 
@@ -90,7 +90,7 @@ def test_a_mirror_encoder_is_believed_about_trained_loras_alone():
     with torch.no_grad():
         model.lae.encoder.mean_out.weight.normal_(0, 0.1, generator=g)
     made = fit_latent(model, lora_of(model), 150)
-    assert made.kept > 0.98
+    assert made.agreement > 0.98
     trained = LoRAWeights(
         {
             name: LoRALayer(
@@ -109,7 +109,9 @@ def test_works_in_inference_mode_and_reports_steps():
     with torch.inference_mode():
         model = network()
         weights = lora_of(model)
-        fitted = fit_latent(model, weights, 4, lambda step, total, z: seen.append((step, total)))
+        fitted = fit_latent(
+            model, weights, 4, lambda step, total, metrics: seen.append((step, total))
+        )
         assert model.decode(fitted.latent).batch_shape == (1,)
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert not fitted.latent.z.requires_grad
@@ -119,7 +121,7 @@ def test_progress_may_stop_it():
     class Stop(Exception):
         pass
 
-    def stop(step, total, z):
+    def stop(step, total, metrics):
         raise Stop
 
     with pytest.raises(Stop):

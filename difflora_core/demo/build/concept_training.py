@@ -1,4 +1,4 @@
-"""What a demo concept is taught from: its pictures, masked, each under several wordings."""
+"""The training set of a demo concept: its pictures, masked, each under several wordings."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ TRAINING = PerfusionTraining(steps=400, value_rate=0.1, word_rate=0.001, reach=0
 """Of the demo's words, chosen on validation concepts for pictures drawn with guidance 2."""
 
 
-def concept_lesson(
+def concept_training_set(
     base: BaseModel,
     text: TextEncoders,
     covariance: Covariance,
     concept: DemoConcept,
     photos: ConceptPictures,
 ) -> tuple[ConceptTask, ConceptExamples]:
-    """The task of teaching one word, and its pictures.
+    """The task of training one word, and its pictures.
 
     Args:
         base: the demo base.
         text: its text encoders.
         covariance: C of these.
-        concept: what is taught.
-        photos: of it; each is taught under all `wordings` of its prompt.
+        concept: what is trained.
+        photos: of it; each is seen under all `wordings` of its prompt.
     """
     words = [NewWord(concept.word, concept.kind)]
     prompts = [wordings(prompt) for prompt in photos.prompts]

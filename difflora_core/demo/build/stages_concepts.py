@@ -32,7 +32,7 @@ from ..networks.views import attribute_labels
 from ..world.concept_examples import SHIPPED, SHIPPED_PHOTOS, concept_photos
 from ..world.concepts import CONCEPTS, DemoConcept, render_concept
 from ..world.identities import split_seeds
-from .concept_training import TRAINING, concept_lesson
+from .concept_training import TRAINING, concept_training_set
 from .stages import Figures, validation_pool
 from .stages_faces import judge_pool
 
@@ -60,7 +60,7 @@ def judge(progress: Progress) -> Figures:
 def prompt_judge(progress: Progress) -> Figures:
     """Train the classifier that says whether pictures of taught words show the rest of the prompt.
 
-    Half of its pictures went through the VAE, which blurs what tells a sad face from a neutral one.
+    Half of its pictures went through the VAE, which makes a sad face more like a neutral one.
     The figures are its shares of right answers on pictures of other people.
     """
     base, pool = load_base(paths.BASE), judge_pool().head(PROMPT_PICTURES)
@@ -90,7 +90,7 @@ def concepts(progress: Progress) -> Figures:
 
     def teach(name: str, concept: DemoConcept, folder: Path) -> None:
         photos = concept_photos(concept, SHIPPED_PHOTOS)
-        task, examples = concept_lesson(base, text, covariance, concept, photos)
+        task, examples = concept_training_set(base, text, covariance, concept, photos)
         result = run_adaptation(
             PerfusionObjective(task, TRAINING),
             examples,

@@ -1,10 +1,10 @@
 """The demo base, trained on to read a prompt word by word, as SDXL does.
 
-Trained from nothing on short captions, a small base finds everything in the prompt's end mark,
-where causal text encoders sum it up, and looks at no word. Then nothing can be taught through a
-word either. So its attention and text encoders learn on while every caption ends with the
-end mark and padding of another one: what is drawn has to come from the words themselves. The finest
-level of its UNet learns with them: it paints what is smaller than a few latent pixels.
+Trained from nothing on short captions, a small base finds everything in the prompt's end token,
+where causal text encoders sum it up, and looks at no word. Then nothing can be learned through a
+word either. So its attention and text encoders train on while every caption ends with the end
+token and padding of another one: what is drawn has to come from the words themselves. The finest
+level of its UNet trains with them: it paints what is smaller than a few latent pixels.
 
 Its new pictures show two things each, in one colour, in two that the caption names ("a red and
 blue hat"), or in any two that it does not name ("a hat"): a base that draws hats of one kind only
@@ -78,11 +78,12 @@ LOOP = LoopConfig(
 
 
 class WordsObjective(BaseObjective):
-    """The base's own loss under captions whose end marks and padding belong to other captions.
+    """The base's own loss under captions whose end tokens and padding belong to other captions.
 
-    Batches also say for every caption (B, 1) whether it is `told` or empty, and whether its words
-    for colours are `hidden` from the UNet: those positions show the start mark. `looks` (B, 2, 6),
-    -1 to 1, are the colours that the first two words of things stand for; zeros say nothing.
+    Batches also say of every picture (B, 1) whether it is `captioned`, or has an empty caption, and
+    whether the words for colours are `hidden` from the UNet: those positions show the start token.
+    `looks` (B, 2, 6), -1 to 1, are the colours that the first two words of things stand for; zeros
+    say nothing.
     """
 
     def __init__(self, unet: UNet2DConditionModel, text: DemoText) -> None:
@@ -98,7 +99,7 @@ class WordsObjective(BaseObjective):
         other = torch.arange(len(end), device=end.device).roll(1)[:, None]
         index = torch.arange(own.context.shape[1], device=end.device)[None]
         source = (end[other[:, 0]] + index - end).clamp(0, own.context.shape[1] - 1)
-        foreign = (index >= end) & batch["told"]
+        foreign = (index >= end) & batch["captioned"]
         context = torch.where(foreign[..., None], own.context[other, source], own.context)
         colour = torch.isin(batch["tokens_l"], COLOUR_WORDS.to(end.device)) & batch["hidden"]
         context = torch.where(colour[..., None], context[:, :1], context)
@@ -134,16 +135,16 @@ def word_batches(
             parts.append([column[index] for column in columns])
         order = torch.randperm(batch, generator=generator)
         z, masks, looks, first, second = (torch.cat(c)[order] for c in zip(*parts, strict=True))
-        told = torch.rand(batch, 1, generator=generator) >= 0.1
+        captioned = torch.rand(batch, 1, generator=generator) >= 0.1
         hidden = torch.rand(batch, 1, generator=generator) < HIDDEN_SHARE
-        named = told & hidden & (torch.rand(batch, 1, generator=generator) < NAMED_SHARE)
+        named = captioned & hidden & (torch.rand(batch, 1, generator=generator) < NAMED_SHARE)
         return {
             "latents": z,
             "noise": torch.randn(z.shape, generator=generator),
             "timesteps": stratified_timesteps(batch, generator),
-            "tokens_l": torch.where(told, first, empty[0]),
-            "tokens_g": torch.where(told, second, empty[1]),
-            "told": told,
+            "tokens_l": torch.where(captioned, first, empty[0]),
+            "tokens_g": torch.where(captioned, second, empty[1]),
+            "captioned": captioned,
             "hidden": hidden,
             "looks": looks * named[..., None],
             "weights": 1 + THING_WEIGHT * masks[:, None],
@@ -207,28 +208,28 @@ def words(progress: Progress) -> Figures:
     portraits = pool_latents(base.vae, "train", pool), pool
     things = thing_latents(base.vae)
     held_out = pool_latents(base.vae, "validation", unseen)
-    told = BaseObjective(base.unet, text)
-    before = base_loss(told, held_out, unseen)
+    plain = BaseObjective(base.unet, text)
+    before = base_loss(plain, held_out, unseen)
     # On a CPU plain attention trains faster than the fused kernel, whose backward is slow.
     base.unet.set_attn_processor(AttnProcessor())
     objective = WordsObjective(base.unet, text)
-    mark = fingerprint(portraits[0], pool.captions, things, BATCH, PAIR_SHARE, THING_WEIGHT)
-    # Captions end with the end marks of others in the batch, so it is never split.
-    hooks = Hooks(progress, splits=False, fingerprint=mark)
+    facts = (portraits[0], pool.captions, things, BATCH, PAIR_SHARE, THING_WEIGHT)
+    # Captions end with the end tokens of others in the batch, so it is never split.
+    hooks = Hooks(progress, splits=False, fingerprint=fingerprint(*facts))
     train(objective, word_batches(portraits, things, BATCH), LOOP, paths.BUILD / "words", hooks)
     write_words(paths.WORDS, paths.BASE, base.unet, text)
     return {
-        "validation_loss": base_loss(told, held_out, unseen),
+        "validation_loss": base_loss(plain, held_out, unseen),
         "validation_loss_before": before,
     }
 
 
 def write_words(path: Path, base: Path, unet: UNet2DConditionModel, text: DemoText) -> None:
     """Write what differs from a base's file under its names, for `load_base(base, words)`."""
-    told = load_file(base)
+    old = load_file(base)
     tensors = {
         key: tensor
         for key, tensor in stored_tensors(unet, text).items()
-        if not torch.equal(tensor.half(), told[key])
+        if not torch.equal(tensor.half(), old[key])
     }
     write_half(path, tensors, {"format": "difflora-demo-words-1"})

@@ -186,12 +186,12 @@ class ComfyClient:
 
     def upload_picture(self, path: Path) -> str:
         """Puts a picture file into ComfyUI's input folder and returns its name for LoadImage."""
-        mark = uuid.uuid4().hex
-        part = f"--{mark}\r\nContent-Disposition: form-data; name="
+        boundary = uuid.uuid4().hex
+        part = f"--{boundary}\r\nContent-Disposition: form-data; name="
         head = f'{part}"overwrite"\r\n\r\ntrue\r\n'
         head += f'{part}"image"; filename="{path.name}"\r\n'
-        body = head.encode() + b"\r\n" + path.read_bytes() + f"\r\n--{mark}--\r\n".encode()
-        kind = f"multipart/form-data; boundary={mark}"
+        body = head.encode() + b"\r\n" + path.read_bytes() + f"\r\n--{boundary}--\r\n".encode()
+        kind = f"multipart/form-data; boundary={boundary}"
         answer = json.loads(self._request("/upload/image", body, kind))
         return str(answer["name"])
 

@@ -92,11 +92,6 @@ class ComfyServer:
         self.stop()
 
     @property
-    def input_directory(self) -> Path:
-        """Where LoadImage looks for pictures."""
-        return self.base_directory / "input"
-
-    @property
     def output_directory(self) -> Path:
         """Where save nodes write."""
         return self.base_directory / "output"
@@ -211,7 +206,7 @@ class ComfyServer:
         """ComfyUI only logs that it dropped a pack; here that is an error."""
         folder = str(self.base_directory / "custom_nodes")
         for line in self.log_file.read_text(errors="replace").splitlines():
-            if folder in line and any(mark in line for mark in FAILED_PACK):
+            if folder in line and any(phrase in line for phrase in FAILED_PACK):
                 raise ComfyServerError(f"ComfyUI did not load the pack: {line.strip()}")
 
 

@@ -135,14 +135,15 @@ class ClipVisionTraining(nn.Module):
         self.spread = self.truth.std(0)
 
     def run(self, folder: Path, progress: Progress | None = None) -> None:
-        """Train the model in place; `folder` keeps the state of a stopped run."""
+        """Train the model in place; `folder` holds the state of a stopped run."""
         layers = [
             weight
             for name, weight in self.model.named_parameters()
             if weight.ndim == 2 and ".layers." in name
         ]
-        mark = fingerprint(self.recipe, self.pool.images)
-        hooks = Hooks(progress, matrices=layers, fingerprint=mark)
+        hooks = Hooks(
+            progress, matrices=layers, fingerprint=fingerprint(self.recipe, self.pool.images)
+        )
         self.model.train()
         fit(self, ByStep(self.draw, self.generator), self.recipe.schedule, folder, hooks)
         self.model.eval()

@@ -76,11 +76,11 @@ class ThingReader(nn.Module):
 
 
 class ConceptJudge:
-    """Tells concepts apart.
+    """Recognises concepts among things in plain colours.
 
     Args:
         network: reads things.
-        concepts: what it tells apart, and from things in plain colours, whose words these are.
+        concepts: what it recognises; a thing in a plain colour has the colour's word.
     """
 
     def __init__(self, network: ThingReader, concepts: Sequence[DemoConcept] = KNOWN) -> None:
@@ -137,8 +137,8 @@ def judge_pictures(
                 progress(start, PICTURES, {})
         rows = zip(("images", "there", "paint"), zip(*parts, strict=True), strict=True)
         write_atomic({name: torch.cat(row) for name, row in rows}, {}, path)
-    kept = load_file(path)
-    return kept["images"], kept["there"], kept["paint"]
+    stored = load_file(path)
+    return stored["images"], stored["there"], stored["paint"]
 
 
 def _chunk(start: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,7 +194,7 @@ def train_concept_judge(
     recipe: JudgeRecipe = RECIPE,
     progress: Progress | None = None,
 ) -> ConceptJudge:
-    """Train the judge on `judge_pictures` and write it; `run` keeps the training's state."""
+    """Train the judge on `judge_pictures` and write it; `run` holds the training's state."""
     training = ThingTraining(pictures, recipe)
     lay_out(training.model.train(), torch.channels_last)
     hooks = Hooks(progress, fingerprint=fingerprint(recipe, pictures))
@@ -204,7 +204,7 @@ def train_concept_judge(
 
 
 def load_concept_judge(path: Path, concepts: Sequence[DemoConcept] = KNOWN) -> ConceptJudge:
-    """Read the shipped judge; `concepts` are those that it tells apart."""
+    """Read the shipped judge; `concepts` are those that it recognises."""
     recipe, tensors = read_judge(path)
     network = ThingReader(tuple(recipe["widths"]))
     network.load_state_dict(tensors)

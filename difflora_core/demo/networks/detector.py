@@ -10,7 +10,6 @@ It has seen rendered pictures only: on pure pixel noise it finds faces that are 
 
 from __future__ import annotations
 
-import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -38,8 +37,6 @@ from ..world.renderer import (
 from .detector_targets import ANCHORS, STRIDES, assign, detection_loss
 from .recogniser import describe_onnx, export_onnx
 from .views import Schedule, as_planes, convolution_block, fit, initialise, lay_out, uniform, warp
-
-logger = logging.getLogger(__name__)
 
 FILE_NAME = "det_demo.onnx"
 
@@ -152,9 +149,7 @@ class DetectorTraining(nn.Module):
         self.recipe, self.pools = recipe, (portraits, wide)
         self.model = Detector(recipe.widths)
         initialise(self.model, recipe.seed)
-        with (
-            torch.no_grad()
-        ):  # faces are rare: start from "no face", as the focal loss's paper does
+        with torch.no_grad():  # faces are rare: start from "no face" (arXiv 1708.02002, 4.1)
             for name, value in self.model.heads.named_parameters():
                 if name.endswith("bias"):
                     value.view(ANCHORS, 15)[:, 0] = -3
@@ -162,11 +157,11 @@ class DetectorTraining(nn.Module):
         self.empty = empty_pictures(1000, self.generator)
 
     def run(self, folder: Path, progress: Progress | None = None) -> None:
-        """Train the model in place; `folder` keeps the state of a stopped run."""
+        """Train the model in place; `folder` holds the state of a stopped run."""
         lay_out(self.model.train(), torch.channels_last)
-        mark = fingerprint(self.recipe, *(pool.images for pool in self.pools))
-        draw = ByStep(self.draw, self.generator)
-        fit(self, draw, self.recipe.schedule, folder, Hooks(progress, fingerprint=mark))
+        pictures = [pool.images for pool in self.pools]
+        hooks = Hooks(progress, fingerprint=fingerprint(self.recipe, *pictures))
+        fit(self, ByStep(self.draw, self.generator), self.recipe.schedule, folder, hooks)
         self.model.eval()
 
     def draw(self, step: int) -> dict[str, Tensor]:

@@ -160,19 +160,18 @@ class JudgeTraining(nn.Module):
         initialise(self.model, recipe.seed)
         self.generator = torch.Generator().manual_seed(recipe.seed + 1)
         self.labels = attribute_labels(pool.scenes)
-        kept = self.labels["look"] != LOOKS.index("painting")
-        kept |= torch.rand(len(pool), generator=self.generator) < recipe.paintings
-        self.index = kept.nonzero().flatten()
+        chosen = self.labels["look"] != LOOKS.index("painting")
+        chosen |= torch.rand(len(pool), generator=self.generator) < recipe.paintings
+        self.index = chosen.nonzero().flatten()
         self.sampler = PersonSampler(pool.identities[self.index], self.generator)
         self.truth = pool.parameters()
         self.spread = self.truth.std(0)
 
     def run(self, folder: Path, progress: Progress | None = None) -> None:
-        """Train the model in place; `folder` keeps the state of a stopped run."""
+        """Train the model in place; `folder` holds the state of a stopped run."""
         lay_out(self.model.train(), torch.channels_last)
-        mark = fingerprint(self.name, self.recipe, self.pool.images)
-        draw = ByStep(self.draw, self.generator)
-        fit(self, draw, self.recipe.schedule, folder, Hooks(progress, fingerprint=mark))
+        hooks = Hooks(progress, fingerprint=fingerprint(self.name, self.recipe, self.pool.images))
+        fit(self, ByStep(self.draw, self.generator), self.recipe.schedule, folder, hooks)
         if self.name == "parameters":  # it was trained on parameters of unit deviation
             with torch.no_grad():
                 self.model.read.weight.mul_(self.spread[:, None])

@@ -137,7 +137,7 @@ class RecogniserTraining(nn.Module):
         self.spread = self.truth.std(0)
 
     def run(self, folder: Path, progress: Progress | None = None) -> None:
-        """Train the model in place; `folder` keeps the state of a stopped run."""
+        """Train the model in place; `folder` holds the state of a stopped run."""
         lay_out(self.model.train(), torch.channels_last)
         hooks = Hooks(progress, fingerprint=fingerprint(self.recipe, self.pool.images))
         draw = ByStep(self.draw, self.generator)
@@ -173,7 +173,7 @@ class RecogniserTraining(nn.Module):
 
 
 def recognition_figures(embeddings: Tensor, identities: Tensor) -> dict[str, float]:
-    """How well embeddings tell people apart.
+    """How well embeddings recognise people.
 
     Args:
         embeddings: (M, E), several pictures of each person.

@@ -39,7 +39,7 @@ CLIP_NUMBERS = {
         "with:593 woman:2308 yellow:4481 young:1888"
     ).split()
 )
-"""Every word we know (the first four are marks) and its number in CLIP's vocabulary."""
+"""Every word we know (the first four are special tokens) and its number in CLIP's vocabulary."""
 
 _WORDS = list(CLIP_NUMBERS)
 
@@ -52,7 +52,7 @@ def clip_numbers() -> Tensor:
 def tokenize(captions: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Captions as our token numbers for both encoders: two (B, 77) int64 tensors.
 
-    The first encoder pads with the end mark, the second with "!", as SDXL's do.
+    The first encoder pads with the end token, the second with "!", as SDXL's do.
     """
     first = torch.full((len(captions), LENGTH), END)
     second = torch.full((len(captions), LENGTH), PAD)

@@ -225,13 +225,13 @@ def draw_item(painter: Painter, pose: Pose) -> None:
     colour = palette(COLOURS, pose.item_colour) if paint is None else paint[:, 0]
     shape = pose.item_shape[:, None, None]
     for index, draw in enumerate((_hat, _cup, _cat, _flower), start=1):
-        kept = painter.visible
-        painter.visible = kept * (pose.item == index).float()[:, None, None]
+        before = painter.visible
+        painter.visible = before * (pose.item == index).float()[:, None, None]
         if bool(painter.visible.any()):
             draw(painter, colour, shape)
             if paint is not None:
                 painter.fill(painter.cover(_accent(painter, index)), paint[:, 1])
-        painter.visible = kept
+        painter.visible = before
 
 
 def _accent(painter: Painter, index: int) -> Tensor:

@@ -186,7 +186,7 @@ def render_pairs(left: Sequence[int], right: Sequence[int], pictures: Sequence[i
 
 
 def describe_person(parameters: Tensor, draw: float) -> str:
-    """A person in words, as a caption writer would put it; `draw` in [0, 1) varies what is told."""
+    """A person in words, as a caption writer would put it; `draw` in [0, 1) varies what it says."""
     p = dict(zip(PARAMETERS, parameters.tolist(), strict=True))
     length = "long" if p["hair_length"] > 0.25 else "short" if p["hair_length"] < -0.25 else ""
     shade = "red" if p["hair_red"] > 0.4 else "blonde" if p["hair_light"] > 0.3 else "dark"

@@ -15,7 +15,7 @@ from ..distance import layer_inner_product
 from ..layout import LayerShape, LoRALayout
 from ..weights import LoRALayer, LoRAWeights
 
-# Width of the text context tells the base model family of a cross-attention key or value layer.
+# Width of the text context gives the base model family of a cross-attention key or value layer.
 _CONTEXT_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
 
 
@@ -130,12 +130,12 @@ def conform(
 
 
 def total_error(weights: LoRAWeights, errors: Mapping[str, float]) -> float:
-    """Relative error of all layers together, from the kept deltas and the per-layer errors."""
+    """Relative error of all layers together, from the stored deltas and the per-layer errors."""
     lost = whole = 0.0
     for name, layer in weights.layers.items():
-        kept = float(layer_inner_product(layer, layer))
+        stored = float(layer_inner_product(layer, layer))
         share = errors.get(name, 0.0) ** 2
-        total = kept / max(1 - share, 1e-12)
+        total = stored / max(1 - share, 1e-12)
         whole += total
         lost += total * share
     return math.sqrt(lost / whole) if whole > 0 else 0.0

@@ -3,7 +3,7 @@
 Adam steps through the decoder, as weights2weights (arXiv:2406.09413) inverts by optimising
 coefficients. They start twice, from the encoder's answer and from the average person: the decoder
 hears some directions of the latent hardly at all, and what a poor encoder puts there would stay.
-The prior of the latents, a standard normal one, weighs just enough to tell equal LoRAs apart.
+The prior of the latents, a standard normal one, weighs just enough to decide between equal LoRAs.
 
 Nearest in delta W is the right answer for a LoRA that the decoder can make. In a LoRA that was
 trained on pictures most of delta W is a fit to those pictures, and what is nearest to that is
@@ -25,12 +25,11 @@ from ...lora.weights import LoRALayer, LoRAWeights
 from ...methods.difflora import DiffLoRAModel
 from ...models.lae.autoencoder import LoRALatent
 from ...models.lae.structured import MirrorEncoder
+from ..hooks import Progress
 
 LEARNING_RATE = 0.1  # latents have unit spread
 NATIVE = 0.8  # agreement from which a LoRA counts as one that the decoder can make
 PRIOR_WEIGHT = 1e-5  # of |z|^2 beside the squared relative error of delta W
-
-Progress = Callable[[int, int, Tensor], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,11 +38,11 @@ class FittedLatent:
 
     Attributes:
         latent: (1, K, Dz).
-        kept: cosine between the two delta W, 1 for the same direction.
+        agreement: cosine between the two delta W, 1 for the same direction.
     """
 
     latent: LoRALatent
-    kept: float
+    agreement: float
 
 
 def fit_latent(
@@ -55,7 +54,7 @@ def fit_latent(
         model: its autoencoder; it may have been loaded in inference mode.
         weights: one LoRA of the model's layout.
         steps: Adam steps, 0 takes the encoder's answer.
-        progress: called as `progress(step, total, z)`; may raise to interrupt.
+        progress: called as (step, steps, metrics) with the lowest loss; may raise to interrupt.
 
     Raises:
         LayoutError: the LoRA belongs to another layout, or changes nothing.
@@ -86,7 +85,7 @@ def fit_latent(
             return fitted(read)
         ends = _descend(loss, torch.cat([read, torch.zeros_like(read)]), steps, progress)
         nearest = fitted(ends[loss(ends).argmin()][None])
-        foreign = isinstance(lae.encoder, MirrorEncoder) and nearest.kept < NATIVE
+        foreign = isinstance(lae.encoder, MirrorEncoder) and nearest.agreement < NATIVE
         return fitted(read) if foreign else nearest
 
 
@@ -113,9 +112,10 @@ def _descend(
     falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, steps)
     for step in range(steps):
         optimizer.zero_grad()
-        loss(z).sum().backward()
+        losses = loss(z)
+        losses.sum().backward()
         optimizer.step()
         falling.step()
         if progress is not None:
-            progress(step + 1, steps, z.detach())
+            progress(step + 1, steps, {"loss": float(losses.detach().min())})
     return z.detach()

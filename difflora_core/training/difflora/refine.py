@@ -1,7 +1,7 @@
 """Refinement: a few DreamBooth steps on the reference photos, from a predicted LoRA.
 
 HyperDreamBooth (arXiv:2307.06949, section 4.3) tunes its prediction for 40 steps at a higher rank;
-HyperLoRA advises 50. Ours takes 25 steps at the rank of the prediction unless told otherwise.
+HyperLoRA advises 50. Ours takes 25 steps at the rank of the prediction by default.
 """
 
 from __future__ import annotations
