@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,9 +48,6 @@ class DiffLoRAModel(nn.Module):
         operations: namespace of layer classes (a host may pass weight-casting ones).
         generator: draws the initial weights.
     """
-
-    name: ClassVar[str] = "difflora"
-    Config: ClassVar[type[Any]] = DiffLoRAConfig
 
     def __init__(
         self,

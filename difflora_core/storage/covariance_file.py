@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-
 from ..errors import CheckpointError, ConfigError
 from ..text.covariance import Covariance
-from .safetensors_io import read_header, write_atomic
+from .safetensors_io import read_header, read_tensors, write_atomic
 
 FORMAT = "difflora-covariance"
 FORMAT_VERSION = 1
@@ -62,11 +59,8 @@ def read_covariance(path: str | Path) -> Covariance:
         tokens, ridge = int(document["tokens"]), float(document["ridge"])
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
         raise CheckpointError(f"{path.name}: its description is damaged ({error}).") from error
+    tensors = read_tensors(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            matrix, probe = file.get_tensor("matrix"), file.get_tensor("probe")
-        return Covariance(matrix.to(torch.float32), tokens, ridge, probe)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path.name} cannot be read: {error}.") from error
+        return Covariance(tensors["matrix"], tokens, ridge, tensors["probe"])
     except ConfigError as error:
         raise CheckpointError(f"{path.name}: {error}") from error

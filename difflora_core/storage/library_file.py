@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import CheckpointError, LibraryError
 from ..models.lae.autoencoder import LoRALatent
-from .safetensors_io import Header, read_header, write_atomic
+from .safetensors_io import Header, read_header, read_tensors, write_atomic
 from .thumbnail import MAX_PICTURE_BYTES
 
 FORMAT, VERSION, METADATA_KEY = "difflora_library", 1, "difflora_library"
@@ -100,10 +98,7 @@ def read_library(path: str | Path) -> Library:
     if path.stat().st_size > MAX_FILE_BYTES:
         raise LibraryError(f"{path.name} is larger than any identity library (1 GiB).")
     facts = _facts(path, header)
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise LibraryError(f"{path.name} cannot be read: {error}.") from error
+    tensors = read_tensors(path, LibraryError)
     if not bool(torch.isfinite(tensors["latents"]).all()):
         raise LibraryError(f"{path.name} holds identities that are not numbers; it is damaged.")
     people = tuple(

@@ -6,31 +6,26 @@ metadata record has no place for them.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .. import __version__
-from ..errors import LoRAFileError
+from ..errors import CheckpointError, LoRAFileError
 from ..lora.formats.report import ReadResult
 from ..lora.formats.state_dict import from_state_dict, to_state_dict
 from ..lora.formats.stems import Names, Naming
 from ..lora.layout import LoRALayout
 from ..lora.weights import LoRAWeights
-from .safetensors_io import read_header
+from .safetensors_io import read_file, write_atomic
 
 # base family of a layout: (modelspec.architecture, ss_base_model_version)
 _FAMILIES = {
     "sdxl": ("stable-diffusion-xl-v1-base/lora", "sdxl_base_v1-0"),
-    "sd15": ("stable-diffusion-v1/lora", "sd_v1"),
 }
 
 
@@ -117,7 +112,7 @@ def write_lora_file(
         weights: one LoRA that fits the layout.
         layout: names the base model and its layers.
         info: what the metadata says.
-        naming: key names, see ``lora.keys.to_state_dict``.
+        naming: key names, see ``lora.formats.state_dict.to_state_dict``.
         dtype: of the factors; float16 is what LoRA files usually hold.
 
     Returns:
@@ -134,19 +129,11 @@ def write_lora_file(
     layout.check(weights)
     state = to_state_dict(weights, naming, layout, dtype)
     metadata = lora_metadata(weights, layout.base, info)
-    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(".part", f".{path.stem}", path.parent)
-        os.close(handle)
-        save_file(state, temporary, metadata=metadata)
-        os.chmod(temporary, 0o644)  # safetensors and mkstemp leave 0600; other users share folders
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise LoRAFileError(f"The LoRA could not be written to {path}: {error}.") from error
-    return path
+        return write_atomic(state, metadata, path)
+    except CheckpointError as error:
+        cause = error.__cause__
+        raise LoRAFileError(f"The LoRA could not be written to {path}: {cause}.") from cause
 
 
 def read_lora_file(path: str | Path) -> LoRAFile:
@@ -155,12 +142,7 @@ def read_lora_file(path: str | Path) -> LoRAFile:
     Raises:
         LoRAFileError: when the file is missing, truncated, not safetensors, or inconsistent.
     """
-    path = Path(path)
-    metadata = read_header(path, "LoRA file", LoRAFileError).metadata
-    try:
-        return LoRAFile(load_file(path), metadata)
-    except (OSError, SafetensorError) as error:
-        raise LoRAFileError(f"{path.name} cannot be read: {error}.") from error
+    return LoRAFile(*read_file(Path(path), "LoRA file", LoRAFileError))
 
 
 def load_lora(path: str | Path, names: Names, rank: int | None = None) -> ReadResult:
@@ -168,7 +150,7 @@ def load_lora(path: str | Path, names: Names, rank: int | None = None) -> ReadRe
 
     Args:
         path: a .safetensors file of any known key family.
-        names: layout or name map, see ``lora.keys.from_state_dict``.
+        names: layout or name map, see ``lora.formats.state_dict.from_state_dict``.
         rank: rank for LoKr, LoHa and whole weight changes.
 
     Raises:

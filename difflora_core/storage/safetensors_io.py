@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import CheckpointError, DiffLoRAError
@@ -76,6 +76,35 @@ def read_header(path: Path, kind: str, error: type[DiffLoRAError]) -> Header:
     metadata = header.pop("__metadata__", None) or {}
     tensors = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
     return Header(tensors, metadata)
+
+
+def read_tensors(path: Path, error: type[DiffLoRAError] = CheckpointError) -> dict[str, Tensor]:
+    """All tensors of a file whose header `read_header` accepted.
+
+    Raises:
+        DiffLoRAError: as `error`: the file cannot be read.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as damage:
+        raise error(f"{path.name} cannot be read: {damage}.") from damage
+
+
+def read_file(
+    path: Path, kind: str, error: type[DiffLoRAError] = CheckpointError
+) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """All tensors of a file, and its metadata; the header is checked first.
+
+    Args:
+        path: the file.
+        kind: what it should be, for messages: "LoRA file".
+        error: raised when something is wrong.
+
+    Raises:
+        DiffLoRAError: as `error`, see `read_header`.
+    """
+    metadata = read_header(path, kind, error).metadata
+    return read_tensors(path, error), metadata
 
 
 def write_atomic(tensors: Mapping[str, Tensor], metadata: dict[str, str], path: str | Path) -> Path:

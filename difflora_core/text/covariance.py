@@ -131,10 +131,6 @@ class Covariance:
         fine = rows.double()
         return fine @ self.inverse.to(fine.device)
 
-    def inner(self, left: Tensor, right: Tensor) -> Tensor:
-        """e' C^-1 f along the last dimension; (..., d) and (..., d) to (...), float64."""
-        return (self.solve(left) * right.double()).sum(-1)
-
     def covector(self, direction: Tensor) -> Tensor:
         """C^-1 i / (i' C^-1 i): its product with e is the similarity a of e to i.
 
@@ -148,10 +144,6 @@ class Covariance:
         """
         dual = self.solve(direction)
         return dual / (dual * direction.double()).sum()
-
-    def similarity(self, rows: Tensor, direction: Tensor) -> Tensor:
-        """a = e' C^-1 i / (i' C^-1 i) of rows e (..., d) to a direction (d,)."""
-        return rows.double() @ self.covector(direction)
 
 
 def build_covariance(

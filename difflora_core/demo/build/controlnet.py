@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler
-from safetensors import safe_open
 from torch import Tensor
 
 from ...base_model.diffusers_base import DiffusersBase
 from ...diffusion.sampler import SampleSettings, initial_noise, sample, seeded_generators
-from ...storage.safetensors_io import write_atomic
+from ...storage.safetensors_io import read_file, write_atomic
 from ...training.controlnet import (
     ControlledBase,
     ControlLoRA,
@@ -100,9 +99,8 @@ def save_controlnet(control: ControlLoRA, path: Path) -> None:
 
 def load_controlnet(path: Path, base: DiffusersBase) -> ControlLoRA:
     """The ControlNet of the demo base, frozen."""
-    with safe_open(path, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
-        rank = json.loads(file.metadata()["rank"])
+    tensors, facts = read_file(path, "ControlNet of the demo base")
+    rank = json.loads(facts["rank"])
     control = ControlLoRA(base, rank, torch.Generator().manual_seed(0))
     control.load_state(tensors)
     return control.requires_grad_(False)

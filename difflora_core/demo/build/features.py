@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from ...base_model.diffusers_base import DiffusersBase
-from ...storage.safetensors_io import write_atomic
+from ...storage.safetensors_io import read_file, write_atomic
 from ...training.difflora.functional import PersonPictures
 from ...training.loop import Progress
 from ...vision.face_choice import FaceOptions
@@ -77,5 +76,5 @@ def _save(path: Path, features: ImageFeatures) -> None:
 
 
 def _load(path: Path) -> ImageFeatures:
-    with safe_open(path, "pt") as file:
-        return ImageFeatures(*(file.get_tensor(name) for name in _PARTS))
+    tensors, _ = read_file(path, "file of features")
+    return ImageFeatures(*(tensors[name] for name in _PARTS))

@@ -10,11 +10,10 @@ from collections.abc import Callable
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors import safe_open
 from torch import Tensor
 
 from ...base_model.diffusers_base import DiffusersBase
-from ...storage.safetensors_io import write_atomic
+from ...storage.safetensors_io import read_file, write_atomic
 from ...training.fingerprint import fingerprint
 from ...training.loop import Hooks, LoopConfig, Progress, train
 from .. import paths
@@ -140,9 +139,7 @@ def pool_latents(model: AutoencoderKL, name: str, pool: PicturePool) -> Tensor:
     path = paths.BUILD / "latents" / f"{name}.safetensors"
     if not path.exists():
         write_atomic({"latents": encode_pool(model, pool.images)}, {}, path)
-    with safe_open(path, "pt") as file:
-        latents: Tensor = file.get_tensor("latents")
-    return latents
+    return read_file(path, "file of latents")[0]["latents"]
 
 
 def base_and_latents(name: str) -> tuple[DiffusersBase, Tensor]:

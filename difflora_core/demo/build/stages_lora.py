@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from ...base_model.diffusers_base import DiffusersBase
 from ...lora.weights import LoRAWeights
@@ -19,6 +18,7 @@ from ...models.predictor import PredictorConfig
 from ...storage.checkpoint import load_model, save_model
 from ...storage.lora_corpus import LoRACorpus
 from ...storage.lora_file import write_lora_file
+from ...storage.safetensors_io import read_file, write_atomic
 from ...training.difflora import face_reader, lae, lae_encoder, latent_dit
 from ...training.difflora import functional as difflora
 from ...training.difflora.lora_corpus import CorpusConfig, build_corpus
@@ -104,7 +104,7 @@ def reader(progress: Progress) -> Figures:
     made = FaceReader(READER)
     folder = paths.BUILD / "reader"
     face_reader.fit(made, data.latents, data.features, data.people, READER_LOOP, folder, progress)
-    save_file(made.state_dict(), paths.FACE_READER)
+    write_atomic(made.state_dict(), {}, paths.FACE_READER)
     held_out = person_data(base, "validation", validation_pool())
     centroids = face_reader.face_centroids(held_out.features, held_out.people)
     parts = [made(part.float()) for part in held_out.latents.split(200)]
@@ -126,7 +126,7 @@ def train_functional(
     """Train MIF, predictor and decoder on the people of the `train` pool; gives back the base."""
     base, data = people("train", drawn_pool())
     judge = FaceReader(READER)
-    judge.load_state_dict(load_file(paths.FACE_READER))
+    judge.load_state_dict(read_file(paths.FACE_READER, "face reader")[0])
     objective = difflora.FunctionalObjective(model, base, FUNCTIONAL, judge)
     difflora.fit(objective, data, loop, folder, progress)
     return base

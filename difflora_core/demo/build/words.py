@@ -24,14 +24,12 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...base_model.protocol import TextCondition
 from ...diffusion.objective import stratified_timesteps
-from ...storage.safetensors_io import write_atomic
+from ...storage.safetensors_io import read_file, write_atomic
 from ...training.fingerprint import fingerprint
 from ...training.loop import Hooks, LoopConfig, Progress, train
 from .. import paths
@@ -179,10 +177,8 @@ def thing_latents(vae: AutoencoderKL) -> ThingLatents:
         }
         captions = [caption for part in parts for caption in part.captions]
         write_atomic(tensors, {"captions": json.dumps(captions)}, path)
-    with safe_open(path, "pt") as file:
-        captions = json.loads(file.metadata()["captions"])
-        tensors = {name: file.get_tensor(name) for name in ("latents", "masks", "paint")}
-    return ThingLatents(**tensors, captions=captions)
+    tensors, facts = read_file(path, "file of latents")
+    return ThingLatents(**tensors, captions=json.loads(facts["captions"]))
 
 
 def _draw_pairs(vae: AutoencoderKL, start: int) -> ThingLatents:
@@ -226,7 +222,7 @@ def words(progress: Progress) -> Figures:
 
 def write_words(path: Path, base: Path, unet: UNet2DConditionModel, text: DemoText) -> None:
     """Write what differs from a base's file under its names, for `load_base(base, words)`."""
-    old = load_file(base)
+    old, _ = read_file(base, "demo base")
     tensors = {
         key: tensor
         for key, tensor in stored_tensors(unet, text).items()

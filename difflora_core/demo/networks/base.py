@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -23,7 +22,7 @@ from ...base_model.protocol import TextCondition
 from ...diffusion.objective import abar_at, add_noise, training_target
 from ...lora.layout import LoRALayout, layout_from_unet_config, unet_name_map
 from ...models.layers import DrawnFrom
-from ...storage.safetensors_io import write_atomic
+from ...storage.safetensors_io import read_file, write_atomic
 from ..world.pool import PicturePool
 from .text import clip_numbers, encode, new_text_encoders, tokenize
 from .vae import VAE_CONFIG
@@ -198,11 +197,10 @@ def load_base(path: Path, words: Path | None = None) -> DiffusersBase:
         path: the base's file.
         words: weights that replace some of it, see words.py.
     """
-    tensors = _tensors(path, words)
-    with safe_open(path, "pt") as file:
-        facts = json.loads(file.metadata()["config"])
+    tensors, metadata = _stored(path, words)
+    facts = json.loads(metadata["config"])
     unet = UNet2DConditionModel(**facts["unet"])
-    text = load_text(path, words)
+    text = _text(tensors)
     vae = AutoencoderKL(**facts["vae"])
     unet.load_state_dict({key: tensors[n].float() for key, n in _unet_names(unet).items()})
     _load_part("vae", vae, tensors)
@@ -213,22 +211,23 @@ def load_base(path: Path, words: Path | None = None) -> DiffusersBase:
 
 def load_text(path: Path, words: Path | None = None) -> DemoText:
     """The demo base's text encoders alone, frozen, float32; `words` as for `load_base`."""
+    return _text(_stored(path, words)[0])
+
+
+def _text(tensors: Mapping[str, Tensor]) -> DemoText:
+    """The text encoders among a base's tensors."""
     text = DemoText()
-    tensors = _tensors(path, words, (_PREFIXES["text_l"], _PREFIXES["text_g"]))
     _load_part("text_l", text.text_l, tensors)
     _load_part("text_g", text.text_g, tensors)
     return text.requires_grad_(False).eval()
 
 
-def _tensors(
-    path: Path, words: Path | None, wanted: str | tuple[str, ...] = ""
-) -> dict[str, Tensor]:
-    """Tensors of a base file whose names begin as wanted, those of `words` in place of its own."""
-    tensors: dict[str, Tensor] = {}
-    for one in (path,) if words is None else (path, words):
-        with safe_open(one, "pt") as file:
-            tensors |= {k: file.get_tensor(k) for k in file.keys() if k.startswith(wanted)}
-    return tensors
+def _stored(path: Path, words: Path | None) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """Tensors of a base file, those of `words` in place of its own, and its metadata."""
+    tensors, metadata = read_file(path, "demo base")
+    if words is not None:
+        tensors |= read_file(words, "file of changes to the demo base")[0]
+    return tensors, metadata
 
 
 def _unet_names(unet: UNet2DConditionModel) -> dict[str, str]:

@@ -14,13 +14,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from ...config import Config, check_ranges
+from ...storage.safetensors_io import read_file, write_atomic
 from ...training.fingerprint import fingerprint
 from ...training.loop import Batch, ByStep, Hooks, Progress
 from ...vision.preprocess import CLIP_MEAN, CLIP_STD
@@ -264,8 +263,7 @@ def save_clip_vision(
         "recipe": json.dumps(asdict(recipe)),
         "measured": json.dumps(measured),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata=metadata)
+    write_atomic(tensors, metadata, path)
     logger.info("wrote %s", path.name)
 
 
@@ -278,9 +276,9 @@ def load_clip_vision(
         The model in float32, the configuration for `comfy.clip_vision.ClipVisionModel`, and the
         state dict.
     """
-    with safe_open(path, "pt") as file:
-        config = json.loads(file.metadata()["config"])
-        tensors = {name: file.get_tensor(name).float() for name in file.keys()}
+    stored, facts = read_file(path, "CLIP vision")
+    config = json.loads(facts["config"])
+    tensors = {name: tensor.float() for name, tensor in stored.items()}
     model = CLIPVisionModelWithProjection(CLIPVisionConfig(**config))
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     left = [name for name in missing if not name.endswith("position_ids")]

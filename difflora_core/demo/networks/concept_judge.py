@@ -12,11 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...storage.safetensors_io import write_atomic
+from ...storage.safetensors_io import read_file, write_atomic
 from ...training.fingerprint import fingerprint
 from ...training.loop import Batch, ByStep, Hooks, Progress
 from ..world.concepts import KNOWN, DemoConcept
@@ -137,7 +136,7 @@ def judge_pictures(
                 progress(start, PICTURES, {})
         rows = zip(("images", "there", "paint"), zip(*parts, strict=True), strict=True)
         write_atomic({name: torch.cat(row) for name, row in rows}, {}, path)
-    stored = load_file(path)
+    stored, _ = read_file(path, "pictures of the judge")
     return stored["images"], stored["there"], stored["paint"]
 
 

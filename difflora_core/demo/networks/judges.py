@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...config import Config, check_ranges
+from ...storage.safetensors_io import read_file, write_atomic
 from ...training.fingerprint import fingerprint
 from ...training.loop import Batch, ByStep, Hooks, Progress
 from ...vision.preprocess import resize_square
@@ -300,16 +299,14 @@ def save_judge(model: nn.Module, recipe: JudgeRecipe, path: Path) -> None:
         key: (value.half() if value.is_floating_point() else value).contiguous()
         for key, value in model.state_dict().items()
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata={"recipe": json.dumps(asdict(recipe))})
+    write_atomic(tensors, {"recipe": json.dumps(asdict(recipe))}, path)
     logger.info("wrote %s", path.name)
 
 
 def read_judge(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Recipe and weights of a file that `save_judge` wrote."""
-    with safe_open(path, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
-        return json.loads(file.metadata()["recipe"]), tensors
+    tensors, facts = read_file(path, "judge")
+    return json.loads(facts["recipe"]), tensors
 
 
 def load_judges(folder: Path) -> Judges:

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from ...storage.safetensors_io import write_atomic
+from ...storage.safetensors_io import read_file, write_atomic
 from .identities import identity_parameters, split_seeds
 from .renderer import LOOKS
 from .scenes import Pictures, Scene, render_pairs, render_portraits
@@ -101,9 +100,8 @@ def cached_pool(path: Path, render: Callable[[], PicturePool]) -> PicturePool:
         }
         write_atomic(tensors, {"words": json.dumps(words)}, path)
         return pool
-    with safe_open(path, "pt") as file:
-        words = json.loads(file.metadata()["words"])
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    tensors, facts = read_file(path, "pool of pictures")
+    words = json.loads(facts["words"])
     return PicturePool(
         captions=words["captions"], scenes=[Scene(**s) for s in words["scenes"]], **tensors
     )
