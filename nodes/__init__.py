@@ -1,6 +1,7 @@
 """The list of nodes."""
 
 from importlib import import_module
+from importlib.util import find_spec
 
 from comfy_api.latest import ComfyExtension, io
 
@@ -20,9 +21,9 @@ from . import (
 
 
 def method_nodes() -> list[type[io.ComfyNode]]:
-    """`NODES` of the file of every method; a method's file has the method's name."""
-    modules = [import_module(f".{name}", __package__) for name in METHODS]
-    return [node for module in modules for node in module.NODES]
+    """`NODES` of the file of every method that has one; the file has the method's name."""
+    names = [f".{name}" for name in METHODS if find_spec(f".{name}", __package__)]
+    return [node for name in names for node in import_module(name, __package__).NODES]
 
 
 NODES: list[type[io.ComfyNode]] = [

@@ -57,9 +57,9 @@ def test_what_is_cached_is_named_as_ever():
 
 
 def test_other_rates_reach_the_recipe():
-    rates = {"Perfusion": (0.5, 0.25), "Infusion": (0.5,), "DreamBooth LoRA": (0.5,)}
-    for name, chosen in rates.items():
-        config = replace(METHODS[name], rates=chosen).config(TrainingSettings(seed=3))
+    for method in METHODS.values():
+        chosen = (0.5, 0.25)[: len(method.rates)]
+        config = replace(method, rates=chosen).config(TrainingSettings(seed=3))
         found = [
             getattr(config, field)
             for field in ("value_rate", "word_rate", "learning_rate", "rate")

@@ -120,3 +120,16 @@ def prepared():
         return PreparedAdaptation(made, random(DIM))
 
     return make
+
+
+@pytest.fixture
+def encodings():
+    """Makes random encodings of two prompts, with a given one at the third token of both."""
+
+    def make(third=None):
+        e = torch.randn(2, 5, DIM, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+        if third is not None:
+            e[:, 2] = third
+        return e
+
+    return make

@@ -1,45 +1,33 @@
 """What every registered method promises, whatever it does inside."""
 
+from pathlib import Path
+from runpy import run_path
+
 import pytest
 import torch
 
 from difflora_core.adapters.attach import attach
 from difflora_core.config import Config
 from difflora_core.errors import ConfigError, LayoutError
-from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.methods.base import (
     AppliedAdaptation,
-    ConceptMethod,
-    PreparedAdaptation,
     TrainedAdaptation,
     layout_hash,
     with_settings,
 )
-from difflora_core.methods.lora import lora_adaptation
 from difflora_core.methods.registry import METHODS, method
+
+EXAMPLES = Path(__file__).parent / "examples"
 
 
 @pytest.fixture(params=list(METHODS))
-def example(request, net, prepared):
-    """A registered method and something that it could have trained on the small network."""
-    if issubclass(METHODS[request.param], ConceptMethod):
-        return METHODS[request.param], prepared(method=request.param)
-    g = torch.Generator().manual_seed(3)
-    layers = {
-        "middle_block.attn2.to_v": LoRALayer(
-            torch.randn(2, 6, generator=g, dtype=torch.float64),
-            torch.randn(4, 2, generator=g, dtype=torch.float64),
-            1.0,
-        )
-    }
-    return METHODS[request.param], PreparedAdaptation(lora_adaptation(LoRAWeights(layers), "tiny"))
+def example(request, prepared, encodings):
+    """A registered method, what it could have trained on the small network, and encodings.
 
-
-def encodings(part):
-    e = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    if "direction" in part.adaptation.shared:
-        e[:, 2] = part.adaptation.shared["direction"]
-    return e
+    A method's example is `example` of the file with its name in examples/.
+    """
+    made = run_path(str(EXAMPLES / f"{request.param}.py"))["example"]
+    return METHODS[request.param], *made(prepared, encodings)
 
 
 def run(net, kind, part, e, strength):
@@ -49,7 +37,7 @@ def run(net, kind, part, e, strength):
 
 
 def test_sizes_are_those_of_the_layers_it_changes(example, net):
-    kind, part = example
+    kind, part, _ = example
     kind.check(part.adaptation)
     sizes = kind.layer_sizes(part.adaptation)
     assert set(sizes) == set(part.adaptation.layers)
@@ -60,18 +48,17 @@ def test_sizes_are_those_of_the_layers_it_changes(example, net):
 
 def test_it_acts_by_its_strength_and_sample(example, net):
     """0 is the base, 1 something else, and every sample has a strength of its own."""
-    kind, part = example
-    e = encodings(part)
+    kind, part, e = example
     base, full = net()(e), run(net(), kind, part, e, 1.0)
-    torch.testing.assert_close(run(net(), kind, part, e, 0.0), base, rtol=1e-12, atol=1e-12)
+    assert torch.equal(run(net(), kind, part, e, 0.0), base)
     assert float((full - base).abs().max()) > 0.01
     mixed = run(net(), kind, part, e, torch.tensor([0.0, 1.0], dtype=torch.float64))
-    torch.testing.assert_close(mixed[0], base[0])
+    assert torch.equal(mixed[0], base[0])
     torch.testing.assert_close(mixed[1], full[1])
 
 
 def test_settings_are_strict_and_travel(example):
-    kind, part = example
+    kind, part, _ = example
     settings = part.adaptation.settings
     assert isinstance(settings, kind.Config)
     assert issubclass(kind.Config, Config)
@@ -82,7 +69,7 @@ def test_settings_are_strict_and_travel(example):
 
 
 def test_tensors_of_another_kind_are_refused(example):
-    kind, part = example
+    kind, part, _ = example
     one = part.adaptation
     layers = {name: {**tensors, "more": torch.ones(2)} for name, tensors in one.layers.items()}
     with pytest.raises(LayoutError, match="does not hold"):

@@ -7,9 +7,14 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def nodes(pack, node_module):
+def package(pack):
+    return import_module(".nodes", pack.__name__)
+
+
+@pytest.fixture(scope="module")
+def nodes(package, node_module):
     node_module("model_paths").register()  # ComfyUI calls on_load first
-    listed = import_module(".nodes", pack.__name__).NODES
+    listed = package.NODES
     assert listed, "the checks would hold for nothing"
     return {node.GET_SCHEMA().node_id: node for node in listed}
 
@@ -28,3 +33,18 @@ def test_execute_is_short(nodes):
     for node_id, node in nodes.items():
         body = inspect.getsource(node.execute)
         assert body.count("\n") - len(inspect.signature(node.execute).parameters) <= 25, node_id
+
+
+def test_a_method_without_a_node_file_brings_no_node(package, monkeypatch):
+    before = package.method_nodes()
+    assert before
+    monkeypatch.setitem(package.METHODS, "nodeless", object)
+    assert package.method_nodes() == before
+
+
+def test_a_broken_node_file_raises_its_own_error(package, monkeypatch, tmp_path):
+    (tmp_path / "broken.py").write_text("import what_is_not_there\n")
+    monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
+    monkeypatch.setitem(package.METHODS, "broken", object)
+    with pytest.raises(ModuleNotFoundError, match="what_is_not_there"):
+        package.method_nodes()
