@@ -30,7 +30,7 @@ def sampling(pack):
     """Model, both conditions and an empty latent, as the nodes of a graph give them."""
     import nodes
 
-    demo = import_module(".nodes.demo", pack.__name__)
+    demo = import_module(".nodes.host.demo", pack.__name__)
     clip = demo.load_demo_clip(paths.BASE)
     conditions = tuple(
         clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in ("photo of a person", "")
