@@ -51,8 +51,9 @@ def test_what_is_cached_is_named_as_ever():
     for name in ("DreamBooth LoRA", "Textual Inversion"):
         config = METHODS[name].config(TrainingSettings())
         assert repr(config) == (
-            f"YardstickConfig(steps=400, rate={METHODS[name].rates[0]}, batch=4, rank=4, seed=0, "
-            "evaluate_every=50, weighting='uniform')"
+            "YardstickConfig(steps=400, batch=4, weighting='uniform', evaluate_every=50, "
+            "precision='no', seed=0, accumulate=1, checkpointing=False, "
+            f"rate={METHODS[name].rates[0]}, rank=4)"
         )
 
 
