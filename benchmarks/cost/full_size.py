@@ -18,7 +18,7 @@ import torch
 from difflora_core.diffusion.sampler import SampleSettings
 from difflora_core.evaluation.report import Report
 from difflora_core.lora.layout import sdxl_layout
-from difflora_core.methods.difflora import DiffLoRAConfig, DiffLoRAModel
+from difflora_core.models.difflora import DiffLoRAConfig, DiffLoRAModel
 from difflora_core.storage.lora_file import write_lora_file
 from difflora_core.vision.features import ImageFeatures
 

@@ -15,7 +15,7 @@ from difflora_core.demo.build.features import demo_encoders
 from difflora_core.demo.networks.base import load_base
 from difflora_core.demo.networks.judges import Judges, load_judges
 from difflora_core.lora.layout import LoRALayout
-from difflora_core.methods.difflora import DiffLoRAModel
+from difflora_core.models.difflora import DiffLoRAModel
 from difflora_core.storage.checkpoint import load_model
 from difflora_core.vision.face_choice import FaceOptions
 from difflora_core.vision.face_encoder import FaceEncoder

@@ -29,7 +29,7 @@ from difflora_core.demo.world.identities import split_seeds
 from difflora_core.demo.world.scenes import PICTURE_SIZE, Scene, render_portraits
 from difflora_core.evaluation.metrics import centroid
 from difflora_core.evaluation.report import Report
-from difflora_core.methods.difflora import DiffLoRAModel
+from difflora_core.models.difflora import DiffLoRAModel
 from difflora_core.models.lae.autoencoder import LoRALatent
 from difflora_core.models.latent_math import blend
 from difflora_core.storage.image_files import write_image

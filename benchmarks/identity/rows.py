@@ -12,7 +12,7 @@ from torch import Tensor
 
 from difflora_core.config import Config
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
-from difflora_core.methods.difflora import DiffLoRAModel
+from difflora_core.models.difflora import DiffLoRAModel
 from difflora_core.models.lae.autoencoder import LoRALatent
 from difflora_core.training.difflora.refine import refine, refinement_config
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from difflora_core.demo.build import stages_lora
 from difflora_core.evaluation.report import Report
-from difflora_core.methods.difflora import DiffLoRAModel
+from difflora_core.models.difflora import DiffLoRAModel
 from difflora_core.storage.checkpoint import load_model, save_model
 
 from ..command import benchmark_console, command_parser, commit, machine, set_threads, write_report

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError, LayoutError
 from ..lora.layout import LoRALayout
-from ..methods.difflora import DiffLoRAConfig, DiffLoRAModel
+from ..models.difflora import DiffLoRAConfig, DiffLoRAModel
 from ..models.mif import SOURCES
 from .safetensors_io import write_atomic
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...difflora_core.diffusion.sampler import MAX_SEED, SampleSettings
 from ...difflora_core.errors import ConfigError, EncoderError
 from ...difflora_core.lora.formats.state_dict import to_state_dict
-from ...difflora_core.methods.difflora import DiffLoRAModel
+from ...difflora_core.models.difflora import DiffLoRAModel
 from ...difflora_core.models.lae.autoencoder import LoRALatent
 from ...difflora_core.models.mif import IdentityCondition
 from ...difflora_core.storage.checkpoint import load_model

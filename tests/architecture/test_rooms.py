@@ -35,16 +35,11 @@ def test_method_has_the_same_stem_in_every_room(root):
     stems = {path.stem for path in (root / "difflora_core" / "methods").glob("*.py")}
     missing = []
     for stem in sorted(stems - {"__init__", "base", "registry"}):
-        adapter = "lora" if stem == "difflora" else stem  # what DiffLoRA makes is a LoRA
-        rooms = {
-            "difflora_core/adapters": adapter,
-            "difflora_core/training": stem,
-            "nodes": stem,
-        }
+        rooms = ("difflora_core/adapters", "difflora_core/training", "nodes")
         missing += [
-            f"{room}/{name}"
-            for room, name in rooms.items()
-            if not (root / room / f"{name}.py").exists() and not (root / room / name).is_dir()
+            f"{room}/{stem}"
+            for room in rooms
+            if not (root / room / f"{stem}.py").exists() and not (root / room / stem).is_dir()
         ]
     assert not missing
 

@@ -15,7 +15,7 @@ from difflora_core.demo.networks.judges import RECIPES, JudgeNetwork, Judges
 from difflora_core.demo.networks.vae import new_vae
 from difflora_core.demo.networks.views import initialise
 from difflora_core.lora.layout import layout_from_unet_config
-from difflora_core.methods.difflora import DiffLoRAConfig, DiffLoRAModel
+from difflora_core.models.difflora import DiffLoRAConfig, DiffLoRAModel
 from difflora_core.vision.face_encoder import DetectedFace
 from difflora_core.vision.features import FeatureSizes
 

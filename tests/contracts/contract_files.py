@@ -8,9 +8,9 @@ import torch
 from difflora_core.lora.layout import LayerShape, LoRALayout
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.methods.base import TrainedAdaptation
-from difflora_core.methods.difflora import DiffLoRAConfig, DiffLoRAModel
 from difflora_core.methods.lora import lora_adaptation
 from difflora_core.methods.perfusion import PerfusionConfig
+from difflora_core.models.difflora import DiffLoRAConfig, DiffLoRAModel
 from difflora_core.models.dit import DiTConfig
 from difflora_core.models.lae.autoencoder import LoRALatent
 from difflora_core.models.lae.config import LAEConfig

@@ -5,7 +5,7 @@ import torch
 
 from difflora_core.errors import ConfigError
 from difflora_core.lora.layout import sdxl_layout
-from difflora_core.methods.difflora import DiffLoRAConfig, DiffLoRAModel
+from difflora_core.models.difflora import DiffLoRAConfig, DiffLoRAModel
 from difflora_core.models.mif import IdentityCondition
 from difflora_core.models.predictor import LatentPredictor, PredictorConfig
 

@@ -22,7 +22,7 @@ from difflora_core.demo.networks.base import demo_layout, load_base, new_base, s
 from difflora_core.demo.networks.clip_vision import ClipVisionRecipe, save_clip_vision
 from difflora_core.demo.networks.vae import new_vae
 from difflora_core.lora.layout import LoRALayout
-from difflora_core.methods.difflora import DiffLoRAConfig, DiffLoRAModel
+from difflora_core.models.difflora import DiffLoRAConfig, DiffLoRAModel
 from difflora_core.models.layers import DrawnFrom
 from difflora_core.storage.checkpoint import read_info, save_model
 from difflora_core.training.controlnet import ControlLoRA

@@ -7,7 +7,7 @@ import torch
 
 from difflora_core.diffusion.objective import abar_at, add_noise, training_target
 from difflora_core.errors import ConfigError
-from difflora_core.methods.difflora import DiffLoRAConfig, DiffLoRAModel
+from difflora_core.models.difflora import DiffLoRAConfig, DiffLoRAModel
 from difflora_core.models.dit import DiTConfig
 from difflora_core.models.face_reader import FaceReader, FaceReaderConfig
 from difflora_core.models.lae.config import LAEConfig

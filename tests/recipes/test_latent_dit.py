@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from difflora_core.errors import ConfigError
-from difflora_core.methods.difflora import DiffLoRAConfig, DiffLoRAModel
+from difflora_core.models.difflora import DiffLoRAConfig, DiffLoRAModel
 from difflora_core.models.dit import DiTConfig
 from difflora_core.models.lae.config import LAEConfig
 from difflora_core.models.mif import MIFConfig

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from difflora_core.errors import CheckpointError
 from difflora_core.lora.layout import LayerShape, LoRALayout
-from difflora_core.methods.difflora import DiffLoRAConfig, DiffLoRAModel
+from difflora_core.models.difflora import DiffLoRAConfig, DiffLoRAModel
 from difflora_core.models.dit import DiTConfig
 from difflora_core.models.lae.config import LAEConfig
 from difflora_core.models.mif import MIFConfig

@@ -6,7 +6,7 @@ import torch
 from difflora_core.errors import ConfigError, LayoutError
 from difflora_core.lora.layout import LayerShape, LoRALayout
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
-from difflora_core.methods.difflora import DiffLoRAConfig, DiffLoRAModel
+from difflora_core.models.difflora import DiffLoRAConfig, DiffLoRAModel
 from difflora_core.models.lae.config import LAEConfig
 from difflora_core.training.difflora.latent_fit import fit_latent
 from difflora_core.vision.features import FeatureSizes

@@ -10,7 +10,7 @@ import torch
 
 from ...base_model.diffusers_base import DiffusersBase
 from ...lora.weights import LoRAWeights
-from ...methods.difflora import DiffLoRAConfig, DiffLoRAModel
+from ...models.difflora import DiffLoRAConfig, DiffLoRAModel
 from ...models.dit import DiTConfig
 from ...models.face_reader import FaceReader, FaceReaderConfig
 from ...models.lae.config import LAEConfig

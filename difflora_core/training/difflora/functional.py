@@ -26,7 +26,7 @@ from ...base_model.protocol import TextCondition
 from ...config import Config, check_ranges
 from ...diffusion.objective import LossWeight, loss_weight, stratified_timesteps
 from ...errors import ConfigError
-from ...methods.difflora import DiffLoRAModel
+from ...models.difflora import DiffLoRAModel
 from ...models.face_reader import FaceReader
 from ...models.mif import IdentityCondition, balance_loss
 from ...vision.features import ImageFeatures

@@ -27,7 +27,7 @@ from ...diffusion.objective import (
 )
 from ...errors import ConfigError
 from ...lora.weights import LoRAWeights
-from ...methods.difflora import DiffLoRAModel
+from ...models.difflora import DiffLoRAModel
 from ...models.mif import balance_loss
 from ...vision.features import ImageFeatures
 from ..fingerprint import fingerprint

@@ -22,7 +22,7 @@ from torch import Tensor
 from ...errors import ConfigError, LayoutError
 from ...lora.distance import cosine_similarity, squared_norm, squared_relative_error
 from ...lora.weights import LoRALayer, LoRAWeights
-from ...methods.difflora import DiffLoRAModel
+from ...models.difflora import DiffLoRAModel
 from ...models.lae.autoencoder import LoRALatent
 from ...models.lae.structured import MirrorEncoder
 from ..hooks import Progress

@@ -10,7 +10,7 @@ from difflora_core.diffusion.objective import abar_at, add_noise
 from difflora_core.diffusion.sampler import SampleSettings
 from difflora_core.errors import ConfigError, EncoderError, LayoutError
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
-from difflora_core.methods.difflora import DiffLoRAModel
+from difflora_core.models.difflora import DiffLoRAModel
 from difflora_core.models.lae.autoencoder import LoRALatent
 
 

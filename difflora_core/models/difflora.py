@@ -25,13 +25,13 @@ from ..diffusion.sampler import (
 from ..errors import ConfigError, LayoutError
 from ..lora.layout import LoRALayout
 from ..lora.weights import LoRAWeights
-from ..models.difflora_config import DiffLoRAConfig
-from ..models.dit import DiT
-from ..models.lae.autoencoder import LoRAAutoencoder, LoRALatent
-from ..models.latent_agreement import condition_gain
-from ..models.mif import IdentityCondition, MixedImageFeatures
-from ..models.predictor import LatentPredictor
 from ..vision.features import ImageFeatures
+from .difflora_config import DiffLoRAConfig
+from .dit import DiT
+from .lae.autoencoder import LoRAAutoencoder, LoRALatent
+from .latent_agreement import condition_gain
+from .mif import IdentityCondition, MixedImageFeatures
+from .predictor import LatentPredictor
 
 __all__ = ["DiffLoRAConfig", "DiffLoRAModel"]
 
