@@ -3,17 +3,19 @@
 Map of the rooms (imports point down this list only):
 
 - ``errors``      what can go wrong, in the artist's words
+- ``config``      strict settings: unknown names and values out of range are refused
 - ``lora``        LoRA weights as data: names, layouts, canonical form, distances, tokens
 - ``vision``      reference images to features
+- ``text``        prompts, text encoders and words that they learn
 - ``diffusion``   prediction targets and the guided sampling loop
-- ``models``      networks: MIF gate, DiT denoiser, LoRA autoencoder
+- ``base_model``  the network that is personalized: loading, layers, precision
+- ``models``      our networks: MIF gate, DiT denoiser, LoRA autoencoder, and DiffLoRA of them all
 - ``adapters``    trained edits of one layer, and how they are attached to a model
-- ``methods``     inference: request to adapters, one file per method
+- ``methods``     what was trained to adapters, one file per method, and the registry
 - ``storage``     the only reader and writer of files
-- ``training``    recipes, one per trained thing
+- ``training``    the loop, and recipes, one per trained thing
 - ``evaluation``  metrics
 - ``demo``        a procedural world small enough to train everything
-- ``cli``         command line front
 """
 
 __version__ = "0.1.0"

@@ -183,8 +183,11 @@ class ApplyConcept(io.ComfyNode):
         superclass_prompt=None,
     ):
         wanted = {
-            **{"bias": bias, "temperature": temperature, "lock": lock},
-            **{"combine": combine, "reach": reach},
+            "bias": bias,
+            "temperature": temperature,
+            "lock": lock,
+            "combine": combine,
+            "reach": reach,
         }
         settings = with_settings(concept.adaptation, wanted)
         prompt = None if superclass_prompt is None else superclass_prompt[0][0]
@@ -260,7 +263,8 @@ def _long_tail() -> list[io.Input]:
             options=["approximate", "exact"],
             default="approximate",
             advanced=True,
-            tooltip="Several concepts: exact keeps those apart that resemble each other.",
+            tooltip="Several concepts: exact keeps those apart that resemble each other. "
+            f"{_only('combine')}",
         ),
         sockets.reach_widget(
             "How many tokens around its word a concept acts on: -1 all, 0 the word alone. "

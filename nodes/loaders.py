@@ -6,6 +6,7 @@ import comfy.utils
 from comfy_api.latest import io
 
 from ..difflora_core.errors import LoRAFileError
+from ..difflora_core.lora.formats.state_dict import with_peft_alphas
 from ..difflora_core.storage.safetensors_io import read_header
 from ..difflora_core.vision.face_encoder import InsightFaceEncoder
 from ..difflora_core.vision.face_providers import PROVIDERS
@@ -128,6 +129,8 @@ class LoadLoRAFile(io.ComfyNode):
     @classmethod
     def execute(cls, lora_name):
         path = Path(model_paths.lora_file(lora_name))
-        if path.suffix == ".safetensors":
-            read_header(path, "LoRA file", LoRAFileError)  # says in words what is wrong
-        return io.NodeOutput(comfy.utils.load_torch_file(str(path), safe_load=True))
+        metadata = None
+        if path.suffix == ".safetensors":  # its reader says in words what is wrong
+            metadata = read_header(path, "LoRA file", LoRAFileError).metadata
+        state = comfy.utils.load_torch_file(str(path), safe_load=True)
+        return io.NodeOutput(with_peft_alphas(state, metadata))

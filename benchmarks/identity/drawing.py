@@ -49,11 +49,6 @@ class Plan(Config):
         first = [(number, 0) for number in range(len(self.scenes))]
         return first + [(number, 1) for number in range(min(self.repeats, len(self.scenes)))]
 
-    @property
-    def repeated(self) -> int:
-        """How many prompts have two pictures."""
-        return len(self.cells) - len(self.scenes)
-
 
 class PictureSampler:
     """Draws a fixed set of pictures of fixed people, whatever LoRA they are given.

@@ -1,8 +1,11 @@
 """Imports point down the list of rooms, ComfyUI stays in nodes/, and the root imports nothing."""
 
 import ast
+import re
 import subprocess
 import sys
+
+import difflora_core
 
 FLOORS = (
     ("errors",),
@@ -91,6 +94,14 @@ def test_no_file_imports_itself_through_others(sources):
         name for name in left if any(name in edges.get(target, ()) for target in edges[name])
     ]
     assert not left, circular or sorted(left)
+
+
+def test_the_map_of_the_rooms_is_the_plan(root):
+    """What difflora_core/__init__.py lists, from the ground up, are the floors and the folders."""
+    listed = re.findall(r"^- ``(\w+)``", difflora_core.__doc__, re.MULTILINE)
+    assert listed == sorted(listed, key=LEVELS.__getitem__)
+    paths = [p for p in (root / "difflora_core").iterdir() if p.name[:2] != "__"]
+    assert sorted(listed) == sorted(LEVELS) == sorted(p.stem for p in paths)
 
 
 def test_core_never_imports_the_host(sources):

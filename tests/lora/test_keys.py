@@ -10,7 +10,11 @@ from hypothesis import strategies as st
 
 from difflora_core.errors import LayoutError, LoRAFileError
 from difflora_core.lora.distance import relative_error
-from difflora_core.lora.formats.state_dict import from_state_dict, to_state_dict
+from difflora_core.lora.formats.state_dict import (
+    from_state_dict,
+    to_state_dict,
+    with_peft_alphas,
+)
 from difflora_core.lora.layout import (
     SDXL_UNET_CONFIG,
     LoRALayout,
@@ -284,8 +288,27 @@ def test_peft_alpha_comes_from_the_metadata():
     )
     assert stabilised.weights[special.name].scaling == pytest.approx(4 / 2**0.5)
     assert from_state_dict(state, LAYOUT).weights[special.name].scaling == 1.0
-    with pytest.raises(LoRAFileError, match="metadata"):
-        from_state_dict(state, LAYOUT, metadata={"lora_adapter_metadata": "{"})
+    again = from_state_dict(with_peft_alphas(state, metadata), LAYOUT).weights
+    assert {name: layer.alpha for name, layer in again.layers.items()} == {
+        name: layer.alpha for name, layer in found.layers.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["{", "[]", '{"unet.lora_alpha": "four"}', '{"unet.lora_alpha": Infinity}', "[" * 100000],
+    ids=["cut", "list", "word", "infinite", "deep"],
+)
+def test_damaged_peft_settings_are_refused(config):
+    shape = LAYOUT.layers[0]
+    stem = f"unet.{shape.diffusers_name}"
+    state = {
+        f"{stem}.lora_A.weight": torch.ones(2, shape.in_features),
+        f"{stem}.lora_B.weight": torch.ones(shape.out_features, 2),
+    }
+    for read in (with_peft_alphas, lambda s, m: from_state_dict(s, LAYOUT, metadata=m)):
+        with pytest.raises(LoRAFileError, match="file's metadata"):
+            read(state, {"lora_adapter_metadata": config})
 
 
 def test_writing_refuses_what_would_be_wrong():

@@ -1,7 +1,10 @@
 """Load LoRA File: what is in the file comes out, and only files of the lists are read."""
 
+import json
+
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from difflora_core.demo import paths
 from difflora_core.demo.comfyui.client import ComfyPromptError
@@ -32,6 +35,23 @@ def test_every_tensor_comes_out(comfy, comfy_server, listed):
     expected, found = load_file(paths.OLD_LORA), load_file(saved)
     assert expected.keys() == found.keys()
     assert all(expected[key].equal(found[key]) for key in expected)
+
+
+def test_the_scale_of_a_peft_file_is_kept(comfy, comfy_server):
+    """PEFT writes alpha into the metadata, which no socket carries."""
+    stem = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    tensors = {f"{stem}.lora_{part}.weight": torch.ones(4, 4) for part in "AB"}
+    folder = comfy_server.base_directory / "models" / "loras"
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 2, "unet.r": 4})}
+    save_file(tensors, folder / "peft.safetensors", metadata)
+    nodes = graph("peft.safetensors")
+    nodes["save"]["inputs"]["prefix"] = "loras/scaled"
+    comfy.run(nodes)
+    (saved,) = (comfy_server.output_directory / "loras").glob("scaled*.safetensors")
+    found = load_file(saved)
+    assert found.keys() == {*tensors, f"{stem}.alpha"}
+    assert float(found[f"{stem}.alpha"]) == 2
 
 
 @pytest.mark.parametrize("name", ["", "missing.safetensors", "../../comfyui.log", "/etc/passwd"])

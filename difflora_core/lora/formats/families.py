@@ -202,13 +202,20 @@ def peft_alphas(metadata: Mapping[str, str] | None) -> Callable[[str, int], floa
     """Alpha by (stem, rank) from the PEFT configuration that diffusers stores in the metadata.
 
     PEFT files have no ``.alpha`` tensors; without this their scale would silently read as 1.
+
+    Raises:
+        LoRAFileError: that configuration is damaged.
     """
     try:
-        config: dict[str, Any] = json.loads((metadata or {}).get("lora_adapter_metadata", "{}"))
-    except json.JSONDecodeError as error:
+        config: Any = json.loads((metadata or {}).get("lora_adapter_metadata", "{}"))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise LoRAFileError(
             f"The PEFT settings in the file's metadata are damaged: {error}."
         ) from error
+    if not isinstance(config, dict):
+        raise LoRAFileError(
+            f"The PEFT settings in the file's metadata are damaged: {config!r:.50} is no table."
+        )
 
     def alpha(stem: str, rank: int) -> float | None:
         part = next(
@@ -221,6 +228,8 @@ def peft_alphas(metadata: Mapping[str, str] | None) -> Callable[[str, int], floa
                 value = special
         if value is None:
             return None
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise LoRAFileError(f"{stem}: lora_alpha in the file's metadata is {value!r:.50}.")
         # rank-stabilised LoRA (arXiv 2312.03732) divides by sqrt(r) instead of r
         return float(value) * (math.sqrt(rank) if settings.get("use_rslora") else 1.0)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...errors import LayoutError, LoRAFileError
 from ..layout import LoRALayout
 from ..weights import LoRALayer, LoRAWeights
-from .families import group_keys, layer_from_group, peft_alphas
+from .families import group_keys, layer_from_group, peft_alphas, split_key
 from .report import ReadReport, ReadResult, conform, total_error
 from .stems import Names, Naming, diffusers_pairs, file_stem, stem_table, text_encoder_name
 
@@ -105,6 +105,28 @@ def from_state_dict(
     total = total_error(weights, errors)
     report = ReadReport(count, ranks, errors, total, missing, skipped, tuple(unused))
     return ReadResult(weights, report)
+
+
+def with_peft_alphas(
+    state: Mapping[str, Tensor], metadata: Mapping[str, str] | None
+) -> dict[str, Tensor]:
+    """A state dict that holds PEFT's alphas as ``.alpha`` tensors, which every reader knows.
+
+    Args:
+        state: key to tensor, as a file has them.
+        metadata: metadata of that file, where diffusers stores PEFT's configuration.
+
+    Raises:
+        LoRAFileError: that configuration is damaged.
+    """
+    alphas, result = peft_alphas(metadata), dict(state)
+    for key, tensor in state.items():
+        stem, role = split_key(key) or ("", "")
+        if role == "down_peft" and tensor.ndim and f"{stem}.alpha" not in state:
+            alpha = alphas(stem, tensor.shape[0])
+            if alpha is not None:
+                result[f"{stem}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
+    return result
 
 
 def _read_groups(
