@@ -287,9 +287,8 @@ class ExportConceptLoRA(io.ComfyNode):
             display_name="Export Concept as LoRA",
             category=CATEGORY,
             description=f"A {_exportable()} concept as a rank-one LoRA for programs that know no "
-            "gate. "
-            "Without its gate it leaks onto neighbouring words: use it at 0.6 to 0.8. The word "
-            "itself is not part of a LoRA; outside of this pack write the word of its kind.",
+            "gate. Without its gate it leaks onto neighbouring words: use it at 0.6 to 0.8. The "
+            "word itself is not part of a LoRA; outside of this pack write the word of its kind.",
             search_aliases=[*METHODS, "convert concept", "concept to lora"],
             inputs=[
                 io.Model.Input("model", tooltip="The base model that the LoRA is for."),
