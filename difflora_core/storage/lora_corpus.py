@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError, LayoutError
 from ..lora.layout import LoRALayout
 from ..lora.weights import LoRALayer, LoRAWeights
-from .safetensors_io import write_atomic
+from .safetensors_io import read_file, write_atomic
 
 FORMAT = "difflora-lora-corpus-1"
 
@@ -118,15 +117,20 @@ def load_corpus(path: Path) -> LoRACorpus:
     """Read a corpus as float32.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or no corpus.
+        CheckpointError: the file is missing, damaged, no corpus, or holds other tensors than its
+            layout asks for, or values not finite.
     """
     try:
-        with safe_open(path, "pt") as file:
-            facts = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-        if facts.get("format") != FORMAT:
-            raise CheckpointError(f"{path} is not a LoRA corpus of format {FORMAT}.")
+        tensors, facts = read_file(path, "LoRA corpus")
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} cannot be read as a LoRA corpus: {error}") from error
+    if facts.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a LoRA corpus of format {FORMAT}.")
+    try:
         layout = LoRALayout.from_json(facts["layout"])
+        if layout.hash != facts["layout_hash"]:
+            raise CheckpointError(f"{path}: the LoRA layout was altered.")
+        _check_tensors(path, layout, tensors)
         identities = tuple(int(number) for number in tensors["identities"])
         layers = {
             shape.name: LoRALayer(
@@ -136,8 +140,24 @@ def load_corpus(path: Path) -> LoRACorpus:
             )
             for shape in layout
         }
-        if layout.hash != facts["layout_hash"]:
-            raise CheckpointError(f"{path}: the LoRA layout was altered.")
         return LoRACorpus(layout, identities, LoRAWeights(layers), json.loads(facts["source"]))
-    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError, LayoutError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, LayoutError) as error:
         raise CheckpointError(f"{path} cannot be read as a LoRA corpus: {error}.") from error
+
+
+def _check_tensors(path: Path, layout: LoRALayout, tensors: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError unless a file has the tensors of its layout alone, all finite."""
+    wanted = {"identities"} | {f"{part}.{s.name}" for s in layout for part in ("down", "up")}
+    missing, extra = sorted(wanted - tensors.keys()), sorted(tensors.keys() - wanted)
+    if missing or extra:
+        raise CheckpointError(
+            f"{path} cannot be read as a LoRA corpus: its tensors are not those of its layout, "
+            f"{len(missing)} missing (first {missing[:1]}), {len(extra)} unexpected (first "
+            f"{extra[:1]}). Delete it and make the corpus again."
+        )
+    broken = [name for name in sorted(wanted) if not bool(tensors[name].float().isfinite().all())]
+    if broken:
+        raise CheckpointError(
+            f"{path} cannot be read as a LoRA corpus: {broken[0]} holds values not finite. Delete "
+            "it and make the corpus again."
+        )
