@@ -23,6 +23,7 @@ import comfy.supported_models_base
 import comfy.utils
 from torch import Tensor
 
+from ...difflora_core.demo.networks.changes import with_changes
 from ...difflora_core.demo.networks.text import text_config
 from ...difflora_core.errors import CheckpointError
 
@@ -66,13 +67,15 @@ def read_demo_file(
     """Tensors and the configuration in the metadata; `words` holds tensors to put in their place.
 
     Raises:
-        CheckpointError: there is no configuration; the file is something else.
+        CheckpointError: there is no configuration, so the file is something else; or `words`
+            belongs to another base.
     """
     tensors, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
     if not metadata or "config" not in metadata:
         raise CheckpointError(f"{path} is no file of the demo world: it holds no configuration.")
     if words is not None:
-        tensors |= comfy.utils.load_torch_file(str(words), safe_load=True)
+        changes = comfy.utils.load_torch_file(str(words), safe_load=True)
+        tensors = with_changes(tensors, changes, words)
     return tensors, json.loads(metadata["config"])
 
 

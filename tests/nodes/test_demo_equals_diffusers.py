@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from difflora_core.demo.networks.base import load_base, time_ids
 
@@ -54,6 +55,14 @@ def test_word_outside_the_vocabulary_is_the_unknown_word(demo, base_file):
     name = next(k for k in state if k.startswith(prefix) and k.endswith("token_embedding.weight"))
     assert table.shape[0] == 49408
     torch.testing.assert_close(table[30000], state[name][unknown])
+
+
+def test_words_of_another_base(demo, base_file, tmp_path):
+    other = tmp_path / "words.safetensors"
+    save_file({"nowhere": torch.ones(1)}, other)
+    with pytest.raises(Exception, match="does not fit the demo base") as caught:
+        demo.load_demo_unet(base_file, other)
+    assert type(caught.value).__name__ == "CheckpointError"
 
 
 def test_unet_is_the_same(comfyui, demo, reference, base_file, words, text):

@@ -24,6 +24,7 @@ from ...lora.layout import LoRALayout, layout_from_unet_config, unet_name_map
 from ...models.layers import DrawnFrom
 from ...storage.safetensors_io import read_file, write_atomic
 from ..world.pool import PicturePool
+from .changes import with_changes
 from .text import clip_numbers, encode, new_text_encoders, tokenize
 from .vae import VAE_CONFIG
 
@@ -196,6 +197,9 @@ def load_base(path: Path, words: Path | None = None) -> DiffusersBase:
     Args:
         path: the base's file.
         words: weights that replace some of it, see words.py.
+
+    Raises:
+        CheckpointError: a file cannot be read, or they do not fit each other.
     """
     tensors, metadata = _stored(path, words)
     facts = json.loads(metadata["config"])
@@ -226,7 +230,8 @@ def _stored(path: Path, words: Path | None) -> tuple[dict[str, Tensor], Mapping[
     """Tensors of a base file, those of `words` in place of its own, and its metadata."""
     tensors, metadata = read_file(path, "demo base")
     if words is not None:
-        tensors |= read_file(words, "file of changes to the demo base")[0]
+        changes, _ = read_file(words, "file of changes to the demo base")
+        tensors = with_changes(tensors, changes, words)
     return tensors, metadata
 
 
