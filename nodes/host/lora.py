@@ -38,7 +38,7 @@ def check_lora_fits(model: Any, weights: LoRAWeights, made_for: str) -> None:
     state = model.model.state_dict()
     wrong = []
     for name, layer in weights.layers.items():
-        key = names.get(f"lora_unet_{name.replace('.', '_')}")
+        key = names.get(_stem(name))
         if not isinstance(key, str) or key not in state:
             wrong.append(name)
         elif tuple(state[key].shape[:2]) != (layer.up.shape[0], layer.down.shape[1]):
@@ -86,8 +86,25 @@ def read_lora(state: dict[str, Tensor], model: Any) -> LoRAWeights:
 
 
 def with_lora(model: Any, weights: LoRAWeights, strength: float) -> Any:
-    """A clone of a model with a LoRA as weight patches, as ComfyUI's own loader makes them."""
+    """A clone of a model with a LoRA as weight patches, as ComfyUI's own loader makes them.
+
+    Raises:
+        LayoutError: ComfyUI did not take every layer.
+    """
     keys = comfy.lora.model_lora_keys_unet(model.model, {})
     patched = model.clone()
-    patched.add_patches(comfy.lora.load_lora(to_state_dict(weights), keys), strength)
+    patches = comfy.lora.load_lora(to_state_dict(weights), keys)
+    taken = set(patched.add_patches(patches, strength))
+    lost = [name for name in weights.layers if keys.get(_stem(name)) not in taken]
+    if lost:
+        raise LayoutError(
+            f"ComfyUI did not take {len(lost)} of the {len(weights.layers)} layers of this LoRA "
+            f"({', '.join(lost[:3])}{', ...' if lost[3:] else ''}). Load the base model that it "
+            "was made for, or make a LoRA for this one."
+        )
     return patched
+
+
+def _stem(name: str) -> str:
+    """What ComfyUI calls a layer of the UNet in a LoRA."""
+    return f"lora_unet_{name.replace('.', '_')}"

@@ -6,6 +6,8 @@ import torch
 from safetensors.torch import load_file
 
 from difflora_core.demo.comfyui.client import ComfyPromptError
+from difflora_core.demo.networks.base import demo_layout
+from difflora_core.lora.weights import LoRALayer, LoRAWeights
 
 MODEL, CLIP, VAE, VISION, FACES, DIFFLORA = (["demo", k] for k in range(6))
 WHOLE = {
@@ -232,3 +234,24 @@ def test_start_after_the_end(comfy, person):
     with pytest.raises(ComfyPromptError, match="would never act") as caught:
         comfy.run({**nodes, **picture("out", ["timed", 0])})
     assert caught.value.node_id == "timed"
+
+
+@pytest.mark.parametrize("extra", [0, 1, 5])
+def test_layers_that_comfyui_does_not_take(node_module, demo_world, extra):
+    model = node_module("host.demo").load_demo_unet(demo_world / "base.safetensors")
+    layers = {
+        s.name: LoRALayer(torch.zeros(1, s.in_features), torch.zeros(s.out_features, 1), 1.0)
+        for s in demo_layout(1)
+    }
+    nowhere = {f"input_blocks.{90 + k}.1.to_q": next(iter(layers.values())) for k in range(extra)}
+    weights = LoRAWeights(layers | nowhere)
+    with_lora = node_module("host.lora").with_lora
+    if not extra:
+        assert len(with_lora(model, weights, 0.5).patches) == len(layers)
+        return
+    count, more = f"{extra} of the {len(weights.layers)} layers", ", ..." if extra > 3 else ""
+    with pytest.raises(Exception, match=f"did not take {count}") as caught:
+        with_lora(model, weights, 0.5)
+    assert type(caught.value).__name__ == "LayoutError"
+    assert f"({', '.join(list(nowhere)[:3])}{more})" in str(caught.value)
+    assert not model.patches
