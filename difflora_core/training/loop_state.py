@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from ..errors import CheckpointError
-from ..storage.safetensors_io import write_atomic
+from ..storage import safetensors_io
 from .loop_config import LoopConfig
 
 logger = logging.getLogger(__name__)
@@ -176,17 +175,15 @@ def _put_optimizers(found: Sequence[torch.optim.Optimizer], tensors: Mapping[str
         optimizer.load_state_dict(state)
 
 
-def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_file(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     """Tensors and metadata of a state file.
 
     Raises:
         CheckpointError: it is damaged.
     """
     try:
-        with safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-            return tensors, file.metadata() or {}
-    except (OSError, SafetensorError) as error:
+        return safetensors_io.read_file(path, "state file")
+    except CheckpointError as error:
         raise damaged(path) from error
 
 
@@ -216,7 +213,7 @@ def check_model(path: Path, module: nn.Module, tensors: Mapping[str, Tensor], pr
 def write_best(path: Path, best: Best, fingerprint: str) -> None:
     """Write the best weights so far."""
     facts = {"value": best.value.hex(), "best_step": str(best.step), "fingerprint": fingerprint}
-    write_atomic(best.tensors, facts, path)
+    safetensors_io.write_atomic(best.tensors, facts, path)
 
 
 def read_best(path: Path, module: nn.Module, fingerprint: str) -> Best:
@@ -294,7 +291,7 @@ class RunState:
             "fingerprint": fingerprint,
         }
         stored = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        write_atomic(stored, facts, path)
+        safetensors_io.write_atomic(stored, facts, path)
 
     def read(self, path: Path, fingerprint: str) -> None:
         """Take up what `write` wrote, if there is a file.
