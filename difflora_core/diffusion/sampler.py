@@ -84,7 +84,19 @@ def initial_noise(generators: Sequence[torch.Generator], shape: Sequence[int]) -
 
 
 def guided(denoiser: Denoiser, z: Tensor, timestep: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance: null + scale (conditional - null); scale 1 and 0 need one call."""
+    """Classifier-free guidance: null + scale (conditional - null); scale 1 and 0 need one call.
+
+    Eq. 6 of arXiv:2207.12598 in the w+1 convention.
+
+    Args:
+        denoiser: network bound to its condition.
+        z: (B, ...) noisy samples.
+        timestep: (B,) their noise levels.
+        scale: any number; see `SampleSettings.guidance_scale`.
+
+    Returns:
+        The prediction (B, ...), of the denoiser's own type.
+    """
     if scale == 1.0:
         return denoiser(z, timestep, True)
     null = denoiser(z, timestep, False)

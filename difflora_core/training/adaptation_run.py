@@ -25,7 +25,7 @@ from ..text.encoders import EncodedPrompts
 from .concept_task import ConceptExamples, ConceptTask
 from .fingerprint import SAME_COURSE, fingerprint, weights_digest
 from .loop import Batch, Hooks, LoopConfig, Stopped, train
-from .loop_config import MAX_SEED, Precision
+from .loop_config import MAX_TRAINING_SEED, Precision
 from .losses import denoising_error
 
 EVALUATION_BATCHES = 6
@@ -68,7 +68,7 @@ class AdaptationTraining(Config):
         self.check_choices(type(self).__name__)
         if min(self.steps, self.batch, self.evaluate_every, self.accumulate) < 1:
             raise ConfigError("steps, batch and evaluate_every must be at least 1.")
-        check_range(type(self).__name__, "seed", self.seed, 0, MAX_SEED)
+        check_range(type(self).__name__, "seed", self.seed, 0, MAX_TRAINING_SEED)
 
     @property
     def loop(self) -> LoopConfig:

@@ -12,7 +12,7 @@ from .fingerprint import SAME_COURSE
 
 Schedule = Literal["plateau", "constant", "linear", "cosine", "one_cycle"]
 Precision = Literal["no", "bf16", "fp16"]
-MAX_SEED = 2**31 - 1
+MAX_TRAINING_SEED = 2**31 - 1
 """The loop mixes it with the step in 64 bits."""
 
 
@@ -75,7 +75,7 @@ class LoopConfig(Config):
         check_ranges("Training", self, 1, 2**40, *counts)
         check_ranges("Training", self, 0, 2**40, "warmup", "weight_decay", "clip", "patience")
         check_ranges("Training", self, 0, 10, "learning_rate", "matrix_rate")
-        check_ranges("Training", self, 0, MAX_SEED, "seed")
+        check_ranges("Training", self, 0, MAX_TRAINING_SEED, "seed")
         check_range("Training", "decay", self.decay, 0, 1)
         for value in (self.ema, *self.betas):
             if not 0 <= value < 1:

@@ -22,6 +22,7 @@ from ...difflora_core.training.adaptation_run import (
     run_fingerprint,
 )
 from ...difflora_core.training.concept_task import concept_examples, prepare_task
+from ...difflora_core.training.loop_config import MAX_TRAINING_SEED
 from .. import model_paths, sockets
 from .base import ComfyBase
 from .text import ComfyText, prepare, teach
@@ -36,7 +37,6 @@ MASKS = (
 NO_MASKS = "no masks: the whole pictures counted"
 NOTHING = "nothing was learned: it only got worse. Lower the learning rates, or take more steps"
 PREVIEW_SIZE = 512
-MAX_SEED = 2**31 - 1  # the training loop mixes it with the step in 64 bits
 
 
 def picture_sockets() -> list[io.Input]:
@@ -88,7 +88,11 @@ def training_widgets() -> list[io.Input]:
             tooltip="Pictures in each step. Fewer need less memory.",
         ),
         io.Int.Input(
-            "seed", default=0, min=0, max=MAX_SEED, tooltip="Of noise and order of pictures."
+            "seed",
+            default=0,
+            min=0,
+            max=MAX_TRAINING_SEED,
+            tooltip="Of noise and order of pictures.",
         ),
         io.String.Input(
             "file_name",
