@@ -168,7 +168,8 @@ def run_adaptation(
         TypeError: the objective is no module.
     """
     module = _module(objective)
-    config, draw = objective.config, examples.draw(objective.config.batch)
+    config, steps = objective.config, len(objective.task.base.alphas_cumprod)
+    draw = examples.draw(config.batch, steps)
 
     def report(step: int, total: int, metrics: dict[str, float]) -> None:
         named = {"evaluation" if k == "validation" else k: v for k, v in metrics.items()}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..base_model.protocol import BaseModel, TextCondition, compute_device, compute_dtype
 from ..config import Config
-from ..diffusion.objective import stratified_timesteps
+from ..diffusion.objective import NoiseSchedule, stratified_timesteps
 from ..errors import ConfigError
 from ..text.covariance import Covariance
 from ..text.encoders import EncodedPrompts, TextEncoders, WordEmbedding, check_probe, text_probe
@@ -31,8 +31,6 @@ from ..text.new_words import (
 from .losses import NoisedBatch, under_guidance
 
 logger = logging.getLogger(__name__)
-
-TRAIN_STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -81,8 +79,15 @@ class ConceptExamples:
     def __len__(self) -> int:
         return len(self.latents)
 
-    def draw(self, count: int) -> Callable[[torch.Generator], dict[str, object]]:
-        """A function that draws a batch of `count` noised pictures from a generator."""
+    def draw(
+        self, count: int, steps: int = NoiseSchedule.train_steps
+    ) -> Callable[[torch.Generator], dict[str, object]]:
+        """A function that draws a batch of noised pictures from a generator.
+
+        Args:
+            count: pictures of a batch.
+            steps: length of the base's noise schedule.
+        """
 
         def batch(generator: torch.Generator) -> dict[str, object]:
             rounds = [
@@ -96,7 +101,7 @@ class ConceptExamples:
             parts: dict[str, object] = {
                 "latents": latents,
                 "noise": torch.randn(latents.shape, generator=generator),
-                "timesteps": stratified_timesteps(count, generator, TRAIN_STEPS),
+                "timesteps": stratified_timesteps(count, generator, steps),
                 "prompts": chosen,
                 "whole": tuple(chosen),  # shared by all parts of the batch
             }

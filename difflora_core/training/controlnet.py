@@ -201,12 +201,13 @@ def control_batches(
     """Batches of pictures, captions and control pictures.
 
     Args:
-        base: encodes the captions.
+        base: encodes the captions; its schedule bounds the noise levels.
         sets: pictures of one size each, with the share of steps they get.
         batch: pictures per step; larger pictures come in smaller batches.
     """
     shares = torch.tensor([share for share, _ in sets])
     smallest = min(data.latents[0].numel() for _, data in sets)
+    steps = len(base.alphas_cumprod)
 
     def draw(generator: torch.Generator) -> dict[str, Tensor]:
         data = sets[int(torch.multinomial(shares, 1, generator=generator))][1]
@@ -214,7 +215,7 @@ def control_batches(
         index = torch.randint(len(data.latents), (count,), generator=generator)
         latents = data.latents[index].float()
         # Places are settled early, so high noise comes more often (Eq. 4 of arXiv:2302.08453).
-        late = stratified_timesteps(count, generator).double() / 1000
+        late = stratified_timesteps(count, generator, steps).double() / steps
         captioned = torch.rand(count, generator=generator) >= 0.1
         known = zip(index.tolist(), captioned.tolist(), strict=True)
         text = base.encode_prompts([data.captions[k] if t else "" for k, t in known])
@@ -222,7 +223,7 @@ def control_batches(
         return {
             "latents": latents,
             "noise": torch.randn(latents.shape, generator=generator),
-            "timesteps": ((1 - late**3) * 1000).long().clamp(0, 999),
+            "timesteps": ((1 - late**3) * steps).long().clamp(0, steps - 1),
             "context": text.context,
             "pooled": text.pooled,
             "hints": control_pictures(data, index, coarse),

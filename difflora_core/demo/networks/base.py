@@ -136,7 +136,8 @@ def base_batches(
         index = torch.randint(len(latents), (count,), generator=generator)
         captioned = torch.rand(count, 1, generator=generator) >= 0.1
         z = latents[index].float()
-        # Stratified timesteps: same expectation, less variance.
+        # Stratified timesteps, as `stratified_timesteps` makes them; the order that it draws too
+        # would move the noise drawn after it, and with it the base that is shipped.
         strata = (torch.arange(count) + torch.rand(count, generator=generator)) / count
         return {
             "latents": z,
