@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
+
+from torch import Tensor
 
 from ..adapters.base import AdapterEntry, AdapterSet
 from ..adapters.infusion import InfusionValueAdapter, token_concept
@@ -46,10 +48,21 @@ class Infusion(ConceptMethod):
             concept = part.adaptation
             vectors = (concept.shared["direction"], unit_covector(concept))
             concepts.append(token_concept(*vectors, threshold, part.strength))
-        matcher = ConceptMatcher(concepts)
-        return AdapterSet(
-            tuple(
-                AdapterEntry(layer, InfusionValueAdapter(matcher, cls.values(applied, layer)))
-                for layer in applied[0].adaptation.layers
-            )
+        layers = applied[0].adaptation.layers
+        values = {layer: cls.values(applied, layer) for layer in layers}
+        return value_adapters(ConceptMatcher(concepts), values)
+
+
+def value_adapters(matcher: ConceptMatcher, values: Mapping[str, Tensor]) -> AdapterSet:
+    """The adapters of every cross-attention layer, in training and when drawing.
+
+    Args:
+        matcher: of J concepts, shared by all layers.
+        values: value layer to its residuals (J, out); gradients flow into them.
+    """
+    return AdapterSet(
+        tuple(
+            AdapterEntry(layer, InfusionValueAdapter(matcher, residuals))
+            for layer, residuals in values.items()
         )
+    )

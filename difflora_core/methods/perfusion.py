@@ -6,7 +6,7 @@ training; several concepts share a model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -23,6 +23,7 @@ from .base import AppliedAdaptation, ConceptMethod, PreparedAdaptation, settings
 
 Lock = Literal["none", "local", "global"]
 Combine = Literal["approximate", "exact"]
+KeyAdapter = tuple[PerfusionKeyAdapter | GlobalKeyAdapter, Strength]
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,14 @@ class PerfusionConfig(Config):
         if self.reach < -1:
             raise ConfigError(f"The reach is -1 (all tokens) or more, got {self.reach}.")
 
+    def gated(
+        self, direction: Tensor, covector: Tensor, superclass: Tensor, strength: Strength = 1.0
+    ) -> GatedConcept:
+        """A concept under these settings, as the layers see it; see `GatedConcept`."""
+        reach = None if self.reach < 0 else self.reach
+        gate = SigmoidGate(self.bias, self.temperature)
+        return GatedConcept(direction, covector, superclass, gate, strength, reach)
+
 
 class Perfusion(ConceptMethod):
     """Gated, key-locked rank-one edits for one or several concepts."""
@@ -76,19 +85,15 @@ class Perfusion(ConceptMethod):
         cls.check_together(applied)
         settings = [settings_as(PerfusionConfig, part.settings) for part in applied]
         gated = [
-            gated_concept(part.prepared, own, part.strength)
+            own.gated(*_vectors(part.prepared), part.strength)
             for part, own in zip(applied, settings, strict=True)
         ]
         exact = any(s.combine == "exact" for s in settings)
         matcher = ConceptMatcher(gated, exact)
         keys = _key_adapter(applied, settings, gated, matcher)
-        entries = []
-        for layer in applied[0].adaptation.layers:
-            if keys is not None:
-                entries.append(AdapterEntry(key_layer(layer), *keys))
-            value = PerfusionValueAdapter(matcher, cls.values(applied, layer))
-            entries.append(AdapterEntry(layer, value))
-        return AdapterSet(tuple(entries))
+        layers = applied[0].adaptation.layers
+        values = {layer: cls.values(applied, layer) for layer in layers}
+        return key_and_value_adapters(matcher, values, keys)
 
     @classmethod
     def as_lora(
@@ -128,15 +133,28 @@ class Perfusion(ConceptMethod):
         return LoRAWeights(layers)
 
 
-def gated_concept(
-    prepared: PreparedAdaptation, settings: PerfusionConfig, strength: Strength = 1.0
-) -> GatedConcept:
-    """The concept as the layers see it."""
-    reach = None if settings.reach < 0 else settings.reach
-    gate = SigmoidGate(settings.bias, settings.temperature)
+def key_and_value_adapters(
+    matcher: ConceptMatcher, values: Mapping[str, Tensor], keys: KeyAdapter | None
+) -> AdapterSet:
+    """The adapters of every cross-attention layer, in training and when drawing.
+
+    Args:
+        matcher: of J concepts, shared by all layers.
+        values: value layer to its o* (J, out); gradients flow into them.
+        keys: adapter and strength of the key layers beside them; None leaves those alone.
+    """
+    entries = []
+    for layer, targets in values.items():
+        if keys is not None:
+            entries.append(AdapterEntry(key_layer(layer), *keys))
+        entries.append(AdapterEntry(layer, PerfusionValueAdapter(matcher, targets)))
+    return AdapterSet(tuple(entries))
+
+
+def _vectors(prepared: PreparedAdaptation) -> tuple[Tensor, Tensor, Tensor]:
+    """Direction, covector and super-class word of a concept, each (d,)."""
     concept = prepared.adaptation
-    vectors = (concept.shared["direction"], unit_covector(concept), _superclass(prepared))
-    return GatedConcept(*vectors, gate, strength, reach)
+    return concept.shared["direction"], unit_covector(concept), _superclass(prepared)
 
 
 def _key_adapter(
@@ -144,7 +162,7 @@ def _key_adapter(
     settings: Sequence[PerfusionConfig],
     gated: Sequence[GatedConcept],
     matcher: ConceptMatcher,
-) -> tuple[PerfusionKeyAdapter | GlobalKeyAdapter, Strength] | None:
+) -> KeyAdapter | None:
     """What the keys of all layers see, and in which samples; None leaves them alone.
 
     One global lock decides for the whole prompt.

@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..adapters.base import AdapterEntry, AdapterSet
-from ..adapters.infusion import InfusionValueAdapter, token_concept
+from ..adapters.base import AdapterSet
+from ..adapters.infusion import token_concept
 from ..adapters.token_gate import ConceptMatcher
 from ..errors import ConfigError
 from ..methods.base import Facts, TrainedAdaptation
-from ..methods.infusion import Infusion, InfusionConfig
+from ..methods.infusion import Infusion, InfusionConfig, value_adapters
 from ..text.encoders import EncodedPrompts
 from .adaptation_run import AdaptationTraining, masked_loss
 from .concept_task import ConceptTask, learned_words
@@ -77,11 +77,8 @@ class InfusionObjective(nn.Module):
             encoded = self.task.text.encode(prompts, {w.word: e for w, e in words})
         rows = zip(self.task.superclasses, self.covectors, strict=True)
         matcher = ConceptMatcher([token_concept(i, c, self.config.threshold) for i, c in rows])
-        entries = [
-            AdapterEntry(layer, InfusionValueAdapter(matcher, value))
-            for layer, value in zip(self.task.layers, self.values, strict=True)
-        ]
-        return encoded, AdapterSet(tuple(entries))
+        values = dict(zip(self.task.layers, self.values, strict=True))
+        return encoded, value_adapters(matcher, values)
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Masked denoising loss."""

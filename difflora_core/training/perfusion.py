@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.attach import attach
-from ..adapters.base import AdapterEntry, AdapterSet
-from ..adapters.perfusion import PerfusionKeyAdapter, PerfusionValueAdapter
-from ..adapters.token_gate import ConceptMatcher, GatedConcept, SigmoidGate
+from ..adapters.base import AdapterSet
+from ..adapters.perfusion import PerfusionKeyAdapter
+from ..adapters.token_gate import ConceptMatcher
 from ..base_model.protocol import TextCondition
 from ..config import check_range
 from ..diffusion.objective import loss_weight
 from ..errors import ConfigError
 from ..methods.base import Facts, TrainedAdaptation
-from ..methods.perfusion import Perfusion, PerfusionConfig, key_layer
+from ..methods.perfusion import Perfusion, PerfusionConfig, key_and_value_adapters, key_layer
 from ..text.encoders import EncodedPrompts, WordEmbedding
 from .adaptation_run import AdaptationTraining
 from .calibration import AttentionRecord, binding_loss, record_attention, separation_loss
@@ -58,7 +58,7 @@ class PerfusionTraining(AdaptationTraining):
     guidance: float = 1.0
 
     def __post_init__(self) -> None:
-        SigmoidGate(self.bias, self.temperature)
+        self.while_training()
         super().__post_init__()
         if not (0 < self.value_rate <= 10 and 0 <= self.word_rate <= 10):
             raise ConfigError("Learning rates must lie in 0 to 10, and that of the values above 0.")
@@ -66,9 +66,11 @@ class PerfusionTraining(AdaptationTraining):
             raise ConfigError(f"average must lie in 0 to 1, got {self.average}.")
         for name in ("binding", "separation", "preservation"):
             check_range("Perfusion", name, getattr(self, name), 0, 1000)
-        if self.reach < -1:
-            raise ConfigError(f"The reach is -1 (all tokens) or more, got {self.reach}.")
         check_guidance(self.guidance)
+
+    def while_training(self) -> PerfusionConfig:
+        """How the words act while they are trained."""
+        return PerfusionConfig(self.bias, self.temperature, reach=self.reach)
 
     @property
     def loop(self) -> LoopConfig:
@@ -142,18 +144,15 @@ class PerfusionObjective(nn.Module):
         """The adapters of one step; o* of a layer is W_V i_super plus what was learned."""
         duals = directions @ self.get_buffer("inverse").to(directions)  # J d
         covectors = duals / (duals * directions).sum(-1, keepdim=True)
-        gate = SigmoidGate(self.config.bias, self.config.temperature)
         superclasses = self.task.superclasses.to(directions)
         rows = zip(directions, covectors, superclasses, strict=True)
-        reach = None if self.config.reach < 0 else self.config.reach
-        concepts = [GatedConcept(*parts, gate, 1.0, reach) for parts in rows]
-        matcher = ConceptMatcher(concepts)
-        keys, entries = PerfusionKeyAdapter(matcher), []
-        for layer, value in zip(self.task.layers, self.values, strict=True):
-            targets = self.starts[layer].to(value) + value
-            entries.append(AdapterEntry(key_layer(layer), keys))
-            entries.append(AdapterEntry(layer, PerfusionValueAdapter(matcher, targets)))
-        return AdapterSet(tuple(entries))
+        acting = self.config.while_training()
+        matcher = ConceptMatcher([acting.gated(*vectors) for vectors in rows])
+        targets = {
+            layer: self.starts[layer].to(value) + value
+            for layer, value in zip(self.task.layers, self.values, strict=True)
+        }
+        return key_and_value_adapters(matcher, targets, (PerfusionKeyAdapter(matcher), 1.0))
 
     def prepare(self, prompts: Sequence[str]) -> tuple[EncodedPrompts, AdapterSet]:
         """Encoded prompts and the adapters that belong to them."""
