@@ -163,14 +163,14 @@ def work(folder: Path, steps: int, stop: int) -> None:
 
 def batches(base: BaseModel) -> Draw:
     """Random pictures: entry (k, b) of every tensor is sample k of person b."""
-    count = SAMPLES * PEOPLE
+    count, steps = SAMPLES * PEOPLE, len(base.alphas_cumprod)
     shape = (SAMPLES, PEOPLE, *base.encode_images(torch.zeros(1, 64, 64, 3)).shape[1:])
 
     def draw(generator: torch.Generator) -> dict[str, Tensor]:
         return {
             "latents": torch.randn(shape, generator=generator, dtype=torch.float64),
             "noise": torch.randn(shape, generator=generator, dtype=torch.float64),
-            "timesteps": stratified_timesteps(count, generator).reshape(SAMPLES, PEOPLE),
+            "timesteps": stratified_timesteps(count, generator, steps).reshape(SAMPLES, PEOPLE),
             "captions": torch.zeros(SAMPLES, PEOPLE, dtype=torch.long),
         }
 

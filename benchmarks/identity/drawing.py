@@ -156,11 +156,12 @@ def unseen_latents(
     latents = latents.repeat_interleave(plan.noises, 0)
     captions = [caption for row in pictures.captions for caption in row]
     per_person = count * plan.noises
+    steps = len(base.alphas_cumprod)
     noise, timesteps = [], []
     for seed in seeds:
         generator = torch.Generator().manual_seed(plan.seed * 10**12 + seed + 5 * 10**9)
         noise.append(torch.randn((per_person, *latents.shape[1:]), generator=generator))
-        timesteps.append(stratified_timesteps(per_person, generator))
+        timesteps.append(stratified_timesteps(per_person, generator, steps))
     unique = list(dict.fromkeys(captions))
     return UnseenLatents(
         latents=latents,

@@ -175,9 +175,7 @@ def loss_weight(kind: str, abar: Tensor, prediction: str = "epsilon") -> Tensor:
     )
 
 
-def stratified_timesteps(
-    count: int, generator: torch.Generator, steps: int = NoiseSchedule.train_steps
-) -> Tensor:
+def stratified_timesteps(count: int, generator: torch.Generator, steps: int) -> Tensor:
     """Uniform timesteps, one from each of `count` equal strata: less variance, same mean.
 
     In place of the evenly spaced times of arXiv:2107.00630, App. I.1, each is free in its stratum.

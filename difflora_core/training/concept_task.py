@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..base_model.protocol import BaseModel, TextCondition, compute_device, compute_dtype
 from ..config import Config
-from ..diffusion.objective import NoiseSchedule, stratified_timesteps
+from ..diffusion.objective import stratified_timesteps
 from ..errors import ConfigError
 from ..text.covariance import Covariance
 from ..text.encoders import EncodedPrompts, TextEncoders, WordEmbedding, check_probe, text_probe
@@ -79,9 +79,7 @@ class ConceptExamples:
     def __len__(self) -> int:
         return len(self.latents)
 
-    def draw(
-        self, count: int, steps: int = NoiseSchedule.train_steps
-    ) -> Callable[[torch.Generator], dict[str, object]]:
+    def draw(self, count: int, steps: int) -> Callable[[torch.Generator], dict[str, object]]:
         """A function that draws a batch of noised pictures from a generator.
 
         Args:

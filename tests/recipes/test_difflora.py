@@ -67,7 +67,7 @@ def data(base):
 
 
 def one_batch(data, model):
-    return difflora.person_batches(data, model, CONFIG)(torch.Generator().manual_seed(1))
+    return difflora.person_batches(data, model, CONFIG, 1000)(torch.Generator().manual_seed(1))
 
 
 def test_an_exact_prediction_has_no_error_and_gives_back_the_clean_latents(base, monkeypatch):
@@ -152,7 +152,7 @@ def test_it_learns_and_a_resumed_run_is_the_same_run(base, model, reader, data, 
     face_reader.fit(reader, data.latents, data.features, data.people, course, tmp_path / "reader")
     config = replace(CONFIG, likeness=3.0)
     objective = difflora.FunctionalObjective(model, base, config, reader)
-    draw = difflora.person_batches(data, model, config)
+    draw = difflora.person_batches(data, model, config, len(base.alphas_cumprod))
     batches = [draw(torch.Generator().manual_seed(k)) for k in range(16)]
 
     @torch.no_grad()

@@ -58,7 +58,7 @@ def test_infusion_starts_at_the_base_and_learns(task, tmp_path, pictures, evalua
 
 def test_guidance_while_training(task, pictures):
     """This base hardly listens to a residual at one token; the bound is far above rounding."""
-    batch, losses = pictures().draw(8)(torch.Generator().manual_seed(3)), []
+    batch, losses = pictures().draw(8, 1000)(torch.Generator().manual_seed(3)), []
     for scale in (1.0, 2.0):
         objective = InfusionObjective(task, InfusionTraining(threshold=0.3, guidance=scale))
         with torch.no_grad():

@@ -149,7 +149,7 @@ def test_before_training_it_is_the_super_class_behind_a_gate(task):
 
 def test_gradients_reach_words_values_and_pass_the_average(task, pictures):
     objective = PerfusionObjective(task, QUICK).train()
-    loss, _ = objective(pictures().draw(4)(torch.Generator().manual_seed(0)))
+    loss, _ = objective(pictures().draw(4, 1000)(torch.Generator().manual_seed(0)))
     loss.backward()
     assert all(float(p.grad.abs().max()) > 0 for p in [*objective.values, *objective.shifts])
     assert objective.direction.grad is None
@@ -163,7 +163,7 @@ def test_the_direction_keeps_up_with_a_word_that_moves(task, pictures):
     for average in (0.9, 0.99):
         objective = PerfusionObjective(task, replace(QUICK, average=average)).train()
         optimizer = torch.optim.AdamW(objective.parameters(), QUICK.value_rate, weight_decay=0.0)
-        draw = pictures().draw(4)
+        draw = pictures().draw(4, 1000)
         for step in range(20):
             loss, _ = objective(draw(torch.Generator().manual_seed(step)))
             optimizer.zero_grad()
@@ -183,7 +183,7 @@ def test_two_learning_rates(task, tmp_path, pictures):
     objective = PerfusionObjective(task, config)
     from difflora_core.training.loop import train
 
-    train(objective, pictures().draw(4), config.loop, tmp_path)
+    train(objective, pictures().draw(4, 1000), config.loop, tmp_path)
     assert float(objective.values[0].detach().abs().max()) == pytest.approx(0.02, rel=1e-2)
     start = task.embeddings[0]
     moved = [
@@ -196,7 +196,7 @@ def test_two_learning_rates(task, tmp_path, pictures):
 def test_masks_choose_what_is_learned(task, pictures):
     """Where the mask is zero, the picture cannot matter."""
     objective = PerfusionObjective(task, QUICK).eval()
-    batch = pictures().draw(4)(torch.Generator().manual_seed(0))
+    batch = pictures().draw(4, 1000)(torch.Generator().manual_seed(0))
     changed = {**batch, "masks": batch["masks"].clone()}
     loss = float(objective(batch)[0].detach())
     whole = {k: v for k, v in batch.items() if k != "masks"}
@@ -220,16 +220,16 @@ def test_outside_the_mask_it_stays_what_it_was(task, tmp_path, pictures):
                 objective.values, concept.layers, objective.starts.values(), strict=True
             ):
                 value.copy_(concept.layers[layer]["values"][None] - start)
-            batch = pictures().draw(8)(torch.Generator().manual_seed(3))
+            batch = pictures().draw(8, 1000)(torch.Generator().manual_seed(3))
             drifts.append(float(objective(batch)[1]["drift"]))
     assert 0 < drifts[1] < 0.9 * drifts[0]
-    whole = pictures(masked=False).draw(4)(torch.Generator().manual_seed(3))
+    whole = pictures(masked=False).draw(4, 1000)(torch.Generator().manual_seed(3))
     assert "drift" not in PerfusionObjective(task, replace(QUICK, preservation=1.0))(whole)[1]
 
 
 def test_guidance_while_training(task, pictures):
     """A guided prediction goes as many times as far from the base's as the guidance says."""
-    batch, seen = pictures().draw(8)(torch.Generator().manual_seed(3)), {}
+    batch, seen = pictures().draw(8, 1000)(torch.Generator().manual_seed(3)), {}
     for scale in (1.0, 2.0):
         config = replace(QUICK, preservation=1.0, guidance=scale)
         objective = PerfusionObjective(task, config)
@@ -259,7 +259,7 @@ def test_disendiff_losses_take_part(base, text, covariance, tmp_path, pictures):
     assert len(result.adaptations) == 2
     assert all(0 < metrics["separation"] <= 1 for metrics in seen)
     assert all(0 < metrics["binding"] < 2 for metrics in seen)
-    batch = examples.draw(2)(torch.Generator().manual_seed(0))
+    batch = examples.draw(2, 1000)(torch.Generator().manual_seed(0))
     plain, both = (
         PerfusionObjective(task, replace(config, binding=b, separation=s)).eval()(batch)
         for b, s in ((0.0, 0.0), (0.1, 0.2))

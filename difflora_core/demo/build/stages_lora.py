@@ -219,7 +219,7 @@ def validation_losses(model: DiffLoRAModel, base: DiffusersBase, batches: int = 
     data = person_data(base, "validation", validation_pool())
     config = difflora.FunctionalConfig(batch=64, photos=1, feature_noise=0, latent_noise=0)
     objective = difflora.FunctionalObjective(model, base, config)
-    draw = difflora.person_batches(data, model, config)
+    draw = difflora.person_batches(data, model, config, len(base.alphas_cumprod))
     totals = torch.zeros(2)
     for k in range(batches):
         batch = draw(torch.Generator().manual_seed(5000 + k))

@@ -108,7 +108,7 @@ class WordsObjective(BaseObjective):
 
 
 def word_batches(
-    portraits: tuple[Tensor, PicturePool], things: ThingLatents, batch: int
+    portraits: tuple[Tensor, PicturePool], things: ThingLatents, batch: int, steps: int
 ) -> Callable[[torch.Generator], dict[str, Tensor]]:
     """Batches for `WordsObjective`; a tenth of the captions is empty.
 
@@ -116,6 +116,7 @@ def word_batches(
         portraits: scaled latents (M, 8, h, w) and their pool.
         things: pictures of two things.
         batch: pictures per batch.
+        steps: length of the noise schedule.
     """
     latents, pool = portraits
     nothing = (torch.zeros(len(latents), *things.masks.shape[1:]), torch.zeros(len(latents), 2, 6))
@@ -139,7 +140,7 @@ def word_batches(
         return {
             "latents": z,
             "noise": torch.randn(z.shape, generator=generator),
-            "timesteps": stratified_timesteps(batch, generator),
+            "timesteps": stratified_timesteps(batch, generator, steps),
             "tokens_l": torch.where(captioned, first, empty[0]),
             "tokens_g": torch.where(captioned, second, empty[1]),
             "captioned": captioned,
@@ -212,7 +213,8 @@ def words(progress: Progress) -> Figures:
     facts = (portraits[0], pool.captions, things, BATCH, PAIR_SHARE, THING_WEIGHT)
     # Captions end with the end tokens of others in the batch, so it is never split.
     hooks = Hooks(progress, splits=False, fingerprint=fingerprint(*facts))
-    train(objective, word_batches(portraits, things, BATCH), LOOP, paths.BUILD / "words", hooks)
+    draw = word_batches(portraits, things, BATCH, len(base.alphas_cumprod))
+    train(objective, draw, LOOP, paths.BUILD / "words", hooks)
     write_words(paths.WORDS, paths.BASE, base.unet, text)
     return {
         "validation_loss": base_loss(plain, held_out, unseen),

@@ -156,9 +156,9 @@ class FunctionalObjective(nn.Module):
 
 
 def person_batches(
-    data: PersonPictures, model: DiffLoRAModel, config: FunctionalConfig
+    data: PersonPictures, model: DiffLoRAModel, config: FunctionalConfig, steps: int
 ) -> Callable[[torch.Generator], dict[str, Tensor]]:
-    """Batches of people: some photos to see, another picture to draw."""
+    """Batches of people: some photos to see, another picture to draw at one of `steps` noises."""
     count = config.batch
     width, lae = model.config.mif.width, model.config.lae
     most = min(config.photos, data.people.shape[1] - 1)
@@ -193,7 +193,7 @@ def person_batches(
             "centroids": centroids[people],
             "latents": latents,
             "noise": torch.randn(latents.shape, generator=generator),
-            "timesteps": stratified_timesteps(count, generator),
+            "timesteps": stratified_timesteps(count, generator, steps),
             "context": text.context,
             "pooled": text.pooled,
         }
@@ -217,4 +217,6 @@ def fit(
         )
     identity = fingerprint(objective.config, data, weights_digest(objective.base.unet))
     hooks = Hooks(progress, base=objective.base, fingerprint=identity)
-    return train(objective, person_batches(data, model, objective.config), loop, folder, hooks)
+    steps = len(objective.base.alphas_cumprod)
+    draw = person_batches(data, model, objective.config, steps)
+    return train(objective, draw, loop, folder, hooks)
