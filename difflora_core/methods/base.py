@@ -19,6 +19,7 @@ from ..adapters.base import AdapterSet, Strength
 from ..config import Config
 from ..errors import ConfigError, LayoutError
 from ..lora.weights import LoRAWeights
+from ..text.covariance import normalised
 from ..text.new_words import LearnedWord
 
 Facts = Mapping[str, str | int | float]
@@ -303,8 +304,7 @@ def settings_as(kind: type[Settings], settings: Config) -> Settings:
 
 def unit_covector(adaptation: TrainedAdaptation) -> Tensor:
     """A concept's covector (d,), its product with the direction exactly 1."""
-    direction, covector = adaptation.shared["direction"], adaptation.shared["covector"]
-    return covector / (covector * direction).sum()
+    return normalised(adaptation.shared["covector"], adaptation.shared["direction"])
 
 
 def _product(shared: Mapping[str, Tensor]) -> float:

@@ -142,8 +142,20 @@ class Covariance:
         Returns:
             (d,) float64; its product with `direction` is 1.
         """
-        dual = self.solve(direction)
-        return dual / (dual * direction.double()).sum()
+        return normalised(self.solve(direction), direction.double())
+
+
+def normalised(dual: Tensor, direction: Tensor) -> Tensor:
+    """The covector along C^-1 i whose product with i is 1 (arXiv 2305.01644, section 4).
+
+    Args:
+        dual: any multiple of C^-1 i (..., d).
+        direction: i (..., d), not zero, of the same type.
+
+    Returns:
+        (..., d); gradients flow into both.
+    """
+    return dual / (dual * direction).sum(-1, keepdim=True)
 
 
 def build_covariance(

@@ -24,6 +24,7 @@ from ..diffusion.objective import loss_weight
 from ..errors import ConfigError
 from ..methods.base import Facts, TrainedAdaptation
 from ..methods.perfusion import Perfusion, PerfusionConfig, key_and_value_adapters, key_layer
+from ..text.covariance import normalised
 from ..text.encoders import EncodedPrompts, WordEmbedding
 from .adaptation_run import AdaptationTraining
 from .calibration import AttentionRecord, binding_loss, record_attention, separation_loss
@@ -143,9 +144,8 @@ class PerfusionObjective(nn.Module):
     def adapters(self, directions: Tensor) -> AdapterSet:
         """The adapters of one step; o* of a layer is W_V i_super plus what was learned."""
         duals = directions @ self.get_buffer("inverse").to(directions)  # J d
-        covectors = duals / (duals * directions).sum(-1, keepdim=True)
         superclasses = self.task.superclasses.to(directions)
-        rows = zip(directions, covectors, superclasses, strict=True)
+        rows = zip(directions, normalised(duals, directions), superclasses, strict=True)
         acting = self.config.while_training()
         matcher = ConceptMatcher([acting.gated(*vectors) for vectors in rows])
         targets = {
