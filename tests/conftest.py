@@ -4,12 +4,15 @@ import asyncio
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from hypothesis import settings
+
+from difflora_core.adapters.base import AdapterSet
 
 ROOT = Path(__file__).resolve().parents[1]
 COMFYUI = Path(os.environ.get("COMFYUI_PATH", ROOT / ".comfyui")).resolve()
@@ -61,6 +64,24 @@ def pack(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     extension = asyncio.run(module.comfy_entrypoint())
     asyncio.run(extension.on_load())
     return module
+
+
+@pytest.fixture(scope="session")
+def merged_weights() -> Callable[..., dict[str, torch.Tensor]]:
+    """Makes the weights of a module with adapters merged in: W + s * (merge(W) - W), by layer."""
+
+    def merged(
+        module: torch.nn.Module, adapters: AdapterSet, strength: float = 1.0
+    ) -> dict[str, torch.Tensor]:
+        result: dict[str, torch.Tensor] = {}
+        for entry in adapters:
+            path = f"{entry.layer}.weight"
+            weight = result.get(entry.layer, module.get_parameter(path).detach())
+            change = entry.adapter.merge(weight) - weight
+            result[entry.layer] = weight + entry.strength * strength * change
+        return result
+
+    return merged
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Attach an AdapterSet to a module with hooks, take it off again, or merge it into the weights."""
+"""Attach an AdapterSet to a module with hooks, and take it off again."""
 
 from __future__ import annotations
 
@@ -240,33 +240,3 @@ def attach(
         handle.hold(target.register_forward_pre_hook(hook.before))
         handle.hold(target.register_forward_hook(hook.after))
     return handle
-
-
-def merged_weights(
-    module: nn.Module,
-    adapters: AdapterSet,
-    strength: float = 1.0,
-    names: Mapping[str, str] | None = None,
-) -> dict[str, Tensor]:
-    """New weights with the adapters merged in: W + s * (merge(W) - W), in the order of the entries.
-
-    Returns:
-        Module path to new weight; nothing is written to the module.
-
-    Raises:
-        LayoutError: when a layer is missing or an adapter cannot be merged.
-    """
-    modules = _modules(module, adapters, names)
-    result: dict[str, Tensor] = {}
-    for entry in adapters:
-        path = entry.layer if names is None else names[entry.layer]
-        weight = result.get(path)
-        if weight is None:
-            weight = modules[entry.layer].get_parameter("weight").detach()
-        merged = entry.adapter.merge(weight)
-        if merged is None:
-            raise LayoutError(
-                f"The adapter on {entry.layer} depends on its input; attach it instead."
-            )
-        result[path] = _blend(weight, merged, entry.strength * strength)
-    return result

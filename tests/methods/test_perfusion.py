@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from difflora_core.adapters.attach import attach, merged_weights
+from difflora_core.adapters.attach import attach
 from difflora_core.adapters.lora import lora_adapter_set
 from difflora_core.errors import ConfigError, LayoutError
 from difflora_core.methods.base import AppliedAdaptation, PreparedAdaptation, unit_covector
@@ -109,7 +109,7 @@ def test_exact_keeps_concepts_apart_that_resemble_each_other(net, prepared):
     assert float((left["exact"] - left["approximate"]).abs().max()) > 0.05
 
 
-def test_export_is_the_linear_edit(net, prepared):
+def test_export_is_the_linear_edit(net, prepared, merged_weights):
     """As a LoRA at strength 1 the layers map i* to o*, and to the super-class key."""
     part, model = prepared(), net()
     one = part.adaptation
