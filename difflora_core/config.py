@@ -26,7 +26,11 @@ class Config:
                 _choice(hint, getattr(self, name), f"{where}: {name}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns nested plain dictionaries, lists and numbers."""
+        """Returns nested plain dictionaries, lists and numbers.
+
+        Raises:
+            ConfigError: the class is not a dataclass.
+        """
         if not dataclasses.is_dataclass(self):
             raise ConfigError(f"{type(self).__name__} is not a dataclass.")
         return dataclasses.asdict(self)
@@ -37,7 +41,11 @@ class Config:
 
     @classmethod
     def from_dict(cls, data: Any) -> Self:
-        """Builds the record; unknown fields and wrong types raise ConfigError."""
+        """Builds the record from what `to_dict` returned.
+
+        Raises:
+            ConfigError: an unknown field, or a value of the wrong type or range.
+        """
         built = _build(cls, data, cls.__name__)
         if not isinstance(built, cls):
             raise ConfigError(f"{cls.__name__}: expected a configuration, got {built!r}.")

@@ -34,6 +34,9 @@ class InfusionValueAdapter(LayerAdapter):
     Args:
         matcher: of concepts made by `token_concept`, shared by all layers.
         residuals: v (J, out) of this layer; gradients flow into it. Zero changes nothing.
+
+    Raises:
+        LayoutError: not one residual for each concept.
     """
 
     def __init__(self, matcher: ConceptMatcher, residuals: Tensor) -> None:
@@ -45,7 +48,11 @@ class InfusionValueAdapter(LayerAdapter):
         self.matcher, self.residuals = matcher, residuals
 
     def edit(self, x: Tensor, y: Tensor) -> Tensor:
-        """y + v at the concept's token; x (B, L, in), y (B, L, out)."""
+        """y + v at the concept's token; x (B, L, in), y (B, L, out).
+
+        Raises:
+            LayoutError: the residuals have another width than y.
+        """
         if y.shape[-1] != self.residuals.shape[-1]:
             raise LayoutError(
                 f"This concept has residuals of width {self.residuals.shape[-1]}, but the layer "

@@ -19,6 +19,9 @@ class LoRAAdapter(LayerAdapter):
 
     Args:
         layer: the factors; gradients flow into them.
+
+    Raises:
+        LayoutError: the factors have more than one batch dimension.
     """
 
     def __init__(self, layer: LoRALayer) -> None:

@@ -38,6 +38,9 @@ class PerfusionValueAdapter(LayerAdapter):
     Args:
         matcher: shared by all layers.
         targets: o* (J, out) of this layer, one row per concept; gradients flow into it.
+
+    Raises:
+        LayoutError: not one target for each concept.
     """
 
     def __init__(self, matcher: ConceptMatcher, targets: Tensor) -> None:
@@ -51,7 +54,11 @@ class PerfusionValueAdapter(LayerAdapter):
         return self.matcher(x).rest
 
     def edit(self, x: Tensor, y: Tensor) -> Tensor:
-        """y + sum of g o*; x (B, L, in), y (B, L, out)."""
+        """y + sum of g o*; x (B, L, in), y (B, L, out).
+
+        Raises:
+            LayoutError: the value targets have another width than y.
+        """
         if y.shape[-1] != self.targets.shape[-1]:
             raise LayoutError(
                 f"This concept has values of width {self.targets.shape[-1]}, but the layer gives "
@@ -74,6 +81,9 @@ class GlobalKeyAdapter(LayerAdapter):
         """The super-class encoding; x (B, L, in).
 
         ComfyUI repeats the shorter one of two prompts that share a batch, and so is this one.
+
+        Raises:
+            LayoutError: the two prompts differ in length, width or batch.
         """
         context = self.context.to(x)
         if x.shape[-2] > context.shape[-2] and x.shape[-2] % context.shape[-2] == 0:

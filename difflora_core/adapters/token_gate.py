@@ -55,6 +55,9 @@ class TokenGate:
 
     Args:
         threshold: similarity from which a token can be the concept's, above 0.
+
+    Raises:
+        ConfigError: the threshold is not in 0 to 3, or is 0.
     """
 
     def __init__(self, threshold: float) -> None:
@@ -120,6 +123,9 @@ class ConceptMatcher:
         exact: project onto the span of all directions (QR form of the paper, here through the
             J x J Gram matrix); otherwise each concept is taken out as if it were alone. Equal for
             C^-1-orthogonal concepts.
+
+    Raises:
+        ConfigError: there is no concept.
     """
 
     def __init__(self, concepts: Sequence[GatedConcept], exact: bool = False) -> None:

@@ -24,6 +24,9 @@ class TokenGrid:
     Args:
         layout: layers, shapes and rank.
         parts: ``("down", "up")``, or ``("up",)`` when every LoRA shares one fixed ``down``.
+
+    Raises:
+        LayoutError: other parts.
     """
 
     def __init__(self, layout: LoRALayout, parts: tuple[str, ...] = PARTS) -> None:

@@ -220,7 +220,11 @@ class ConceptMethod(Method):
 
     @classmethod
     def check(cls, adaptation: TrainedAdaptation) -> None:
-        """Refuse other tensors than a concept's."""
+        """Refuse other tensors than a concept's.
+
+        Raises:
+            LayoutError: it has no word, or its tensors are not those of a concept.
+        """
         shared, layers = adaptation.shared, adaptation.layers
         if adaptation.word is None:
             raise LayoutError(f"{adaptation.title} has no word, but {cls.name} needs one.")

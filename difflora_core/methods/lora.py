@@ -32,7 +32,11 @@ class LoRA(Method):
 
     @classmethod
     def check(cls, adaptation: TrainedAdaptation) -> None:
-        """Refuse layers that are no pair of factors."""
+        """Refuse layers that are no pair of factors.
+
+        Raises:
+            LayoutError: a layer has other tensors, factors that do not fit, or several alphas.
+        """
         for layer, tensors in adaptation.layers.items():
             if set(tensors) != TENSORS or adaptation.shared:
                 raise LayoutError(f"{adaptation.title} does not hold the factors of {layer}.")

@@ -63,7 +63,7 @@ class PerfusionConfig(Config):
     def gated(
         self, direction: Tensor, covector: Tensor, superclass: Tensor, strength: Strength = 1.0
     ) -> GatedConcept:
-        """A concept under these settings, as the layers see it; see `GatedConcept`."""
+        """A concept of vectors (d,) under these settings, as the layers see it."""
         reach = None if self.reach < 0 else self.reach
         gate = SigmoidGate(self.bias, self.temperature)
         return GatedConcept(direction, covector, superclass, gate, strength, reach)

@@ -98,7 +98,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def plain_norm(x: Tensor) -> Tensor:
-    """Layer norm over the last dimension without learned parameters."""
+    """Layer norm over the last dimension of (..., D), without learned parameters."""
     return F.layer_norm(x, (x.shape[-1],), eps=1e-6)
 
 

@@ -56,7 +56,7 @@ class LowRank(nn.Module):
         self.down = nn.Parameter(torch.randn(rank, inner, generator=generator) / inner**0.5)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The changed weight."""
+        """The changed weight; the shape is that of `weight`, (out, in) or (out, in, h, w)."""
         return weight + (self.up @ self.down).reshape(weight.shape)
 
 

@@ -104,7 +104,18 @@ def _marked_share(face: DetectedFace, mask: Tensor) -> float:
 def masks_like(
     masks: Tensor | Sequence[Tensor] | None, pictures: list[Tensor]
 ) -> list[Tensor | None]:
-    """One mask of its picture's size per picture; a single mask serves all pictures."""
+    """One mask of its picture's size per picture; a single mask serves all pictures.
+
+    Args:
+        masks: (H, W), (M, H, W) or M masks of any sizes; M is 1 or the number of pictures.
+        pictures: (H, W, C) each.
+
+    Returns:
+        (H, W) of its picture each; None for every picture where there are no masks.
+
+    Raises:
+        ImageError: there are more or fewer masks, or one is not (H, W).
+    """
     if masks is None:
         return [None] * len(pictures)
     if isinstance(masks, Tensor) and masks.ndim == 2:

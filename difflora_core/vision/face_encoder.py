@@ -141,6 +141,9 @@ class InsightFaceEncoder:
         Args:
             analysis: The object; it is not changed beyond the time of a call.
             embedding_dim: Df, when the object has no `models["recognition"]` to ask (default 512).
+
+        Raises:
+            EncoderError: the object has no `get`.
         """
         if not callable(getattr(analysis, "get", None)):
             raise EncoderError(

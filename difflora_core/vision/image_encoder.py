@@ -51,6 +51,9 @@ class ClipImageEncoder:
     Args:
         model: A CLIPVisionModelWithProjection; sizes come from its config.
         device: Where it runs.
+
+    Raises:
+        EncoderError: the model is of another kind.
     """
 
     def __init__(self, model: Any, device: str | torch.device = "cpu") -> None:

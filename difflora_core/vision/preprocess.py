@@ -118,7 +118,8 @@ def shrink(image: Tensor, longest: int) -> tuple[Tensor, float]:
 def pad_border(image: Tensor, fraction: float) -> tuple[Tensor, int]:
     """Add a black border of `fraction` times the longer side; returns the picture and the width.
 
-    Black, because detectors and the aligned crop fill with black themselves.
+    Black, because detectors and the aligned crop fill with black themselves. (H, W, C) to
+    (H + 2 * width, W + 2 * width, C).
     """
     width = round(max(image.shape[:2]) * fraction)
     return F.pad(image, (0, 0, width, width, width, width)), width

@@ -83,7 +83,7 @@ class Detector(nn.Module):
         self.heads = nn.ModuleList(nn.Conv2d(w, ANCHORS * 15, 1) for w in widths[-3:])
 
     def forward(self, pictures: Tensor) -> list[Tensor]:
-        """One map for each stride."""
+        """Pictures (B, 3, S, S) to one map (B, H, W, 2, 15) for each stride."""
         maps, x = [], pictures
         for level, stage in enumerate(self.stages):
             x = stage(x)

@@ -138,7 +138,7 @@ class JudgeNetwork(nn.Module):
         self.read = nn.Linear(widths[-1] * 16, outputs)
 
     def forward(self, planes: Tensor) -> Tensor:
-        """Judge pictures."""
+        """Pictures (B, 3, 64, 64) to answers (B, outputs)."""
         x = self.blocks(F.silu(self.stem(planes * 4 - 2)))
         return self.read(self.norm(x.flatten(1)))
 

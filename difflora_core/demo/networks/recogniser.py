@@ -81,7 +81,7 @@ class Recogniser(nn.Module):
         self.embed = nn.Linear(widths[-1] * 16, embedding)
 
     def forward(self, crops: Tensor) -> Tensor:
-        """Embed aligned crops."""
+        """Aligned crops (N, 3, 112, 112) to (N, embedding)."""
         return self.embed(self.features(crops).flatten(1))
 
 

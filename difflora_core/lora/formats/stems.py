@@ -59,7 +59,11 @@ def text_encoder_name(stem: str) -> str | None:
 
 
 def file_stem(name: str, naming: Naming, to_diffusers: Mapping[str, str]) -> str:
-    """File stem of a canonical layer."""
+    """File stem of a canonical layer.
+
+    Raises:
+        LayoutError: its diffusers name is needed and not in `to_diffusers`.
+    """
     encoder = re.match(r"te([12])\.(.+)$", name)
     if encoder and naming == "diffusers":
         return f"text_encoder{'_2' if encoder[1] == '2' else ''}.{encoder[2]}"

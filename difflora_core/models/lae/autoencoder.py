@@ -220,7 +220,7 @@ class LoRAAutoencoder(nn.Module):
 
 
 def project(layer: LoRALayer, shared: Tensor) -> LoRALayer:
-    """Least-squares fit of a layer's delta W by `up @ shared`."""
+    """Least-squares fit of a layer's delta W by `up @ shared`, with `shared` (r, in)."""
     inverse = torch.linalg.pinv(shared.detach().float()).to(layer.down)  # in r
     up = layer.scaling * layer.up @ (layer.down @ inverse)
     down = shared.to(layer.down).expand(*layer.batch_shape, -1, -1)

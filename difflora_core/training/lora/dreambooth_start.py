@@ -30,7 +30,13 @@ def starting_weights(
     initial: LoRAWeights | None,
     shared_down: Mapping[str, Tensor] | None,
 ) -> LoRAWeights:
-    """Weights before the first step, one row per person."""
+    """Weights before the first step, one row per person.
+
+    Raises:
+        ConfigError: both a LoRA and a shared `down` are given.
+        LayoutError: the LoRA does not fit the layout or the people, or a shared `down` is missing
+            or is not (r, in).
+    """
     if initial is not None and shared_down is not None:
         raise ConfigError("DreamBooth starts from a LoRA or from a shared down, not from both.")
     random = _random_down(layout, seeds, config.seed)
