@@ -25,6 +25,7 @@ from ...models.layers import DrawnFrom
 from ...storage.safetensors_io import read_file, write_atomic
 from ..world.pool import PicturePool
 from .changes import with_changes
+from .stored import check_tensors, described, load_strictly
 from .text import clip_numbers, encode, new_text_encoders, tokenize
 from .vae import VAE_CONFIG
 
@@ -59,6 +60,7 @@ SCHEDULER_CONFIG: dict[str, Any] = {
 LORA_RANK = 4
 
 _PREFIXES = {
+    "unet": "model.diffusion_model.",
     "vae": "first_stage_model.",
     "text_l": "conditioner.embedders.0.transformer.",
     "text_g": "conditioner.embedders.1.transformer.",
@@ -200,30 +202,39 @@ def load_base(path: Path, words: Path | None = None) -> DiffusersBase:
         words: weights that replace some of it, see words.py.
 
     Raises:
-        CheckpointError: a file cannot be read, or they do not fit each other.
+        CheckpointError: a file cannot be read, they do not fit each other, or the base lacks
+            something or holds something else.
     """
     tensors, metadata = _stored(path, words)
-    facts = json.loads(metadata["config"])
-    unet = UNet2DConditionModel(**facts["unet"])
-    text = _text(tensors)
-    vae = AutoencoderKL(**facts["vae"])
-    unet.load_state_dict({key: tensors[n].float() for key, n in _unet_names(unet).items()})
-    _load_part("vae", vae, tensors)
+    with described(path):
+        facts = json.loads(metadata["config"])
+        unet, vae = UNet2DConditionModel(**facts["unet"]), AutoencoderKL(**facts["vae"])
+        unet_names = _unet_names(unet)
+    text = _text(tensors, path)
+    load_strictly(unet, _under("unet", tensors), path, unet_names)
+    _load_part("vae", vae, tensors, path)
+    prefixes = tuple(_PREFIXES.values())
+    rest = {name: t for name, t in tensors.items() if not name.startswith(prefixes)}
+    check_tensors({"vocabulary": clip_numbers(), "v_pred": torch.ones(1)}, rest, path)
     for frozen in (unet, vae):
         frozen.requires_grad_(False).eval()
     return DiffusersBase(unet, vae, text.encode_prompts, DDIMScheduler(**SCHEDULER_CONFIG))
 
 
 def load_text(path: Path, words: Path | None = None) -> DemoText:
-    """The demo base's text encoders alone, frozen, float32; `words` as for `load_base`."""
-    return _text(_stored(path, words)[0])
+    """The demo base's text encoders alone, frozen, float32; `words` as for `load_base`.
+
+    Raises:
+        CheckpointError: as for `load_base`, of the text encoders.
+    """
+    return _text(_stored(path, words)[0], path)
 
 
-def _text(tensors: Mapping[str, Tensor]) -> DemoText:
+def _text(tensors: Mapping[str, Tensor], path: Path) -> DemoText:
     """The text encoders among a base's tensors."""
     text = DemoText()
-    _load_part("text_l", text.text_l, tensors)
-    _load_part("text_g", text.text_g, tensors)
+    _load_part("text_l", text.text_l, tensors, path)
+    _load_part("text_g", text.text_g, tensors, path)
     return text.requires_grad_(False).eval()
 
 
@@ -241,15 +252,19 @@ def _unet_names(unet: UNet2DConditionModel) -> dict[str, str]:
     modules = unet_name_map(dict(unet.config))
     parts = {key: key.rsplit(".", 1) for key in unet.state_dict()}
     return {
-        key: f"model.diffusion_model.{modules[module]}.{leaf}"
-        for key, (module, leaf) in parts.items()
+        key: f"{_PREFIXES['unet']}{modules[module]}.{leaf}" for key, (module, leaf) in parts.items()
     }
 
 
-def _load_part(part: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def _load_part(part: str, module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Fill the VAE or a text encoder."""
     names = {key: _stored_name(part, key) for key in module.state_dict()}
-    module.load_state_dict({key: tensors[n] for key, n in names.items() if n in tensors})
+    load_strictly(module, _under(part, tensors), path, names)
+
+
+def _under(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one part of the base."""
+    return {name: t for name, t in tensors.items() if name.startswith(_PREFIXES[part])}
 
 
 def _stored_name(part: str, key: str) -> str:
