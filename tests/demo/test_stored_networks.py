@@ -10,6 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from difflora_core.demo import paths
 from difflora_core.demo.networks.base import load_base, load_text
+from difflora_core.demo.networks.clip_vision import load_clip_vision
+from difflora_core.demo.networks.concept_judge import load_concept_judge
+from difflora_core.demo.networks.judges import load_judge
 from difflora_core.errors import CheckpointError
 
 WEIGHTS = {
@@ -21,9 +24,23 @@ WEIGHTS = {
         "vocabulary",
     ],
     load_text: ["conditioner.embedders.1.transformer.text_projection.weight"],
+    load_judge: ["stem.weight"],
+    load_concept_judge: ["stem.weight"],
+    load_clip_vision: ["visual_projection.weight"],
 }
-SOURCES = {load_base: paths.BASE, load_text: paths.BASE}
-FACTS = {load_base: [("config",), ("config", "unet"), ("config", "vae")]}
+SOURCES = {
+    load_base: paths.BASE,
+    load_text: paths.BASE,
+    load_judge: paths.PROMPT_JUDGE,
+    load_concept_judge: paths.CONCEPT_JUDGE,
+    load_clip_vision: paths.CLIP_VISION,
+}
+FACTS = {
+    load_base: [("config",), ("config", "unet"), ("config", "vae")],
+    load_judge: [("recipe",), ("recipe", "widths"), ("recipe", "outputs")],
+    load_concept_judge: [("recipe",), ("recipe", "widths")],
+    load_clip_vision: [("config",)],
+}
 
 
 def cases(table):

@@ -25,6 +25,7 @@ from ...training.loop import Batch, ByStep, Hooks, Progress
 from ...vision.preprocess import CLIP_MEAN, CLIP_STD
 from ..world.identities import PARAMETERS
 from ..world.pool import PicturePool
+from .stored import described, load_strictly
 from .views import (
     ATTRIBUTES,
     NO_LABEL,
@@ -275,13 +276,14 @@ def load_clip_vision(
     Returns:
         The model in float32, the configuration for `comfy.clip_vision.ClipVisionModel`, and the
         state dict.
+
+    Raises:
+        CheckpointError: the file cannot be read, or does not fit its own configuration.
     """
     stored, facts = read_file(path, "CLIP vision")
-    config = json.loads(facts["config"])
+    with described(path):
+        config = json.loads(facts["config"])
+        model = CLIPVisionModelWithProjection(CLIPVisionConfig(**config))
     tensors = {name: tensor.float() for name, tensor in stored.items()}
-    model = CLIPVisionModelWithProjection(CLIPVisionConfig(**config))
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    left = [name for name in missing if not name.endswith("position_ids")]
-    if left or unexpected:
-        raise ValueError(f"{path.name} does not fit its own configuration: {left} {unexpected}")
+    load_strictly(model, tensors, path)
     return model.eval(), config, tensors

@@ -23,6 +23,7 @@ from ..world.identities import split_seeds
 from ..world.renderer import COLOURS
 from ..world.things import draw_things
 from .judges import JudgeRecipe, Residual, read_judge, save_judge
+from .stored import described, load_strictly
 from .views import Schedule, as_planes, disturb, fit, initialise, lay_out
 
 KINDS = ("hat", "cup", "cat", "flower")
@@ -203,8 +204,13 @@ def train_concept_judge(
 
 
 def load_concept_judge(path: Path, concepts: Sequence[DemoConcept] = KNOWN) -> ConceptJudge:
-    """Read the shipped judge; `concepts` are those that it recognises."""
+    """Read the shipped judge; `concepts` are those that it recognises.
+
+    Raises:
+        CheckpointError: the file cannot be read, or its tensors are not those of its recipe.
+    """
     recipe, tensors = read_judge(path)
-    network = ThingReader(tuple(recipe["widths"]))
-    network.load_state_dict(tensors)
+    with described(path):
+        network = ThingReader(tuple(recipe["widths"]))
+    load_strictly(network, tensors, path)
     return ConceptJudge(network.float().eval(), concepts)

@@ -36,6 +36,7 @@ from ..world.pool import PicturePool
 from ..world.renderer import LOOKS
 from ..world.scenes import PICTURE_SIZE
 from .recogniser import recognition_figures
+from .stored import described, load_strictly
 from .views import (
     ATTRIBUTES,
     NO_LABEL,
@@ -304,9 +305,14 @@ def save_judge(model: nn.Module, recipe: JudgeRecipe, path: Path) -> None:
 
 
 def read_judge(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Recipe and weights of a file that `save_judge` wrote."""
+    """Recipe and weights of a file that `save_judge` wrote.
+
+    Raises:
+        CheckpointError: it cannot be read, or has no recipe.
+    """
     tensors, facts = read_file(path, "judge")
-    return json.loads(facts["recipe"]), tensors
+    with described(path):
+        return json.loads(facts["recipe"]), tensors
 
 
 def load_judges(folder: Path) -> Judges:
@@ -315,8 +321,13 @@ def load_judges(folder: Path) -> Judges:
 
 
 def load_judge(path: Path) -> JudgeNetwork:
-    """Read one judge."""
+    """Read one judge.
+
+    Raises:
+        CheckpointError: the file cannot be read, or its tensors are not those of its recipe.
+    """
     recipe, tensors = read_judge(path)
-    network = JudgeNetwork(tuple(recipe["widths"]), recipe["outputs"])
-    network.load_state_dict(tensors)
+    with described(path):
+        network = JudgeNetwork(tuple(recipe["widths"]), recipe["outputs"])
+    load_strictly(network, tensors, path)
     return network.float().eval()
