@@ -21,6 +21,11 @@ logger = logging.getLogger(__name__)
 
 STATE = "state.safetensors"
 BEST = "best.safetensors"
+MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
+    torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
+    torch.optim.Muon: ("momentum_buffer",),
+}
+"""What an optimiser keeps of each parameter."""
 
 
 def optimizers(
@@ -192,6 +197,29 @@ def damaged(path: Path) -> CheckpointError:
     return CheckpointError(f"{path} is damaged; delete it to start anew.")
 
 
+def check_parts(path: Path, state: RunState, tensors: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError unless names and shapes are those that `RunState.write` writes.
+
+    An optimiser has nothing of a parameter that never had a gradient, and all of any other.
+    """
+    wanted = {f"model.{n}": p for n, p in state.objective.named_parameters() if p.requires_grad}
+    wanted |= {f"buffer.{name}": b for name, b in buffers_of(state.objective).items()}
+    wanted |= {f"ema.{name}": p for name, p in state.average.weights.items()}
+    if (drawn := state.drawn()) is not None:
+        wanted["generator"] = drawn
+    shapes = {name: tensor.shape for name, tensor in wanted.items()}
+    for number, optimizer in enumerate(state.optimizers):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for index, parameter in enumerate(parameters):
+            whole = {
+                f"optimizer.{number}.{index}.{name}": torch.Size() if name == "step" else shape
+                for name, shape in dict.fromkeys(MOMENTS[type(optimizer)], parameter.shape).items()
+            }
+            shapes |= whole if whole.keys() & tensors.keys() else {}
+    if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
+        raise damaged(path)
+
+
 def check_run(path: Path, facts: Mapping[str, str], fingerprint: str) -> None:
     """Raises CheckpointError unless a file belongs to the run with this fingerprint."""
     if facts.get("fingerprint") != fingerprint:
@@ -304,6 +332,7 @@ class RunState:
         tensors, facts = read_file(path)
         check_model(path, self.objective, tensors, "model.")
         check_run(path, facts, fingerprint)
+        check_parts(path, self, tensors)
         try:
             put(self.objective, _under("model.", tensors) | _under("buffer.", tensors))
             for name, weight in self.average.weights.items():

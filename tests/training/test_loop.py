@@ -266,6 +266,44 @@ def test_a_damaged_state_says_so(tmp_path, damage):
         train(Line(), draw, LOOP, tmp_path)
 
 
+FOREIGN = {
+    "a buffer less": ("buffer.norm.running_mean", None),
+    "a buffer more": ("buffer.norm.other", torch.ones(3)),
+    "a buffer of another shape": ("buffer.norm.running_var", torch.ones(1)),
+    "an average more": ("ema.other", torch.ones(3)),
+    "an average of another shape": ("ema.line.net.0.weight", torch.ones(1)),
+    "a moment less": ("optimizer.0.1.exp_avg", None),
+    "a moment more": ("optimizer.0.1.other", torch.ones(3)),
+    "a moment of another shape": ("optimizer.0.1.exp_avg", torch.ones(1)),
+    "a moment of no parameter": ("optimizer.0.99.exp_avg", torch.ones(3)),
+    "an optimiser more": ("optimizer.2.0.exp_avg", torch.ones(3)),
+    "no generator": ("generator", None),
+    "anything else": ("other", torch.ones(3)),
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_a_state_with_other_parts_is_refused_before_anything_is_put_in_place(tmp_path, what):
+    def run(module, asked):
+        generator = torch.Generator().manual_seed(5)
+        make = ByStep(lambda step: {**draw(generator), "stop": False}, generator)
+        train(module, make, replace(LOOP, matrix_rate=0.01), tmp_path, asked)
+
+    with pytest.raises(InterruptedTraining):
+        run(Normed(), Hooks(stop_at(5)))
+    path = tmp_path / "state.safetensors"
+    with safe_open(path, "pt") as file:
+        facts = file.metadata()
+    tensors = load_file(path)
+    name, tensor = FOREIGN[what]
+    tensors = {n: t for n, t in tensors.items() if n != name}
+    save_file(tensors if tensor is None else {**tensors, name: tensor}, path, metadata=facts)
+    fresh, expected = Normed(), Normed().state_dict()
+    with pytest.raises(CheckpointError, match=r"state\.safetensors is damaged; delete it"):
+        run(fresh, Hooks())
+    assert all(torch.equal(expected[n], t) for n, t in fresh.state_dict().items())
+
+
 def test_a_loss_that_is_no_number_names_step_and_batch(tmp_path):
     class Broken(Line):
         def forward(self, batch):
