@@ -202,7 +202,8 @@ def check_parts(path: Path, state: RunState, tensors: Mapping[str, Tensor]) -> N
 
     An optimiser has nothing of a parameter that never had a gradient, and all of any other.
     """
-    wanted = {f"model.{n}": p for n, p in state.objective.named_parameters() if p.requires_grad}
+    named = state.objective.named_parameters()
+    wanted: dict[str, Tensor] = {f"model.{n}": p for n, p in named if p.requires_grad}
     wanted |= {f"buffer.{name}": b for name, b in buffers_of(state.objective).items()}
     wanted |= {f"ema.{name}": p for name, p in state.average.weights.items()}
     if (drawn := state.drawn()) is not None:

@@ -6,7 +6,8 @@ configuration in the metadata. Nothing is registered with ComfyUI's loaders.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import comfy.utils
 from torch import Tensor
 
 from ...difflora_core.demo.networks.changes import with_changes
+from ...difflora_core.demo.networks.stored import REMEDY, check_names
 from ...difflora_core.demo.networks.text import text_config
 from ...difflora_core.errors import CheckpointError
 
@@ -33,6 +35,12 @@ TEXT = {
     "clip_g": "conditioner.embedders.1.transformer.",
 }
 CLIP_VOCABULARY = 49_408
+UNREAD = (
+    "clip_l.logit_scale",
+    "clip_g.logit_scale",
+    "clip_l.transformer.text_projection.weight",
+)
+"""What ComfyUI's text encoders have and SDXL's files need not hold."""
 PREVIEW_COLOURS = (
     (0.045, 0.031, -0.304),
     (0.031, 0.182, -0.160),
@@ -79,6 +87,35 @@ def read_demo_file(
     return tensors, json.loads(metadata["config"])
 
 
+@contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """A block that fills a network from a file.
+
+    Raises:
+        CheckpointError: a tensor that it asks for by name is missing, or one has another shape.
+    """
+    try:
+        yield
+    except KeyError as error:
+        check_names([str(error.args[0])], (), path)
+        raise
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):  # want of memory, say
+            raise
+        raise CheckpointError(f"{path} does not fit its own configuration: {error} {REMEDY}") from (
+            error
+        )
+
+
+def check_loaded(module: Any, names: Iterable[str], path: Path) -> None:
+    """Raises CheckpointError unless a filled network has exactly the tensors of these names.
+
+    ComfyUI only logs what was missing or left over.
+    """
+    own, given = module.state_dict().keys(), set(names)
+    check_names(own - given, given - own, path)
+
+
 def demo_model_config(state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Any:
     """ComfyUI's SDXL configuration at the demo's size."""
     unet, vae = facts["unet"], facts["vae"]
@@ -111,7 +148,11 @@ def vae_ratio(config: Mapping[str, Any]) -> int:
 
 
 def load_demo_unet(path: Path, words: Path | None = None, disable_dynamic: bool = False) -> Any:
-    """The UNet in a ModelPatcher, as ComfyUI's checkpoint loader makes one."""
+    """The UNet in a ModelPatcher, as ComfyUI's checkpoint loader makes one.
+
+    Raises:
+        CheckpointError: the file's tensors are not those of the UNet.
+    """
     state, facts = read_demo_file(path, words)
     config = demo_model_config(state, facts)
     device = comfy.model_management.get_torch_device()
@@ -127,14 +168,21 @@ def load_demo_unet(path: Path, words: Path | None = None, disable_dynamic: bool 
     offload = comfy.model_management.unet_offload_device()
     model = config.get_model(state, UNET, device=offload)
     patcher = kind(model, load_device=device, offload_device=offload)
-    model.load_model_weights(state, UNET, assign=patcher.is_dynamic())
+    names = [name.removeprefix(UNET) for name in state if name.startswith(UNET)]
+    with fitting(path):
+        model.load_model_weights(state, UNET, assign=patcher.is_dynamic())
+    check_loaded(model.diffusion_model, names, path)
     # Hooks and copies for other devices reload the model from its file.
     patcher.cached_patcher_init = (load_demo_unet, (path, words))
     return patcher
 
 
 def load_demo_vae(path: Path) -> Any:
-    """The VAE."""
+    """The VAE.
+
+    Raises:
+        CheckpointError: the file's tensors are not those of the VAE.
+    """
     state, facts = read_demo_file(path)
     config = facts["vae"]
     widths = config["block_out_channels"]
@@ -151,7 +199,11 @@ def load_demo_vae(path: Path) -> Any:
         "dropout": 0.0,
     }
     parameters = {"ddconfig": sizes, "embed_dim": config["latent_channels"]}
-    vae = comfy.sd.VAE(sd=vae_state(state, len(widths)), config={"params": parameters})
+    weights = vae_state(state, len(widths))
+    names = list(weights)
+    with fitting(path):
+        vae = comfy.sd.VAE(sd=weights, config={"params": parameters})
+    check_loaded(vae.first_stage_model, names, path)
     vae.downscale_ratio = vae.upscale_ratio = vae_ratio(config)
     vae.latent_channels = config["latent_channels"]
     return vae
@@ -176,12 +228,17 @@ def vae_state(state: Mapping[str, Tensor], levels: int) -> dict[str, Tensor]:
 
 
 def load_demo_clip(path: Path, words: Path | None = None) -> Any:
-    """Both text encoders behind ComfyUI's SDXL tokenizer and CLIP class."""
+    """Both text encoders behind ComfyUI's SDXL tokenizer and CLIP class.
+
+    Raises:
+        CheckpointError: the file's tensors are not those of the text encoders.
+    """
     state, _ = read_demo_file(path, words)
     weights: dict[str, Tensor] = {}
     options = {}
     for part, prefix in TEXT.items():
-        texts = clip_state(state, prefix)
+        with fitting(path):
+            texts = clip_state(state, prefix)
         hidden = texts["text_model.embeddings.token_embedding.weight"].shape[1]
         names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         config = text_config(hidden)
@@ -191,7 +248,13 @@ def load_demo_clip(path: Path, words: Path | None = None) -> Any:
         comfy.sdxl_clip.SDXLTokenizer, comfy.sdxl_clip.SDXLClipModel
     )
     parameters = comfy.utils.calculate_parameters(weights)
-    return comfy.sd.CLIP(target, parameters=parameters, state_dict=weights, model_options=options)
+    expected = [*weights, *UNREAD]
+    with fitting(path):
+        clip = comfy.sd.CLIP(
+            target, parameters=parameters, state_dict=weights, model_options=options
+        )
+    check_loaded(clip.cond_stage_model, expected, path)
+    return clip
 
 
 def clip_state(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,8 +1,11 @@
 """The demo base in ComfyUI's own classes computes what diffusers and transformers compute."""
 
+import re
+
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from difflora_core.demo.networks.base import load_base, time_ids
 
@@ -62,6 +65,37 @@ def test_words_of_another_base(demo, base_file, tmp_path):
     save_file({"nowhere": torch.ones(1)}, other)
     with pytest.raises(Exception, match="does not fit the demo base") as caught:
         demo.load_demo_unet(base_file, other)
+    assert type(caught.value).__name__ == "CheckpointError"
+
+
+@pytest.mark.parametrize("wrong", ["missing", "unknown", "size mismatch"])
+@pytest.mark.parametrize(
+    ("load", "name"),
+    [
+        ("load_demo_unet", "model.diffusion_model.out.0.weight"),
+        ("load_demo_vae", "first_stage_model.decoder.conv_in.weight"),
+        ("load_demo_clip", "conditioner.embedders.1.transformer.text_projection.weight"),
+        (
+            "load_demo_clip",
+            "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight",
+        ),
+    ],
+)
+def test_a_file_whose_tensors_do_not_fit_is_refused(demo, base_file, tmp_path, load, name, wrong):
+    with safe_open(base_file, "pt") as file:
+        facts = file.metadata()
+    tensors = load_file(base_file)
+    if wrong == "missing":
+        del tensors[name]
+    elif wrong == "unknown":
+        tensors[f"{name}.more"] = torch.ones(1)
+    else:
+        tensors[name] = tensors[name].new_ones(7, 7)
+    path = tmp_path / "base.safetensors"
+    save_file(tensors, path, metadata=facts)
+    why = f"{re.escape(str(path))} does not fit its own configuration[^$]*{wrong}[^$]*Make it again"
+    with pytest.raises(Exception, match=why) as caught:
+        getattr(demo, load)(path)
     assert type(caught.value).__name__ == "CheckpointError"
 
 
