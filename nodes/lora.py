@@ -52,8 +52,8 @@ class LoRAToHook(io.ComfyNode):
                 io.Model.Input(
                     "base_model",
                     optional=True,
-                    tooltip="The model that is sampled with. When connected, a LoRA that does not "
-                    "fit it is an error instead of a LoRA without effect.",
+                    tooltip="The model that is sampled with. When connected, every layer of the "
+                    "LoRA must be one of its own; else sampling refuses a LoRA for another base.",
                 ),
             ],
             outputs=[io.Hooks.Output(display_name="hooks")],
@@ -66,7 +66,7 @@ class LoRAToHook(io.ComfyNode):
         if base_model is not None:
             state = to_state_dict(host_lora.read_lora(state, base_model))
         if strength_model != 0:
-            hooks = hooks.clone_and_combine(comfy.hooks.create_hook_lora(state, strength_model, 0))
+            hooks = hooks.clone_and_combine(host_lora.lora_hook(state, strength_model))
         return io.NodeOutput(hooks)
 
 

@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+import comfy.hooks
 import comfy.lora
 import comfy.utils
+import comfy.weight_adapter
 from torch import Tensor
 
 from ...difflora_core.errors import LayoutError, LoRAFileError
@@ -83,6 +85,56 @@ def read_lora(state: dict[str, Tensor], model: Any) -> LoRAWeights:
     weights = LoRAWeights(layers)
     check_lora_fits(model, weights, "another base model")
     return weights
+
+
+def lora_hook(lora: dict[str, Tensor], strength: float) -> comfy.hooks.HookGroup:
+    """ComfyUI's hook of a LoRA, which also looks whether the LoRA fits when sampling starts."""
+    hook = _LoRAHook(strength, 0.0)
+    hook.weights = lora
+    group = comfy.hooks.HookGroup()
+    group.add(hook)
+    return group
+
+
+class _LoRAHook(comfy.hooks.WeightHook):
+    """A LoRA hook that is refused by a model that it would leave alone, wholly or in part."""
+
+    def add_hook_patches(
+        self, model: Any, model_options: Any, target_dict: Any, registered: Any
+    ) -> Any:
+        """As ComfyUI's, which drops what does not fit.
+
+        Raises:
+            LayoutError: the LoRA has no layer of this model, or one of another size.
+        """
+        if target_dict["target"] == comfy.hooks.EnumWeightTarget.Model:
+            keys = comfy.lora.model_lora_keys_unet(model.model, {})
+            _check_patches(model, comfy.lora.load_lora(self.weights, keys, log_missing=False))
+        return super().add_hook_patches(model, model_options, target_dict, registered)
+
+
+def _check_patches(model: Any, patches: Mapping[Any, Any]) -> None:
+    """Raises LayoutError unless there are patches, and all plain ones have the model's sizes."""
+    state = model.model.state_dict()
+    wrong = [k for k, patch in patches.items() if _plain(patch) and not _same(state[k], patch)]
+    if wrong or not patches:
+        example = f"for example {wrong[0]} has another size" if wrong else "no layer is its own"
+        raise LayoutError(
+            f"The LoRA of a hook does not fit the base model that is sampled with ({example}). "
+            "Load the base model that it was made for, or make a LoRA for this one."
+        )
+
+
+def _plain(patch: Any) -> bool:
+    """True for up times down alone: nothing in between (Tucker), no other shape of the weight."""
+    adapter = isinstance(patch, comfy.weight_adapter.LoRAAdapter)
+    return adapter and patch.weights[3] is None and patch.weights[5] is None
+
+
+def _same(weight: Tensor, patch: Any) -> bool:
+    """Whether the product of the factors has the size of a weight."""
+    up, down = patch.weights[:2]
+    return up.shape[0] == weight.shape[0] and len(up) * down[0].numel() == weight.numel()
 
 
 def with_lora(model: Any, weights: LoRAWeights, strength: float) -> Any:

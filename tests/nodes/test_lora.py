@@ -229,6 +229,15 @@ def test_loras_that_cannot_be_used(comfy, person, kind):
         assert caught.value.node_id == name
 
 
+@pytest.mark.parametrize("kind", ["another base", "half of another base", "text encoder"])
+def test_hooks_are_checked_when_sampling_starts(comfy, person, kind):
+    """Without base_model the hook learns of the model from the sampler alone."""
+    nodes = {**person, "bad": node("TestHyperLoRA", lora=["lora", 0], kind=kind)}
+    nodes |= {"hook": hook(("bad", 0)), "hooked": on_both(("hook", 0))}
+    with pytest.raises(ComfyPromptError, match="LoRA of a hook does not fit the base model"):
+        comfy.run({**nodes, **picture("out", MODEL, ("hooked", 0), ("hooked", 1))})
+
+
 def test_start_after_the_end(comfy, person):
     nodes = {**person, "timed": apply(start_percent=0.6, end_percent=0.4)}
     with pytest.raises(ComfyPromptError, match="would never act") as caught:
