@@ -53,6 +53,19 @@ def test_a_seed_gives_one_latent_in_any_batch(model, person) -> None:
         model.sample_latent(condition, [1, 2])
 
 
+@pytest.mark.gpu
+def test_a_seed_gives_one_lora_on_any_device(model, person) -> None:
+    """Noise is drawn where no device has a say."""
+    settings, people = SampleSettings(6, 2.0), [person(1), person(2, 2)]
+    here = model.decode(model.sample_latent(model.condition(people), [7, 8], settings))
+    other = copy.deepcopy(model).to("cuda")
+    there = other.decode(other.sample_latent(other.condition(people), [7, 8], settings))
+    for name, layer in here.layers.items():
+        delta = there[name].delta().to("cpu", torch.float32)
+        assert layer.delta().abs().max() > 1e-3
+        torch.testing.assert_close(delta, layer.delta(), rtol=1e-3, atol=1e-4)
+
+
 def test_guidance_one_ignores_the_null_condition(model, person) -> None:
     condition = model.condition(person(1))
     before = model.sample_latent(condition, [3], SampleSettings(5, 1.0)).z
