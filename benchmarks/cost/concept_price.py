@@ -121,7 +121,7 @@ def concept_prices(
 
     rows = {}
     for name, adapters in concept_adapters(config).items():
-        base, own = interleave(partial(timed, None), partial(timed, adapters), pairs)
+        base, own = interleave(partial(timed, None), partial(timed, adapters), pairs, warm_up=2)
         rows.setdefault(BASE, price(base, base) | {"projections": 0.0})
         rows[name] = price(base, own) | {"projections": float(len(adapters or ()))}
     return rows

@@ -31,7 +31,7 @@ from .interleaving.pairs import BASE, WARM_UP, mean_price, price
 NODES = Path(__file__).parent / "interleaving"
 BATCH = 2
 PAIRS, QUICK_PAIRS = 800, 200
-CONCEPT_PAIRS, QUICK_CONCEPT_PAIRS = 24, 8
+CONCEPT_PAIRS, QUICK_CONCEPT_PAIRS = 24, 6
 """Of --perfusion, whose steps take seconds."""
 _PLAIN = (["words", 0], ["nothing", 0])
 ROWS: Mapping[str, tuple[str, tuple[Any, Any]]] = {

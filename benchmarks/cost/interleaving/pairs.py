@@ -19,7 +19,9 @@ Seconds = tuple[float, float]
 Steps = Sequence[Seconds]
 
 
-def interleave(base: Callable[[], Seconds], own: Callable[[], Seconds], pairs: int):
+def interleave(
+    base: Callable[[], Seconds], own: Callable[[], Seconds], pairs: int, warm_up: int = WARM_UP
+) -> tuple[list[Seconds], list[Seconds]]:
     """Take pairs of steps, base first and variant first in turn: b v, v b, b v, …
 
     Both follow themselves and the other equally often, so neither has the warmer caches.
@@ -28,18 +30,19 @@ def interleave(base: Callable[[], Seconds], own: Callable[[], Seconds], pairs: i
         base: takes one step of the base and returns its seconds.
         own: the same of the variant.
         pairs: how many are counted.
+        warm_up: how many come before them.
 
     Returns:
         Seconds of the base's and of the variant's steps, pair by pair.
     """
     times = []
-    for number in range(WARM_UP + pairs):
+    for number in range(warm_up + pairs):
         if number % 2:
             second, first = own(), base()
         else:
             first, second = base(), own()
         times.append((first, second))
-    bases, owns = zip(*times[WARM_UP:], strict=True)
+    bases, owns = zip(*times[warm_up:], strict=True)
     return list(bases), list(owns)
 
 
