@@ -21,11 +21,8 @@ logger = logging.getLogger(__name__)
 
 STATE = "state.safetensors"
 BEST = "best.safetensors"
-MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
-    torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
-    torch.optim.Muon: ("momentum_buffer",),
-}
-"""What an optimiser keeps of each parameter."""
+MOMENTS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
+"""What an optimiser keeps of each parameter; by name, because older versions of torch lack Muon."""
 
 
 def optimizers(
@@ -214,7 +211,9 @@ def check_parts(path: Path, state: RunState, tensors: Mapping[str, Tensor]) -> N
         for index, parameter in enumerate(parameters):
             whole = {
                 f"optimizer.{number}.{index}.{name}": torch.Size() if name == "step" else shape
-                for name, shape in dict.fromkeys(MOMENTS[type(optimizer)], parameter.shape).items()
+                for name, shape in dict.fromkeys(
+                    MOMENTS[type(optimizer).__name__], parameter.shape
+                ).items()
             }
             shapes |= whole if whole.keys() & tensors.keys() else {}
     if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
