@@ -68,7 +68,7 @@ def pack(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def merged_weights() -> Callable[..., dict[str, torch.Tensor]]:
-    """Makes the weights of a module with adapters merged in: W + s * (merge(W) - W), by layer."""
+    """Makes weights with linear adapters merged in, by layer: what becomes of the rows of 1."""
 
     def merged(
         module: torch.nn.Module, adapters: AdapterSet, strength: float = 1.0
@@ -77,7 +77,8 @@ def merged_weights() -> Callable[..., dict[str, torch.Tensor]]:
         for entry in adapters:
             path = f"{entry.layer}.weight"
             weight = result.get(entry.layer, module.get_parameter(path).detach())
-            change = entry.adapter.merge(weight) - weight
+            rows = torch.eye(weight.shape[1], dtype=weight.dtype)
+            change = entry.adapter.edit(rows, rows @ weight.mT).mT - weight
             result[entry.layer] = weight + entry.strength * strength * change
         return result
 

@@ -32,11 +32,6 @@ class LayerAdapter(Protocol):
         del x
         return y
 
-    def merge(self, weight: Tensor) -> Tensor | None:
-        """New weight (out, in) with the same effect, or None when it depends on the input."""
-        del weight
-        return None
-
 
 @dataclass(frozen=True, eq=False)
 class AdapterEntry:

@@ -57,25 +57,6 @@ class LoRAAdapter(LayerAdapter):
         change = torch.bmm(torch.bmm(flat, down.mT), up.mT)  # (B, N, r) -> (B, N, out)
         return y + layer.scaling * change.reshape(y.shape)
 
-    def merge(self, weight: Tensor) -> Tensor | None:
-        """Weight (out, in) plus delta W, computed in float32 or better; None for a batch of LoRAs.
-
-        Raises:
-            LayoutError: when the weight has another shape.
-        """
-        layer = self.layer
-        if layer.batch_shape:
-            return None
-        if tuple(weight.shape) != (layer.out_features, layer.in_features):
-            raise LayoutError(
-                f"This LoRA is for a weight of {(layer.out_features, layer.in_features)}, "
-                f"got {tuple(weight.shape)}."
-            )
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        down = layer.down.to(weight.device, dtype)
-        up = layer.up.to(weight.device, dtype)
-        return (weight.to(dtype) + layer.scaling * (up @ down)).to(weight.dtype)
-
 
 def lora_adapter_set(weights: LoRAWeights) -> AdapterSet:
     """AdapterSet of a LoRA or a batch of LoRAs, in the order of its layers."""

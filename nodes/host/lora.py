@@ -97,7 +97,7 @@ def lora_hook(lora: dict[str, Tensor], strength: float) -> comfy.hooks.HookGroup
 
 
 class _LoRAHook(comfy.hooks.WeightHook):
-    """A LoRA hook that is refused by a model that it would leave alone, wholly or in part."""
+    """A LoRA hook that is refused where it has no layer, or one of another size."""
 
     def add_hook_patches(
         self, model: Any, model_options: Any, target_dict: Any, registered: Any
@@ -116,7 +116,11 @@ class _LoRAHook(comfy.hooks.WeightHook):
 def _check_patches(model: Any, patches: Mapping[Any, Any]) -> None:
     """Raises LayoutError unless there are patches, and all plain ones have the model's sizes."""
     state = model.model.state_dict()
-    wrong = [k for k, patch in patches.items() if _plain(patch) and not _same(state[k], patch)]
+    wrong = [
+        key
+        for key, patch in patches.items()
+        if key in state and _plain(patch) and not _same(state[key], patch)  # others: part of one
+    ]
     if wrong or not patches:
         example = f"for example {wrong[0]} has another size" if wrong else "no layer is its own"
         raise LayoutError(

@@ -327,16 +327,6 @@ def test_half_precision_stays_close():
     assert float((layer.to_v(world.e).double() - wanted).abs().max()) > 50 * bound
 
 
-def test_no_weight_is_like_them():
-    world, layer = World(14), Attention(14)
-    for adapter in (
-        PerfusionKeyAdapter(world.matcher()),
-        PerfusionValueAdapter(world.matcher(), world.targets),
-        GlobalKeyAdapter(world.e),
-    ):
-        assert adapter.merge(layer.to_v.weight) is None
-
-
 def test_exactly_apart_from_what_is_there_alone():
     """A concept without strength in a sample takes nothing out of it, nor from its neighbour."""
     world = World(17, concepts=2)

@@ -28,9 +28,6 @@ def make(part: Callable[[str], ModuleType]) -> SimpleNamespace:
         def edit(self, x, y):
             return y + self.gain.to(y) * y
 
-        def merge(self, weight):
-            return weight + self.gain.to(weight)[:, None] * weight
-
     @dataclass(frozen=True)
     class GainConfig(config.Config):
         """How far the gains may go."""
