@@ -10,7 +10,9 @@ import comfy.weight_adapter
 from torch import Tensor
 
 from ...difflora_core.errors import LayoutError, LoRAFileError
+from ...difflora_core.lora.formats.families import split_key
 from ...difflora_core.lora.formats.state_dict import from_state_dict, to_state_dict
+from ...difflora_core.lora.formats.stems import text_encoder_name
 from ...difflora_core.lora.weights import LoRAWeights
 
 
@@ -102,14 +104,15 @@ class _LoRAHook(comfy.hooks.WeightHook):
     def add_hook_patches(
         self, model: Any, model_options: Any, target_dict: Any, registered: Any
     ) -> Any:
-        """As ComfyUI's, which drops what does not fit.
+        """As ComfyUI's, which drops what does not fit; what belongs to no layer is logged.
 
         Raises:
             LayoutError: the LoRA has no layer of this model, or one of another size.
         """
         if target_dict["target"] == comfy.hooks.EnumWeightTarget.Model:
             keys = comfy.lora.model_lora_keys_unet(model.model, {})
-            _check_patches(model, comfy.lora.load_lora(self.weights, keys, log_missing=False))
+            own = {k: t for k, t in self.weights.items() if not _of_text(k)}
+            _check_patches(model, comfy.lora.load_lora(own, keys, log_missing=True))
         return super().add_hook_patches(model, model_options, target_dict, registered)
 
 
@@ -122,11 +125,21 @@ def _check_patches(model: Any, patches: Mapping[Any, Any]) -> None:
         if key in state and _plain(patch) and not _same(state[key], patch)  # others: part of one
     ]
     if wrong or not patches:
-        example = f"for example {wrong[0]} has another size" if wrong else "no layer is its own"
+        example = "no layer is its own"
+        if wrong:
+            up, down = patches[wrong[0]].weights[:2]
+            example = f"for example {wrong[0]} is {tuple(state[wrong[0]].shape)}, not "
+            example += f"{(len(up), *down.shape[1:])}"
         raise LayoutError(
             f"The LoRA of a hook does not fit the base model that is sampled with ({example}). "
             "Load the base model that it was made for, or make a LoRA for this one."
         )
+
+
+def _of_text(key: str) -> bool:
+    """Whether an entry of a LoRA edits a text encoder."""
+    stem, _ = split_key(key) or (key, "")
+    return text_encoder_name(stem) is not None
 
 
 def _plain(patch: Any) -> bool:

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 from difflora_core.demo.comfyui.client import ComfyPromptError
 from difflora_core.demo.networks.base import demo_layout
+from difflora_core.lora.formats.state_dict import to_state_dict
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 
 MODEL, CLIP, VAE, VISION, FACES, DIFFLORA = (["demo", k] for k in range(6))
@@ -243,6 +244,26 @@ def test_start_after_the_end(comfy, person):
     with pytest.raises(ComfyPromptError, match="would never act") as caught:
         comfy.run({**nodes, **picture("out", ["timed", 0])})
     assert caught.value.node_id == "timed"
+
+
+def test_what_a_hook_leaves_out_is_logged(node_module, demo_world, caplog):
+    import comfy.hooks
+
+    model = node_module("host.demo").load_demo_unet(demo_world / "base.safetensors")
+    shape = next(iter(demo_layout(1)))
+    layer = LoRALayer(torch.zeros(1, shape.in_features), torch.zeros(shape.out_features, 1), 1.0)
+    weights = LoRAWeights({shape.name: layer, "input_blocks.90.1.to_q": layer})
+    state = to_state_dict(weights) | {
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.zeros(2, 1)
+    }
+    group = node_module("host.lora").lora_hook(state, 1.0)
+    target = comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model)
+    (hook,) = group.hooks
+    assert hook.clone().weights is hook.weights
+    hook.add_hook_patches(model, {}, target, comfy.hooks.HookGroup())
+    lines = [r.getMessage() for r in caplog.records if "not loaded" in r.getMessage()]
+    assert len(lines) == 3  # up, down and alpha
+    assert all("input_blocks_90_1_to_q" in line for line in lines)
 
 
 @pytest.mark.parametrize("extra", [0, 1, 5])
