@@ -64,7 +64,7 @@ def test_batches_mix_portraits_and_named_things():
     masks, paint = torch.rand(6, 16, 16, generator=generator), torch.rand(6, 2, 6)
     shown = torch.arange(6.0)[:, None, None, None].expand(6, 8, 16, 16)
     things = words.ThingLatents(shown + 10, masks, paint, pairs)
-    batch = words.word_batches((shown, pool), things, 400)(generator)
+    batch = words.word_batches((shown, pool), things, 400, 1000)(generator)
     which, of_things = batch["latents"][:, 0, 0, 0] % 10, batch["latents"][:, 0, 0, 0] >= 10
     assert of_things.float().mean() == pytest.approx(words.PAIR_SHARE)
     assert 0.05 < (~batch["captioned"]).float().mean() < 0.15
