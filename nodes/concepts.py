@@ -155,7 +155,7 @@ class ApplyConcept(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model; it stays as it is for other nodes."),
                 sockets.Concept.Input("concept", tooltip="From Load Concept or a training node."),
                 *_settings(),
-                *_span(),
+                *sockets.span_widgets(),
                 *_long_tail(),
                 io.Conditioning.Input(
                     "superclass_prompt",
@@ -247,14 +247,6 @@ def _settings() -> list[io.Input]:
     ]
 
 
-def _span() -> list[io.Input]:
-    """When the concept acts."""
-    return [
-        _percent("start_percent", 0.0, "From which share of the steps on it acts."),
-        _percent("end_percent", 1.0, "Up to which share of the steps it acts."),
-    ]
-
-
 def _long_tail() -> list[io.Input]:
     """What is seldom needed."""
     return [
@@ -271,10 +263,6 @@ def _long_tail() -> list[io.Input]:
             f"{_only('reach')}"
         ),
     ]
-
-
-def _percent(name: str, default: float, tooltip: str) -> io.Input:
-    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip)
 
 
 class ExportConceptLoRA(io.ComfyNode):

@@ -94,7 +94,7 @@ class ApplyLoRA(io.ComfyNode):
                     step=0.01,
                     tooltip="How strongly the LoRA acts as a whole.",
                 ),
-                *_time_widgets(),
+                *sockets.span_widgets(" A later start leaves the layout to the base model."),
                 io.Boolean.Input(
                     "positive_only",
                     default=False,
@@ -140,29 +140,6 @@ class ApplyLoRA(io.ComfyNode):
             applied = AppliedAdaptation(prepared, LoRASettings())
             patched = with_link(model, Link(applied, start_percent, end_percent, positive_only))
         return io.NodeOutput(patched, to_state_dict(scaled))
-
-
-def _time_widgets() -> list[io.Input]:
-    """From which share of the steps to which."""
-    return [
-        io.Float.Input(
-            "start_percent",
-            default=0.0,
-            min=0.0,
-            max=1.0,
-            step=0.01,
-            tooltip="From which share of the steps on it acts. A later start leaves the layout to "
-            "the base model.",
-        ),
-        io.Float.Input(
-            "end_percent",
-            default=1.0,
-            min=0.0,
-            max=1.0,
-            step=0.01,
-            tooltip="Up to which share of the steps it acts.",
-        ),
-    ]
 
 
 def _group_widget(name: str, where: str) -> io.Input:

@@ -189,6 +189,16 @@ def guidance_widget(when: str = "") -> io.Input:
     )
 
 
+def span_widgets(hint: str = "") -> list[io.Input]:
+    """From which share of the steps something acts to which; `hint` says more of the start."""
+    start = f"From which share of the steps on it acts.{hint}"
+    end = "Up to which share of the steps it acts."
+    return [
+        io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip)
+        for name, default, tooltip in (("start_percent", 0.0, start), ("end_percent", 1.0, end))
+    ]
+
+
 def reach_widget(tooltip: str, optional: bool = False) -> io.Input:
     """How many tokens around its word a concept acts on; -1 all of them."""
     return io.Int.Input(
