@@ -46,7 +46,7 @@ class SigmoidGate:
             )
 
     def __call__(self, similarity: Tensor) -> Tensor:
-        """Gate of similarities, same shape."""
+        """Gate in [0, 1] of similarities (...), of the same shape."""
         return torch.sigmoid((similarity - self.bias) / self.temperature)
 
 
@@ -66,7 +66,7 @@ class TokenGate:
         self.threshold = threshold
 
     def __call__(self, similarity: Tensor) -> Tensor:
-        """Gate of similarities, same shape."""
+        """Gate, 0 or 1, of similarities (...), of the same shape."""
         return (similarity >= self.threshold).to(similarity)
 
 

@@ -20,7 +20,7 @@ class TextCondition:
     pooled: Tensor
 
     def select(self, index: Tensor) -> TextCondition:
-        """Rows by index; repeats are allowed."""
+        """Rows by index (n,), which may repeat: a condition of n prompts."""
         return TextCondition(self.context[index], self.pooled[index])
 
 

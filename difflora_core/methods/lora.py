@@ -75,7 +75,7 @@ class LoRA(Method):
         project: Callable[[str, Tensor], Tensor],
         lock_keys: bool = True,
     ) -> LoRAWeights:
-        """Itself."""
+        """Itself: down (r, in), up (out, r) of every layer."""
         return lora_weights(prepared.adaptation)
 
 

@@ -106,6 +106,11 @@ class Perfusion(ConceptMethod):
 
         Without a gate it leaks onto neighbouring words; 0.6 to 0.8 is a good strength.
 
+        Args:
+            prepared: the concept.
+            project: layer name and encodings (n, in) to what that layer makes of them (n, out).
+            lock_keys: keep the layout of the super-class word.
+
         Raises:
             ConfigError: a concept of another method.
             LayoutError: a layer of another width.

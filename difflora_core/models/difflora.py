@@ -76,7 +76,7 @@ class DiffLoRAModel(nn.Module):
         features: ImageFeatures | Sequence[ImageFeatures],
         gate_override: Tensor | None = None,
     ) -> IdentityCondition:
-        """Mixes photos into one condition per person.
+        """Mixes photos into one condition per person: pooled (B, D), tokens (B, S, D), gate (B, 2).
 
         Args:
             features: photos of one person, or a list with one record per person.

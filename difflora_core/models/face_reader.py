@@ -90,6 +90,6 @@ class Residual(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Adds the branch."""
+        """(B, channels, h, w) to the same shape."""
         y: Tensor = x + self.branch(x)
         return y

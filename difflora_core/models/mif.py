@@ -108,7 +108,7 @@ class IdentityCondition:
         return self.select([0] * batch)
 
     def to(self, like: Tensor) -> IdentityCondition:
-        """Moves to the device and dtype of `like`."""
+        """The same condition on the device and in the dtype of `like` (...)."""
         return IdentityCondition(self.pooled.to(like), self.tokens.to(like), self.gate.to(like))
 
 

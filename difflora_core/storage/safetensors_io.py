@@ -79,7 +79,7 @@ def read_header(path: Path, kind: str, error: type[DiffLoRAError]) -> Header:
 
 
 def read_tensors(path: Path, error: type[DiffLoRAError] = CheckpointError) -> dict[str, Tensor]:
-    """All tensors of a file whose header `read_header` accepted.
+    """State dict, name to tensor, of a file whose header `read_header` accepted.
 
     Raises:
         DiffLoRAError: as `error`: the file cannot be read.
@@ -93,7 +93,7 @@ def read_tensors(path: Path, error: type[DiffLoRAError] = CheckpointError) -> di
 def read_file(
     path: Path, kind: str, error: type[DiffLoRAError] = CheckpointError
 ) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    """All tensors of a file, and its metadata; the header is checked first.
+    """State dict of a file, and its metadata; the header is checked first.
 
     Args:
         path: the file.
@@ -108,7 +108,7 @@ def read_file(
 
 
 def write_atomic(tensors: Mapping[str, Tensor], metadata: dict[str, str], path: str | Path) -> Path:
-    """Writes a .safetensors file under a temporary name in the same folder, then renames it.
+    """Writes a state dict as .safetensors under a temporary name in the folder, then renames it.
 
     Raises:
         CheckpointError: the folder cannot be written.

@@ -79,7 +79,9 @@ def text_probe(text: TextEncoders) -> Tensor:
 
 
 def check_probe(expected: Tensor, got: Tensor, what: str) -> None:
-    """Compare two fingerprints; what differs by rounding, or by a light touch, passes.
+    """Compare two fingerprints (64,); what differs by rounding, or by a light touch, passes.
+
+    `what` names in the message what the expected one belongs to.
 
     Raises:
         ConfigError: they come from different text encoders.

@@ -242,7 +242,7 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 def masked_loss(
     objective: AdapterObjective, batch: Mapping[str, Any], guidance: float = 1.0
 ) -> Tensor:
-    """Mean denoising loss of a batch under its own prompts, inside its masks.
+    """Mean denoising loss () of a batch under its own prompts, inside its masks.
 
     Args:
         objective: prepares prompts and adapters.

@@ -83,8 +83,13 @@ class ConceptExamples:
         """A function that draws a batch of noised pictures from a generator.
 
         Args:
-            count: pictures of a batch.
+            count: B, pictures of a batch.
             steps: length of the base's noise schedule.
+
+        Returns:
+            From a generator to a batch: clean scaled `latents` and unit `noise` (B, C, h, w),
+            `timesteps` (B,) below `steps`, B `prompts`; `whole`, the prompts of the whole batch,
+            when this is a part of it; `masks` (B, h, w) in [0, 1] if there are any.
         """
 
         def batch(generator: torch.Generator) -> dict[str, object]:

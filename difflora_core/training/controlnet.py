@@ -95,6 +95,9 @@ class ControlLoRA(nn.Module):
             timesteps: (B,) their noise levels.
             text: B encoded prompts.
             hints: (B, 3, 8 h, 8 w) control pictures in [0, 1].
+
+        Returns:
+            One tensor (B, c, h', w') for each skip connection, and one for the middle.
         """
         added = {"text_embeds": text.pooled, "time_ids": time_ids(noisy)}
         skips, middle = self.net(
@@ -103,7 +106,10 @@ class ControlLoRA(nn.Module):
         return skips, middle
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that was learned, under the names that ComfyUI's ControlNet loader reads."""
+        """State dict of what was learned, under the names that ComfyUI's ControlNet loader reads.
+
+        A low-rank change is up (out, r) and down (r, in); the new layers are there as they are.
+        """
         tensors = {MARKER: torch.zeros(0)}
         for name, parameter in self.net.named_parameters():
             if parameter.requires_grad:
@@ -112,7 +118,7 @@ class ControlLoRA(nn.Module):
         return tensors
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `state` returned.
+        """Take over the state dict that `state` returned.
 
         Raises:
             CheckpointError: it belongs to a ControlNet of another base or rank.
@@ -188,7 +194,7 @@ class ControlObjective(nn.Module):
         base.unet.requires_grad_(False)
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of a batch of `control_batches`."""
+        """Loss () of a batch of `control_batches`."""
         text = TextCondition(batch["context"], batch["pooled"])
         pictures = NoisedBatch(batch["latents"], batch["noise"], batch["timesteps"], text)
         steered = ControlledBase(self.base, self.control, batch["hints"])
@@ -204,6 +210,10 @@ def control_batches(
         base: encodes the captions; its schedule bounds the noise levels.
         sets: pictures of one size each, with the share of steps they get.
         batch: pictures per step; larger pictures come in smaller batches.
+
+    Returns:
+        From a generator to a batch: scaled `latents` and `noise` (B, C, h, w), `timesteps` (B,),
+        `context` (B, L, C) and `pooled` (B, P) of the captions, `hints` (B, 3, 8 h, 8 w) in [0, 1].
     """
     shares = torch.tensor([share for share, _ in sets])
     smallest = min(data.latents[0].numel() for _, data in sets)

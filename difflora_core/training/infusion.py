@@ -71,7 +71,7 @@ class InfusionObjective(nn.Module):
         self.covectors = torch.stack([task.covariance.covector(i) for i in task.superclasses])
 
     def prepare(self, prompts: Sequence[str]) -> tuple[EncodedPrompts, AdapterSet]:
-        """Encoded prompts and the adapters that belong to them."""
+        """Encoded prompts, context (B, L, d), and the adapters that belong to them."""
         words = zip(self.task.words, self.task.embeddings, strict=True)
         with torch.no_grad():
             encoded = self.task.text.encode(prompts, {w.word: e for w, e in words})
@@ -81,7 +81,7 @@ class InfusionObjective(nn.Module):
         return encoded, value_adapters(matcher, values)
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Masked denoising loss."""
+        """Masked denoising loss () of a batch of `ConceptExamples.draw`."""
         return masked_loss(self, batch, self.config.guidance), {}
 
     @property

@@ -98,7 +98,7 @@ class Meter:
     counts: dict[str, int] = field(default_factory=dict)
 
     def add(self, values: Mapping[str, Tensor | float]) -> None:
-        """Take in the metrics of one part of a step."""
+        """Take in the metrics () of one part of a step, by name."""
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(value)
             self.counts[name] = self.counts.get(name, 0) + 1
@@ -128,27 +128,27 @@ class Best:
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
-    """What training changes: parameters that require a gradient, and buffers; by name."""
+    """State dict of what training changes: parameters that require a gradient, and buffers."""
     named = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
     return named | buffers_of(module)
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor]:
-    """The buffers that belong to a module's state dict."""
+    """Those buffers, by name, that belong to a module's state dict."""
     kept = module.state_dict(keep_vars=True)
     return {name: b for name, b in module.named_buffers() if name in kept}
 
 
 @torch.no_grad()
 def put(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors over those of `state_of`."""
+    """Write tensors of the same shapes over those of `state_of`, by name."""
     own = state_of(module)
     for name, tensor in tensors.items():
         own[name].copy_(tensor)
 
 
 def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies that later steps do not change."""
+    """The same state dict in copies that later steps do not change."""
     return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
 
 
@@ -178,7 +178,7 @@ def _put_optimizers(found: Sequence[torch.optim.Optimizer], tensors: Mapping[str
 
 
 def read_file(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    """Tensors and metadata of a state file.
+    """State dict and metadata of a state file.
 
     Raises:
         CheckpointError: it is damaged.
@@ -195,7 +195,7 @@ def damaged(path: Path) -> CheckpointError:
 
 
 def check_parts(path: Path, state: RunState, tensors: Mapping[str, Tensor]) -> None:
-    """Raises CheckpointError unless names and shapes are those that `RunState.write` writes.
+    """Raises CheckpointError unless a state dict has the names and shapes of `RunState.write`.
 
     An optimiser has nothing of a parameter that never had a gradient, and all of any other.
     """
@@ -230,7 +230,7 @@ def check_run(path: Path, facts: Mapping[str, str], fingerprint: str) -> None:
 
 
 def check_model(path: Path, module: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> None:
-    """Raises CheckpointError unless tensors under a prefix are those of a module's parameters."""
+    """Raises CheckpointError unless a state dict has a module's parameters under a prefix."""
     wanted = {n: p.shape for n, p in module.named_parameters() if p.requires_grad}
     found = {k.removeprefix(prefix): t.shape for k, t in tensors.items() if k.startswith(prefix)}
     buffers = buffers_of(module).keys()
@@ -293,11 +293,11 @@ class RunState:
     judged: int = -1
 
     def drawn(self) -> Tensor | None:
-        """Where the recipe's generator stands."""
+        """State (n,) uint8 of the recipe's generator, if it has one."""
         return None if self.generator is None else self.generator.get_state()
 
     def draw_again(self, drawn: Tensor | None) -> None:
-        """Go back to where the recipe's generator stood."""
+        """Go back to the state (n,) that `drawn` returned."""
         if self.generator is not None and drawn is not None:
             self.generator.set_state(drawn)
 

@@ -142,7 +142,7 @@ class PerfusionObjective(nn.Module):
         return torch.stack(rows)
 
     def adapters(self, directions: Tensor) -> AdapterSet:
-        """The adapters of one step; o* of a layer is W_V i_super plus what was learned."""
+        """Adapters of one step for directions (J, d); o* is W_V i_super plus what was learned."""
         duals = directions @ self.get_buffer("inverse").to(directions)  # J d
         superclasses = self.task.superclasses.to(directions)
         rows = zip(directions, normalised(duals, directions), superclasses, strict=True)
@@ -155,14 +155,15 @@ class PerfusionObjective(nn.Module):
         return key_and_value_adapters(matcher, targets, (PerfusionKeyAdapter(matcher), 1.0))
 
     def prepare(self, prompts: Sequence[str]) -> tuple[EncodedPrompts, AdapterSet]:
-        """Encoded prompts and the adapters that belong to them."""
+        """Encoded prompts, context (B, L, d), and the adapters that belong to them."""
         encoded = self.task.text.encode(prompts, self.embeddings())
         return encoded, self.adapters(self.directions(encoded))
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Masked denoising loss (perfusion.md 3), plus the losses that are on.
+        """Masked denoising loss () (perfusion.md 3), plus the losses that are on.
 
-        i* is a mean over the whole batch, so every part of it encodes all its prompts.
+        The batch is one of `ConceptExamples.draw`. i* is a mean over the whole of it, so every part
+        encodes all its prompts.
         """
         own = tuple(batch["prompts"])
         whole = tuple(batch.get("whole", own))

@@ -68,7 +68,7 @@ class Processes:
         return sums
 
     def average(self, tensors: Sequence[Tensor]) -> None:
-        """Replace tensors by their mean over all processes, which give equally shaped ones."""
+        """Replace tensors (...) by their means over all processes, which give equal shapes."""
         if self.count == 1:
             return
         for kind in sorted({t.dtype for t in tensors}, key=str):

@@ -79,7 +79,10 @@ def choose_face(
 def choose_faces(
     faces: Sequence[DetectedFace], options: FaceOptions, mask: Tensor | None = None
 ) -> list[DetectedFace]:
-    """The faces of a photo that are meant: the one of `choose_face`, or every one in order."""
+    """The faces of a photo that are meant: the one of `choose_face`, or every one in order.
+
+    A mask (H, W), unless it is empty, says under which pixels they lie.
+    """
     if not options.every:
         face = choose_face(faces, options, mask)
         return [] if face is None else [face]
@@ -135,7 +138,7 @@ def masks_like(
 
 
 def missing_note(number: int, count: int, options: FaceOptions, mask: Tensor | None) -> str:
-    """Why a photo has no chosen face."""
+    """Why photo `number`, with `count` faces and a mask (H, W) or none, has no chosen face."""
     if count == 0:
         return f"Picture {number} shows no face that could be found."
     if mask is not None and bool((mask > 0).any()):

@@ -108,7 +108,7 @@ class ImageFeatures:
         return FeatureSizes(self.face.shape[1], self.image.shape[1], *self.image_tokens.shape[1:])
 
     def select(self, photos: int | Sequence[int] | Tensor) -> ImageFeatures:
-        """The features of one photo or of several, in the order asked for (a number keeps N=1)."""
+        """Features of one photo (a number keeps N=1) or of several (n,), in the order asked for."""
         rows = torch.as_tensor([photos] if isinstance(photos, int) else photos)
         return ImageFeatures(*(getattr(self, field.name)[rows] for field in fields(self)))
 

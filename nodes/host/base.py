@@ -113,7 +113,10 @@ class ComfyBase:
             return self.vae.decode(self.patcher.model.process_latent_out(latents)).float()
 
     def predict(self, noisy: Tensor, timesteps: Tensor, text: TextCondition) -> Tensor:
-        """The UNet's output, conditioned on the picture's size as ComfyUI does."""
+        """The UNet's output (B, C, h, w) for noisy latents of that shape at timesteps (B,).
+
+        It is conditioned on the picture's size as ComfyUI does.
+        """
         height, width = (8 * side for side in noisy.shape[-2:])
         sizes = self.patcher.model.encode_adm(pooled_output=text.pooled, width=width, height=height)
         with stopping():

@@ -72,7 +72,7 @@ VAE_NAMES = (
 def read_demo_file(
     path: Path, words: Path | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and the configuration in the metadata; `words` holds tensors to put in their place.
+    """State dict and configuration; `words` holds tensors to put in the place of some.
 
     Raises:
         CheckpointError: there is no configuration, so the file is something else; or `words`
@@ -117,7 +117,7 @@ def check_loaded(module: Any, names: Iterable[str], path: Path) -> None:
 
 
 def demo_model_config(state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Any:
-    """ComfyUI's SDXL configuration at the demo's size."""
+    """ComfyUI's SDXL configuration at the size of a base with this state dict."""
     unet, vae = facts["unet"], facts["vae"]
     head = unet["block_out_channels"][0] // unet["attention_head_dim"][0]
 
@@ -210,7 +210,10 @@ def load_demo_vae(path: Path) -> Any:
 
 
 def vae_state(state: Mapping[str, Tensor], levels: int) -> dict[str, Tensor]:
-    """The VAE's weights under LDM names; attention projections are 1 x 1 convolutions there."""
+    """State dict of the VAE under LDM names.
+
+    Attention projections (out, in) are 1 x 1 convolutions (out, in, 1, 1) there.
+    """
     renamed = {}
     for key, tensor in state.items():
         if not key.startswith(VAE):
@@ -258,7 +261,7 @@ def load_demo_clip(path: Path, words: Path | None = None) -> Any:
 
 
 def clip_state(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """One text encoder's weights with the small vocabulary spread over CLIP's table.
+    """State dict of one text encoder, its small vocabulary spread over CLIP's table (49408, d).
 
     Some versions of transformers leave `text_model.` out of the names.
     """

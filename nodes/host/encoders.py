@@ -104,6 +104,14 @@ def read_photos(
 ) -> ExtractedFeatures:
     """Features of photos with whichever encoders are connected; the node shows what it found.
 
+    Args:
+        node: the running node.
+        images: (N, H, W, 3) in [0, 1].
+        clip_vision: of ComfyUI, or None.
+        face_analysis: of insightface, or None.
+        mask: (N, H, W), whom to take; None leaves it to the options.
+        options: which faces count.
+
     Raises:
         EncoderError: neither is connected, or one of them is something else.
         NoFaceError, ImageError: see extract_features.

@@ -17,7 +17,7 @@ from ...difflora_core.lora.weights import LoRAWeights
 
 
 def check_lora(lora: Any) -> dict[str, Tensor]:
-    """What came through a LoRA socket, if it is one.
+    """The state dict that came through a LoRA socket, if it is one.
 
     Raises:
         LoRAFileError: it is empty, or something else.
@@ -56,7 +56,9 @@ def check_lora_fits(model: Any, weights: LoRAWeights, made_for: str) -> None:
 
 
 def read_lora(state: dict[str, Tensor], model: Any) -> LoRAWeights:
-    """The layers of a LoRA that edit a model's UNet, all of them or none.
+    """Layers, down (r, in) and up (out, r), of a state dict that edit a model's UNet.
+
+    All of them, or none.
 
     Raises:
         LayoutError: it is for another base model.
@@ -90,7 +92,7 @@ def read_lora(state: dict[str, Tensor], model: Any) -> LoRAWeights:
 
 
 def lora_hook(lora: dict[str, Tensor], strength: float) -> comfy.hooks.HookGroup:
-    """ComfyUI's hook of a LoRA, which also looks whether the LoRA fits when sampling starts."""
+    """ComfyUI's hook of a LoRA's state dict; it looks whether that fits when sampling starts."""
     hook = _LoRAHook(strength, 0.0)
     hook.weights = lora
     group = comfy.hooks.HookGroup()

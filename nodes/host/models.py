@@ -110,7 +110,7 @@ def gate_override(
 
 
 def mix(hosted: HostedModel, features: ImageFeatures, override: Tensor) -> IdentityCondition:
-    """Photos of one person to a condition."""
+    """Photos of one person to a condition; `override` (2,) is a `gate_override`."""
     network = hosted.ready()
     return network.condition(complete_features(features, network), override.to(network.device))
 
@@ -176,7 +176,11 @@ def show_text(node: Any, text: str) -> None:
 
 
 def decode(hosted: HostedModel, latent: LoRALatent, base_model: Any) -> dict[str, Tensor]:
-    """A latent to a LORA_MODEL: kohya LDM keys with alpha; checked against the base when given."""
+    """A latent (1, K, Dz) to a LORA_MODEL: a state dict with kohya LDM keys and alpha.
+
+    Raises:
+        LayoutError: a base is given, and the LoRA does not fit it.
+    """
     weights = hosted.ready().decode(latent).batch_item(0).to(device="cpu")
     if base_model is not None:
         check_lora_fits(base_model, weights, hosted.settings.layout.base)

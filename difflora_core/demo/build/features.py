@@ -51,6 +51,12 @@ def person_pictures(
     """Latents, prompts and features of a pool whose pictures come person by person.
 
     The prompts never describe the person: that is what the LoRA is for.
+
+    Args:
+        base: encodes the prompts.
+        latents: (M, C, h, w) scaled, of the pool's pictures.
+        pool: M pictures, the same number of each person.
+        features: of the same pictures, M rows.
     """
     captions = [scene.caption() for scene in pool.scenes]
     prompts = list(dict.fromkeys(captions))

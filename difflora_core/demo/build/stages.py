@@ -125,7 +125,10 @@ def base(progress: Progress) -> Figures:
 
 @torch.no_grad()
 def base_loss(objective: BaseObjective, latents: Tensor, pool: PicturePool) -> float:
-    """Mean v loss on fixed noise over up to 512 pictures; comparable between runs."""
+    """Mean v loss on fixed noise of 8 batches of a pool and its scaled latents (M, C, h, w).
+
+    The draws are always the same, so the figure can be compared between runs.
+    """
     draw = base_batches((latents, pool), (latents, pool), 64)
     losses = []
     for step in range(8):

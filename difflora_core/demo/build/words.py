@@ -91,7 +91,7 @@ class WordsObjective(BaseObjective):
         self.names = nn.Linear(6, unet.config.cross_attention_dim, bias=False)
 
     def condition(self, batch: dict[str, Tensor]) -> TextCondition:
-        """Encoded captions, changed as the class says."""
+        """Encoded captions of `tokens_l` and `tokens_g` (B, 77), changed as the class says."""
         own = super().condition(batch)
         end = (batch["tokens_l"] == END).long().argmax(1, keepdim=True)  # B 1
         other = torch.arange(len(end), device=end.device).roll(1)[:, None]

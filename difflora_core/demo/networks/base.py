@@ -81,7 +81,7 @@ class DemoText(nn.Module):
         return TextCondition(*encode((self.text_l, self.text_g), tokens))
 
     def encode_prompts(self, prompts: Sequence[str]) -> TextCondition:
-        """Encode captions."""
+        """Encode captions: context (B, 77, C), pooled (B, P)."""
         device = next(self.parameters()).device
         first, second = tokenize(prompts)
         return self((first.to(device), second.to(device)))
@@ -96,14 +96,16 @@ class BaseObjective(nn.Module):
         self.register_buffer("alphas_cumprod", DDIMScheduler(**SCHEDULER_CONFIG).alphas_cumprod)
 
     def condition(self, batch: dict[str, Tensor]) -> TextCondition:
-        """The encoded captions of a batch."""
+        """The encoded captions of a batch's `tokens_l` and `tokens_g`, each (B, 77)."""
         encoded: TextCondition = self.text((batch["tokens_l"], batch["tokens_g"]))
         return encoded
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of scaled `latents`, `noise` (B, 8, h, w), `timesteps` (B,), two token tensors.
+        """Loss (), and metrics, of a batch of `base_batches`.
 
-        `weights` (B, 1, h, w), if there are any, say how much each place counts.
+        Scaled `latents` and `noise` (B, 8, h, w); `timesteps` (B,), 0 to 999; `tokens_l` and
+        `tokens_g` (B, 77). `weights` (B, 1, h, w), if there are any, say how much each place
+        counts.
         """
         text = self.condition(batch)
         abar = abar_at(self.get_buffer("alphas_cumprod"), batch["timesteps"], batch["latents"])
@@ -126,7 +128,11 @@ def base_batches(
     Args:
         portraits: scaled latents (M, 8, h, w) and their pool.
         pairs: the same of wide pictures.
-        batch: portraits per batch.
+        batch: B, portraits per batch.
+
+    Returns:
+        From a generator to a batch: `latents` and `noise` (B, 8, h, w), `timesteps` (B,),
+        `tokens_l` and `tokens_g` (B, 77).
     """
     sets = [(latents, *tokenize(pool.captions)) for latents, pool in (portraits, pairs)]
     empty_l, empty_g = tokenize([""])
@@ -176,7 +182,7 @@ def save_base(path: Path, unet: UNet2DConditionModel, text: DemoText, vae: Autoe
 
 
 def stored_tensors(unet: UNet2DConditionModel, text: DemoText) -> dict[str, Tensor]:
-    """Weights of the UNet and the text encoders under their names in the file."""
+    """State dict of the UNet and the text encoders under their names in the file."""
     names, tensors = _unet_names(unet), {}
     for key, tensor in unet.state_dict().items():
         tensors[names[key]] = tensor
@@ -186,7 +192,11 @@ def stored_tensors(unet: UNet2DConditionModel, text: DemoText) -> dict[str, Tens
 
 
 def write_half(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
-    """Write one file, its float numbers in float16."""
+    """Write a state dict, its float numbers in float16, with `facts` as the metadata.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
     stored = {
         k: t.detach().cpu().half().contiguous() if t.is_floating_point() else t.detach().cpu()
         for k, t in tensors.items()

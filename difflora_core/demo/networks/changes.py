@@ -13,7 +13,7 @@ from ...errors import CheckpointError
 def with_changes(
     base: Mapping[str, Tensor], changes: Mapping[str, Tensor], path: Path
 ) -> dict[str, Tensor]:
-    """A base's tensors, those of `changes` in place of its own.
+    """State dict of a base with tensors of `changes` in place of its own.
 
     Args:
         base: all tensors of the base.

@@ -149,7 +149,12 @@ class ClipVisionTraining(nn.Module):
         self.model.eval()
 
     def draw(self, step: int) -> dict[str, Tensor]:
-        """Views of people with what is to be read from them."""
+        """Two views of each of `people` people with what is to be read from them.
+
+        `views` (B, 3, S, S) in [0, 1]; `points` (B, 10), see `views`; `truth` (B, P) identity
+        parameters in units of their deviation; `labels` (B, questions) int64, NO_LABEL where a
+        question has no answer.
+        """
         del step
         index = self.sampler.draw(self.recipe.people)
         views, points = self.views(index)
@@ -158,7 +163,7 @@ class ClipVisionTraining(nn.Module):
         return {"views": views, "points": points, "truth": truth, "labels": labels}
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """All terms of the loss."""
+        """Sum () of all terms of the loss of a batch of `draw`."""
         truth, points = batch["truth"], batch["points"]
         pooled, tokens = encode(self.model, batch["views"])
         seen, found = self.heads.read_tokens(tokens)
@@ -175,7 +180,10 @@ class ClipVisionTraining(nn.Module):
         return terms + self.recipe.contrast_weight * contrast, {}
 
     def views(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Whole pictures and squares around the face (B, 3, S, S), face points (B, 10)."""
+        """Whole pictures and squares around faces (B, 3, S, S) of pictures (B,), and face points.
+
+        The points (B, 10) are x and y of each, -2 to 2 from edge to edge of the view.
+        """
         recipe, count = self.recipe, len(index)
         planes, box = as_planes(self.pool.images[index]), self.pool.boxes[index, 0]
         height, width = planes.shape[-2:]

@@ -110,7 +110,10 @@ class ConceptJudge:
         return self.judge(images, concept)[1]
 
     def judge(self, images: Tensor, concept: DemoConcept) -> tuple[Tensor, Tensor, Tensor]:
-        """`likeness`, `recognised`, and whether its kind is there, from one reading."""
+        """`likeness`, `recognised`, and whether its kind is there, from one reading.
+
+        Three answers (N,) to pictures (N, 64, 64, 3) in [0, 1]; the last two are bool.
+        """
         there, colours = self.read(images, concept.kind)
         apart = (colours[:, None] - self.looks).square().sum((2, 3))  # N K
         place = self.words.index(concept.word)
@@ -171,14 +174,18 @@ class ThingTraining(nn.Module):
         self.generator = torch.Generator().manual_seed(recipe.seed + 1)
 
     def draw(self, step: int) -> dict[str, Tensor]:
-        """Disturbed pictures with what is on them."""
+        """Disturbed pictures with what is on them.
+
+        `planes` (B, 3, 64, 64); `there` (B, 4), 1 for a kind that is shown, else 0; `paint`
+        (B, 4, 2, 3) colours in [0, 1].
+        """
         del step
         index = torch.randint(len(self.images), (BATCH,), generator=self.generator)
         planes = disturb(as_planes(self.images[index]), self.generator, 0.5)
         return {"planes": planes, "there": self.there[index], "paint": self.paint[index]}
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Which things are there, and their colours where they are."""
+        """Loss () of a batch of `draw`: which things are there, and their colours there."""
         there = batch["there"]
         said, colours = self.model(batch["planes"].contiguous(memory_format=torch.channels_last))
         wrong = (colours - batch["paint"]).square().sum((2, 3))
@@ -194,7 +201,15 @@ def train_concept_judge(
     recipe: JudgeRecipe = RECIPE,
     progress: Progress | None = None,
 ) -> ConceptJudge:
-    """Train the judge on `judge_pictures` and write it; `run` holds the training's state."""
+    """Train the judge on pictures and write it.
+
+    Args:
+        pictures: images (M, 64, 64, 3), kinds (M, 4) and colours (M, 4, 2, 3) of `judge_pictures`.
+        path: the file.
+        run: folder of the training's state.
+        recipe: size and length.
+        progress: as in `loop.train`.
+    """
     training = ThingTraining(pictures, recipe)
     lay_out(training.model.train(), torch.channels_last)
     hooks = Hooks(progress, fingerprint=fingerprint(recipe, pictures))

@@ -68,7 +68,7 @@ class DetectorRecipe(Config):
 
 
 class Detector(nn.Module):
-    """(B, 3, S, S) to maps (B, H, W, 2, 15): score logit, four distances, ten offsets."""
+    """Faces on pictures at three strides: score logit, four distances, ten offsets per anchor."""
 
     def __init__(self, widths: tuple[int, ...]) -> None:
         super().__init__()
@@ -165,12 +165,15 @@ class DetectorTraining(nn.Module):
         self.model.eval()
 
     def draw(self, step: int) -> dict[str, Tensor]:
-        """A fresh batch; black and continued borders take turns."""
+        """`inputs` (B, 3, S, S), `boxes`, `points` of `batch`; two kinds of borders take turns."""
         inputs, boxes, points = self.batch("zeros" if step % 2 else "border")
         return {"inputs": inputs, "boxes": boxes, "points": points}
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of the faces that are found."""
+        """Loss () of the faces found on `inputs` (B, 3, S, S) in [0, 1].
+
+        `boxes` (B, F, 4) and `points` (B, F, 10) are in pixels, NaN where no face is.
+        """
         boxes, points, size = batch["boxes"], batch["points"], self.recipe.size
         pixels = (batch["inputs"] * 255 - 127.5) / 128
         maps = self.model(pixels.contiguous(memory_format=torch.channels_last))
@@ -178,7 +181,10 @@ class DetectorTraining(nn.Module):
         return detection_loss(maps, targets), {}
 
     def batch(self, padding: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs (B, 3, S, S), boxes (B, 2, 4) and points (B, 2, 10), NaN where no face is."""
+        """Inputs (B, 3, S, S), boxes (B, 2, 4) and points (B, 2, 10), NaN where no face is.
+
+        `padding`: what lies beyond the pictures, as `views.warp` names it.
+        """
         parts = []
         for pool, count in zip(self.pools, (self.recipe.portraits, self.recipe.wide), strict=True):
             index = torch.randint(len(pool), (count,), generator=self.generator)
@@ -201,7 +207,16 @@ class DetectorTraining(nn.Module):
     def lay(
         self, planes: Tensor, faces: tuple[Tensor, Tensor], padding: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Scale and shift pictures into the square; faces move along."""
+        """Scale and shift pictures into the square; faces move along.
+
+        Args:
+            planes: (B, 3, H, W) in [0, 1].
+            faces: boxes (B, F, 4) and points (B, F, 5, 2) in pixels of the pictures.
+            padding: what lies beyond the pictures, as `views.warp` names it.
+
+        Returns:
+            Inputs (B, 3, S, S), boxes and points in pixels of the square.
+        """
         recipe, count = self.recipe, len(planes)
         height, width = planes.shape[-2:]
         low, high = (torch.tensor(face / 33).log().item() for face in recipe.faces)

@@ -179,7 +179,11 @@ class JudgeTraining(nn.Module):
         self.model.eval()
 
     def draw(self, step: int) -> dict[str, Tensor]:
-        """Views of people with what is to be said about them."""
+        """Two views of each of `people` people with what is to be said about them.
+
+        `views` (B, 3, 64, 64) in [0, 1]; `truth` (B, P) identity parameters in units of their
+        deviation; `labels` (B, questions) int64, NO_LABEL where a question has no answer.
+        """
         del step
         index = self.index[self.sampler.draw(self.recipe.people)]
         labels = torch.stack([column[index] for column in self.labels.values()], 1)
@@ -190,7 +194,7 @@ class JudgeTraining(nn.Module):
         }
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The judge's own loss."""
+        """The judge's own loss () of a batch of `draw`."""
         said = self.model(batch["views"].contiguous(memory_format=torch.channels_last)).float()
         if self.name == "embedder":
             return contrastive_loss(said, self.recipe.temperature), {}
@@ -204,7 +208,7 @@ class JudgeTraining(nn.Module):
         return torch.stack(terms).mean(), {}
 
     def views(self, index: Tensor) -> Tensor:
-        """Slightly shifted, scaled and disturbed pictures (B, 3, 64, 64)."""
+        """Slightly shifted, scaled and disturbed (B, 3, 64, 64) of pictures `index` (B,)."""
         planes, count = as_planes(self.pool.images[index]), len(index)
         side = PICTURE_SIZE * uniform(count, 0.95, 1.05, self.generator)
         offset = (2 * torch.rand(count, 2, generator=self.generator) - 1) * self.recipe.shift
@@ -223,11 +227,11 @@ class Judges:
         return F.normalize(self._ask("embedder", images), dim=1)
 
     def parameters(self, images: Tensor) -> Tensor:
-        """Identity parameters (N, P) as they look on the pictures, clipped to [-1, 1]."""
+        """Identity parameters (N, P), clipped to [-1, 1], of pictures (N, H, W, 3) in [0, 1]."""
         return self._ask("parameters", images).clamp(-1, 1)
 
     def attributes(self, images: Tensor) -> dict[str, list[str]]:
-        """One answer per picture to every question of ATTRIBUTES.
+        """One answer per picture (N, H, W, 3) in [0, 1] to every question of ATTRIBUTES.
 
         `item_colour` means something only where `item` is not "none".
         """
@@ -305,7 +309,7 @@ def save_judge(model: nn.Module, recipe: JudgeRecipe, path: Path) -> None:
 
 
 def read_judge(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Recipe and weights of a file that `save_judge` wrote.
+    """Recipe and state dict of a file that `save_judge` wrote.
 
     Raises:
         CheckpointError: it cannot be read, or has no recipe.

@@ -112,7 +112,8 @@ def align_batch(planes: Tensor, points: Tensor, size: int = ARCFACE_SIZE) -> Ten
 def margin_loss(features: Tensor, temperature: float, margin: float) -> Tensor:
     """Two-view contrastive loss whose matching cosine must win by a margin.
 
-    The additive cosine margin of CosFace (arXiv 1801.09414, Eq. 4) on the pairs of NT-Xent.
+    The additive cosine margin of CosFace (arXiv 1801.09414, Eq. 4) on the pairs of NT-Xent, of
+    features (2 P, D) whose second half shows the people of the first in the same order.
     """
     unit = F.normalize(features.float(), dim=1)
     partner = torch.arange(len(unit)).roll(len(unit) // 2)
@@ -145,7 +146,11 @@ class RecogniserTraining(nn.Module):
         self.model.eval()
 
     def draw(self, step: int) -> dict[str, Tensor]:
-        """Crops of people, aligned by face points as a detector finds them."""
+        """Crops of people, aligned by face points as a detector finds them.
+
+        `crops` (B, 3, 112, 112) in [-1, 1]; `truth` (B, P) identity parameters in units of their
+        deviation.
+        """
         del step
         index = self.sampler.draw(self.recipe.people)
         points = self.pool.keypoints[index, 0]
@@ -154,7 +159,7 @@ class RecogniserTraining(nn.Module):
         return {"crops": crops, "truth": self.truth[index] / self.spread}
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Margin loss between two pictures of one person, and the parameters' error."""
+        """Loss () of a batch of `draw`: margin loss of pairs of pictures, and parameters' error."""
         recipe = self.recipe
         features = self.model(batch["crops"].contiguous(memory_format=torch.channels_last))
         same = margin_loss(features, recipe.temperature, recipe.margin)
@@ -237,7 +242,15 @@ def export_recogniser(
 def export_onnx(
     model: nn.Module, example: Tensor, outputs: list[str], path: Path, batched: bool
 ) -> None:
-    """Trace a network into an ONNX file; `batched` leaves the first axis free."""
+    """Trace a network into an ONNX file.
+
+    Args:
+        model: from one input to the outputs.
+        example: input (N, 3, S, S), whose size the file keeps.
+        outputs: their names.
+        path: the file.
+        batched: leaves N free.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     axes = {name: {0: "N"} for name in ["input", *outputs]} if batched else None
     lay_out(model.eval(), torch.contiguous_format)

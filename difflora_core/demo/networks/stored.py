@@ -39,7 +39,7 @@ def load_strictly(
 
     Args:
         module: the network.
-        tensors: all that the file has for it.
+        tensors: state dict, all that the file has for it.
         path: the file, for messages.
         names: name in the file of every tensor of the network, where they differ.
 
@@ -54,7 +54,7 @@ def load_strictly(
 
 
 def check_tensors(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], path: Path) -> None:
-    """Raises CheckpointError unless a file has the tensors wanted, in their shapes, alone."""
+    """Raises CheckpointError unless a file's state dict has the names and shapes wanted, alone."""
     shared = wanted.keys() & found.keys()
     misshapen = [name for name in shared if wanted[name].shape != found[name].shape]
     check_names(wanted.keys() - shared, found.keys() - shared, path, misshapen)

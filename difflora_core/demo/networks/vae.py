@@ -50,7 +50,10 @@ class VaeObjective(nn.Module):
         self.vae, self.loss = vae, loss
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of `images` (B, 3, H, W) in [-1, 1] under pixel `weights` (B, 1, H, W)."""
+        """Loss () of `images` (B, 3, H, W) in [-1, 1] under pixel `weights` (B, 1, H, W).
+
+        The latents are drawn with `noise` (B, 8, H/4, W/4).
+        """
         images, weights = batch["images"], batch["weights"]
         moments = self.vae.quant_conv(self.vae.encoder(images)).float()
         mean, logvar = moments.chunk(2, 1)
@@ -67,7 +70,17 @@ class VaeObjective(nn.Module):
 def vae_batches(
     pool: PicturePool, batch: int, loss: VaeLoss
 ) -> Callable[[torch.Generator], dict[str, Tensor]]:
-    """Random pictures with weights that favour the faces."""
+    """Random pictures with weights that favour the faces.
+
+    Args:
+        pool: portraits.
+        batch: B, pictures per batch.
+        loss: how much faces count.
+
+    Returns:
+        From a generator to a batch: `images` (B, 3, H, W) in [-1, 1], `weights` (B, 1, H, W) and
+        unit `noise` (B, 8, H/4, W/4).
+    """
     height, width = pool.images.shape[1:3]
     y, x = torch.arange(height)[:, None], torch.arange(width)[None]
 

@@ -97,7 +97,10 @@ class Painter:
         self.outline = torch.zeros(batch, 1, 1)
 
     def enter(self, pose: Pose, cartoon: Tensor) -> None:
-        """Move into the frame of a head; shapes follow until the next call."""
+        """Move into the frame of a head; shapes follow until the next call.
+
+        `cartoon` (B,) is True where shapes get an ink line.
+        """
         cos, sin = torch.cos(pose.roll)[:, None, None], torch.sin(pose.roll)[:, None, None]
         dx = (self.grid_x - pose.x[:, None, None]) / pose.scale[:, None, None]
         dy = (self.grid_y - pose.y[:, None, None]) / pose.scale[:, None, None]
@@ -115,7 +118,16 @@ class Painter:
         self.picture = torch.lerp(self.picture, colour[:, :, None, None], coverage[:, None])
 
     def shape(self, distance: Tensor, colour: Tensor, width: float = 0.9) -> Tensor:
-        """Fill a shape, with an ink line around it in cartoons; returns the coverage."""
+        """Fill a shape, with an ink line around it in cartoons.
+
+        Args:
+            distance: (B, H, W) signed, in head units.
+            colour: (B, 3) in [0, 1].
+            width: of the ink line, in pixels.
+
+        Returns:
+            Coverage (B, H, W) in [0, 1].
+        """
         edge = self.cover(distance - width * self.outline / self.scale) * self.outline
         self.fill(edge, tint(_INK, len(colour)))
         coverage = self.cover(distance)
@@ -134,14 +146,17 @@ def palette(colours: dict[str, tuple[float, float, float]], index: Tensor) -> Te
 
 
 def ellipse(u: Tensor, v: Tensor, a: Tensor | float, b: Tensor | float) -> Tensor:
-    """Signed distance (first order) to an axis-aligned ellipse with half axes a and b."""
+    """Signed distance (B, H, W), to first order, of points (u, v) to an ellipse on the axes.
+
+    Its half axes a and b are numbers or (B, 1, 1), in head units as all of these.
+    """
     k = torch.sqrt((u / a) ** 2 + (v / b) ** 2 + 1e-9)
     gradient = torch.sqrt((u / a**2) ** 2 + (v / b**2) ** 2 + 1e-9)
     return k * (k - 1) / gradient
 
 
 def capsule(u: Tensor, v: Tensor, ends: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
-    """Distance to the segment (u0, v0) to (u1, v1)."""
+    """Distance (B, H, W) of points (u, v) to the segment (u0, v0) to (u1, v1), in head units."""
     u0, v0, u1, v1 = ends
     du, dv = u1 - u0, v1 - v0
     t = (((u - u0) * du + (v - v0) * dv) / (du**2 + dv**2 + 1e-9)).clamp(0, 1)
@@ -149,7 +164,7 @@ def capsule(u: Tensor, v: Tensor, ends: tuple[Tensor, Tensor, Tensor, Tensor]) -
 
 
 def draw_backdrop(painter: Painter, backdrop: Backdrop) -> None:
-    """Paint the background with its pattern."""
+    """Paint the background with its pattern over the whole pictures (B, 3, H, W)."""
     colour = palette(BACKGROUNDS, backdrop.background)[:, :, None, None]
     x, y = painter.grid_x, painter.grid_y
     stripes = (torch.sin((x + y) * 0.4) * 3).clamp(-1, 1) * 0.08

@@ -65,7 +65,7 @@ def split_key(key: str) -> tuple[str, str] | None:
 
 
 def group_keys(state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """Tensors by stem and role, and the keys without a known suffix.
+    """Tensors of a state dict by stem and role, and the keys without a known suffix.
 
     Raises:
         LoRAFileError: when a layer has two tensors for one role (two adapters in one file), or a
@@ -257,7 +257,7 @@ def lokr_layer(
         rank: wanted rank.
 
     Returns:
-        Canonical float32 layer, relative Frobenius error.
+        Canonical float32 layer, down (rank, in), up (out, rank); relative Frobenius error ().
 
     Raises:
         LoRAFileError: when a matrix is missing.

@@ -23,6 +23,8 @@ def to_state_dict(
 ) -> dict[str, Tensor]:
     """State dict of one LoRA, on the CPU, every tensor with its own memory.
 
+    Each layer has a down (r, in) and an up (out, r).
+
     Args:
         weights: one LoRA (no batch).
         naming: ``kohya_ldm`` (what kohya's SDXL trainer writes; default), ``kohya_diffusers``,
@@ -70,7 +72,8 @@ def from_state_dict(
     """Read a LoRA of any known key family.
 
     Args:
-        state: key to tensor; fp16, bf16 and fp8 are read as float32.
+        state: key to tensor, factors of linear (r, in) or convolution (r, in, h, w) layers; fp16,
+            bf16 and fp8 are read as float32.
         names: a layout: the result then has exactly its layers, shapes and rank; or a map of
             diffusers names (``unet_name_map``): the result has every layer found, at its own rank,
             text encoders included.
@@ -113,7 +116,7 @@ def with_peft_alphas(
     """A state dict that holds PEFT's alphas as ``.alpha`` tensors, which every reader knows.
 
     Args:
-        state: key to tensor, as a file has them.
+        state: key to tensor, as a file has them. An alpha is one number ().
         metadata: metadata of that file, where diffusers stores PEFT's configuration.
 
     Raises:

@@ -132,7 +132,7 @@ class LoRAAutoencoder(nn.Module):
         return self.groups.grid.encode(weights)[0]
 
     def normalise(self, tokens: Tensor) -> Tensor:
-        """Subtracts the stored mean and divides by the stored scale; padding stays zero."""
+        """Raw tokens (B, T, L) minus the stored mean, over the stored scale; padding stays zero."""
         groups = self.groups.split(tokens)
         pairs = zip(groups, self._statistics(tokens), strict=True)
         return self.groups.join([(g - mean) / scale for g, (mean, scale) in pairs])

@@ -54,7 +54,7 @@ class ReaderObjective(nn.Module):
         self.reader = reader
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of a batch of `reader_batches`."""
+        """Loss () of `latents` (B, C, h, w) whose faces are `centroids` (B, Df)."""
         error = likeness_error(self.reader, batch["latents"], batch["centroids"]).mean()
         return error, {"cosine": 1 - error.detach()}
 
@@ -62,7 +62,17 @@ class ReaderObjective(nn.Module):
 def reader_batches(
     latents: Tensor, centroids: Tensor, people: Tensor, count: int
 ) -> Callable[[torch.Generator], dict[str, Tensor]]:
-    """Batches of `count` pictures with a little noise of a random amount on their latents."""
+    """Batches of pictures with a little noise of a random amount on their latents.
+
+    Args:
+        latents: (M, C, h, w) scaled.
+        centroids: (P, Df) unit face of each person.
+        people: (P, Q) picture numbers of each person.
+        count: B, pictures per batch.
+
+    Returns:
+        From a generator to a batch: `latents` (B, C, h, w) and their `centroids` (B, Df).
+    """
 
     def draw(generator: torch.Generator) -> dict[str, Tensor]:
         person = torch.randint(len(people), (count,), generator=generator)

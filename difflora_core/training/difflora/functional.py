@@ -113,7 +113,7 @@ class FunctionalObjective(nn.Module):
         self.unet.requires_grad_(False)
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of a batch of `person_batches`."""
+        """Loss () of a batch of `person_batches`, and its metrics."""
         condition: IdentityCondition = self.model.mif(
             batch["face"],
             batch["face_found"],
@@ -146,7 +146,7 @@ class FunctionalObjective(nn.Module):
         return loss, metrics | {"face_gate": condition.gate[:, 0].mean().detach()}
 
     def without_lora(self, batch: Mapping[str, Any]) -> Tensor:
-        """Mean unweighted denoising loss of the same batch under the untouched base."""
+        """Mean unweighted denoising loss () of the same batch under the untouched base."""
         return self._denoise(batch).error.mean()
 
     def _denoise(self, batch: Mapping[str, Any]) -> Denoised:
@@ -158,9 +158,15 @@ class FunctionalObjective(nn.Module):
 def person_batches(
     data: PersonPictures, model: DiffLoRAModel, config: FunctionalConfig, steps: int
 ) -> Callable[[torch.Generator], dict[str, Tensor]]:
-    """Batches of people: some photos to see, another picture to draw at one of `steps` noises."""
-    count = config.batch
-    width, lae = model.config.mif.width, model.config.lae
+    """Batches of people: N photos to see, another picture to draw at one of `steps` noises.
+
+    Returns:
+        From a generator to a batch. Of the photos: what `MixedImageFeatures.forward` takes, (B, N,
+        ...), and `centroids` (B, Df), unit faces. Of the picture to draw: scaled `latents` and
+        `noise` (B, C, h, w), `timesteps` (B,), `context` (B, L, C), `pooled` (B, P). And unit
+        `feature_noise` (B, D) and `latent_noise` (B, K, Dz) for condition and LoRA latent.
+    """
+    count, width, lae = config.batch, model.config.mif.width, model.config.lae
     most = min(config.photos, data.people.shape[1] - 1)
     centroids = face_centroids(data.features, data.people)
 

@@ -146,7 +146,7 @@ class LatentDiTObjective(nn.Module):
         self.register_buffer("alphas_cumprod", abar, persistent=False)
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of a batch of `LatentBatches`."""
+        """Loss () of a batch of `LatentBatches`, and its metrics."""
         model, kind = self.model, self.model.config.schedule.prediction
         with torch.set_grad_enabled(self.train_mif and torch.is_grad_enabled()):
             condition = model.mif(
@@ -178,7 +178,12 @@ class LatentBatches:
         }
 
     def __call__(self, generator: torch.Generator) -> dict[str, Tensor]:
-        """Makes a batch."""
+        """Makes a batch of B people.
+
+        `face` (B, N, Df), `face_found` (B, N) bool, `image` (B, N, Di) and `image_tokens`
+        (B, N, L, Dt) of the photos; `latents` (B, K, Dz), not normalised, and unit `noise` of the
+        same shape; `timesteps` (B,); `drop` (B,) bool, where the condition is left out.
+        """
         c, latents, photos = self.config, self.examples.latents, self.examples.photos
         count, own = c.batch, latents.shape[1] > 1
         people = torch.randint(len(latents), (count,), generator=generator)

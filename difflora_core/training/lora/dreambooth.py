@@ -110,9 +110,11 @@ class DreamBoothObjective(nn.Module):
         self.weights = LoRAWeights(layers)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sum over people of their mean losses (`loss` among the metrics is the mean).
+        """Sum () over people of their mean losses (`loss` among the metrics is the mean).
 
-        The sum, because a person's gradient must not depend on the size of the group.
+        A batch holds m draws for each of B people: scaled `latents` and `noise` (m, B, C, h, w),
+        `timesteps` (m, B), `captions` (m, B), rows of the encoded captions. The sum,
+        because a person's gradient must not depend on the size of the group.
         """
         people = batch["captions"].shape[1]
         flat = {name: part.flatten(0, 1) for name, part in batch.items()}  # m B ... -> mB ...
