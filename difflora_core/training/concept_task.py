@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,7 +29,8 @@ from ..text.new_words import (
 )
 from .losses import NoisedBatch, under_guidance
 
-logger = logging.getLogger(__name__)
+EMPTY = 1e-3
+"""A mask whose largest value is smaller marks nothing."""
 
 
 @dataclass(frozen=True)
@@ -127,13 +127,14 @@ def concept_examples(
         base: encodes the images.
         images: (N, H, W, 3) in [0, 1].
         words: what the default prompts name.
-        masks: (N or 1, any size), also (N or 1, 1, any size), of the concept; an empty mask
-            counts the whole picture.
+        masks: (N or 1, any size), also (N or 1, 1, any size), of the concept; None
+            counts whole pictures.
         prompts: see `ConceptExamples`; the photo templates unless given.
         flip: also train on mirrored pictures; turn it off for what is not symmetric (writing).
 
     Raises:
-        ConfigError: no images, masks for another number of them, or prompts without the words.
+        ConfigError: no images, masks for another number of them, an empty mask, or prompts without
+            the words.
     """
     if images.ndim != 4 or not len(images) or images.shape[-1] != 3:
         raise ConfigError(f"A concept needs pictures (N, H, W, 3), got {tuple(images.shape)}.")
@@ -167,13 +168,16 @@ def _masks(masks: Tensor, images: Tensor) -> Tensor:
     resized = F.interpolate(
         masks.float()[:, None], tuple(images.shape[1:3]), mode="bilinear", antialias=True
     )[:, 0]
-    resized = resized.clamp(0, 1).expand(len(images), -1, -1)
-    largest = resized.flatten(1).amax(1)[:, None, None]
-    empty = largest[:, 0, 0] < 1e-3
-    if bool(empty.any()):
-        logger.warning("%d masks are empty: those whole pictures count", int(empty.sum()))
-    full = torch.ones_like(resized)
-    return torch.where(largest < 1e-3, full, resized / largest.clamp_min(1e-3))
+    resized = resized.clamp(0, 1)
+    largest = resized.flatten(1).amax(1)
+    empty = (largest < EMPTY).nonzero().flatten().tolist()
+    if empty:
+        raise ConfigError(
+            f"Mask {empty[0] + 1} of {len(masks)} is empty: it marks no part of its picture. Mark "
+            "what the word stands for; fill the mask where the whole picture counts; or connect no "
+            "masks, and all whole pictures count."
+        )
+    return (resized / largest[:, None, None]).expand(len(images), -1, -1)
 
 
 def _check_prompts(prompts: Sequence[Sequence[str]], words: Sequence[str]) -> None:

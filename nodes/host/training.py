@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 MASKS = (
     "Where the concept is: one mask for all pictures or one each, for example from a segmentation "
-    "node. An empty mask, or none, counts the whole picture."
+    "node. Without masks the whole pictures count; an empty mask is refused."
 )
 NO_MASKS = "no masks: the whole pictures counted"
 NOTHING = "nothing was learned: it only got worse. Lower the learning rates, or take more steps"

@@ -305,13 +305,13 @@ class Flat:
 
 def test_examples_from_pictures():
     images = torch.rand(2, 16, 16, 3)
-    masks = torch.zeros(2, 32, 32)  # another size than the pictures, and the first one is empty
-    masks[1, :, :16] = 0.5
+    masks = torch.ones(2, 32, 32)  # another size than the pictures, and the first one is full
+    masks[1, :, 16:], masks[1, :, :16] = 0.0, 0.5
     examples = concept_examples(Flat(), images, [WORD], masks)
     assert len(examples) == 4  # mirrored too
     torch.testing.assert_close(examples.latents[2], examples.latents[0].flip(-1))
     torch.testing.assert_close(examples.masks[3], examples.masks[1].flip(-1))
-    assert bool((examples.masks[0] == 1).all())  # an empty mask is no mask
+    assert bool((examples.masks[0] == 1).all())
     assert float(examples.masks[1].max()) == 1.0  # normalised over the picture, not a row
     assert float(examples.masks[1][:, 3].max()) < 0.05
     assert all("<h1>" in prompt for prompt in examples.prompts[0])
@@ -328,6 +328,14 @@ def test_bad_pictures():
         concept_examples(Flat(), images[:0], [WORD])
     with pytest.raises(ConfigError, match="one mask for all"):
         concept_examples(Flat(), images, [WORD], torch.ones(3, 16, 16))
+    masks = torch.ones(2, 16, 16)
+    masks[1] = 0.0005  # what a resized black picture may hold
+    with pytest.raises(ConfigError, match=r"Mask 2 of 2 is empty.* connect no masks"):
+        concept_examples(Flat(), images, [WORD], masks)
+    with pytest.raises(ConfigError, match="Mask 1 of 1 is empty"):
+        concept_examples(Flat(), images, [WORD], masks[1])
+    masks[1, 3, 4] = 0.01  # faint, but somewhere
+    assert float(concept_examples(Flat(), images, [WORD], masks).masks[1].max()) == 1.0
     with pytest.raises(ConfigError, match="not finite"):
         concept_examples(Flat(), images, [WORD], torch.full((2, 16, 16), torch.nan))
     with pytest.raises(ConfigError, match="does not name"):
