@@ -53,6 +53,11 @@ def awake(config: LAEConfig) -> LoRAAutoencoder:
     return lae
 
 
+def ratio(lae: LoRAAutoencoder) -> float:
+    """Values of the LoRA per latent value; the paper says nearly 300."""
+    return lae.layout.numel / (lae.config.latent_tokens * lae.config.latent_dim)
+
+
 def latent(batch: int = 2, seed: int = 3) -> torch.Tensor:
     return torch.randn(batch, 3, 4, generator=torch.Generator().manual_seed(seed))
 
@@ -234,8 +239,7 @@ def test_full_size_sdxl_on_the_meta_device() -> None:
         assert conv.decode(torch.empty(1, 64, 64, device="meta")).shape[1] == 1120
     assert len(weights) == 560
     layout.check(weights)
-    assert lae.ratio == 11_612_160 / 4096
-    assert 2800 < lae.ratio < 2900
+    assert ratio(lae) == 11_612_160 / 4096
     numbers = sum(p.numel() for p in lae.parameters())
     assert numbers * 2 < 3e9, "half precision stays below HyperLoRA's 3 GB basis file"
 
@@ -244,4 +248,4 @@ def test_the_papers_ratio_can_be_asked_for() -> None:
     config = LAEConfig(kind="conv1d", latent_tokens=610, latent_dim=64, parts=("down", "up"))
     with torch.device("meta"):
         lae = LoRAAutoencoder(config, sdxl_layout(8))
-    assert 290 < lae.ratio < 305
+    assert 290 < ratio(lae) < 305

@@ -86,17 +86,12 @@ class LoRAAutoencoder(nn.Module):
             self._start_mean(self.down_factors())
             self.shared_down = nn.ParameterDict()
 
-    @property
-    def ratio(self) -> float:
-        """Values of the LoRA per latent value (the paper: nearly 300)."""
-        return self.layout.numel / (self.config.latent_tokens * self.config.latent_dim)
-
     def posterior(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Gaussian posterior of raw tokens (B, T, L): mean and log variance, (B, K, Dz) each."""
-        seen = self.normalise(tokens)
+        seen = self.normalise(tokens)  # B T L
         if self.config.encoder == "mirror" and isinstance(self.decoder, StructuredDecoder):
-            seen = self.decoder.readings(seen)
-        mean, log_variance = self.encoder(seen).chunk(2, dim=-1)
+            seen = self.decoder.readings(seen)  # B T*Kb
+        mean, log_variance = self.encoder(seen).chunk(2, dim=-1)  # of B K 2Dz
         return mean, log_variance.clamp(-20.0, 4.0)
 
     def encode(self, tokens: Tensor) -> Tensor:
@@ -133,7 +128,7 @@ class LoRAAutoencoder(nn.Module):
 
     def normalise(self, tokens: Tensor) -> Tensor:
         """Raw tokens (B, T, L) minus the stored mean, over the stored scale; padding stays zero."""
-        groups = self.groups.split(tokens)
+        groups = self.groups.split(tokens)  # B T_g L_g
         pairs = zip(groups, self._statistics(tokens), strict=True)
         return self.groups.join([(g - mean) / scale for g, (mean, scale) in pairs])
 
@@ -202,7 +197,7 @@ class LoRAAutoencoder(nn.Module):
                     row.copy_(factors[self.groups.slots[t].layer].flatten())
 
     def _statistics(self, like: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Mean and scale per group, in the dtype and device of `like`."""
+        """Mean (T_g, L_g) and scale (T_g, 1) per group, in the dtype and device of `like`."""
         names = self.groups.lengths
         return [
             (self.get_buffer(f"mean_{n}").to(like), self.get_buffer(f"scale_{n}").to(like))
@@ -222,8 +217,8 @@ class LoRAAutoencoder(nn.Module):
 def project(layer: LoRALayer, shared: Tensor) -> LoRALayer:
     """Least-squares fit of a layer's delta W by `up @ shared`, with `shared` (r, in)."""
     inverse = torch.linalg.pinv(shared.detach().float()).to(layer.down)  # in r
-    up = layer.scaling * layer.up @ (layer.down @ inverse)
-    down = shared.to(layer.down).expand(*layer.batch_shape, -1, -1)
+    up = layer.scaling * layer.up @ (layer.down @ inverse)  # ... out r
+    down = shared.to(layer.down).expand(*layer.batch_shape, -1, -1)  # ... r in
     return LoRALayer(down, up, float(layer.rank))
 
 

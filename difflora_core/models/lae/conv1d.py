@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from ..layers import initialise, zero
 from .config import LAEConfig
@@ -39,21 +38,10 @@ def strides(values: int, latent_tokens: int, fold: int) -> list[int]:
 
 
 class Conv1dEncoder(nn.Module):
-    """Folds the vector level by level until K positions with 2 Dz channels remain.
-
-    Args:
-        config: sizes.
-        groups: token order of the layout.
-        operations: namespace of layer classes.
-        generator: draws the initial weights.
-    """
+    """Folds the vector level by level until K positions with 2 Dz channels remain."""
 
     def __init__(
-        self,
-        config: LAEConfig,
-        groups: TokenGroups,
-        operations: Any = nn,
-        generator: torch.Generator | None = None,
+        self, config: LAEConfig, groups: TokenGroups, operations: Any, generator: Generator | None
     ) -> None:
         super().__init__()
         self.groups, c = groups, config.conv_channels
@@ -73,27 +61,16 @@ class Conv1dEncoder(nn.Module):
         x = self.groups.flatten(tokens)  # B P
         x = F.pad(x, (0, self.padded - x.shape[1]))[:, None]  # B 1 P'
         for level, (mix, fold) in enumerate(zip(self.mix, self.fold, strict=True)):
-            x = mix(x if level == 0 else F.leaky_relu(x, SLOPE))
+            x = mix(x if level == 0 else F.leaky_relu(x, SLOPE))  # B C P'
             x = fold(F.leaky_relu(x, SLOPE))  # B C P'/fold
-        return x.transpose(1, 2)
+        return x.transpose(1, 2)  # B K 2Dz
 
 
 class Conv1dDecoder(nn.Module):
-    """Mirror of the encoder; its last convolution starts at zero, so delta W starts at the mean.
-
-    Args:
-        config: sizes.
-        groups: token order of the layout.
-        operations: namespace of layer classes.
-        generator: draws the initial weights.
-    """
+    """Mirror of the encoder; its last convolution starts at zero, so delta W starts at the mean."""
 
     def __init__(
-        self,
-        config: LAEConfig,
-        groups: TokenGroups,
-        operations: Any = nn,
-        generator: torch.Generator | None = None,
+        self, config: LAEConfig, groups: TokenGroups, operations: Any, generator: Generator | None
     ) -> None:
         super().__init__()
         self.groups, c = groups, config.conv_channels
@@ -112,8 +89,8 @@ class Conv1dDecoder(nn.Module):
         """Maps z (B, K, Dz) to raw values per group, (B, T_g, L_g)."""
         x = z.transpose(1, 2)  # B Dz K
         for level, (unfold, mix) in enumerate(zip(self.unfold, self.mix, strict=True)):
-            x = unfold(x if level == 0 else F.leaky_relu(x, SLOPE))
-            x = mix(F.leaky_relu(x, SLOPE))  # B C K*fold
-        tokens = self.groups.unflatten(x[:, 0, : self.groups.numel])
+            x = unfold(x if level == 0 else F.leaky_relu(x, SLOPE))  # B C K*fold
+            x = mix(F.leaky_relu(x, SLOPE))  # the same; B 1 P' at the last
+        tokens = self.groups.unflatten(x[:, 0, : self.groups.numel])  # B T L
         pairs = zip(self.groups.split(tokens), statistics, strict=True)
-        return [values * scale + mean for values, (mean, scale) in pairs]
+        return [values * scale + mean for values, (mean, scale) in pairs]  # B T_g L_g

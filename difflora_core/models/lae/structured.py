@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from ..layers import MLP, TransformerBlock, initialise, normal_parameter, zero
 from .config import LAEConfig
@@ -19,21 +19,10 @@ from .tokens import TokenGroups
 
 
 class StructuredEncoder(nn.Module):
-    """Tokens with layer and role embeddings, a transformer, learned queries that pool.
-
-    Args:
-        config: sizes.
-        groups: token order of the layout.
-        operations: namespace of layer classes.
-        generator: draws the initial weights.
-    """
+    """Tokens with layer and role embeddings, a transformer, learned queries that pool."""
 
     def __init__(
-        self,
-        config: LAEConfig,
-        groups: TokenGroups,
-        operations: Any = nn,
-        generator: torch.Generator | None = None,
+        self, config: LAEConfig, groups: TokenGroups, operations: Any, generator: Generator | None
     ) -> None:
         super().__init__()
         self.groups = groups
@@ -59,12 +48,12 @@ class StructuredEncoder(nn.Module):
         """Maps normalised tokens (B, T, L) to mean and log variance (B, K, 2 Dz)."""
         parts = zip(self.value_in, self.groups.split(tokens), strict=True)
         h = torch.cat([layer(values) for layer, values in parts], dim=1)  # B T D
-        h = h + self.layer_embedding[self.layer_rows].to(h)
+        h = h + self.layer_embedding[self.layer_rows].to(h)  # T D, the same for all LoRAs
         h = h + self.role_embedding[self.role_rows].to(h)
         for block in self.blocks:
-            h = block(h)
+            h = block(h)  # B T D
         latent = self.pool(self.queries.to(h).expand(len(h), -1, -1), h)  # B K D
-        out: Tensor = self.latent_out(self.norm(latent))
+        out: Tensor = self.latent_out(self.norm(latent))  # B K 2Dz
         return out
 
 
@@ -73,20 +62,10 @@ class StructuredDecoder(nn.Module):
 
     Basis and offset start at zero and the coefficients do not: before training the value is the
     stored mean, yet basis and offset receive a gradient at the first step.
-
-    Args:
-        config: sizes.
-        groups: token order of the layout.
-        operations: namespace of layer classes.
-        generator: draws the initial weights.
     """
 
     def __init__(
-        self,
-        config: LAEConfig,
-        groups: TokenGroups,
-        operations: Any = nn,
-        generator: torch.Generator | None = None,
+        self, config: LAEConfig, groups: TokenGroups, operations: Any, generator: Generator | None
     ) -> None:
         super().__init__()
         self.groups, self.basis_size = groups, config.basis_size
@@ -114,7 +93,7 @@ class StructuredDecoder(nn.Module):
         """Maps z (B, K, Dz) to raw values per group, (B, T_g, L_g)."""
         h = self.latent_in(z.flatten(1))  # B D
         for block in self.blocks:
-            h = h + block(h)
+            h = h + block(h)  # B D
         mix = self.coefficients(h).unflatten(-1, (-1, self.basis_size))  # B T Kb
         mix = mix.transpose(0, 1) / math.sqrt(self.basis_size)  # T B Kb
         out, first = [], 0
@@ -122,7 +101,8 @@ class StructuredDecoder(nn.Module):
             count = len(self.groups.members[n])
             basis = scale[..., None] * self.basis[str(n)].to(z)  # T_g Kb L_g
             centre = mean + scale * self.offset[str(n)].to(z)  # T_g L_g
-            values = torch.baddbmm(centre[:, None], mix[first : first + count], basis)
+            own = mix[first : first + count]  # T_g B Kb
+            values = torch.baddbmm(centre[:, None], own, basis)  # T_g B L_g
             out.append(values.transpose(0, 1))  # B T_g L_g
             first += count
         return out
@@ -134,7 +114,7 @@ class StructuredDecoder(nn.Module):
         """
         parts = []
         for n, values in zip(self.groups.lengths, self.groups.split(tokens), strict=True):
-            rest = values - self.offset[str(n)].to(values)
+            rest = values - self.offset[str(n)].to(values)  # B T_g L_g
             parts.append(torch.einsum("btn,tkn->btk", rest, self.basis[str(n)].to(values)))
         return torch.cat(parts, dim=1).flatten(1)
 
@@ -146,15 +126,11 @@ class MirrorEncoder(nn.Module):
     linear it can be fitted in closed form, and a corpus of a few hundred LoRAs suffices, where the
     transformer encoder learns them by heart.
 
-    Before training the mean is 0 and the log variance is at its floor, whatever the LoRA.
-
-    Args:
-        config: sizes.
-        groups: token order of the layout.
-        operations: namespace of layer classes.
+    Before training the mean is 0 and the log variance is at its floor, whatever the LoRA: no number
+    is drawn.
     """
 
-    def __init__(self, config: LAEConfig, groups: TokenGroups, operations: Any = nn) -> None:
+    def __init__(self, config: LAEConfig, groups: TokenGroups, operations: Any) -> None:
         super().__init__()
         self.latent_tokens, self.latent_dim = config.latent_tokens, config.latent_dim
         rows = len(groups.slots) * config.basis_size
@@ -163,5 +139,6 @@ class MirrorEncoder(nn.Module):
 
     def forward(self, readings: Tensor) -> Tensor:
         """Maps readings (B, T*Kb) to mean and log variance (B, K, 2 Dz)."""
-        mean = self.mean_out(readings).unflatten(-1, (self.latent_tokens, self.latent_dim))
+        mean = self.mean_out(readings)  # B K*Dz
+        mean = mean.unflatten(-1, (self.latent_tokens, self.latent_dim))
         return torch.cat([mean, torch.full_like(mean, -20.0)], dim=-1)
