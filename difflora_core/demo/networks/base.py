@@ -46,8 +46,10 @@ UNET_CONFIG: dict[str, Any] = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 1600,
 }
+STEPS = 1000
+"""Length of the noise schedule."""
 SCHEDULER_CONFIG: dict[str, Any] = {
-    "num_train_timesteps": 1000,
+    "num_train_timesteps": STEPS,
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
@@ -103,7 +105,7 @@ class BaseObjective(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss (), and metrics, of a batch of `base_batches`.
 
-        Scaled `latents` and `noise` (B, 8, h, w); `timesteps` (B,), 0 to 999; `tokens_l` and
+        Scaled `latents` and `noise` (B, 8, h, w); `timesteps` (B,), below STEPS; `tokens_l` and
         `tokens_g` (B, 77). `weights` (B, 1, h, w), if there are any, say how much each place
         counts.
         """
@@ -116,7 +118,7 @@ class BaseObjective(nn.Module):
             noisy, batch["timesteps"], text.context, added_cond_kwargs=added
         ).sample
         error = (batch.get("weights", 1.0) * (prediction.float() - target) ** 2).mean((1, 2, 3))
-        early = batch["timesteps"] >= 500
+        early = batch["timesteps"] >= STEPS // 2
         return error.mean(), {"noisy_half": error[early].mean().detach().nan_to_num()}
 
 
@@ -150,7 +152,7 @@ def base_batches(
         return {
             "latents": z,
             "noise": torch.randn(z.shape, generator=generator),
-            "timesteps": (strata * 1000).long().clamp(max=999),
+            "timesteps": (strata * STEPS).long().clamp(max=STEPS - 1),
             "tokens_l": torch.where(captioned, tokens_l[index], empty_l),
             "tokens_g": torch.where(captioned, tokens_g[index], empty_g),
         }

@@ -62,15 +62,17 @@ class ThingReader(nn.Module):
         """
         line = torch.linspace(-1, 1, planes.shape[-1], device=planes.device)
         place = torch.stack(torch.meshgrid(line, line, indexing="ij"))
-        place = place.expand(len(planes), -1, -1, -1)
-        fine = self.fine(F.silu(self.stem(torch.cat([planes * 2 - 1, place], 1))))
-        middle = self.middle(fine)
-        coarse = self.coarse(middle)
-        up = self.join(torch.cat([F.interpolate(coarse, scale_factor=2.0), middle], 1))
-        up = self.out(torch.cat([F.interpolate(up, scale_factor=2.0), fine], 1))
+        place = place.expand(len(planes), -1, -1, -1)  # B 2 64 64
+        fine = self.fine(F.silu(self.stem(torch.cat([planes * 2 - 1, place], 1))))  # B w0 32 32
+        middle = self.middle(fine)  # B w1 16 16
+        coarse = self.coarse(middle)  # B w2 8 8
+        up = F.interpolate(coarse, scale_factor=2.0)  # B w2 16 16
+        up = self.join(torch.cat([up, middle], 1))  # B w1 16 16
+        up = F.interpolate(up, scale_factor=2.0)  # B w1 32 32
+        up = self.out(torch.cat([up, fine], 1))  # B w0 32 32
         weight = F.pixel_shuffle(self.point(up), 2).flatten(2).float().softmax(-1)  # B 8 HW
         colours = weight @ planes.float().flatten(2).mT  # B 8 3
-        whole = F.adaptive_avg_pool2d(coarse, 4).flatten(1)
+        whole = F.adaptive_avg_pool2d(coarse, 4).flatten(1)  # B 16*w2
         colours = colours + self.correct(whole).float().unflatten(1, (-1, 3))
         return self.there(whole).float(), colours.unflatten(1, (len(KINDS), 2))
 

@@ -86,9 +86,9 @@ class Detector(nn.Module):
         """Pictures (B, 3, S, S) to one map (B, H, W, 2, 15) for each stride."""
         maps, x = [], pictures
         for level, stage in enumerate(self.stages):
-            x = stage(x)
+            x = stage(x)  # B w S/stride S/stride
             if level >= 2:
-                y = self.heads[level - 2](x).permute(0, 2, 3, 1)
+                y = self.heads[level - 2](x).permute(0, 2, 3, 1)  # B H W 30
                 maps.append(y.reshape(*y.shape[:3], ANCHORS, 15))
         return maps
 

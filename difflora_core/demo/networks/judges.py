@@ -122,7 +122,7 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, before, H, W) to (B, after, H / stride, W / stride)."""
-        y = F.silu(self.first_norm(self.first(x)))
+        y = F.silu(self.first_norm(self.first(x)))  # B after H/stride W/stride
         return F.silu(self.second_norm(self.second(y)) + self.shortcut(x))
 
 
@@ -140,8 +140,9 @@ class JudgeNetwork(nn.Module):
 
     def forward(self, planes: Tensor) -> Tensor:
         """Pictures (B, 3, 64, 64) to answers (B, outputs)."""
-        x = self.blocks(F.silu(self.stem(planes * 4 - 2)))
-        return self.read(self.norm(x.flatten(1)))
+        x = F.silu(self.stem(planes * 4 - 2))  # B w0 32 32
+        x = self.blocks(x)  # B w3 4 4
+        return self.read(self.norm(x.flatten(1)))  # B outputs
 
 
 class JudgeTraining(nn.Module):
