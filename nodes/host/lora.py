@@ -43,9 +43,8 @@ def check_lora_fits(model: Any, weights: LoRAWeights, made_for: str) -> None:
     wrong = []
     for name, layer in weights.layers.items():
         key = names.get(_stem(name))
-        if not isinstance(key, str) or key not in state:
-            wrong.append(name)
-        elif tuple(state[key].shape[:2]) != (layer.up.shape[0], layer.down.shape[1]):
+        there = isinstance(key, str) and key in state
+        if not there or not _same_size(state[key], layer.up, layer.down):
             wrong.append(name)
     if wrong:
         raise LayoutError(
@@ -124,7 +123,9 @@ def _check_patches(model: Any, patches: Mapping[Any, Any]) -> None:
     wrong = [
         key
         for key, patch in patches.items()
-        if key in state and _plain(patch) and not _same(state[key], patch)  # others: part of one
+        if key in state  # others edit part of a weight
+        and _plain(patch)
+        and not _same_size(state[key], *patch.weights[:2])
     ]
     if wrong or not patches:
         example = "no layer is its own"
@@ -150,9 +151,8 @@ def _plain(patch: Any) -> bool:
     return adapter and patch.weights[3] is None and patch.weights[5] is None
 
 
-def _same(weight: Tensor, patch: Any) -> bool:
-    """Whether the product of the factors has the size of a weight."""
-    up, down = patch.weights[:2]
+def _same_size(weight: Tensor, up: Tensor, down: Tensor) -> bool:
+    """Whether up (out, r, ...) times down (r, in, ...) has the size of a weight (out, in, ...)."""
     return up.shape[0] == weight.shape[0] and len(up) * down[0].numel() == weight.numel()
 
 
