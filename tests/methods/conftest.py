@@ -49,7 +49,7 @@ def net():
 def prepared():
     """Makes a random concept on that network: method, word, and what else is asked for."""
 
-    def make(seed=0, method="perfusion", settings=None, word="<a>", out=OUT):
+    def make(seed=0, *, method, settings=None, word="<a>", out=OUT):
         g = torch.Generator().manual_seed(seed)
         random = lambda n: torch.randn(n, generator=g, dtype=torch.float64)  # noqa: E731
         direction, dual = random(DIM), random(DIM)

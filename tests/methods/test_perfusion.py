@@ -1,6 +1,7 @@
 """Perfusion as a method: settings, locks, several concepts, export; on a small network."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,12 @@ from difflora_core.methods.lora import LoRASettings
 from difflora_core.methods.perfusion import Perfusion, PerfusionConfig, key_layer
 
 LAYER, DIM = "middle_block.attn2.to_v", 6
+
+
+@pytest.fixture
+def prepared(prepared):
+    """Makes a random concept of this method."""
+    return partial(prepared, method=Perfusion.name)
 
 
 def applied(part, strength=1.0, prompt=None, **settings):

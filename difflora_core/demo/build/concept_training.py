@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from ...base_model.protocol import BaseModel
+from ...methods.base import TrainedAdaptation
 from ...text.covariance import Covariance
 from ...text.encoders import TextEncoders
 from ...text.new_words import SLOT
+from ...training.adaptation_run import Objective
 from ...training.concept_task import (
     ConceptExamples,
     ConceptTask,
@@ -13,11 +17,19 @@ from ...training.concept_task import (
     concept_examples,
     prepare_task,
 )
-from ...training.perfusion import PerfusionTraining
 from ..world.concepts import ConceptPictures, DemoConcept
 
-TRAINING = PerfusionTraining(steps=400, value_rate=0.1, word_rate=0.001, reach=0, guidance=1.5)
-"""Of the demo's words, chosen on validation concepts for pictures drawn with guidance 2."""
+METHOD = "perfusion"
+"""What teaches the demo's words; its recipe is the file of this name in training/."""
+TRAINING = {"steps": 400, "value_rate": 0.1, "word_rate": 0.001, "reach": 0, "guidance": 1.5}
+"""Settings of that recipe, chosen on validation concepts for pictures drawn with guidance 2."""
+
+
+def concept_objective(task: ConceptTask) -> Objective[TrainedAdaptation]:
+    """The recipe of the demo's words on a task."""
+    recipe = import_module(f"...training.{METHOD}", __package__).RECIPE
+    objective: Objective[TrainedAdaptation] = recipe(task, recipe.Config.from_dict(TRAINING))
+    return objective
 
 
 def concept_training_set(

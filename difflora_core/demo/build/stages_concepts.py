@@ -15,7 +15,6 @@ from ...text.captions import captions
 from ...text.covariance import build_covariance
 from ...training.adaptation_run import run_adaptation
 from ...training.loop import Progress
-from ...training.perfusion import PerfusionObjective
 from .. import paths
 from ..networks.base import load_base
 from ..networks.concept_judge import judge_pictures, train_concept_judge
@@ -32,7 +31,7 @@ from ..networks.views import attribute_labels
 from ..world.concept_examples import SHIPPED, SHIPPED_PHOTOS, concept_photos
 from ..world.concepts import CONCEPTS, DemoConcept, render_concept
 from ..world.identities import split_seeds
-from .concept_training import TRAINING, concept_training_set
+from .concept_training import concept_objective, concept_training_set
 from .stages import Figures, validation_pool
 from .stages_faces import judge_pool
 
@@ -92,7 +91,7 @@ def concepts(progress: Progress) -> Figures:
         photos = concept_photos(concept, SHIPPED_PHOTOS)
         task, examples = concept_training_set(base, text, covariance, concept, photos)
         result = run_adaptation(
-            PerfusionObjective(task, TRAINING),
+            concept_objective(task),
             examples,
             folder,
             lambda step, of, seen, _: progress(step, of, seen),
