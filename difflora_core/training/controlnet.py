@@ -146,7 +146,7 @@ class ControlledBase(DiffusersBase):
 
     def predict(self, noisy: Tensor, timesteps: Tensor, text: TextCondition) -> Tensor:
         """The steered UNet's output for noisy latents (B, C, h, w) at timesteps (B,)."""
-        skips, middle = self.control(noisy, timesteps, text, self.hints)
+        skips, middle = self.control(noisy, timesteps, text, self.hints)  # B c h' w' each
         added = {"text_embeds": text.pooled, "time_ids": time_ids(noisy)}
         output: Tensor = self.unet(
             noisy,

@@ -4,6 +4,7 @@ Its demo world is the shipped one; while that is not trained, one with random we
 """
 
 import importlib.util
+import urllib.request
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -157,8 +158,27 @@ def comfy_server(
 
 @pytest.fixture(scope="session")
 def comfy(comfy_server: ComfyServer) -> ComfyClient:
-    """Its client: `run(prompt)`, `object_info()`, `interrupt()`, `upload_picture(path)`."""
+    """Its client: `run(prompt)`, `object_info()`, `upload_picture(path)`."""
     return comfy_server.client
+
+
+@pytest.fixture(scope="session")
+def ask() -> Callable[..., str]:
+    """Gives what a server answers to a GET, or to a POST with a body, past any proxy."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def answer(client: ComfyClient, path: str, body: bytes | None = None) -> str:
+        request = urllib.request.Request(client.url + path, body)
+        with opener.open(request, timeout=60) as reply:
+            return reply.read().decode("utf-8")
+
+    return answer
+
+
+@pytest.fixture(scope="session")
+def interrupt(comfy: ComfyClient, ask: Callable[..., str]) -> Callable[[], str]:
+    """Stops the prompt that runs now, as the button in the browser does."""
+    return lambda: ask(comfy, "/interrupt", b"{}")
 
 
 @pytest.fixture(scope="session")

@@ -75,7 +75,7 @@ def test_uploaded_picture_is_loaded_unchanged(comfy, tmp_path):
     np.testing.assert_array_equal(comfy.run(prompt).picture(), pixels)
 
 
-def test_interrupt_stops_the_run(comfy):
+def test_interrupt_stops_the_run(comfy, interrupt):
     blur = {"image": ["1", 0], "blur_radius": 31, "sigma": 10.0}
     prompt = picture_prompt(size=512)
     for node in range(3, 23):
@@ -83,9 +83,7 @@ def test_interrupt_stops_the_run(comfy):
         blur["image"] = [str(node), 0]
     prompt["2"]["inputs"]["images"] = blur["image"]
     with pytest.raises(ComfyInterrupted):
-        comfy.run(
-            prompt, on_progress=lambda step: comfy.interrupt() if step.node_id == "3" else None
-        )
+        comfy.run(prompt, on_progress=lambda step: interrupt() if step.node_id == "3" else None)
     assert comfy.run(picture_prompt(color=5)).picture().shape == (16, 16, 3)
 
 

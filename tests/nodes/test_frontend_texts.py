@@ -49,9 +49,9 @@ def test_no_two_nodes_have_the_same_name(comfy):
 
 
 @pytest.mark.parametrize("page", ["{node}.md", "{node}/zh.md"])
-def test_every_node_has_a_help_page_where_the_front_end_looks(nodes, comfy, page):
+def test_every_node_has_a_help_page_where_the_front_end_looks(nodes, comfy, ask, page):
     for node, told in nodes.items():
-        text = comfy.text(f"{DOCS}/{page.format(node=node)}")
+        text = ask(comfy, f"{DOCS}/{page.format(node=node)}")
         missing = [name for name in inputs_of(told) if f"`{name}`" not in text]
         assert missing == [], node
         assert text.startswith("# "), node
@@ -59,13 +59,13 @@ def test_every_node_has_a_help_page_where_the_front_end_looks(nodes, comfy, page
         assert 400 < len(text.encode()) < 6000, node
 
 
-def test_title_of_a_help_page_is_the_name_of_the_node(nodes, comfy, locales):
+def test_title_of_a_help_page_is_the_name_of_the_node(nodes, comfy, ask, locales):
     for node, told in nodes.items():
         for page, name in (
             (f"{node}.md", told["display_name"]),
             (f"{node}/zh.md", locales["zh"]["nodeDefs"][node]["display_name"]),
         ):
-            assert comfy.text(f"{DOCS}/{page}").split("\n")[0] == f"# {name}"
+            assert ask(comfy, f"{DOCS}/{page}").split("\n")[0] == f"# {name}"
 
 
 def test_no_help_page_is_left_over(nodes):

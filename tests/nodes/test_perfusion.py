@@ -250,12 +250,12 @@ def test_export_is_an_ordinary_lora(comfy, comfy_server, trained):
     assert [tuple(d.shape) for d in downs] == 2 * len(concept.layers) * [(1, width)]
 
 
-def test_training_stops_and_keeps_the_best(comfy, comfy_server, pictures):
+def test_training_stops_and_keeps_the_best(comfy, comfy_server, interrupt, pictures):
     folder = comfy_server.base_directory / "models" / "difflora_concepts"
 
     def stop(step):
         if step.node_type == "DiffLoRA_TrainPerfusionConcept" and step.value >= 25:
-            comfy.interrupt()
+            interrupt()
 
     nodes = training(pictures, steps=5000, file_name="stopped", batch_size=1)
     nodes["show"] = node("PreviewAny", source=["train", 2])
@@ -351,6 +351,15 @@ def test_masks_as_segmentation_nodes_give_them(comfy, comfy_server, pictures):
     }
     with pytest.raises(ComfyPromptError, match="one mask for all"):
         comfy.run(three)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_mask_of_a_picture_nobody_painted_on_is_refused(comfy, pictures, kind):
+    """Load Image gives an empty mask then, and the whole picture is not what was asked for."""
+    nodes = training(pictures, kind=kind, masks=["p0", 1])
+    nodes["show"] = node("PreviewAny", source=["train", 2])
+    with pytest.raises(ComfyPromptError, match=r"Mask 1 of 1 is empty.* connect no masks"):
+        comfy.run(nodes)
 
 
 REFUSED = {

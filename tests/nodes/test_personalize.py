@@ -201,14 +201,14 @@ def test_person_can_be_invented_without_photos(saved_lora):
     assert apart > 0.1 * max(norms)
 
 
-def test_sampling_reports_progress_and_stops_when_asked(comfy, photo):
+def test_sampling_reports_progress_and_stops_when_asked(comfy, interrupt, photo):
     steps = []
 
     def stop(step):
         if step.node_type == "DiffLoRA_Personalize":
             steps.append(step)
             if step.value >= 3:  # ComfyUI leaves steps out when they come fast
-                comfy.interrupt()
+                interrupt()
 
     nodes = lora_nodes(photo, mode="sampled", steps=400, seed=99)
     nodes["save"] = node("SaveLoRA", lora=["lora", 0], prefix="loras/never", steps=0)

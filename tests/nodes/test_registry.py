@@ -90,13 +90,13 @@ def test_pack_holds_what_runs_and_nothing_else(packed):
     assert size < MAX_BYTES
 
 
-def test_installed_pack_is_complete(installed, comfy):
+def test_installed_pack_is_complete(installed, comfy, ask):
     info, expected = installed.client.object_info(), comfy.object_info()
     ours = {node for node in expected if node.startswith("DiffLoRA_")}
     assert {node for node in info if node.startswith("DiffLoRA_")} == ours
     assert {info[node]["python_module"] for node in ours} == {"custom_nodes.difflora"}
     for node in ours:
-        assert installed.client.text(f"/extensions/difflora/docs/{node}.md")
+        assert ask(installed.client, f"/extensions/difflora/docs/{node}.md")
     templates = installed.client.get("/workflow_templates")["difflora"]
     assert set(templates) == {path.stem for path in WORKFLOWS}
     photos = {path.name for path in (PACK / "workflows").glob("difflora_demo_*.png")}

@@ -108,7 +108,7 @@ class ComfyClient:
 
         Args:
             prompt: node id to {class_type, inputs}.
-            on_progress: called with every step that ComfyUI reports; may call `interrupt`.
+            on_progress: called with every step that ComfyUI reports.
             timeout: seconds for the whole run.
             shown: gets what nodes show on their way: previews, and lines "node: text".
 
@@ -166,10 +166,6 @@ class ComfyClient:
     def system_stats(self) -> dict[str, Any]:
         """ComfyUI's versions and devices."""
         return self.get("/system_stats")
-
-    def interrupt(self) -> None:
-        """Stops the prompt that runs now."""
-        self._request("/interrupt", {})
 
     def free(self) -> None:
         """Unloads the models and empties the cache of results."""
@@ -258,10 +254,6 @@ class ComfyClient:
     def get(self, path: str) -> dict[str, Any]:
         """A GET answered in JSON."""
         return dict(json.loads(self._request(path)))
-
-    def text(self, path: str) -> str:
-        """A GET answered in text, for example a help page."""
-        return self._request(path).decode("utf-8")
 
     def _request(
         self,
