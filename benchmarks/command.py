@@ -18,6 +18,7 @@ from rich.console import Console
 
 from difflora_core.demo import paths
 from difflora_core.evaluation.report import Report
+from difflora_core.storage.atomic import write_text
 
 CACHE = paths.WORK / "benchmarks"
 """Folder of everything that a benchmark trains or draws and may need again."""
@@ -62,7 +63,7 @@ def benchmark_console() -> Console:
 def write_report(report: Report, path: Path | None, console: Console) -> None:
     """Write everything to a JSON file, where one is asked for."""
     if path:
-        path.write_text(report.to_json() + "\n")
+        write_text(path, report.to_json() + "\n")
         console.print(f"wrote {path}")
 
 

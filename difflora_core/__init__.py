@@ -3,6 +3,7 @@
 Map of the rooms (imports point down this list only):
 
 - ``errors``      what can go wrong, in the artist's words
+- ``limits``      how large what we read may be
 - ``config``      strict settings: unknown names and values out of range are refused
 - ``lora``        LoRA weights as data: names, layouts, canonical form, distances, tokens
 - ``vision``      reference images to features

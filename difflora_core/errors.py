@@ -1,8 +1,47 @@
-"""Errors that DiffLoRA raises on purpose: one readable sentence each (what, where, what to do)."""
+"""Errors that DiffLoRA raises on purpose: one readable sentence each (what, where, what to do).
+
+A message may hold text from a file or a prompt. The classes here see to it that it can always be
+shown: what cannot be encoded or would move the cursor is escaped, and what is long is cut.
+"""
+
+from __future__ import annotations
+
+import reprlib
+
+MAX_MESSAGE = 2000  # characters; a traceback window shows about as many
+MAX_SHOWN = 80
+
+
+def shown(foreign: str, most: int = MAX_SHOWN) -> str:
+    """A name from outside as part of a message: one line, escaped and cut.
+
+    Args:
+        foreign: the text.
+        most: characters to keep.
+    """
+    return _escaped(foreign[:most], "") + ("…" if len(foreign) > most else "")
+
+
+def described(foreign: object) -> str:
+    """A value from outside as part of a message: as Python writes it, with the middle left out."""
+    try:
+        return shown(reprlib.repr(foreign))
+    except ValueError:  # an integer of thousands of digits
+        return f"a {type(foreign).__name__}"
 
 
 class DiffLoRAError(Exception):
-    """Parent of every error that the library raises on purpose."""
+    """Parent of every error that the library raises on purpose.
+
+    Args:
+        message: the sentence. It is kept so that every terminal and socket can show it.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        head, tail = MAX_MESSAGE * 3 // 4, MAX_MESSAGE // 4  # the remedy stands at the end
+        if len(message) > MAX_MESSAGE:
+            message = f"{message[:head]} … {message[-tail:]}"
+        super().__init__(_escaped(message, "\n"))
 
 
 class LayoutError(DiffLoRAError):
@@ -37,5 +76,18 @@ class EncoderError(DiffLoRAError):
     """A face or image encoder is missing, incomplete, or of the wrong kind."""
 
 
+class FileNameError(DiffLoRAError):
+    """A name cannot be that of a file, or there is no file of that name."""
+
+
 class InterruptedTraining(DiffLoRAError):
     """Training was stopped on request; the last complete checkpoint can be resumed."""
+
+
+def _escaped(text: str, allowed: str) -> str:
+    """Text without characters that cannot be encoded or shown (category C and separators)."""
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or c in allowed else c.encode("unicode_escape").decode() for c in text
+    )

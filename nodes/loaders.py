@@ -5,13 +5,14 @@ from pathlib import Path
 import comfy.utils
 from comfy_api.latest import io
 
-from ..difflora_core.errors import LoRAFileError
+from ..difflora_core.errors import LoRAFileError, shown
 from ..difflora_core.lora.formats.state_dict import with_peft_alphas
-from ..difflora_core.storage.safetensors_io import read_header
+from ..difflora_core.storage.lora_file import read_lora_file
 from ..difflora_core.vision.face_encoder import InsightFaceEncoder
 from ..difflora_core.vision.face_providers import PROVIDERS
 from . import model_paths, sockets
 from .host import models
+from .host.lora import check_lora
 
 CATEGORY = "DiffLoRA/loaders"
 
@@ -129,8 +130,11 @@ class LoadLoRAFile(io.ComfyNode):
     @classmethod
     def execute(cls, lora_name):
         path = Path(model_paths.lora_file(lora_name))
-        metadata = None
-        if path.suffix == ".safetensors":  # its reader says in words what is wrong
-            metadata = read_header(path, "LoRA file", LoRAFileError).metadata
-        state = comfy.utils.load_torch_file(str(path), safe_load=True)
-        return io.NodeOutput(with_peft_alphas(state, metadata))
+        if path.suffix.lower() in (".safetensors", ".sft"):
+            file = read_lora_file(path)
+            return io.NodeOutput(with_peft_alphas(file.tensors, file.metadata))
+        try:
+            state = comfy.utils.load_torch_file(str(path), safe_load=True)
+        except Exception as error:  # whatever torch says of a pickle that it does not read
+            raise LoRAFileError(f"{path.name} cannot be read: {shown(str(error), 300)}") from error
+        return io.NodeOutput(with_peft_alphas(check_lora(state), None))

@@ -1,7 +1,6 @@
 """Where ComfyUI keeps our files: `models/difflora`, and `models/insightface` as other packs do."""
 
 import logging
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +8,8 @@ from pathlib import Path
 import folder_paths
 
 from ..difflora_core.demo import paths
+from ..difflora_core.errors import FileNameError, shown
+from ..difflora_core.storage.file_name import MAX_CHARACTERS, check_file_name
 
 logger = logging.getLogger(__name__)
 
@@ -67,13 +68,14 @@ def difflora_file(name: str) -> str:
     """The full path of a DiffLoRA checkpoint.
 
     Raises:
-        FileNotFoundError: the file is not there; the message names the folders searched.
+        FileNameError: the file is not there; the message names the folders searched.
     """
     path = folder_paths.get_full_path(DIFFLORA, name)
     if path is None:
         folders = " or ".join(folder_paths.get_folder_paths(DIFFLORA))
-        raise FileNotFoundError(
-            f"The DiffLoRA model '{name}' was not found. Put the file into {folders} and press R."
+        raise FileNameError(
+            f"The DiffLoRA model '{shown(name)}' was not found. Put the file into {folders} and "
+            "press R."
         )
     return path
 
@@ -87,14 +89,14 @@ def lora_file(name: str) -> str:
     """The full path of a LoRA file.
 
     Raises:
-        FileNotFoundError: the file is not there; the message names the folders searched.
+        FileNameError: the file is not there; the message names the folders searched.
     """
     path = _mine_or_demo("loras", DEMO_LORAS, name)
     if path is not None:
         return path
     folders = " or ".join(folder_paths.get_folder_paths("loras"))
-    raise FileNotFoundError(
-        f"The LoRA file '{name}' was not found. Put it into {folders} and press R."
+    raise FileNameError(
+        f"The LoRA file '{shown(name)}' was not found. Put it into {folders} and press R."
     )
 
 
@@ -130,14 +132,14 @@ def concept_file(name: str) -> str:
     """The full path of a concept.
 
     Raises:
-        FileNotFoundError: the file is not there; the message names the folders searched.
+        FileNameError: the file is not there; the message names the folders searched.
     """
     path = _mine_or_demo(CONCEPTS, DEMO_CONCEPTS, name)
     if path is None:
         folders = " or ".join(folder_paths.get_folder_paths(CONCEPTS))
-        raise FileNotFoundError(
-            f"The concept '{name}' was not found. Train one, or put the file into {folders}, and "
-            "press R."
+        raise FileNameError(
+            f"The concept '{shown(name)}' was not found. Train one, or put the file into "
+            f"{folders}, and press R."
         )
     return path
 
@@ -146,13 +148,9 @@ def new_file(folder: str, name: str) -> Path:
     """Where a new file of ours goes: the first folder of that kind.
 
     Raises:
-        ValueError: the name is no plain file name.
+        FileNameError: the name is no plain file name.
     """
-    if not re.fullmatch(r"[\w][\w .\-]{0,79}", name):
-        raise ValueError(
-            f"'{name}' cannot be a file name: use up to 80 letters, digits, spaces, . - and _."
-        )
-    return Path(folder_paths.get_folder_paths(folder)[0]) / f"{name}.safetensors"
+    return Path(folder_paths.get_folder_paths(folder)[0]) / f"{check_file_name(name)}.safetensors"
 
 
 def unused_file(folder: str, name: str) -> Path:
@@ -160,7 +158,8 @@ def unused_file(folder: str, name: str) -> Path:
     path, number = new_file(folder, name), 1
     while path.exists():
         number += 1
-        path = new_file(folder, f"{name}_{number:03d}")
+        ending = f"_{number:03d}"
+        path = new_file(folder, name[: MAX_CHARACTERS - len(ending)] + ending)
     return path
 
 
@@ -190,16 +189,17 @@ def insightface_package(name: str) -> str:
     """The folder of a face analysis package.
 
     Raises:
-        FileNotFoundError: it is not there; the message names the folders searched.
+        FileNameError: it is not there; the message names the folders searched.
     """
     for folder in insightface_folders():
         # The name comes from a prompt: only what lies directly in the folder.
         if name not in ("", "..") and Path(name).name == name and (folder / name).is_dir():
             return str(folder / name)
     folders = " or ".join(str(folder) for folder in insightface_folders())
-    raise FileNotFoundError(
-        f"The face analysis package '{name}' was not found. Download one yourself (antelopev2, "
-        f"buffalo_l or the free AuraFace), unpack it as a folder in {folders}, and press R."
+    raise FileNameError(
+        f"The face analysis package '{shown(name)}' was not found. Download one yourself "
+        f"(antelopev2, buffalo_l or the free AuraFace), unpack it as a folder in {folders}, and "
+        "press R."
     )
 
 
@@ -207,7 +207,7 @@ def demo_paths() -> tuple[list[Path], Path]:
     """The demo world's files in the order of DEMO_FILES, and its face analysis folder.
 
     Raises:
-        FileNotFoundError: one of them is missing.
+        FileNameError: one of them is missing.
     """
     folders = [Path(path) for path in folder_paths.get_folder_paths(DEMO)]
     for folder in folders:
@@ -216,7 +216,7 @@ def demo_paths() -> tuple[list[Path], Path]:
             return files, faces
     wanted = [*(folders[0] / name for name in DEMO_FILES), folders[0] / DEMO_FACES]
     missing = ", ".join(path.name for path in wanted if not path.exists())
-    raise FileNotFoundError(
+    raise FileNameError(
         f"The demo world in {folders[0]} lacks {missing}. Install the node pack again, or rebuild "
         "the demo with 'make demo-world'."
     )
@@ -226,15 +226,10 @@ def new_library_file(name: str) -> Path:
     """The path of an identity library, which need not exist yet.
 
     Raises:
-        FileNotFoundError: the name is no plain file name; the message says what is.
+        FileNameError: the name is no plain file name; the message says what is.
     """
-    plain = name.strip().removesuffix(".safetensors")
     # The name comes from a prompt: a file directly in one of the folders and nothing else.
-    if not re.fullmatch(r"\w[\w .()-]{0,79}", plain) or plain.endswith((".", " ")):
-        raise FileNotFoundError(
-            f"'{plain[:80]}' cannot be the name of an identity library: use letters, numbers, "
-            "spaces, - and _, without a folder."
-        )
+    plain = check_file_name(name.strip().removesuffix(".safetensors"))
     found = folder_paths.get_full_path(LIBRARY, f"{plain}.safetensors")
     return Path(found or Path(folder_paths.get_folder_paths(LIBRARY)[0], f"{plain}.safetensors"))
 
@@ -243,12 +238,12 @@ def library_file(name: str) -> Path:
     """The path of an identity library that is there.
 
     Raises:
-        FileNotFoundError: it is not; the message names the folder and the libraries in it.
+        FileNameError: it is not; the message names the folder and the libraries in it.
     """
     path = new_library_file(name)
     if not path.is_file():
         there = ", ".join(Path(n).stem for n in folder_paths.get_filename_list(LIBRARY)[:20])
-        raise FileNotFoundError(
+        raise FileNameError(
             f"There is no identity library '{path.stem}' in {path.parent} (there: "
             f"{there or 'none'}). Make one with Add to Identity Library."
         )
@@ -259,7 +254,7 @@ def library_state(name: str | None) -> object:
     """Changes with the library; a library that is linked or missing is looked at every time."""
     try:
         return fingerprint(library_file(name or ""))
-    except FileNotFoundError:
+    except FileNameError:
         return float("nan")
 
 
@@ -267,7 +262,7 @@ def problem(find: Callable[[str], str], name: str | None) -> bool | str:
     """True when `find` finds the name, else its message; for a node's validate_inputs."""
     try:
         find(name or "")
-    except FileNotFoundError as error:
+    except FileNameError as error:
         return str(error)
     return True
 

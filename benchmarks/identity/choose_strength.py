@@ -13,6 +13,10 @@ from typing import Any
 
 from rich.console import Console
 
+from difflora_core.config import parse_json
+from difflora_core.errors import ConfigError
+from difflora_core.storage.atomic import write_text
+
 from ..command import benchmark_console, command_parser, set_threads
 from ..prompts import PROMPTS
 from .artefacts import STRENGTHS, load_artefacts
@@ -90,9 +94,7 @@ def best_strength(trials: Sequence[Trial], scores: Mapping[float, float], base: 
 
 def write_strengths(path: Path, chosen: Mapping[str, Mapping[str, object]]) -> None:
     """Write the choices beside the artefacts."""
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps({"split": "validation", "rows": chosen}, indent=1) + "\n")
-    temporary.replace(path)
+    write_text(path, json.dumps({"split": "validation", "rows": chosen}, indent=1) + "\n")
 
 
 def read_strengths(path: Path) -> dict[str, float]:
@@ -101,6 +103,18 @@ def read_strengths(path: Path) -> dict[str, float]:
 
 
 def read_choices(path: Path) -> dict[str, dict[str, Any]]:
-    """What `write_strengths` wrote; empty when nothing was chosen yet."""
-    rows: dict[str, dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else {}
-    return rows
+    """What `write_strengths` wrote; empty when nothing was chosen yet.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if not path.exists():
+        return {}
+    try:
+        rows = parse_json(path.read_bytes(), path.name)["rows"]
+        strengths = [row["strength"] for row in rows.values()]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path.name} is no file of strengths; choose them again.") from error
+    if not all(type(strength) in (int, float) for strength in strengths):
+        raise ConfigError(f"{path.name} holds a strength that is no number; choose them again.")
+    return dict(rows)

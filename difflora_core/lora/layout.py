@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import LayoutError
+from ..config import build, parse_json
+from ..errors import ConfigError, LayoutError, shown
+from ..limits import FEATURES, LAYERS, LAYOUT_VALUES, NAME_LENGTH, RANK
 from .weights import LoRAWeights
 
 ATTENTION_PROJECTIONS = tuple(
@@ -85,10 +87,21 @@ class LoRALayout:
     layers: tuple[LayerShape, ...]
 
     def __post_init__(self) -> None:
+        base = shown(self.base)
         if self.rank < 1:
             raise LayoutError(f"The LoRA rank must be at least 1, got {self.rank}.")
+        if len(self.layers) > LAYERS:
+            raise LayoutError(f"The layout for {base} has more than {LAYERS} layers.")
+        names = [self.base, *(layer.name for layer in self.layers)]
+        names += [layer.diffusers_name or layer.name for layer in self.layers]
+        if not all(0 < len(name) <= NAME_LENGTH for name in names):
+            raise LayoutError(f"The layout for {base} has a name that is empty or too long.")
         if len({layer.name for layer in self.layers}) != len(self.layers):
-            raise LayoutError(f"The layout for {self.base} names a layer twice.")
+            raise LayoutError(f"The layout for {base} names a layer twice.")
+        sizes = [n for layer in self.layers for n in (layer.in_features, layer.out_features)]
+        possible = self.rank <= RANK and all(0 < size <= FEATURES for size in sizes)
+        if not possible or self.numel > LAYOUT_VALUES:
+            raise LayoutError(f"The layout for {base} has impossible sizes.")
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -149,12 +162,25 @@ class LoRALayout:
         Raises:
             LayoutError: when the text is not a layout.
         """
+        return LoRALayout.from_dict(parse_json(text, "The LoRA layout", LayoutError))
+
+    @staticmethod
+    def from_dict(data: Any) -> LoRALayout:
+        """Layout from what the text of ``to_json`` holds.
+
+        Raises:
+            LayoutError: when it is not a layout, or one of impossible sizes.
+        """
+        layers = data.get("layers") if isinstance(data, dict) else None
+        if not isinstance(layers, list) or not 0 < len(layers) <= LAYERS:
+            raise LayoutError(
+                f"A LoRA layout has 1 to {LAYERS} layers; this one has impossible sizes."
+            )
         try:
-            fields = json.loads(text)
-            layers = tuple(LayerShape(**layer) for layer in fields.pop("layers"))
-            return LoRALayout(layers=layers, **fields)
-        except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
-            raise LayoutError(f"This text is not a LoRA layout: {error}.") from error
+            layout: LoRALayout = build(LoRALayout, data, "The LoRA layout")
+        except ConfigError as error:
+            raise LayoutError(f"This is not a LoRA layout: {error}") from error
+        return layout
 
 
 @lru_cache(maxsize=8)

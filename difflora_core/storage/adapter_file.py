@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import CheckpointError, ConfigError, LayoutError
+from ..config import parse_json
+from ..errors import CheckpointError, ConfigError, LayoutError, described
+from ..limits import LAYERS
 from ..methods.base import TrainedAdaptation, layout_hash
 from ..methods.registry import method
 from ..text.new_words import TEMPLATES, LearnedWord
-from .safetensors_io import Header, read_header, write_atomic
+from .safetensors_io import Header, open_tensors, write_atomic
 
 FORMAT = "difflora-concept"  # named after what it held first
 VERSIONS = (1, 2)
@@ -34,7 +35,6 @@ METADATA_KEY = "difflora_concept"
 KIND = "concept file"
 SUFFIX = ".attn2.to_v"  # of every layer in version 1, left out there
 VECTOR = "values"  # the only tensor of a layer in version 1
-MAX_LAYERS = 4096
 MAX_VALUES = 2**28
 MAX_ENCODERS = 8
 MAX_TENSORS = 64
@@ -117,12 +117,9 @@ def read_adaptation(path: str | Path) -> TrainedAdaptation:
             method that is not known here.
     """
     path = Path(path)
-    document, table = _described(path, read_header(path, KIND, CheckpointError))
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path.name} cannot be read: {error}.") from error
+    with open_tensors(path, KIND) as file:
+        document, table = _described(path, file.header)
+        tensors = file.read_all()
     try:
         return _adaptation(document, table, tensors)
     except (LayoutError, ConfigError) as error:
@@ -272,12 +269,13 @@ def _document(path: Path, header: Header) -> dict[str, Any]:
     text = header.metadata.get(METADATA_KEY)
     if text is None:
         raise CheckpointError(f"{path.name} is a .safetensors file, but it holds no concept.")
+    document: dict[str, Any] = parse_json(text, f"{path.name}: its description", CheckpointError)
     try:
-        document: dict[str, Any] = json.loads(text)
         if document["format"] != FORMAT or document["version"] not in VERSIONS:
             raise CheckpointError(
-                f"{path.name} has format {document['format']} {document['version']}; this version "
-                f"reads {FORMAT} up to {VERSIONS[-1]}. Update the node pack."
+                f"{path.name} has format {described(document['format'])} "
+                f"{described(document['version'])}; this version reads {FORMAT} up to {VERSIONS[-1]}. "
+                "Update the node pack."
             )
         words = [document[name] for name in ("method", "word", "superclass", "base")]
         facts, contexts = document["facts"], document["contexts"]
@@ -293,7 +291,7 @@ def _document(path: Path, header: Header) -> dict[str, Any]:
             and isinstance(scales, dict)
             and all(type(s) in (int, float) and 0 < s < 1e30 for s in scales.values())
         )
-    except (ValueError, KeyError, TypeError, RecursionError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path.name}: its description is damaged ({error}).") from error
     if not sound:
         raise CheckpointError(f"{path.name}: its description makes no sense; it was altered.")
@@ -308,7 +306,7 @@ def _table(path: Path, document: Mapping[str, Any]) -> Table:
     """Layers and shapes of the description, checked."""
     layers = document.get("layers")
     table: Table = {}
-    if isinstance(layers, dict) and 0 < len(layers) <= MAX_LAYERS:
+    if isinstance(layers, dict) and 0 < len(layers) <= LAYERS:
         for name, entry in layers.items():
             first = document["version"] == 1
             layer, shapes = (name + SUFFIX, {VECTOR: [entry]}) if first else (name, entry)
@@ -343,7 +341,9 @@ def _check_tensors(path: Path, header: Header, document: Mapping[str, Any], tabl
         expected |= {"probe", *(f"embedding.{k}" for k in range(count))}
     if set(found) != expected or (document["word"] and not 0 < count <= MAX_ENCODERS):
         wrong = sorted(set(found) ^ expected)[:3]
-        raise CheckpointError(f"{path.name} does not hold the parts of a concept: {wrong}.")
+        raise CheckpointError(
+            f"{path.name} does not hold the parts of a concept: {described(wrong)}."
+        )
     fits = True
     for name, (kind, shape) in found.items():
         own = [shapes[name] for shapes in table.values() if name in shapes]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ..config import build, parse_json
 from ..errors import CheckpointError, ConfigError
 from ..text.covariance import Covariance
-from .safetensors_io import read_header, read_tensors, write_atomic
+from .safetensors_io import Header, open_tensors, write_atomic
 
 FORMAT = "difflora-covariance"
 FORMAT_VERSION = 1
@@ -45,22 +46,33 @@ def read_covariance(path: str | Path) -> Covariance:
         CheckpointError: the file is missing, damaged, no covariance, or cannot be inverted.
     """
     path = Path(path)
-    header = read_header(path, KIND, CheckpointError)
-    shapes = {name: shape for name, (kind, shape) in header.tensors.items() if kind == "F32"}
-    side = shapes.get("matrix", (0,))[0]
-    if set(shapes) != {"matrix", "probe"} or len(header.tensors) != 2:
-        raise CheckpointError(f"{path.name} is a .safetensors file, but it holds no covariance.")
-    if shapes["matrix"] != (side, side) or not 0 < side <= MAX_DIM or len(shapes["probe"]) != 1:
-        raise CheckpointError(f"{path.name}: its covariance has impossible sizes.")
-    try:
-        document = json.loads(header.metadata[METADATA_KEY])
-        if document["format"] != FORMAT or document["version"] != FORMAT_VERSION:
-            raise CheckpointError(f"{path.name} has another format; update the node pack.")
-        tokens, ridge = int(document["tokens"]), float(document["ridge"])
-    except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
-        raise CheckpointError(f"{path.name}: its description is damaged ({error}).") from error
-    tensors = read_tensors(path)
+    with open_tensors(path, KIND) as file:
+        tokens, ridge = _described(path, file.header)
+        tensors = file.read_all()
     try:
         return Covariance(tensors["matrix"], tokens, ridge, tensors["probe"])
     except ConfigError as error:
         raise CheckpointError(f"{path.name}: {error}") from error
+
+
+def _described(path: Path, header: Header) -> tuple[int, float]:
+    """Tokens and ridge of the description; the tensors' sizes are checked too."""
+    shapes = {name: shape for name, (kind, shape) in header.tensors.items() if kind == "F32"}
+    if set(shapes) != {"matrix", "probe"} or len(header.tensors) != 2:
+        raise CheckpointError(f"{path.name} is a .safetensors file, but it holds no covariance.")
+    matrix, probe = shapes["matrix"], shapes["probe"]
+    square = len(matrix) == 2 and matrix[0] == matrix[1] and 0 < matrix[0] <= MAX_DIM
+    if not square or len(probe) != 1 or not 0 < probe[0] <= MAX_DIM:
+        raise CheckpointError(f"{path.name}: its covariance has impossible sizes.")
+    text = header.metadata.get(METADATA_KEY, "{}")
+    document = parse_json(text, f"{path.name}: its description", CheckpointError)
+    try:
+        if document["format"] != FORMAT or document["version"] != FORMAT_VERSION:
+            raise CheckpointError(f"{path.name} has another format; update the node pack.")
+        tokens, ridge = build(int, document["tokens"], "tokens"), document["ridge"]
+        ridge = build(float, ridge, "ridge")
+    except (KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{path.name}: its description is damaged ({error}).") from error
+    if tokens < 1:
+        raise CheckpointError(f"{path.name}: its description is damaged (tokens is {tokens}).")
+    return tokens, ridge

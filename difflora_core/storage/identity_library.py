@@ -6,6 +6,7 @@ of a complete file, so two writers lose nothing and a reader never meets half a 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -88,6 +89,7 @@ def _change(
 ) -> None:
     """Reads, edits and writes a library while nobody else can; None when there is no file yet."""
     try:
+        path = Path(os.path.realpath(path))  # links to one library share its lock
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_SECONDS):
             library = read_library(path) if path.exists() else None
@@ -99,8 +101,9 @@ def _change(
             f"{path.name} is being changed by another program for more than {LOCK_SECONDS:g} "
             "seconds; try again."
         ) from error
-    except OSError as error:
-        raise LibraryError(f"{path} cannot be written: {error.strerror}.") from error
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise LibraryError(f"{path} cannot be written: {reason or error}.") from error
 
 
 def _check_belongs(path: Path, library: Library, latents: LoRALatent) -> None:

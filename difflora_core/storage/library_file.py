@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, LibraryError
+from ..config import parse_json
+from ..errors import LibraryError, described, shown
 from ..models.lae.autoencoder import LoRALatent
-from .safetensors_io import Header, read_header, read_tensors, write_atomic
+from .safetensors_io import Header, open_tensors, write_atomic
 from .thumbnail import MAX_PICTURE_BYTES
 
 FORMAT, VERSION, METADATA_KEY = "difflora_library", 1, "difflora_library"
@@ -77,7 +78,7 @@ class Library:
             return self.names.index(name)
         if name:
             some = ", ".join(self.names[:20]) + (", …" if len(self) > 20 else "")
-            raise LibraryError(f"There is no '{name}' in this library. It holds: {some}.")
+            raise LibraryError(f"There is no '{shown(name)}' in this library. It holds: {some}.")
         if not 1 <= number <= len(self):
             raise LibraryError(f"There is no number {number}: this library holds {len(self)}.")
         return number - 1
@@ -94,13 +95,9 @@ def read_library(path: str | Path) -> Library:
         LibraryError: the file is missing, damaged, hostile, or no library.
     """
     path = Path(path)
-    header = read_header(path, "identity library", LibraryError)
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise LibraryError(f"{path.name} is larger than any identity library (1 GiB).")
-    facts = _facts(path, header)
-    tensors = read_tensors(path, LibraryError)
-    if not bool(torch.isfinite(tensors["latents"]).all()):
-        raise LibraryError(f"{path.name} holds identities that are not numbers; it is damaged.")
+    with open_tensors(path, "identity library", LibraryError) as file:
+        facts = _facts(path, file.header)
+        tensors = file.read_all()
     people = tuple(
         Person(entry["name"], entry["added"], _picture(tensors, row))
         for row, entry in enumerate(facts["people"])
@@ -135,10 +132,7 @@ def write_library(path: Path, library: Library) -> None:
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if len(library) > MAX_IDENTITIES or size + 2 * len(text) > MAX_FILE_BYTES:
         raise LibraryError(f"{path.name} is full ({len(library)} identities): begin another one.")
-    try:
-        write_atomic(tensors, {METADATA_KEY: text}, path)
-    except CheckpointError as error:
-        raise LibraryError(str(error)) from error
+    write_atomic(tensors, {METADATA_KEY: text}, path, LibraryError)
 
 
 def check_name(name: object) -> str:
@@ -150,7 +144,7 @@ def check_name(name: object) -> str:
     text = name.strip() if isinstance(name, str) else ""
     if not _can_be_shown(text):
         raise LibraryError(
-            f"A name has 1 to {MAX_NAME} visible characters in one line; got {text!r:.90}."
+            f"A name has 1 to {MAX_NAME} visible characters in one line; got '{shown(text)}'."
         )
     return text
 
@@ -166,12 +160,12 @@ def _facts(path: Path, header: Header) -> dict[str, Any]:
     text = header.metadata.get(METADATA_KEY)
     if text is None:
         raise LibraryError(f"{path.name} is no identity library: it does not describe one.")
+    facts = parse_json(text, f"{path.name}: its list of people", LibraryError)
     try:
-        facts = json.loads(text)
         if (facts["format"], facts["version"]) != (FORMAT, VERSION):
             raise LibraryError(
-                f"{path.name} has format {facts['format']!r:.40} {facts['version']!r:.40}; this "
-                f"version reads {FORMAT} {VERSION}. Update the node pack."
+                f"{path.name} has format {described(facts['format'])} {described(facts['version'])}; "
+                f"this version reads {FORMAT} {VERSION}. Update the node pack."
             )
         people = facts["people"]
         texts = [facts[key] for key in ("layout_hash", "space", "model_name")]
@@ -179,7 +173,7 @@ def _facts(path: Path, header: Header) -> dict[str, Any]:
         sound = all(isinstance(value, str) and len(value) <= 256 for value in texts)
         names = [entry["name"] for entry in people]
         sound = sound and all(_can_be_shown(name) for name in names)
-    except (ValueError, KeyError, TypeError, RecursionError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise LibraryError(f"{path.name} is damaged: its list of people makes no sense.") from error
     dtype, shape = header.tensors.get("latents", ("", ()))
     sound = sound and dtype == "F32" and len(shape) == 3 and 0 < shape[1] * shape[2] <= MAX_LATENT

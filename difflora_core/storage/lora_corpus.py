@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, LayoutError
+from ..config import parse_json
+from ..errors import CheckpointError, LayoutError, described
 from ..lora.layout import LoRALayout
 from ..lora.weights import LoRALayer, LoRAWeights
-from .safetensors_io import read_file, write_atomic
+from .safetensors_io import Header, open_tensors, write_atomic
 
 FORMAT = "difflora-lora-corpus-1"
+KIND = "LoRA corpus"
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,44 +123,63 @@ def load_corpus(path: Path) -> LoRACorpus:
         CheckpointError: the file is missing, damaged, no corpus, or holds other tensors than its
             layout asks for, or values not finite.
     """
+    with open_tensors(path, KIND) as file:
+        layout = _described(path, file.header)
+        tensors, facts = file.read_all(), file.header.metadata
+    identities = tuple(tensors["identities"].tolist())
+    layers = {
+        shape.name: LoRALayer(
+            tensors[f"down.{shape.name}"].float().expand(len(identities), -1, -1),
+            tensors[f"up.{shape.name}"].float(),
+            float(layout.rank),
+        )
+        for shape in layout
+    }
+    source = parse_json(facts.get("source", "{}"), f"{path}: its source", CheckpointError)
+    if not isinstance(source, dict):
+        raise _unreadable(path, "its source is no table")
     try:
-        tensors, facts = read_file(path, "LoRA corpus")
-    except CheckpointError as error:
-        raise CheckpointError(f"{path} cannot be read as a LoRA corpus: {error}") from error
-    if facts.get("format") != FORMAT:
+        return LoRACorpus(layout, identities, LoRAWeights(layers), source)
+    except LayoutError as error:
+        raise _unreadable(path, str(error)) from error
+
+
+def _described(path: Path, header: Header) -> LoRALayout:
+    """The layout of a corpus, after a check of its tensors against it."""
+    if header.metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a LoRA corpus of format {FORMAT}.")
     try:
-        layout = LoRALayout.from_json(facts["layout"])
-        if layout.hash != facts["layout_hash"]:
-            raise CheckpointError(f"{path}: the LoRA layout was altered.")
-        _check_tensors(path, layout, tensors)
-        identities = tuple(int(number) for number in tensors["identities"])
-        layers = {
-            shape.name: LoRALayer(
-                tensors[f"down.{shape.name}"].float().expand(len(identities), -1, -1),
-                tensors[f"up.{shape.name}"].float(),
-                float(layout.rank),
-            )
-            for shape in layout
-        }
-        return LoRACorpus(layout, identities, LoRAWeights(layers), json.loads(facts["source"]))
-    except (KeyError, TypeError, ValueError, RuntimeError, LayoutError) as error:
-        raise CheckpointError(f"{path} cannot be read as a LoRA corpus: {error}.") from error
-
-
-def _check_tensors(path: Path, layout: LoRALayout, tensors: Mapping[str, Tensor]) -> None:
-    """Raises CheckpointError unless a file has the tensors of its layout alone, all finite."""
-    wanted = {"identities"} | {f"{part}.{s.name}" for s in layout for part in ("down", "up")}
-    missing, extra = sorted(wanted - tensors.keys()), sorted(tensors.keys() - wanted)
+        layout = LoRALayout.from_json(header.metadata.get("layout", ""))
+    except LayoutError as error:
+        raise _unreadable(path, str(error)) from error
+    if layout.hash != header.metadata.get("layout_hash"):
+        raise CheckpointError(f"{path}: the LoRA layout was altered.")
+    kinds = {name: kind for name, (kind, _) in header.tensors.items()}
+    shapes = {name: shape for name, (_, shape) in header.tensors.items()}
+    count = math.prod(shapes.get("identities", ()))
+    wanted: dict[str, set[tuple[int, ...]]] = {"identities": {(count,)}}
+    for s in layout:
+        sizes = (layout.rank, s.in_features)
+        wanted[f"down.{s.name}"] = {(count, *sizes), (1, *sizes)}
+        wanted[f"up.{s.name}"] = {(count, s.out_features, layout.rank)}
+    missing, extra = sorted(wanted.keys() - shapes), sorted(shapes.keys() - wanted)
     if missing or extra:
-        raise CheckpointError(
-            f"{path} cannot be read as a LoRA corpus: its tensors are not those of its layout, "
-            f"{len(missing)} missing (first {missing[:1]}), {len(extra)} unexpected (first "
-            f"{extra[:1]}). Delete it and make the corpus again."
+        raise _unreadable(
+            path,
+            f"its tensors are not those of its layout, {len(missing)} missing (first "
+            f"{described(missing[:1])}), {len(extra)} unexpected (first {described(extra[:1])})",
         )
-    broken = [name for name in sorted(wanted) if not bool(tensors[name].float().isfinite().all())]
-    if broken:
-        raise CheckpointError(
-            f"{path} cannot be read as a LoRA corpus: {broken[0]} holds values not finite. Delete "
-            "it and make the corpus again."
-        )
+    for name, shape in shapes.items():
+        whole = kinds[name] == "I64"
+        if shape not in wanted[name] or whole is not (name == "identities"):
+            raise _unreadable(path, f"{name} has another shape or type than its layout asks for")
+        if not whole and kinds[name] not in ("F32", "F16", "BF16", "F64"):
+            raise _unreadable(path, f"{name} is stored as {kinds[name]}")
+    return layout
+
+
+def _unreadable(path: Path, reason: str) -> CheckpointError:
+    """What to say of a file that is no sound corpus."""
+    return CheckpointError(
+        f"{path} cannot be read as a LoRA corpus: {reason}. Delete it and make the corpus again."
+    )

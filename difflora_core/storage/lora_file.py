@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..errors import CheckpointError, LoRAFileError
+from ..errors import LoRAFileError, shown
 from ..lora.formats.report import ReadResult
 from ..lora.formats.state_dict import from_state_dict, to_state_dict
 from ..lora.formats.stems import Names, Naming
@@ -129,11 +129,7 @@ def write_lora_file(
     layout.check(weights)
     state = to_state_dict(weights, naming, layout, dtype)
     metadata = lora_metadata(weights, layout.base, info)
-    try:
-        return write_atomic(state, metadata, path)
-    except CheckpointError as error:
-        cause = error.__cause__
-        raise LoRAFileError(f"The LoRA could not be written to {path}: {cause}.") from cause
+    return write_atomic(state, metadata, path, LoRAFileError)
 
 
 def read_lora_file(path: str | Path) -> LoRAFile:
@@ -142,7 +138,8 @@ def read_lora_file(path: str | Path) -> LoRAFile:
     Raises:
         LoRAFileError: when the file is missing, truncated, not safetensors, or inconsistent.
     """
-    return LoRAFile(*read_file(Path(path), "LoRA file", LoRAFileError))
+    # Not finite numbers are left to the reader of the layers, which knows what to say of them.
+    return LoRAFile(*read_file(Path(path), "LoRA file", LoRAFileError, finite=False))
 
 
 def load_lora(path: str | Path, names: Names, rank: int | None = None) -> ReadResult:
@@ -161,4 +158,4 @@ def load_lora(path: str | Path, names: Names, rank: int | None = None) -> ReadRe
     try:
         return from_state_dict(file.tensors, names, rank, file.metadata)
     except LoRAFileError as error:
-        raise LoRAFileError(f"{Path(path).name}: {error}") from error
+        raise LoRAFileError(f"{shown(Path(path).name)}: {error}") from error

@@ -4,7 +4,6 @@ Everything is read from the files: sizes of the UNet from its weights, the rest 
 configuration in the metadata. Nothing is registered with ComfyUI's loaders.
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,10 +23,12 @@ import comfy.supported_models_base
 import comfy.utils
 from torch import Tensor
 
+from ...difflora_core.config import parse_json
 from ...difflora_core.demo.networks.changes import with_changes
 from ...difflora_core.demo.networks.stored import REMEDY, check_names
 from ...difflora_core.demo.networks.text import text_config
 from ...difflora_core.errors import CheckpointError
+from ...difflora_core.storage.safetensors_io import read_file
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 TEXT = {
@@ -78,13 +79,13 @@ def read_demo_file(
         CheckpointError: there is no configuration, so the file is something else; or `words`
             belongs to another base.
     """
-    tensors, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
+    tensors, metadata = read_file(path, "file of the demo world")
     if not metadata or "config" not in metadata:
         raise CheckpointError(f"{path} is no file of the demo world: it holds no configuration.")
     if words is not None:
-        changes = comfy.utils.load_torch_file(str(words), safe_load=True)
+        changes, _ = read_file(words, "file of changes to the demo base")
         tensors = with_changes(tensors, changes, words)
-    return tensors, json.loads(metadata["config"])
+    return tensors, parse_json(metadata["config"], f"{path}: the configuration", CheckpointError)
 
 
 @contextmanager

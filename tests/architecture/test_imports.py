@@ -8,7 +8,7 @@ import sys
 import difflora_core
 
 FLOORS = (
-    ("errors",),
+    ("errors", "limits"),
     ("config",),
     ("lora", "vision", "text", "diffusion"),
     ("base_model", "models", "adapters"),

@@ -120,8 +120,8 @@ def test_a_failed_write_keeps_the_old_file(good: Path, tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     path.write_bytes(good.read_bytes())
     shared = torch.zeros(4)
-    with pytest.raises((CheckpointError, RuntimeError)):
-        write_atomic({"a": shared, "b": shared}, {}, path)
+    with pytest.raises(CheckpointError, match="cannot be stored"):
+        write_atomic({"a": shared, "b": shared.to(torch.complex64)}, {}, path)
     assert path.read_bytes() == good.read_bytes()
     assert len(list(tmp_path.iterdir())) == 1
     with pytest.raises(CheckpointError, match="could not be written"):
@@ -169,7 +169,7 @@ def test_overlapping_and_outside_offsets(tmp_path: Path) -> None:
         text = json.dumps(header).encode()
         path = tmp_path / "overlap.safetensors"
         path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
-        with pytest.raises(CheckpointError, match="damaged and cannot be read"):
+        with pytest.raises(CheckpointError, match="overlaps|makes no sense"):
             load_model(path)
 
 

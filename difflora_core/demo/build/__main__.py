@@ -16,12 +16,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ...config import parse_json
 from ...errors import InterruptedTraining
+from ...storage.atomic import write_text
 from .. import paths
 from . import controlnet, stages, stages_concepts, stages_faces, stages_lora, words
 
@@ -91,7 +94,7 @@ def write_manifest() -> None:
 
     A stage that was not run here keeps the record of the run that made its artefacts.
     """
-    before = json.loads(paths.MANIFEST.read_text())["stages"] if paths.MANIFEST.exists() else {}
+    before = _read(paths.MANIFEST)["stages"] if paths.MANIFEST.exists() else {}
     files = sorted(p for p in paths.ARTEFACTS.rglob("*") if p.is_file() and p != paths.MANIFEST)
     manifest = {
         "files": {
@@ -102,14 +105,12 @@ def write_manifest() -> None:
             for path in files
         },
         "stages": {
-            s.name: json.loads(_marker(s.name).read_text()) if _done(s.name) else before[s.name]
+            s.name: _read(_marker(s.name)) if _done(s.name) else before[s.name]
             for s in STAGES
             if _done(s.name) or s.name in before
         },
     }
-    temporary = paths.MANIFEST.with_suffix(".part")
-    temporary.write_text(json.dumps(manifest, indent=1) + "\n")
-    temporary.replace(paths.MANIFEST)
+    write_text(paths.MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
 def _run(stage: Stage, console: Console) -> None:
@@ -132,9 +133,13 @@ def _run(stage: Stage, console: Console) -> None:
         + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"),
         "torch": torch.__version__,
     }
-    _marker(stage.name).parent.mkdir(parents=True, exist_ok=True)
-    _marker(stage.name).write_text(json.dumps(record, indent=1))
+    write_text(_marker(stage.name), json.dumps(record, indent=1))
     console.print(f"{stage.name}: {seconds / 60:.1f} min  {figures}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON table."""
+    return dict(parse_json(path.read_bytes(), path.name))
 
 
 def _marker(name: str) -> Path:

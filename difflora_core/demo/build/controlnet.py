@@ -10,6 +10,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from ...base_model.diffusers_base import DiffusersBase
+from ...config import parse_json
 from ...diffusion.sampler import SampleSettings, initial_noise, sample, seeded_generators
 from ...storage.safetensors_io import read_file, write_atomic
 from ...training.controlnet import (
@@ -100,7 +101,7 @@ def save_controlnet(control: ControlLoRA, path: Path) -> None:
 def load_controlnet(path: Path, base: DiffusersBase) -> ControlLoRA:
     """The ControlNet of the demo base, frozen."""
     tensors, facts = read_file(path, "ControlNet of the demo base")
-    rank = json.loads(facts["rank"])
+    rank = parse_json(facts["rank"], "the rank")
     control = ControlLoRA(base, rank, torch.Generator().manual_seed(0))
     control.load_state(tensors)
     return control.requires_grad_(False)

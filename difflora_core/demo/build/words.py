@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...base_model.protocol import TextCondition
+from ...config import parse_json
 from ...diffusion.objective import stratified_timesteps
 from ...storage.safetensors_io import read_file, write_atomic
 from ...training.fingerprint import fingerprint
@@ -179,7 +180,7 @@ def thing_latents(vae: AutoencoderKL) -> ThingLatents:
         captions = [caption for part in parts for caption in part.captions]
         write_atomic(tensors, {"captions": json.dumps(captions)}, path)
     tensors, facts = read_file(path, "file of latents")
-    return ThingLatents(**tensors, captions=json.loads(facts["captions"]))
+    return ThingLatents(**tensors, captions=parse_json(facts["captions"], "the captions"))
 
 
 def _draw_pairs(vae: AutoencoderKL, start: int) -> ThingLatents:

@@ -19,6 +19,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from ...base_model.diffusers_base import DiffusersBase, time_ids
 from ...base_model.protocol import TextCondition
+from ...config import parse_json
 from ...diffusion.objective import abar_at, add_noise, training_target
 from ...lora.layout import LoRALayout, layout_from_unet_config, unet_name_map
 from ...models.layers import DrawnFrom
@@ -219,7 +220,7 @@ def load_base(path: Path, words: Path | None = None) -> DiffusersBase:
     """
     tensors, metadata = _stored(path, words)
     with described(path):
-        facts = json.loads(metadata["config"])
+        facts = parse_json(metadata["config"], "the configuration")
         unet, vae = UNet2DConditionModel(**facts["unet"]), AutoencoderKL(**facts["vae"])
         unet_names = _unet_names(unet)
     text = _text(tensors, path)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from ...config import Config, check_ranges
+from ...config import Config, check_ranges, parse_json
 from ...storage.safetensors_io import read_file, write_atomic
 from ...training.fingerprint import fingerprint
 from ...training.loop import Batch, ByStep, Hooks, Progress
@@ -290,7 +290,7 @@ def load_clip_vision(
     """
     stored, facts = read_file(path, "CLIP vision")
     with described(path):
-        config = json.loads(facts["config"])
+        config = parse_json(facts["config"], "the configuration")
         model = CLIPVisionModelWithProjection(CLIPVisionConfig(**config))
     tensors = {name: tensor.float() for name, tensor in stored.items()}
     load_strictly(model, tensors, path)

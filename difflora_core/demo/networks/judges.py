@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...config import Config, check_ranges
+from ...config import Config, check_ranges, parse_json
 from ...storage.safetensors_io import read_file, write_atomic
 from ...training.fingerprint import fingerprint
 from ...training.loop import Batch, ByStep, Hooks, Progress
@@ -317,7 +317,7 @@ def read_judge(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     tensors, facts = read_file(path, "judge")
     with described(path):
-        return json.loads(facts["recipe"]), tensors
+        return parse_json(facts["recipe"], "the recipe"), tensors
 
 
 def load_judges(folder: Path) -> Judges:

@@ -1,6 +1,5 @@
 """Runs every file in workflows/ in ComfyUI's real front end: `make workflows`."""
 
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from ...config import parse_json
 from ...errors import DiffLoRAError
 from ..comfyui.browser import Chromium, FrontEnd
 from ..comfyui.client import PromptResult
@@ -105,7 +105,7 @@ def compare(shown: PromptResult, fresh: PromptResult) -> None:
 
 def read_workflow(path: Path) -> dict[str, Any]:
     """The content of a workflow file."""
-    return dict(json.loads(path.read_text(encoding="utf-8")))
+    return dict(parse_json(path.read_bytes(), path.name))
 
 
 def check_all(server: ComfyServer, front_end: FrontEnd, paths: list[Path], say: Console) -> int:

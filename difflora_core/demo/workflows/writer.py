@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 
+from ...storage.atomic import write_text
 from .. import paths
 from ..comfyui.client import PromptResult
 from ..comfyui.server import ComfyServer
@@ -122,7 +123,7 @@ def write(name: str, server: ComfyServer) -> float:
     for target in (SDXL, DEMO):
         path = FOLDER / f"{target.file(name)}.json"
         workflow = build(name, target, info)
-        path.write_text(to_text(workflow), encoding="utf-8")
+        write_text(path, to_text(workflow))
     result = run_workflow(server, path)
     picture = thumbnail(workflow, result)
     for target in (SDXL, DEMO):

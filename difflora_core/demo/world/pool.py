@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...config import parse_json
 from ...storage.safetensors_io import read_file, write_atomic
 from .identities import identity_parameters, split_seeds
 from .renderer import LOOKS
@@ -100,8 +101,8 @@ def cached_pool(path: Path, render: Callable[[], PicturePool]) -> PicturePool:
         }
         write_atomic(tensors, {"words": json.dumps(words)}, path)
         return pool
-    tensors, facts = read_file(path, "pool of pictures")
-    words = json.loads(facts["words"])
+    tensors, facts = read_file(path, "pool of pictures", finite=False)  # NaN: no face
+    words = parse_json(facts["words"], "the words of the pool")
     return PicturePool(
         captions=words["captions"], scenes=[Scene(**s) for s in words["scenes"]], **tensors
     )

@@ -2,12 +2,12 @@
 
 LoKr: delta W = scale * kron(w1, w2); its singular triplets are products of those of w1 and w2.
 LoHa: delta W = scale * (w1_a w1_b) * (w2_a w2_b), element-wise; exactly a LoRA of rank r1 * r2
-(FedPara, arXiv 2108.06098; LyCORIS, arXiv 2309.14859). Neither delta W is ever formed.
+(FedPara, arXiv 2108.06098; LyCORIS, arXiv 2309.14859). No delta W is formed that is larger than
+its factors, and none before its size is judged: a small file may mean gigabytes.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import LoRAFileError
-from ..canonical import truncated_layer
+from ...config import parse_json
+from ...errors import LayoutError, LoRAFileError, described, shown
+from ...limits import FEATURES, MATRIX_SIDE, MATRIX_VALUES, NAME_LENGTH, NUMBER
+from ..canonical import layer_svd, truncated_layer
 from ..weights import LoRALayer
 
 _ADAPTER = r"(?:\.(?!weight$)[\w-]+)?"  # PEFT writes its adapter name here: lora_A.default.weight
@@ -42,7 +44,7 @@ _SUFFIXES: tuple[tuple[str, str], ...] = (
     (r"\.(?:oft_blocks|oft_diag|rescale|[ab][12]\.weight)", "other method"),
 )
 _PATTERNS = tuple((re.compile(f"(.+?){suffix}$"), role) for suffix, role in _SUFFIXES)
-_LONGEST_KEY = 1000  # real keys have about 100 characters; matching a hostile one could take hours
+_PEFT_PARTS = ("unet.", "text_encoder.", "text_encoder_2.")
 _UNSUPPORTED = {
     "tucker": "convolution in Tucker form",
     "mid": "convolution in Tucker form",
@@ -55,7 +57,7 @@ _UNSUPPORTED = {
 
 def split_key(key: str) -> tuple[str, str] | None:
     """(stem, role) of a key of a LoRA file, None when no known suffix matches."""
-    if len(key) > _LONGEST_KEY:
+    if len(key) > NAME_LENGTH:  # matching could take hours
         return None
     for pattern, role in _PATTERNS:
         match = pattern.match(key)
@@ -82,12 +84,12 @@ def group_keys(state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]
         group = groups.setdefault(stem, {})
         if role in group and role != "bias":
             raise LoRAFileError(
-                f"Layer {stem} is described twice in this file (at {key}); it seems to hold "
-                "several adapters. Save them as separate files."
+                f"Layer {shown(stem)} is described twice in this file (at {shown(key)}); it seems "
+                "to hold several adapters. Save them as separate files."
             )
         if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
             raise LoRAFileError(
-                f"The tensor {key} holds NaN or infinite values: this LoRA is broken "
+                f"The tensor {shown(key)} holds NaN or infinite values: this LoRA is broken "
                 "(training diverged, or the file is damaged)."
             )
         group[role] = tensor
@@ -104,7 +106,7 @@ def _plain(stem: str, role: str, tensor: Tensor) -> Tensor | None:
         return None
     if tensor.ndim < 2 or not tensor.numel():
         raise LoRAFileError(f"{stem}: the {role} factor has shape {tuple(tensor.shape)}.")
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _alpha(stem: str, group: Mapping[str, Tensor]) -> float | None:
@@ -112,9 +114,9 @@ def _alpha(stem: str, group: Mapping[str, Tensor]) -> float | None:
     tensor = group.get("alpha")
     if tensor is None:
         return None
-    if tensor.numel() != 1:
+    if tensor.numel() != 1 or tensor.is_complex():
         raise LoRAFileError(f"{stem}: alpha should be one number, got {tuple(tensor.shape)}.")
-    return float(tensor)
+    return float(tensor.double())
 
 
 def layer_from_group(
@@ -147,21 +149,41 @@ def layer_from_group(
             matrix = _plain(stem, role, group[role])
             if matrix is None:
                 reasons.append("convolution larger than 1 x 1")
+            elif role.removesuffix("_peft") in matrices:
+                raise LoRAFileError(f"Layer {stem} is described twice, as LoRA and as PEFT.")
             else:
                 matrices[role.removesuffix("_peft")] = matrix
     if reasons:
         return reasons[0]
     if not matrices:
         return _UNSUPPORTED["bias"] if "bias" in group else "has no factors"
+    if len({role[:4] if role[:4] in ("lokr", "hada", "diff") else "" for role in matrices}) > 1:
+        raise LoRAFileError(f"Layer {stem} is described twice, by {', '.join(sorted(matrices))}.")
+    if len({matrix.dtype for matrix in matrices.values()}) > 1:
+        matrices = {role: matrix.double() for role, matrix in matrices.items()}
     alpha = _alpha(stem, group)
+    if alpha is None and "up_peft" in group:
+        alpha = peft_alpha
+    return _layer(stem, matrices, alpha, rank)
+
+
+def _layer(
+    stem: str, matrices: Mapping[str, Tensor], alpha: float | None, rank: int | None
+) -> tuple[LoRALayer, float]:
+    """The layer of checked matrices, and its error; sizes and numbers are judged."""
+    if any(float(matrix.abs().max()) > NUMBER for matrix in matrices.values()):
+        raise LoRAFileError(f"{stem}: a factor holds numbers beyond {NUMBER:g}; it is broken.")
     try:
         if "up" in matrices or "down" in matrices:
-            if alpha is None and "up_peft" in group:
-                alpha = peft_alpha
-            return _factors(stem, matrices, alpha), 0.0
-        return _approximated(stem, matrices, alpha, rank)
-    except RuntimeError as error:  # matrices whose inner sizes do not agree
-        raise LoRAFileError(f"{stem}: the tensors do not fit together ({error}).") from error
+            layer, error = _factors(stem, matrices, alpha), 0.0
+        else:
+            layer, error = _approximated(stem, matrices, alpha, rank)
+    except (RuntimeError, LayoutError) as failure:  # matrices whose inner sizes do not agree
+        raise LoRAFileError(f"{stem}: the tensors do not fit together ({failure}).") from failure
+    largest = layer.rank * float(layer.up.abs().max()) * float(layer.down.abs().max())
+    if not max(largest, 1.0) * abs(layer.scaling) <= NUMBER:
+        raise LoRAFileError(f"{stem}: it changes weights by more than {NUMBER:g}; it is broken.")
+    return layer, error
 
 
 def _factors(stem: str, matrices: Mapping[str, Tensor], alpha: float | None) -> LoRALayer:
@@ -177,6 +199,7 @@ def _factors(stem: str, matrices: Mapping[str, Tensor], alpha: float | None) -> 
             f"{stem}: up {tuple(up.shape)} and down {tuple(down.shape)} have different ranks; "
             "the file is damaged."
         )
+    _judge(len(up), down.shape[1], len(down), 0)
     return LoRALayer(down, up, float(down.shape[0]) if alpha is None else alpha)
 
 
@@ -206,44 +229,80 @@ def peft_alphas(metadata: Mapping[str, str] | None) -> Callable[[str, int], floa
     Raises:
         LoRAFileError: that configuration is damaged.
     """
-    try:
-        config: Any = json.loads((metadata or {}).get("lora_adapter_metadata", "{}"))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise LoRAFileError(
-            f"The PEFT settings in the file's metadata are damaged: {error}."
-        ) from error
-    if not isinstance(config, dict):
-        raise LoRAFileError(
-            f"The PEFT settings in the file's metadata are damaged: {config!r:.50} is no table."
-        )
+    text = (metadata or {}).get("lora_adapter_metadata", "{}")
+    what = "The text of the PEFT settings in the file's metadata"
+    config: Any = parse_json(text, what, LoRAFileError)
+    parts = {part: _peft_part(config, part) for part in (*_PEFT_PARTS, "")}
 
     def alpha(stem: str, rank: int) -> float | None:
-        part = next(
-            (p for p in ("unet.", "text_encoder.", "text_encoder_2.") if stem.startswith(p)), ""
-        )
-        settings = {k.removeprefix(part): v for k, v in config.items() if k.startswith(part)}
-        value = settings.get("lora_alpha")
-        for pattern, special in (settings.get("alpha_pattern") or {}).items():
-            if stem == pattern or stem.endswith(f".{pattern}"):
-                value = special
+        settings, patterns = parts[next((p for p in _PEFT_PARTS if stem.startswith(p)), "")]
+        words = stem.split(".")
+        ends = (".".join(words[first:]) for first in range(len(words)))
+        special = max((patterns[end] for end in ends if end in patterns), default=None)
+        value = settings.get("lora_alpha") if special is None else special[1]
         if value is None:
             return None
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise LoRAFileError(f"{stem}: lora_alpha in the file's metadata is {value!r:.50}.")
+        if type(value) not in (int, float) or not abs(value) <= NUMBER:
+            raise LoRAFileError(f"{stem}: lora_alpha in the file's metadata is {described(value)}.")
         # rank-stabilised LoRA (arXiv 2312.03732) divides by sqrt(r) instead of r
         return float(value) * (math.sqrt(rank) if settings.get("use_rslora") else 1.0)
 
     return alpha
 
 
-def _matrix(parts: Mapping[str, Tensor], name: str) -> tuple[Tensor, int | None]:
-    """Full or factored LoKr matrix in float64, and its inner rank when factored."""
+def _peft_part(config: Any, part: str) -> tuple[dict[str, Any], dict[str, tuple[int, Any]]]:
+    """PEFT's settings of one network, and its special alphas with their place: the last counts."""
+    sound = isinstance(config, dict)
+    settings = {
+        name.removeprefix(part): value
+        for name, value in (config.items() if sound else ())
+        if name.startswith(part)
+    }
+    patterns = settings.get("alpha_pattern") or {}
+    if not sound or not isinstance(patterns, dict):
+        raise LoRAFileError(
+            f"The PEFT settings in the file's metadata are damaged: {described(config)} is no table."
+        )
+    return settings, {end: (place, value) for place, (end, value) in enumerate(patterns.items())}
+
+
+def _judge(out: int, width: int, rank: int, values: int) -> None:
+    """Refuses a layer before it is computed.
+
+    Args:
+        out: width of its output.
+        width: width of its input.
+        rank: components of the factors at hand, of which singular values may be taken.
+        values: numbers of the largest matrix that is computed.
+
+    Raises:
+        LoRAFileError: one of them is beyond the limits.
+    """
+    if max(out, width) > FEATURES:
+        raise LoRAFileError(
+            f"A layer of this LoRA is made for {width} to {out} features; no model has more than "
+            f"{FEATURES}. The file is broken."
+        )
+    if min(out, width, rank) > MATRIX_SIDE or values > MATRIX_VALUES:
+        raise LoRAFileError(
+            f"A layer of this LoRA, {width} to {out} features in {rank} components, is too large "
+            f"to be read as a LoRA (up to {MATRIX_SIDE} components, {MATRIX_VALUES} numbers). Load "
+            "it with the host's own loader."
+        )
+
+
+def _svd(parts: Mapping[str, Tensor], name: str) -> tuple[tuple[Tensor, ...], int | None]:
+    """Thin SVD of a full or factored LoKr matrix in float64, and its rank when factored."""
     if name in parts:
-        return parts[name].double(), None
+        matrix = parts[name].double()
+        _judge(len(matrix), matrix.shape[1], min(matrix.shape), matrix.numel())
+        return torch.linalg.svd(matrix, full_matrices=False), None
     first, second = parts.get(f"{name}_a"), parts.get(f"{name}_b")
     if first is None or second is None:
         raise LoRAFileError(f"A LoKr layer lacks its matrix {name}.")
-    return first.double() @ second.double(), second.shape[0]
+    inner = len(second)
+    _judge(len(first), second.shape[1], inner, 0)
+    return layer_svd(LoRALayer(second, first, float(inner))), inner
 
 
 def lokr_layer(
@@ -260,16 +319,16 @@ def lokr_layer(
         Canonical float32 layer, down (rank, in), up (out, rank); relative Frobenius error ().
 
     Raises:
-        LoRAFileError: when a matrix is missing.
+        LoRAFileError: when a matrix is missing, or the layer is too large.
     """
-    w1, rank1 = _matrix(parts, "lokr_w1")
-    w2, rank2 = _matrix(parts, "lokr_w2")
+    (u1, s1, v1), rank1 = _svd(parts, "lokr_w1")
+    (u2, s2, v2), rank2 = _svd(parts, "lokr_w2")
     inner = rank2 if rank2 is not None else rank1
     scale = alpha / inner if alpha is not None and inner is not None else 1.0
-    u1, s1, v1 = torch.linalg.svd(w1, full_matrices=False)
-    u2, s2, v2 = torch.linalg.svd(w2, full_matrices=False)
+    out, width, most = len(u1) * len(u2), v1.shape[1] * v2.shape[1], min(rank, len(s1) * len(s2))
+    _judge(out, width, most, max(out, width) * most)
     products = (s1[:, None] * s2[None, :]).flatten()
-    kept, order = products.topk(min(rank, products.numel()))
+    kept, order = products.topk(most)
     first, second = order // len(s2), order % len(s2)
     up = (u1[:, None, first] * u2[None, :, second]).flatten(0, 1)  # (out1 * out2, k)
     down = (v1[first, :, None] * v2[second, None, :]).flatten(1)  # (k, in1 * in2)
@@ -294,16 +353,21 @@ def loha_layer(
         Canonical float32 layer, relative Frobenius error.
 
     Raises:
-        LoRAFileError: when a matrix is missing.
+        LoRAFileError: when a matrix is missing, or the layer is too large.
     """
     names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
     missing = [name for name in names if name not in parts]
     if missing:
         raise LoRAFileError(f"A LoHa layer lacks {', '.join(missing)}.")
     a1, b1, a2, b2 = (parts[name].double() for name in names)
+    out, width, inner = len(a1), b1.shape[1], len(b1) * len(b2)
+    scale = 1.0 if alpha is None else alpha / b1.shape[0]
+    if inner >= min(out, width):  # then delta W is the smaller of the two
+        _judge(out, width, min(out, width), out * width)
+        return full_layer(scale * (a1 @ b1) * (a2 @ b2), rank)
+    _judge(out, width, inner, max(out, width) * inner)
     up = (a1[:, :, None] * a2[:, None, :]).flatten(1)  # (out, r1 * r2)
     down = (b1[:, None, :] * b2[None, :, :]).flatten(0, 1)  # (r1 * r2, in)
-    scale = 1.0 if alpha is None else alpha / b1.shape[0]
     layer, error = truncated_layer(LoRALayer(down, up, scale * up.shape[1]), rank)
     return LoRALayer(layer.down.float(), layer.up.float(), layer.alpha), error
 
@@ -313,7 +377,11 @@ def full_layer(delta: Tensor, rank: int) -> tuple[LoRALayer, Tensor]:
 
     Returns:
         Canonical float32 layer, relative Frobenius error.
+
+    Raises:
+        LoRAFileError: when it is too large.
     """
+    _judge(len(delta), delta.shape[1], min(delta.shape), delta.numel())
     wide = delta.double()
     identity = torch.eye(min(wide.shape), dtype=wide.dtype)
     down, up = (identity, wide) if wide.shape[1] <= wide.shape[0] else (wide, identity)

@@ -22,6 +22,7 @@ from ...lora.statistics import WeightStatistics
 from ...lora.weights import LoRALayer, LoRAWeights
 from ...models.lae.autoencoder import LoRAAutoencoder
 from ...models.lae.structured import MirrorEncoder, StructuredEncoder
+from ...storage.atomic import write_text
 from ..fingerprint import fingerprint
 from ..loop import Hooks, LoopConfig, Progress, train
 from ..losses import (
@@ -211,7 +212,7 @@ def fit(
         Metrics of the run.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(config.to_json() + "\n", "utf-8")
+    write_text(folder / "config.json", config.to_json() + "\n")
     tokens, reference = prepare(lae, corpus, config)
     lae.shared_down.requires_grad_(False)
     _quiet_posterior(lae)

@@ -1,0 +1,49 @@
+"""How large what we read may be. One place, so that every reader refuses before it allocates.
+
+Each limit lies well above what an honest file needs; docs/reliability.md lists them for people.
+"""
+
+FILE_BYTES = 2**35
+"""A safetensors file. The largest model of ours has 2 GiB."""
+
+HEADER_BYTES = 2**24
+"""Its header. A LoRA of 10,000 tensors needs about 2 MiB."""
+
+TENSORS = 2**17
+"""Tensors in a file. An identity library has one for each picture."""
+
+DIMENSIONS = 8
+"""Dimensions of a tensor."""
+
+NAME_LENGTH = 1000
+"""Characters of a tensor's name. Real ones have about 100."""
+
+JSON_BYTES = 2**24
+"""A JSON text."""
+
+JSON_DEPTH = 32
+"""Lists and tables inside each other."""
+
+INTEGER_DIGITS = 20
+"""Digits of a whole number in JSON: seeds need 20."""
+
+LAYERS = 4096
+"""Layers of a LoRA or an adaptation. SDXL has 794 with weights."""
+
+FEATURES = 2**16
+"""Width of a layer. SDXL's widest has 10,240."""
+
+RANK = 4096
+"""Components of a LoRA's layer."""
+
+LAYOUT_VALUES = 2**30
+"""Numbers of one LoRA of a layout, in all its layers."""
+
+MATRIX_VALUES = 2**24
+"""Numbers of a matrix that is computed from a file: LoHa, LoKr, whole weight changes."""
+
+MATRIX_SIDE = 2048
+"""Shorter side of a matrix of which singular values are taken; SDXL's layers have 1280."""
+
+NUMBER = 1e9
+"""Largest number in a LoRA. Beyond it products leave the range of 32 bits."""

@@ -1,0 +1,40 @@
+"""Names of files that people choose: plain, and possible on every system."""
+
+from __future__ import annotations
+
+import re
+
+from ..errors import FileNameError, shown
+
+MAX_CHARACTERS = 80
+MAX_BYTES = 200  # file systems take 255, and endings, numbers and locks are added
+_PLAIN = re.compile(r"\w[\w .()\-]*")
+_RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?", re.IGNORECASE)
+
+
+def check_file_name(name: str) -> str:
+    """The name of a new file, without its ending.
+
+    Args:
+        name: what somebody typed.
+
+    Raises:
+        FileNameError: it is empty or too long, names a folder, ends in a space or a point, holds
+            other characters than letters, digits, spaces and . - _ ( ), or belongs to Windows.
+    """
+    if len(name) > MAX_CHARACTERS or len(name.encode("utf-8", "replace")) > MAX_BYTES:
+        raise FileNameError(
+            f"'{shown(name, 40)}' is too long for a file name: use up to {MAX_CHARACTERS} "
+            f"characters ({MAX_BYTES} bytes)."
+        )
+    if _RESERVED.fullmatch(name):
+        raise FileNameError(
+            f"'{shown(name)}' is the name of a device on Windows and cannot be a file name: "
+            "choose another one."
+        )
+    if not _PLAIN.fullmatch(name) or name[-1] in ". ":
+        raise FileNameError(
+            f"'{shown(name)}' cannot be a file name: use letters, digits, spaces, . - _ and "
+            "brackets, without a folder, and no point or space at the end."
+        )
+    return name
