@@ -269,12 +269,13 @@ def _document(path: Path, header: Header) -> dict[str, Any]:
     text = header.metadata.get(METADATA_KEY)
     if text is None:
         raise CheckpointError(f"{path.name} is a .safetensors file, but it holds no concept.")
-    document: dict[str, Any] = parse_json(text, f"{path.name}: its description", CheckpointError)
+    what = f"{path.name}: its description"
+    document: dict[str, Any] = parse_json(text, what, CheckpointError)
     try:
         if document["format"] != FORMAT or document["version"] not in VERSIONS:
+            own = f"{described(document['format'])} {described(document['version'])}"
             raise CheckpointError(
-                f"{path.name} has format {described(document['format'])} "
-                f"{described(document['version'])}; this version reads {FORMAT} up to {VERSIONS[-1]}. "
+                f"{path.name} has format {own}; this version reads {FORMAT} up to {VERSIONS[-1]}. "
                 "Update the node pack."
             )
         words = [document[name] for name in ("method", "word", "superclass", "base")]

@@ -184,9 +184,10 @@ def _parse(path: Path, metadata: Mapping[str, str]) -> CheckpointInfo:
     document = parse_json(text, f"{place}: its description", CheckpointError)
     try:
         if document["format"] != FORMAT or document["version"] != FORMAT_VERSION:
+            found = f"{described(document['format'])} {described(document['version'])}"
             raise CheckpointError(
-                f"{place} has format {described(document['format'])} {described(document['version'])}; "
-                f"this version reads {FORMAT} {FORMAT_VERSION}. Update the node pack."
+                f"{place} has format {found}; this version reads {FORMAT} {FORMAT_VERSION}. "
+                "Update the node pack."
             )
         config = DiffLoRAConfig.from_dict(document["config"])
         layout = LoRALayout.from_dict(document["layout"])

@@ -163,9 +163,10 @@ def _facts(path: Path, header: Header) -> dict[str, Any]:
     facts = parse_json(text, f"{path.name}: its list of people", LibraryError)
     try:
         if (facts["format"], facts["version"]) != (FORMAT, VERSION):
+            found = f"{described(facts['format'])} {described(facts['version'])}"
             raise LibraryError(
-                f"{path.name} has format {described(facts['format'])} {described(facts['version'])}; "
-                f"this version reads {FORMAT} {VERSION}. Update the node pack."
+                f"{path.name} has format {found}; this version reads {FORMAT} {VERSION}. "
+                "Update the node pack."
             )
         people = facts["people"]
         texts = [facts[key] for key in ("layout_hash", "space", "model_name")]

@@ -123,8 +123,16 @@ def load_corpus(path: Path) -> LoRACorpus:
         CheckpointError: the file is missing, damaged, no corpus, or holds other tensors than its
             layout asks for, or values not finite.
     """
+    try:
+        return _load(path)
+    except (CheckpointError, LayoutError) as error:
+        raise CheckpointError(f"{path} cannot be read as a LoRA corpus: {error}") from error
+
+
+def _load(path: Path) -> LoRACorpus:
+    """The corpus of a file; the message of an error says nothing of the file yet."""
     with open_tensors(path, KIND) as file:
-        layout = _described(path, file.header)
+        layout = _described(file.header)
         tensors, facts = file.read_all(), file.header.metadata
     identities = tuple(tensors["identities"].tolist())
     layers = {
@@ -135,25 +143,19 @@ def load_corpus(path: Path) -> LoRACorpus:
         )
         for shape in layout
     }
-    source = parse_json(facts.get("source", "{}"), f"{path}: its source", CheckpointError)
+    source = parse_json(facts.get("source", "{}"), "its source", CheckpointError)
     if not isinstance(source, dict):
-        raise _unreadable(path, "its source is no table")
-    try:
-        return LoRACorpus(layout, identities, LoRAWeights(layers), source)
-    except LayoutError as error:
-        raise _unreadable(path, str(error)) from error
+        raise _altered("its source is no table")
+    return LoRACorpus(layout, identities, LoRAWeights(layers), source)
 
 
-def _described(path: Path, header: Header) -> LoRALayout:
+def _described(header: Header) -> LoRALayout:
     """The layout of a corpus, after a check of its tensors against it."""
     if header.metadata.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a LoRA corpus of format {FORMAT}.")
-    try:
-        layout = LoRALayout.from_json(header.metadata.get("layout", ""))
-    except LayoutError as error:
-        raise _unreadable(path, str(error)) from error
+        raise CheckpointError(f"it is not a LoRA corpus of format {FORMAT}.")
+    layout = LoRALayout.from_json(header.metadata.get("layout", ""))
     if layout.hash != header.metadata.get("layout_hash"):
-        raise CheckpointError(f"{path}: the LoRA layout was altered.")
+        raise _altered("its layout does not match its own hash")
     kinds = {name: kind for name, (kind, _) in header.tensors.items()}
     shapes = {name: shape for name, (_, shape) in header.tensors.items()}
     count = math.prod(shapes.get("identities", ()))
@@ -164,22 +166,19 @@ def _described(path: Path, header: Header) -> LoRALayout:
         wanted[f"up.{s.name}"] = {(count, s.out_features, layout.rank)}
     missing, extra = sorted(wanted.keys() - shapes), sorted(shapes.keys() - wanted)
     if missing or extra:
-        raise _unreadable(
-            path,
+        raise _altered(
             f"its tensors are not those of its layout, {len(missing)} missing (first "
             f"{described(missing[:1])}), {len(extra)} unexpected (first {described(extra[:1])})",
         )
     for name, shape in shapes.items():
         whole = kinds[name] == "I64"
         if shape not in wanted[name] or whole is not (name == "identities"):
-            raise _unreadable(path, f"{name} has another shape or type than its layout asks for")
+            raise _altered(f"{name} has another shape or type than its layout asks for")
         if not whole and kinds[name] not in ("F32", "F16", "BF16", "F64"):
-            raise _unreadable(path, f"{name} is stored as {kinds[name]}")
+            raise _altered(f"{name} is stored as {kinds[name]}")
     return layout
 
 
-def _unreadable(path: Path, reason: str) -> CheckpointError:
-    """What to say of a file that is no sound corpus."""
-    return CheckpointError(
-        f"{path} cannot be read as a LoRA corpus: {reason}. Delete it and make the corpus again."
-    )
+def _altered(reason: str) -> CheckpointError:
+    """What to say of a file that was written as a corpus and is none any more."""
+    return CheckpointError(f"{reason}. Delete it and make the corpus again.")

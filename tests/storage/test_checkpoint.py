@@ -169,7 +169,7 @@ def test_overlapping_and_outside_offsets(tmp_path: Path) -> None:
         text = json.dumps(header).encode()
         path = tmp_path / "overlap.safetensors"
         path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
-        with pytest.raises(CheckpointError, match="overlaps|makes no sense"):
+        with pytest.raises(CheckpointError, match=r"overlaps|makes no sense"):
             load_model(path)
 
 

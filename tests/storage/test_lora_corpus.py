@@ -70,7 +70,7 @@ def test_files_that_do_not_hold_what_they_say(corpus, tmp_path, kind):
 
 def test_no_file_and_half_a_file(corpus, tmp_path):
     path = tmp_path / "c.safetensors"
-    with pytest.raises(CheckpointError, match=r"There is no LoRA corpus at"):
+    with pytest.raises(CheckpointError, match=r"cannot be read as a LoRA corpus: There is no"):
         load_corpus(path)
     save_corpus(corpus, path)
     path.write_bytes(path.read_bytes()[:-9])

@@ -261,7 +261,8 @@ def _peft_part(config: Any, part: str) -> tuple[dict[str, Any], dict[str, tuple[
     patterns = settings.get("alpha_pattern") or {}
     if not sound or not isinstance(patterns, dict):
         raise LoRAFileError(
-            f"The PEFT settings in the file's metadata are damaged: {described(config)} is no table."
+            "The PEFT settings in the file's metadata are damaged: "
+            f"{described(config)} is no table."
         )
     return settings, {end: (place, value) for place, (end, value) in enumerate(patterns.items())}
 
