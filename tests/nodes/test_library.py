@@ -147,8 +147,8 @@ def test_server_and_other_programs_write_at_once(comfy, folder):
 
 @pytest.mark.parametrize("name", ["../cast", "/etc/cast", "a/b", "", ".hidden", "con:1"])
 def test_library_stays_in_its_folder(comfy, name):
-    refused(comfy, start() | {"add": add(name, "Ada")}, "add", "cannot be the name of an identity")
-    refused(comfy, {"list": listed(name)}, "list", "cannot be the name of an identity")
+    refused(comfy, start() | {"add": add(name, "Ada")}, "add", "cannot be a file name")
+    refused(comfy, {"list": listed(name)}, "list", "cannot be a file name")
 
 
 def test_what_is_not_there_is_named(comfy, folder):
