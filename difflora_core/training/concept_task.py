@@ -127,14 +127,14 @@ def concept_examples(
         base: encodes the images.
         images: (N, H, W, 3) in [0, 1].
         words: what the default prompts name.
-        masks: (N or 1, any size), also (N or 1, 1, any size), of the concept; None
-            counts whole pictures.
+        masks: (N or 1, any size), also (N or 1, 1, any size), of the concept; None, or
+            only empty ones, counts whole pictures.
         prompts: see `ConceptExamples`; the photo templates unless given.
         flip: also train on mirrored pictures; turn it off for what is not symmetric (writing).
 
     Raises:
-        ConfigError: no images, masks for another number of them, an empty mask, or prompts without
-            the words.
+        ConfigError: no images, masks for another number of them, an empty mask beside others, or
+            prompts without the words.
     """
     if images.ndim != 4 or not len(images) or images.shape[-1] != 3:
         raise ConfigError(f"A concept needs pictures (N, H, W, 3), got {tuple(images.shape)}.")
@@ -154,8 +154,11 @@ def concept_examples(
     return ConceptExamples(latents, lists, shaped)
 
 
-def _masks(masks: Tensor, images: Tensor) -> Tensor:
-    """One soft mask (N, H, W) for each picture, its largest value 1 over the whole picture."""
+def _masks(masks: Tensor, images: Tensor) -> Tensor | None:
+    """One soft mask (N, H, W) for each picture, its largest value 1 over the whole picture.
+
+    None where nothing is marked at all: ComfyUI gives such masks for pictures nobody painted on.
+    """
     masks = masks[None] if masks.ndim == 2 else masks
     masks = masks[:, 0] if masks.ndim == 4 and masks.shape[1] == 1 else masks
     if masks.ndim != 3 or len(masks) not in (1, len(images)):
@@ -171,11 +174,13 @@ def _masks(masks: Tensor, images: Tensor) -> Tensor:
     resized = resized.clamp(0, 1)
     largest = resized.flatten(1).amax(1)
     empty = (largest < EMPTY).nonzero().flatten().tolist()
+    if len(empty) == len(masks):
+        return None
     if empty:
         raise ConfigError(
-            f"Mask {empty[0] + 1} of {len(masks)} is empty: it marks no part of its picture. Mark "
-            "what the word stands for; fill the mask where the whole picture counts; or connect no "
-            "masks, and all whole pictures count."
+            f"Mask {empty[0] + 1} of {len(masks)} is empty, others are not: it marks no part of "
+            "its picture. Mark what the word stands for, or fill the mask where the whole picture "
+            "counts; connect no masks, and all whole pictures count."
         )
     return (resized / largest[:, None, None]).expand(len(images), -1, -1)
 

@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 
 MASKS = (
     "Where the concept is: one mask for all pictures or one each, for example from a segmentation "
-    "node. Without masks the whole pictures count; an empty mask is refused."
+    "node. Without masks, or with none painted, the whole pictures count; an empty one among "
+    "others is refused."
 )
 NO_MASKS = "no masks: the whole pictures counted"
 NOTHING = "nothing was learned: it only got worse. Lower the learning rates, or take more steps"
@@ -183,7 +184,7 @@ def train(
         clip = teach(clip, adaptation)
     best = f"best at step {result.step} of {config.steps}, evaluation loss {result.loss:.4f}"
     worse = result.finished and result.step == 0
-    remarks = {NO_MASKS: parts.masks is None, NOTHING: worse}
+    remarks = {NO_MASKS: parts.masks is None or not parts.masks.any(), NOTHING: worse}
     report = "\n".join([*files, best, *(text for text, holds in remarks.items() if holds)])
     if worse:
         logger.warning("%s", report)
