@@ -182,6 +182,7 @@ def run_adaptation(
         stop=stop,
         base=objective.task.base,
         fingerprint=run_fingerprint(objective, examples),
+        settings=(config,),
     )
     finished, device = True, compute_device(objective.task.base)
     try:

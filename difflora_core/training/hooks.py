@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..base_model.protocol import BaseModel
+from ..config import Config
 from ..errors import InterruptedTraining
 
 Batch = Mapping[str, Any]
@@ -52,6 +53,7 @@ class Hooks:
             the backward pass where `checkpointing` says so, and the loss is scaled where it
             computes in float16.
         fingerprint: of settings and data, see `fingerprint`; a folder with another one is refused.
+        settings: of the recipe, which are part of that fingerprint: they say what differs there.
     """
 
     progress: Progress | None = None
@@ -63,6 +65,7 @@ class Hooks:
     splits: bool = True
     base: BaseModel | None = None
     fingerprint: str = ""
+    settings: tuple[Config, ...] = ()
 
 
 class Stopped(InterruptedTraining):

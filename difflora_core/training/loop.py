@@ -14,12 +14,10 @@ uninterrupted run would have done.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import nn
@@ -29,12 +27,12 @@ from ..base_model.checkpointing import gradient_checkpointing
 from ..base_model.precision import autocast, needs_loss_scale
 from ..base_model.protocol import BaseModel
 from ..errors import ConfigError, InterruptedTraining
+from .event_log import append_event, forget_events_after
 from .fingerprint import fingerprint
 from .hooks import Batch, ByStep, Draw, Hooks, Progress, Stopped
 from .loop_config import LoopConfig
 from .loop_state import (
     BEST,
-    STATE,
     Average,
     Best,
     Meter,
@@ -47,11 +45,10 @@ from .loop_state import (
     write_best,
 )
 from .processes import Processes, deferred_interrupt, launched, split
+from .state_file import STATE, RunIdentity, settings_that_count
 from .step import Step
 
 __all__ = ["Batch", "ByStep", "Draw", "Hooks", "LoopConfig", "Progress", "Stopped", "train"]
-
-T = TypeVar("T")
 
 
 def train(
@@ -123,13 +120,16 @@ class _Run:
             Average(objective, config.ema),
             GradScaler(self.device.type, enabled=scaled),
             draw.generator if isinstance(draw, ByStep) else None,
+            config.steps,
         )
         self.work = Step(self.state, config, hooks, processes)
         self.best, self.value = Best(), math.inf
         self.metrics: dict[str, float] = {}
-        self.fingerprint = fingerprint(config, hooks.fingerprint)
-        self._together(self._resume)
-        self._together(self._check)
+        self.identity = RunIdentity(
+            fingerprint(config, hooks.fingerprint), settings_that_count(config, *hooks.settings)
+        )
+        self.processes.together(self._resume)
+        self.processes.together(self._check)
 
     @property
     def finished(self) -> bool:
@@ -176,7 +176,7 @@ class _Run:
         for metrics in self.work.metrics:
             self.state.meter.add(metrics)
         if after_step is not None:
-            self._together(lambda: after_step(self.state.done))
+            self.processes.together(lambda: after_step(self.state.done))
         if self._due():
             self._judge()
         if self.state.done % config.log_every == 0 or self.finished:
@@ -197,7 +197,8 @@ class _Run:
             self._keep()
             if self.folder is not None:
                 path = self.folder / BEST
-                self._on_main(lambda: write_best(path, self.best, self.fingerprint))
+                self.processes.on_main(lambda: write_best(path, self.best, self.identity))
+                self.state.lowest = self.value
 
     def _compare_present(self) -> None:
         """A run stopped between validations may be at its best: keep that, but not on disk."""
@@ -215,7 +216,7 @@ class _Run:
         """The main process's validation loss; every process computes it."""
         validate = self.hooks.validate or (lambda: math.inf)
         with self.state.average.in_place(self.objective):
-            value = self._together(validate)
+            value = self.processes.together(validate)
         return self.processes.from_main(value)
 
     def _keep(self) -> None:
@@ -242,13 +243,11 @@ class _Run:
         self.metrics = self.state.meter.pop()
         if self.state.judged == self.state.done:
             self.metrics["validation"] = self.value
-        self._on_main(self._log)
+        self.processes.on_main(self._log)
 
     def _log(self) -> None:
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / "events.jsonl").open("a") as file:
-                file.write(json.dumps({"step": self.state.done, **self.metrics}) + "\n")
+            append_event(self.folder, self.state.done, self.metrics)
         if self.hooks.progress is not None:
             self.hooks.progress(self.state.done, self.config.steps, self.metrics)
 
@@ -263,17 +262,19 @@ class _Run:
         if self.folder is None:
             return
         self._join_meters()
-        self._on_main(self._write)
+        self.processes.on_main(self._write)
 
     def _write(self) -> None:
         if self.folder is not None:
-            self.state.write(self.folder / STATE, self.fingerprint)
+            self.state.write(self.folder / STATE, self.identity)
 
     def _resume(self) -> None:
         """Take up the files of this run, if there are any."""
         if self.folder is not None:
-            self.state.read(self.folder / STATE, self.fingerprint)
-            self.best = read_best(self.folder / BEST, self.objective, self.fingerprint)
+            self.best = read_best(self.folder / BEST, self.objective, self.identity)
+            self.state.read(self.folder / STATE, self.identity, self.best)
+            if self.processes.is_main:
+                forget_events_after(self.folder, self.state.done)
         if not self.processes.is_main:
             self.state.meter = Meter()
 
@@ -296,20 +297,6 @@ class _Run:
         drawn = self.state.drawn()
         split(dict(self._batch()), self.work.parts)
         self.state.draw_again(drawn)
-
-    def _on_main(self, work: Callable[[], object]) -> None:
-        """Let the main process do something; all stop when it fails."""
-        self._together(work if self.processes.is_main else lambda: None)
-
-    def _together(self, work: Callable[[], T]) -> T:
-        """Do something on every process; all stop when one fails."""
-        error = None
-        try:
-            result = work()
-        except (Exception, KeyboardInterrupt) as raised:
-            error = raised
-        self.processes.agree(error)
-        return result
 
 
 def _generator(seed: int, step: int) -> torch.Generator:

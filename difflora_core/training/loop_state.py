@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
-from ..errors import CheckpointError
-from ..storage import safetensors_io
+from ..config import Config
+from ..errors import CheckpointError, ConfigError
 from .loop_config import LoopConfig
+from .state_file import RunIdentity, check_tensors, damaged, read_state, write_state
 
 logger = logging.getLogger(__name__)
 
-STATE = "state.safetensors"
 BEST = "best.safetensors"
 MOMENTS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
 """What an optimiser keeps of each parameter; by name, because older versions of torch lack Muon."""
@@ -177,56 +177,62 @@ def _put_optimizers(found: Sequence[torch.optim.Optimizer], tensors: Mapping[str
         optimizer.load_state_dict(state)
 
 
-def read_file(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    """State dict and metadata of a state file.
+@dataclass(frozen=True)
+class BestFacts(Config):
+    """What a file of best weights says: their validation loss, and after how many steps.
 
     Raises:
-        CheckpointError: it is damaged.
+        ConfigError: a value that no run has.
     """
-    try:
-        return safetensors_io.read_file(path, "state file")
-    except CheckpointError as error:
-        raise damaged(path) from error
+
+    value: float
+    step: int
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.value) or self.step < 0:
+            raise ConfigError(f"The best of a run cannot be {self.value} at step {self.step}.")
 
 
-def damaged(path: Path) -> CheckpointError:
-    """What to say of a file that cannot be taken up."""
-    return CheckpointError(f"{path} is damaged; delete it to start anew.")
+@dataclass(frozen=True)
+class RunFacts(Config):
+    """The numbers of a state file.
 
+    `meter`: names, sums as hexadecimal digits, and counts, in order; `best`: lowest validation
+    loss so far; `scale`: that of a float16 loss, and steps since it grew. See `RunState` for the
+    others.
 
-def check_parts(path: Path, state: RunState, tensors: Mapping[str, Tensor]) -> None:
-    """Raises CheckpointError unless a state dict has the names and shapes of `RunState.write`.
-
-    An optimiser has nothing of a parameter that never had a gradient, and all of any other.
+    Raises:
+        ConfigError: a value that no run has.
     """
-    named = state.objective.named_parameters()
-    wanted: dict[str, Tensor] = {f"model.{n}": p for n, p in named if p.requires_grad}
-    wanted |= {f"buffer.{name}": b for name, b in buffers_of(state.objective).items()}
-    wanted |= {f"ema.{name}": p for name, p in state.average.weights.items()}
-    if (drawn := state.drawn()) is not None:
-        wanted["generator"] = drawn
-    shapes = {name: tensor.shape for name, tensor in wanted.items()}
-    for number, optimizer in enumerate(state.optimizers):
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for index, parameter in enumerate(parameters):
-            whole = {
-                f"optimizer.{number}.{index}.{name}": torch.Size() if name == "step" else shape
-                for name, shape in dict.fromkeys(
-                    MOMENTS[type(optimizer).__name__], parameter.shape
-                ).items()
-            }
-            shapes |= whole if whole.keys() & tensors.keys() else {}
-    if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
-        raise damaged(path)
 
+    step: int
+    judged: int = -1
+    updates: int = 0
+    meter: tuple[tuple[str, str, int], ...] = ()
+    best: float | None = None
+    scale: tuple[float, int] | None = None
 
-def check_run(path: Path, facts: Mapping[str, str], fingerprint: str) -> None:
-    """Raises CheckpointError unless a file belongs to the run with this fingerprint."""
-    if facts.get("fingerprint") != fingerprint:
-        raise CheckpointError(
-            f"{path.parent} holds the state of another training (other settings, words or "
-            "pictures); delete it or take another folder."
-        )
+    def __post_init__(self) -> None:
+        sound = -1 <= self.judged <= self.step and 0 <= self.updates <= self.step
+        sound = sound and (self.best is None or math.isfinite(self.best))
+        if self.scale is not None:
+            scale, growth = self.scale
+            sound = sound and 0 < scale < math.inf and 0 <= growth < 2**31
+        if not sound or not all(count > 0 for _, _, count in self.meter):
+            raise ConfigError("A run cannot have these numbers.")
+        self.to_meter()
+
+    def to_meter(self) -> Meter:
+        """The meter.
+
+        Raises:
+            ConfigError: a sum is no number.
+        """
+        try:
+            sums = {name: float.fromhex(digits) for name, digits, _ in self.meter}
+        except (ValueError, OverflowError) as error:
+            raise ConfigError("A sum is no number.") from error
+        return Meter(sums, {name: count for name, _, count in self.meter})
 
 
 def check_model(path: Path, module: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> None:
@@ -238,13 +244,12 @@ def check_model(path: Path, module: nn.Module, tensors: Mapping[str, Tensor], pr
         raise CheckpointError(f"{path} belongs to another model; move it away to start anew.")
 
 
-def write_best(path: Path, best: Best, fingerprint: str) -> None:
+def write_best(path: Path, best: Best, run: RunIdentity) -> None:
     """Write the best weights so far."""
-    facts = {"value": best.value.hex(), "best_step": str(best.step), "fingerprint": fingerprint}
-    safetensors_io.write_atomic(best.tensors, facts, path)
+    write_state(path, best.tensors, BestFacts(best.value, best.step), run)
 
 
-def read_best(path: Path, module: nn.Module, fingerprint: str) -> Best:
+def read_best(path: Path, module: nn.Module, run: RunIdentity) -> Best:
     """What `write_best` wrote, or none so far.
 
     Raises:
@@ -252,27 +257,10 @@ def read_best(path: Path, module: nn.Module, fingerprint: str) -> Best:
     """
     if not path.exists():
         return Best()
-    tensors, facts = read_file(path)
+    tensors, facts = read_state(path, run, BestFacts)
     check_model(path, module, tensors, "")
-    check_run(path, facts, fingerprint)
-    try:
-        return Best(float.fromhex(facts["value"]), int(facts["best_step"]), tensors)
-    except (KeyError, ValueError) as error:
-        raise damaged(path) from error
-
-
-def _meter_text(meter: Meter) -> str:
-    """A meter as text, exactly."""
-    return json.dumps(
-        {name: [value.hex(), meter.counts[name]] for name, value in meter.sums.items()}
-    )
-
-
-def _meter_from(text: str) -> Meter:
-    """What `_meter_text` wrote."""
-    rows = json.loads(text)
-    sums = {name: float.fromhex(value) for name, (value, _) in rows.items()}
-    return Meter(sums, {name: int(count) for name, (_, count) in rows.items()})
+    check_tensors(path, tensors, state_of(module))
+    return Best(facts.value, facts.step, tensors)
 
 
 @dataclass
@@ -280,7 +268,8 @@ class RunState:
     """All that a checkpoint keeps; the same for any number of processes.
 
     `generator`: of a recipe that draws from one generator in every step; `meter`: of all processes
-    on the main one; `done`: steps; `judged`: steps at the last validation, -1 before any.
+    on the main one; `done`: steps, of `steps`; `judged`: steps at the last validation, -1 before
+    any; `lowest`: validation loss of the best weights on disk.
     """
 
     objective: nn.Module
@@ -288,9 +277,11 @@ class RunState:
     average: Average
     scaler: GradScaler
     generator: torch.Generator | None
+    steps: int
     meter: Meter = field(default_factory=Meter)
     done: int = 0
     judged: int = -1
+    lowest: float = math.inf
 
     def drawn(self) -> Tensor | None:
         """State (n,) uint8 of the recipe's generator, if it has one."""
@@ -301,52 +292,99 @@ class RunState:
         if self.generator is not None and drawn is not None:
             self.generator.set_state(drawn)
 
-    def write(self, path: Path, fingerprint: str) -> None:
-        """Write the file of the run with this fingerprint."""
+    def write(self, path: Path, run: RunIdentity) -> None:
+        """Write the file of a run.
+
+        Raises:
+            CheckpointError: it cannot be written; a file that was there is as it was.
+        """
+        state = self.scaler.state_dict()
+        facts = RunFacts(
+            step=self.done,
+            judged=self.judged,
+            updates=self.average.updates,
+            meter=tuple((n, v.hex(), self.meter.counts[n]) for n, v in self.meter.sums.items()),
+            best=self.lowest if math.isfinite(self.lowest) else None,
+            scale=(state["scale"], state["_growth_tracker"]) if state else None,
+        )
+        write_state(path, self._own_tensors() | _optimizer_tensors(self.optimizers), facts, run)
+
+    def read(self, path: Path, run: RunIdentity, best: Best) -> None:
+        """Take up what `write` wrote, if there is a file; nothing changes unless all of it fits.
+
+        Args:
+            path: of the file.
+            run: this one.
+            best: the weights that `read_best` found beside it.
+
+        Raises:
+            CheckpointError: it is damaged, belongs to another model or run, or knew better weights.
+        """
+        if not path.exists():
+            return
+        tensors, facts = read_state(path, run, RunFacts)
+        check_model(path, self.objective, tensors, "model.")
+        self._check(path, tensors, facts)
+        if facts.best is not None and best.value > facts.best:
+            raise CheckpointError(
+                f"{path.with_name(BEST)} is missing or older than {path.name} beside it; delete "
+                f"{path.parent} to start anew."
+            )
+        put(self.objective, _under("model.", tensors) | _under("buffer.", tensors))
+        for name, weight in self.average.weights.items():
+            weight.copy_(tensors[f"ema.{name}"])
+        _put_optimizers(self.optimizers, tensors)
+        self.draw_again(tensors.get("generator"))
+        if facts.scale is not None:
+            state = {**self.scaler.state_dict(), "scale": facts.scale[0]}
+            self.scaler.load_state_dict({**state, "_growth_tracker": facts.scale[1]})
+        self.average.updates, self.meter = facts.updates, facts.to_meter()
+        self.done, self.judged = facts.step, facts.judged
+        self.lowest = math.inf if facts.best is None else facts.best
+        logger.info("going on from step %d of %s", self.done, path)
+
+    def _own_tensors(self) -> dict[str, Tensor]:
+        """Everything of a state but the optimisers'."""
         named = self.objective.named_parameters()
         tensors = {f"model.{name}": p.detach() for name, p in named if p.requires_grad}
         tensors |= {f"buffer.{name}": b for name, b in buffers_of(self.objective).items()}
         tensors |= {f"ema.{name}": p for name, p in self.average.weights.items()}
-        tensors |= _optimizer_tensors(self.optimizers)
-        if (drawn := self.drawn()) is not None:
-            tensors["generator"] = drawn
-        facts = {
-            "step": str(self.done),
-            "judged": str(self.judged),
-            "updates": str(self.average.updates),
-            "meter": _meter_text(self.meter),
-            "scaler": json.dumps(self.scaler.state_dict()),
-            "fingerprint": fingerprint,
-        }
-        stored = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        safetensors_io.write_atomic(stored, facts, path)
+        drawn = self.drawn()
+        return tensors if drawn is None else {**tensors, "generator": drawn}
 
-    def read(self, path: Path, fingerprint: str) -> None:
-        """Take up what `write` wrote, if there is a file.
+    def _check(self, path: Path, tensors: Mapping[str, Tensor], facts: RunFacts) -> None:
+        """Raises CheckpointError unless a file holds what `write` writes.
 
-        Raises:
-            CheckpointError: it is damaged, or belongs to another model or run.
+        An optimiser has nothing of a parameter that never had a gradient, and all of any other.
         """
-        if not path.exists():
-            return
-        tensors, facts = read_file(path)
-        check_model(path, self.objective, tensors, "model.")
-        check_run(path, facts, fingerprint)
-        check_parts(path, self, tensors)
+        like = self._own_tensors()
+        for number, optimizer in enumerate(self.optimizers):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for index, parameter in enumerate(parameters):
+                moments = {
+                    f"optimizer.{number}.{index}.{name}": _COUNT if name == "step" else parameter
+                    for name in MOMENTS[type(optimizer).__name__]
+                }
+                like |= moments if moments.keys() & tensors.keys() else {}
+        check_tensors(path, tensors, like)
+        sound = facts.step <= self.steps and self.scaler.is_enabled() == (facts.scale is not None)
+        for name, tensor in tensors.items():
+            if name.endswith(".exp_avg_sq") and name.startswith("optimizer."):
+                sound = sound and bool((tensor >= 0).all())
+            elif name.endswith(".step") and name.startswith("optimizer."):
+                count = float(tensor)
+                sound = sound and count.is_integer() and 1 <= count <= facts.step
         try:
-            put(self.objective, _under("model.", tensors) | _under("buffer.", tensors))
-            for name, weight in self.average.weights.items():
-                weight.copy_(tensors[f"ema.{name}"])
-            _put_optimizers(self.optimizers, tensors)
             if self.generator is not None:
-                self.generator.set_state(tensors["generator"])
-            if self.scaler.is_enabled():
-                self.scaler.load_state_dict(json.loads(facts["scaler"]))
-            self.average.updates, self.meter = int(facts["updates"]), _meter_from(facts["meter"])
-            self.done, self.judged = int(facts["step"]), int(facts["judged"])
-        except (KeyError, ValueError, RuntimeError) as error:
+                torch.Generator().set_state(tensors["generator"])
+        except RuntimeError as error:
             raise damaged(path) from error
-        logger.info("going on from step %d of %s", self.done, path)
+        if not sound:
+            raise damaged(path)
+
+
+_COUNT = torch.zeros(())
+"""How an optimiser counts the steps of a parameter."""
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

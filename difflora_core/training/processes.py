@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from torch import distributed as dist
 
 from .. import errors
 from ..errors import ConfigError, DiffLoRAError, InterruptedTraining
+
+T = TypeVar("T")
 
 _BUCKET = 2**24
 """Numbers that are sent at once."""
@@ -43,6 +46,24 @@ class Processes:
 
     def __str__(self) -> str:
         return f"process {self.rank + 1} of {self.count}"
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do something on every process; all stop when one fails.
+
+        Raises:
+            BaseException: see `agree`.
+        """
+        error = None
+        try:
+            result = work()
+        except (Exception, KeyboardInterrupt) as raised:
+            error = raised
+        self.agree(error)
+        return result
+
+    def on_main(self, work: Callable[[], object]) -> None:
+        """Do something on the main process; all go on when it is done, and stop when it fails."""
+        self.together(work if self.is_main else lambda: None)
 
     def agree(self, error: BaseException | None) -> None:
         """Go on only if no process has an error; all call this at the same place.

@@ -1,5 +1,7 @@
 """The LoRA corpus on disk and its construction; refinement from a predicted LoRA."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -45,6 +47,49 @@ def test_corpus_survives_interruption(base, people, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
     with pytest.raises(CheckpointError, match="other settings"):
         build_corpus(base, (5, 9), people, CONFIG, path)
+    other = replace(CONFIG, dreambooth=replace(CONFIG.dreambooth, steps=4))
+    with pytest.raises(CheckpointError, match=r"dreambooth\.steps 3 there and 4 here"):
+        build_corpus(base, (5, 9, 4), people, other, path)
+
+
+def test_what_a_kill_left_is_taken_up_or_refused(base, people, tmp_path):
+    """A part of other people, a lost snapshot, and a folder that was to be removed."""
+    config = replace(CONFIG, dreambooth=replace(CONFIG.dreambooth, snapshots=(1,)))
+    path = tmp_path / "corpus.safetensors"
+    parts = tmp_path / "corpus.safetensors.parts"
+
+    def stop_at(last):
+        def progress(step, steps, metrics):
+            if step == last:
+                raise InterruptedTraining("enough")
+
+        return progress
+
+    with pytest.raises(InterruptedTraining):
+        build_corpus(base, (5, 9, 4), people, config, path, progress=stop_at(2))
+    snapshot = parts / "group-00000" / "snapshot-1.safetensors"
+    whole = snapshot.read_bytes()
+    for damage in (whole[:-1], bytes([*whole[:-1], whole[-1] ^ 1]), None):
+        snapshot.unlink()
+        if damage is not None:
+            snapshot.write_bytes(damage)
+        with pytest.raises(CheckpointError, match="after step 1 are lost: delete"):
+            build_corpus(base, (5, 9, 4), people, config, path, progress=stop_at(99))
+        # the run is at its end now, and stays refused
+    snapshot.write_bytes(whole)
+    with pytest.raises(InterruptedTraining):
+        build_corpus(base, (5, 9, 4), people, config, path, progress=stop_at(4))
+    first = parts / "group-00000.safetensors"
+    right = first.read_bytes()
+    save_corpus(replace(load_corpus(first), identities=(9, 5)), first)
+    with pytest.raises(CheckpointError, match="other people"):
+        build_corpus(base, (5, 9, 4), people, config, path)
+    first.write_bytes(right)
+    build_corpus(base, (5, 9, 4), people, config, path)
+    parts.mkdir()
+    (parts / "left").write_text("by a kill")
+    build_corpus(base, (5, 9, 4), None, config, path)
+    assert [p.name for p in tmp_path.iterdir()] == ["corpus.safetensors"]
 
 
 def test_corpus_does_not_depend_on_the_groups(base, people, tmp_path):

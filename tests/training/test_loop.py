@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from difflora_core.errors import CheckpointError, ConfigError, InterruptedTraining
@@ -70,7 +69,7 @@ def test_resumed_run_equals_straight_run(tmp_path, step, matrix_rate):
     assert torch.equal(weights(straight), weights(resumed))
     assert not torch.equal(weights(straight), weights(Line()))
     with pytest.raises(CheckpointError, match="another model"):
-        train(nn.Linear(2, 2), draw, LOOP, tmp_path / "b")
+        train(nn.Linear(2, 2), draw, loop, tmp_path / "b")
 
 
 def test_precision_may_change_within_a_process(tmp_path):
@@ -229,9 +228,9 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole(tmp_path):
     assert not torch.equal(weights(parts), weights(whole))
     # a run may go on with other parts, but not with other settings
     train(Line(), draw, replace(LOOP, accumulate=2), tmp_path / "b")
-    with pytest.raises(CheckpointError, match="another training"):
+    with pytest.raises(CheckpointError, match=r"another training \(weight_decay 0.01 there"):
         train(Line(), draw, replace(LOOP, weight_decay=0.5), tmp_path / "b")
-    with pytest.raises(CheckpointError, match="another training"):
+    with pytest.raises(CheckpointError, match=r"another training \(other words, pictures or"):
         train(Line(), draw, LOOP, tmp_path / "b", Hooks(fingerprint="other pictures"))
 
 
@@ -241,67 +240,6 @@ def test_batches_that_cannot_be_split_are_refused_before_training(tmp_path):
     with pytest.raises(ConfigError, match="accumulate 1"):
         train(Line(), draw, replace(LOOP, accumulate=2), tmp_path / "b", Hooks(splits=False))
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("damage", ["cut", "empty", "text", "no facts", "no average"])
-def test_a_damaged_state_says_so(tmp_path, damage):
-    path = tmp_path / "state.safetensors"
-    with pytest.raises(InterruptedTraining):
-        train(Line(), draw, LOOP, tmp_path, Hooks(stop_at(5)))
-    whole = path.read_bytes()
-    tensors = load_file(path)
-    if damage == "cut":
-        path.write_bytes(whole[:-50])
-    elif damage in ("empty", "text"):
-        path.write_bytes(b"" if damage == "empty" else b"nothing of the kind")
-    elif damage == "no facts":
-        facts = {"fingerprint": fingerprint(LOOP, "")}
-        save_file(tensors, path, metadata=facts)
-    else:
-        with safe_open(path, "pt") as file:
-            facts = file.metadata()
-        kept = {name: t for name, t in tensors.items() if not name.startswith("ema.")}
-        save_file(kept, path, metadata=facts)
-    with pytest.raises(CheckpointError, match=r"state\.safetensors is damaged; delete it"):
-        train(Line(), draw, LOOP, tmp_path)
-
-
-FOREIGN = {
-    "a buffer less": ("buffer.norm.running_mean", None),
-    "a buffer more": ("buffer.norm.other", torch.ones(3)),
-    "a buffer of another shape": ("buffer.norm.running_var", torch.ones(1)),
-    "an average more": ("ema.other", torch.ones(3)),
-    "an average of another shape": ("ema.line.net.0.weight", torch.ones(1)),
-    "a moment less": ("optimizer.0.1.exp_avg", None),
-    "a moment more": ("optimizer.0.1.other", torch.ones(3)),
-    "a moment of another shape": ("optimizer.0.1.exp_avg", torch.ones(1)),
-    "a moment of no parameter": ("optimizer.0.99.exp_avg", torch.ones(3)),
-    "an optimiser more": ("optimizer.2.0.exp_avg", torch.ones(3)),
-    "no generator": ("generator", None),
-    "anything else": ("other", torch.ones(3)),
-}
-
-
-@pytest.mark.parametrize("what", FOREIGN)
-def test_a_state_with_other_parts_is_refused_before_anything_is_put_in_place(tmp_path, what):
-    def run(module, asked):
-        generator = torch.Generator().manual_seed(5)
-        make = ByStep(lambda step: {**draw(generator), "stop": False}, generator)
-        train(module, make, replace(LOOP, matrix_rate=0.01), tmp_path, asked)
-
-    with pytest.raises(InterruptedTraining):
-        run(Normed(), Hooks(stop_at(5)))
-    path = tmp_path / "state.safetensors"
-    with safe_open(path, "pt") as file:
-        facts = file.metadata()
-    tensors = load_file(path)
-    name, tensor = FOREIGN[what]
-    tensors = {n: t for n, t in tensors.items() if n != name}
-    save_file(tensors if tensor is None else {**tensors, name: tensor}, path, metadata=facts)
-    fresh, expected = Normed(), Normed().state_dict()
-    with pytest.raises(CheckpointError, match=r"state\.safetensors is damaged; delete it"):
-        run(fresh, Hooks())
-    assert all(torch.equal(expected[n], t) for n, t in fresh.state_dict().items())
 
 
 def test_a_loss_that_is_no_number_names_step_and_batch(tmp_path):

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from ...base_model.protocol import BaseModel
 from ...config import Config, check_range
 from ...errors import CheckpointError
+from ...lora.layout import LoRALayout
 from ...storage.lora_corpus import LoRACorpus, load_corpus, save_corpus
 from ..fingerprint import fingerprint, weights_digest
 from ..loop import Progress
 from ..lora.dreambooth import DreamBoothConfig, DreamBoothExamples, train_dreambooth
 from ..processes import launched
+from ..state_file import differences, remove_run
 
 __all__ = ["CorpusConfig", "build_corpus", "load_corpus"]
 
@@ -51,7 +53,7 @@ def build_corpus(
     shared_down: Mapping[str, Tensor] | None = None,
     progress: Progress | None = None,
 ) -> LoRACorpus:
-    """Train a LoRA for every identity and write them to one file; an existing file is read.
+    """Corpus of a LoRA trained for every identity, written to one file; an existing one is read.
 
     Args:
         base: frozen base model.
@@ -65,49 +67,43 @@ def build_corpus(
         progress: called after every step as (step, steps, metrics) over all groups; it may raise
             InterruptedTraining.
 
-    Returns:
-        The corpus.
-
     Raises:
         InterruptedTraining: stopped; the same call goes on.
-        CheckpointError: the file or a part of it was made with other settings or identities.
+        CheckpointError: a file cannot be read or written, or is of other settings or identities.
     """
-    wanted = fingerprint(list(identities), config, shared_down, weights_digest(base.unet))
-    if path.exists():
-        return _checked(load_corpus(path), wanted, path)
-    layout, settings = base.layout(config.base, config.dreambooth.rank), config.dreambooth
+    same = fingerprint(list(identities), config, shared_down, weights_digest(base.unet))
+    facts = {"fingerprint": same, "settings": config.to_dict()}
     folder = path.with_name(path.name + ".parts")
-    starts = range(0, len(identities), config.group)
+    layout, settings = base.layout(config.base, config.dreambooth.rank), config.dreambooth
+    starts = range(0, 0 if path.exists() else len(identities), config.group)
     parts = []
     for number, start in enumerate(starts):
         group = tuple(identities[start : start + config.group])
-        part = folder / f"group-{number:05d}.safetensors"
+        run = folder / f"group-{number:05d}"
+        part = folder / f"{run.name}.safetensors"
         if not part.exists():
             report = _shifted(progress, number * settings.steps, len(starts) * settings.steps)
             pictures = replace(examples(group), seeds=group)
             trained = train_dreambooth(
-                base, pictures, settings, report, shared_down=shared_down, folder=folder
-            )[settings.steps]
-            facts = {"fingerprint": wanted, "settings": config.to_dict()}
-            _write(LoRACorpus(layout, group, trained, facts), part)
-        parts.append(_checked(load_corpus(part), wanted, part))
-    return _finish(parts, path, folder)
+                base, pictures, settings, report, shared_down=shared_down, folder=run
+            )
+            _write(LoRACorpus(layout, group, trained[settings.steps], facts), part)
+            _remove(run)
+        parts.append(_read(part, group, layout, facts))
+    if parts:
+        _write(LoRACorpus.join(parts), path)  # all have read the parts
+    _remove(folder)
+    return _read(path, identities, layout, facts)
 
 
 def _write(corpus: LoRACorpus, path: Path) -> None:
     """Write a corpus once, whatever the number of processes; all go on when it is there."""
-    if launched().is_main:
-        save_corpus(corpus, path)
-    launched().agree(None)
+    launched().on_main(lambda: save_corpus(corpus, path))
 
 
-def _finish(parts: Sequence[LoRACorpus], path: Path, folder: Path) -> LoRACorpus:
-    """Joins the groups in one file and removes theirs."""
-    corpus = LoRACorpus.join(parts)
-    _write(corpus, path)  # all have read the parts
-    if launched().is_main:
-        shutil.rmtree(folder)
-    return corpus
+def _remove(folder: Path) -> None:
+    """Remove a folder whose result is on disk, if it is still there."""
+    launched().on_main(lambda: remove_run(folder))
 
 
 def _shifted(progress: Progress | None, done: int, total: int) -> Progress | None:
@@ -117,10 +113,19 @@ def _shifted(progress: Progress | None, done: int, total: int) -> Progress | Non
     return lambda step, steps, metrics: progress(done + step, total, metrics)
 
 
-def _checked(corpus: LoRACorpus, wanted: str, path: Path) -> LoRACorpus:
-    """The corpus, if it was made with these settings."""
-    if corpus.source.get("fingerprint") != wanted:
+def _read(
+    path: Path, identities: Sequence[int], layout: LoRALayout, facts: Mapping[str, Any]
+) -> LoRACorpus:
+    """The corpus of a file, if it holds these people and was made with these facts."""
+    corpus = load_corpus(path)
+    if corpus.source.get("fingerprint") != facts["fingerprint"]:
+        there = corpus.source.get("settings")
+        found = differences(there, facts["settings"]) if isinstance(there, Mapping) else []
+        what = "; ".join(found[:5]) or "other people or another base model"
         raise CheckpointError(
-            f"{path} was made with other settings or identities; move it away to build anew."
+            f"{path} was made with other settings or identities ({what}); move it away to build "
+            "anew."
         )
+    if corpus.identities != tuple(identities) or corpus.layout != layout:
+        raise CheckpointError(f"{path} holds other people than it should; delete it.")
     return corpus

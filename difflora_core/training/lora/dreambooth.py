@@ -7,8 +7,8 @@ in a group gives what training alone gives, to rounding (ours).
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,25 @@ from torch import Tensor, nn
 from ...adapters.attach import attach
 from ...adapters.lora import lora_adapter_set
 from ...base_model.protocol import BaseModel, TextCondition
+from ...config import Config, check_range
 from ...diffusion.objective import stratified_timesteps
+from ...errors import CheckpointError
 from ...lora.weights import LoRALayer, LoRAWeights
-from ...storage.safetensors_io import write_atomic
 from ..fingerprint import fingerprint, weights_digest
 from ..loop import Batch, ByStep, Hooks, Progress, train
-from ..loop_state import read_file
 from ..losses import NoisedBatch, denoising_error
 from ..processes import launched
+from ..state_file import (
+    RunIdentity,
+    check_tensors,
+    read_state,
+    settings_that_count,
+    write_state,
+)
 from .dreambooth_config import DreamBoothConfig, DreamBoothExamples
 from .dreambooth_start import mixed_generator, starting_weights
 
 __all__ = ["DreamBoothConfig", "DreamBoothExamples", "train_dreambooth"]
-
-FOLDER = "dreambooth"
 
 
 def train_dreambooth(
@@ -54,34 +59,35 @@ def train_dreambooth(
         initial: LoRA to start from, one for all or a batch of B; filled up to `config.rank`.
         shared_down: layer name to (r, in): `down` of everybody at the start (and at the end, if
             `train_down` is off). Without it everybody draws an own one, as LoRA does.
-        folder: where an interrupted run keeps its state, to go on from exactly there.
+        folder: where the run keeps its state, to go on from exactly there; at its end too, where
+            the same call returns the same again. The caller removes it (`state_file.remove_run`).
 
     Returns:
-        Step to batched weights, down (B, r, in), up (B, out, r), on the CPU; the last step is
-        always there.
+        Step to batched weights, down (B, r, in), up (B, out, r), on the CPU; also the last step's.
 
     Raises:
         InterruptedTraining: the run was stopped; with a folder the same call goes on.
         ConfigError: the loss is not a finite number, or arguments contradict each other.
         LayoutError: `initial` or `shared_down` do not fit the base model.
-        CheckpointError: the folder holds the state of another run.
+        CheckpointError: the folder holds another run's state, or cannot be written.
     """
     layout = base.layout("base", config.rank)
     start = starting_weights(layout, examples.seeds, config, initial, shared_down)
     source = _Source(base, examples, config)
     fine = torch.promote_types(examples.latents.dtype, torch.float32)
     objective = DreamBoothObjective(base, start.to(fine, source.device), source.text, config)
-    run = None if folder is None else folder / FOLDER
-    snapshots = _Snapshots(objective, {*config.snapshots, config.steps}, run)
+    same = fingerprint(config, examples, _factors(start), weights_digest(base.unet))
+    snapshots = _Snapshots(objective, folder, RunIdentity(same, settings_that_count(config)))
     hooks = Hooks(
         progress=progress,
         after_step=snapshots.after_step,
         scale_gradients=objective.scale_gradients,
         base=base,
-        fingerprint=fingerprint(config, examples, _factors(start), weights_digest(base.unet)),
+        fingerprint=same,
+        settings=(config,),
     )
     with attach(base.unet, lora_adapter_set(objective.weights), names=layout.module_names):
-        train(objective, ByStep(source.batch), config.loop, run, hooks, source.device)
+        train(objective, ByStep(source.batch), config.loop, folder, hooks, source.device)
     return snapshots.take_all()
 
 
@@ -151,11 +157,28 @@ class DreamBoothObjective(nn.Module):
         )
 
 
+@dataclass(frozen=True)
+class SnapshotFacts(Config):
+    """The step of a snapshot.
+
+    Raises:
+        ConfigError: it is none.
+    """
+
+    step: int
+
+    def __post_init__(self) -> None:
+        check_range("Snapshot", "step", self.step, 1, 10_000_000)
+
+
 class _Snapshots:
     """Copies of the weights after some steps; on disk too, where a run has a folder."""
 
-    def __init__(self, objective: DreamBoothObjective, steps: set[int], run: Path | None) -> None:
-        self.objective, self.steps, self.run = objective, steps, run
+    def __init__(
+        self, objective: DreamBoothObjective, run: Path | None, identity: RunIdentity
+    ) -> None:
+        self.objective, self.run, self.identity = objective, run, identity
+        self.steps = {*objective.config.snapshots, objective.config.steps}
         self.kept: dict[int, LoRAWeights] = {}
 
     def after_step(self, step: int) -> None:
@@ -163,22 +186,32 @@ class _Snapshots:
         if step in self.steps:
             self.kept[step] = self.objective.copy()
             if self.run is not None and launched().is_main:
-                tensors = {k: t.contiguous() for k, t in _factors(self.kept[step]).items()}
-                write_atomic(tensors, {}, self.run / f"snapshot-{step}.safetensors")
+                tensors = _factors(self.kept[step])
+                write_state(_snapshot(self.run, step), tensors, SnapshotFacts(step), self.identity)
 
     def take_all(self) -> dict[int, LoRAWeights]:
-        """All of them, those from before a stop read from disk; the run's folder goes."""
-        if self.run is not None:
-            for step in self.steps - self.kept.keys():
-                self.kept[step] = self._read(self.run / f"snapshot-{step}.safetensors")
-            processes = launched()
-            processes.agree(None)  # all have read
-            if processes.is_main:
-                shutil.rmtree(self.run)
+        """All of them, those from before a stop read from disk."""
+        run = self.run
+        if run is not None:
+            launched().together(lambda: self._read_missing(run))
         return dict(sorted(self.kept.items()))
 
-    def _read(self, path: Path) -> LoRAWeights:
-        tensors, _ = read_file(path)
+    def _read_missing(self, run: Path) -> None:
+        for step in self.steps - self.kept.keys():
+            self.kept[step] = self._read(_snapshot(run, step), step)
+
+    def _read(self, path: Path, step: int) -> LoRAWeights:
+        """The weights of a step that a run before this one left."""
+        try:
+            tensors, facts = read_state(path, self.identity, SnapshotFacts)
+            check_tensors(path, tensors, _factors(self.objective.weights))
+            if facts.step != step:
+                raise CheckpointError(f"{path} holds the weights of step {facts.step}.")
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"The weights after step {step} are lost: delete {path.parent} to train them "
+                f"anew. ({error})"
+            ) from error
         layers = self.objective.weights.layers
         return LoRAWeights(
             {
@@ -186,6 +219,10 @@ class _Snapshots:
                 for name, layer in layers.items()
             }
         )
+
+
+def _snapshot(run: Path, step: int) -> Path:
+    return run / f"snapshot-{step}.safetensors"
 
 
 def _factors(weights: LoRAWeights) -> dict[str, Tensor]:
