@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..difflora_core.training.infusion import InfusionObjective, InfusionTraining
 from .host import training
-from .host.training_request import TrainingRequest
+from .host.training_request import Parts, TrainingRequest
 
 CATEGORY = "DiffLoRA/concepts"
 
@@ -65,8 +65,8 @@ class TrainInfusionConcept(io.ComfyNode):
     ):
         rates = {"learning_rate": learning_rate, "guidance": guidance}
         config = InfusionTraining(steps=steps, batch=batch_size, seed=seed, **rates)
-        request = TrainingRequest(word, superclass, prompts, file_name, mirror, small_file)
-        parts = training.Parts(model, clip, vae, images, covariance, masks)
+        request = TrainingRequest(prompts, file_name, mirror, small_file, word, superclass)
+        parts = Parts(model, clip, vae, images, covariance, masks)
         concepts, clip, report = training.train(InfusionObjective, config, request, parts)
         return io.NodeOutput(concepts[0], clip, report)
 

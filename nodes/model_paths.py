@@ -20,6 +20,8 @@ LIBRARY = "difflora_library"
 CONCEPTS = "difflora_concepts"
 COVARIANCES = "difflora_covariance"
 """Trained words, and what they share for each pair of text encoders."""
+STYLES = "difflora_styles"
+"""What was trained without a word."""
 DEMO = "difflora_demo"
 """Holds the demo world; `extra_model_paths.yaml` can name another folder."""
 
@@ -36,12 +38,12 @@ DEMO_PHOTOS = "difflora_demo_*.png"
 
 def register() -> None:
     """Registers our model folders with ComfyUI; twice, or beside another pack, is harmless."""
-    for folder in (DIFFLORA, INSIGHTFACE, LIBRARY, CONCEPTS, COVARIANCES):
+    for folder in (DIFFLORA, INSIGHTFACE, LIBRARY, CONCEPTS, COVARIANCES, STYLES):
         path = str(Path(folder_paths.models_dir) / folder)
         folder_paths.add_model_folder_path(folder, path)
     folder_paths.add_model_folder_path(DEMO, str(DEMO_FOLDER))
     # A new folder lists every file; ours show their own only.
-    for folder in (DIFFLORA, LIBRARY, CONCEPTS, COVARIANCES):
+    for folder in (DIFFLORA, LIBRARY, CONCEPTS, COVARIANCES, STYLES):
         folder_paths.folder_names_and_paths[folder][1].add(".safetensors")
 
 

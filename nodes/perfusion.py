@@ -6,7 +6,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from ..difflora_core.training.perfusion import PerfusionObjective, PerfusionTraining
 from . import sockets
 from .host import training
-from .host.training_request import TrainingRequest
+from .host.training_request import Parts, TrainingRequest
 
 CATEGORY = "DiffLoRA/concepts"
 CALIBRATION = 0.01  # as arXiv 2403.18551 weighs its two losses
@@ -104,9 +104,9 @@ class TrainPerfusionConcept(io.ComfyNode):
             rates |= {"separation": separation, "binding": binding}
         config = PerfusionTraining(steps=steps, batch=batch_size, seed=seed, **rates)
         request = TrainingRequest(
-            word, superclass, prompts, file_name, mirror, small_file, second_word, second_superclass
+            prompts, file_name, mirror, small_file, word, superclass, second_word, second_superclass
         )
-        parts = training.Parts(model, clip, vae, images, covariance, masks)
+        parts = Parts(model, clip, vae, images, covariance, masks)
         concepts, clip, report = training.train(PerfusionObjective, config, request, parts)
         second = concepts[1] if len(concepts) > 1 else ExecutionBlocker(NO_SECOND)
         return io.NodeOutput(concepts[0], clip, report, second)

@@ -21,6 +21,8 @@ Latent = io.Custom("DIFFLORA_LATENT")
 """models.lae.autoencoder.LoRALatent"""
 Concept = io.Custom("DIFFLORA_CONCEPT")
 """methods.base.PreparedAdaptation"""
+Style = io.Custom("DIFFLORA_STYLE")
+"""methods.base.PreparedAdaptation of what has no word"""
 Covariance = io.Custom("DIFFLORA_COVARIANCE")
 """text.covariance.Covariance"""
 FaceAnalysis = io.Custom("FACEANALYSIS")

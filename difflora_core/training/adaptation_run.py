@@ -22,7 +22,7 @@ from ..diffusion.objective import LossWeight, abar_at, add_noise, to_x0
 from ..errors import ConfigError, InterruptedTraining
 from ..methods.base import Facts
 from ..text.encoders import EncodedPrompts
-from .concept_task import ConceptExamples, ConceptTask
+from .concept_task import ConceptExamples, PictureTask
 from .fingerprint import SAME_COURSE, fingerprint, weights_digest
 from .loop import Batch, Hooks, LoopConfig, Stopped, train
 from .loop_config import MAX_TRAINING_SEED, Precision
@@ -104,7 +104,7 @@ class AdapterObjective(Protocol):
     """What makes adapters for prompts, to be trained or drawn with."""
 
     @property
-    def task(self) -> ConceptTask:
+    def task(self) -> PictureTask:
         """The frozen setting."""
 
     @property
@@ -123,7 +123,10 @@ class AdapterObjective(Protocol):
 
 
 class Objective(AdapterObjective, Protocol[Trained]):
-    """What a method trains: a module (`nn.Module`) whose forward is the loss."""
+    """What a method trains: a module (`nn.Module`) whose forward is the loss.
+
+    With a method `after_step` it is told the number of steps done, see `Hooks`.
+    """
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """A batch of `ConceptExamples.draw` to (loss, metrics)."""
@@ -180,6 +183,7 @@ def run_adaptation(
         progress=report,
         validate=_evaluation(module, draw),
         stop=stop,
+        after_step=getattr(module, "after_step", None),
         base=objective.task.base,
         fingerprint=run_fingerprint(objective, examples),
         settings=(config,),
@@ -198,11 +202,10 @@ def run_adaptation(
 
 
 def run_fingerprint(objective: Objective[Trained], examples: ConceptExamples) -> str:
-    """Digest of everything that a run depends on: settings, words, pictures, C and the base."""
+    """Digest of everything that a run depends on: settings, task, base and pictures."""
     task, config = objective.task, objective.config
-    words = (task.words, task.contexts, task.base_name, task.probe)
-    models = (task.covariance.regularised, weights_digest(task.base.unet))
-    return fingerprint(type(objective).__name__, config, *words, *models, examples)
+    named = (type(objective).__name__, config, *task.facts)
+    return fingerprint(*named, weights_digest(task.base.unet), examples)
 
 
 def _evaluation(module: nn.Module, draw: Callable[[torch.Generator], Batch]) -> Callable[[], float]:

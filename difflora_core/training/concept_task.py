@@ -1,4 +1,4 @@
-"""What the concept recipes train on: pictures of one or several new words, and their setting."""
+"""What the recipes of pictures train on: pictures with prompts, new words, and their setting."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class ConceptExamples:
 def concept_examples(
     base: BaseModel,
     images: Tensor,
-    words: Sequence[NewWord],
+    words: Sequence[NewWord] = (),
     masks: Tensor | None = None,
     prompts: Sequence[Sequence[str]] | None = None,
     flip: bool = True,
@@ -126,7 +126,7 @@ def concept_examples(
     Args:
         base: encodes the images.
         images: (N, H, W, 3) in [0, 1].
-        words: what the default prompts name.
+        words: what prompts name, each of them at least one; without words they name what they like.
         masks: (N or 1, any size), also (N or 1, 1, any size), of the concept; None, or
             only empty ones, counts whole pictures.
         prompts: see `ConceptExamples`; the photo templates unless given.
@@ -141,7 +141,10 @@ def concept_examples(
     named = " and a ".join(word.word for word in words)
     default = [template.format(named) for template in TEMPLATES]
     lists = [default] * len(images) if prompts is None else list(prompts)
-    _check_prompts(lists, [word.word for word in words])
+    if not words and prompts is None:
+        raise ConfigError("Say in a prompt what the pictures show.")
+    if words:
+        _check_prompts(lists, [word.word for word in words])
     shaped = None if masks is None else _masks(masks, images)
     if flip:
         images = torch.cat([images, images.flip(2)])
@@ -196,28 +199,22 @@ def _check_prompts(prompts: Sequence[Sequence[str]], words: Sequence[str]) -> No
 
 
 @dataclass(frozen=True, eq=False)
-class ConceptTask:
-    """Everything frozen around the training of words; made by `prepare_task`.
+class PictureTask:
+    """Everything frozen around training on pictures with prompts.
 
     Args:
-        base, text, covariance: what the concept belongs to.
-        words: the words to teach.
-        embeddings: of the super-class words, one for each word.
-        superclasses: i_super (J, d). layers: value projections, layer name to module path.
-        probe: fingerprint of the text encoders. contexts: of each word, prompts in which it is
-            averaged. base_name: family.
+        base, text: the base model and its text encoders.
+        base_name: family.
     """
 
     base: BaseModel
     text: TextEncoders
-    covariance: Covariance
-    words: tuple[NewWord, ...]
-    embeddings: tuple[WordEmbedding, ...]
-    superclasses: Tensor
-    layers: Mapping[str, str]
-    probe: Tensor
-    contexts: tuple[tuple[str, ...], ...]
     base_name: str
+
+    @property
+    def facts(self) -> tuple[object, ...]:
+        """What a run depends on beside its settings, its pictures and the base's weights."""
+        return (self.base_name, text_probe(self.text))
 
     @cached_property
     def nothing(self) -> TextCondition:
@@ -241,6 +238,34 @@ class ConceptTask:
         if guidance == 1.0:
             return plain
         return under_guidance(self.base, plain, guidance, self.nothing)
+
+
+@dataclass(frozen=True, eq=False)
+class ConceptTask(PictureTask):
+    """Everything frozen around the training of words; made by `prepare_task`.
+
+    Args:
+        covariance: of these text encoders.
+        words: the words to teach.
+        embeddings: of the super-class words, one for each word.
+        superclasses: i_super (J, d). layers: value projections, layer name to module path.
+        probe: fingerprint of the text encoders. contexts: of each word, prompts in which it is
+            averaged.
+    """
+
+    covariance: Covariance
+    words: tuple[NewWord, ...]
+    embeddings: tuple[WordEmbedding, ...]
+    superclasses: Tensor
+    layers: Mapping[str, str]
+    probe: Tensor
+    contexts: tuple[tuple[str, ...], ...]
+
+    @property
+    def facts(self) -> tuple[object, ...]:
+        """Also words, contexts and C."""
+        named = (self.words, self.contexts, self.base_name, self.probe)
+        return (*named, self.covariance.regularised)
 
     @torch.no_grad()
     def layer_output(self, path: str, rows: Tensor) -> Tensor:
@@ -296,8 +321,8 @@ def prepare_task(
         if name.endswith("attn2.to_v")
     }
     return ConceptTask(
-        base, text, covariance, tuple(words), tuple(embeddings),
-        encodings, layers, probe, own, base_name,
+        base, text, base_name, covariance, tuple(words), tuple(embeddings),
+        encodings, layers, probe, own,
     )  # fmt: skip
 
 

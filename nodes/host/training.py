@@ -1,7 +1,6 @@
 """What the training nodes of all methods share: inputs, the run with progress, the file."""
 
 import logging
-from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
@@ -15,18 +14,16 @@ from torch import Tensor
 from ...difflora_core.errors import InterruptedTraining
 from ...difflora_core.methods.base import PreparedAdaptation
 from ...difflora_core.storage.adapter_file import write_adaptation
-from ...difflora_core.text.covariance import Covariance
 from ...difflora_core.training.adaptation_run import (
     AdaptationResult,
     run_adaptation,
     run_fingerprint,
 )
-from ...difflora_core.training.concept_task import concept_examples, prepare_task
 from ...difflora_core.training.loop_config import MAX_TRAINING_SEED
 from .. import model_paths, sockets
 from .base import ComfyBase
 from .text import ComfyText, prepare, teach
-from .training_request import TrainingRequest
+from .training_request import Parts, PictureRequest
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +38,14 @@ PREVIEW_SIZE = 512
 
 
 def picture_sockets() -> list[io.Input]:
+    """Base model, pictures and what a new word needs."""
+    return [
+        *base_sockets(),
+        sockets.Covariance.Input("covariance", tooltip="From Build Covariance, with this CLIP."),
+    ]
+
+
+def base_sockets() -> list[io.Input]:
     """Base model and pictures."""
     return [
         io.Model.Input("model", tooltip="The base model; it stays as it is."),
@@ -51,7 +56,6 @@ def picture_sockets() -> list[io.Input]:
             tooltip="One to about ten pictures of the same thing, in the size that the model "
             "draws (1024 for SDXL). Different backgrounds help.",
         ),
-        sockets.Covariance.Input("covariance", tooltip="From Build Covariance, with this CLIP."),
     ]
 
 
@@ -78,12 +82,14 @@ def word_widgets() -> list[io.Input]:
     ]
 
 
-def training_widgets() -> list[io.Input]:
-    """How to train and what to keep."""
+def training_widgets(
+    batch_size: int = 4, file_name: str = "my_concept", folder: str = model_paths.CONCEPTS
+) -> list[io.Input]:
+    """How to train and what to keep, with these defaults, in a folder of models/."""
     return [
         io.Int.Input(
             "batch_size",
-            default=4,
+            default=batch_size,
             min=1,
             max=64,
             tooltip="Pictures in each step. Fewer need less memory.",
@@ -97,8 +103,8 @@ def training_widgets() -> list[io.Input]:
         ),
         io.String.Input(
             "file_name",
-            default="my_concept",
-            tooltip="Name of the file in models/difflora_concepts; a number is added rather than "
+            default=file_name,
+            tooltip=f"Name of the file in models/{folder}; a number is added rather than "
             "a file replaced.",
         ),
         io.Boolean.Input(
@@ -140,27 +146,15 @@ def training_outputs() -> list[io.Output]:
     ]
 
 
-@dataclass(frozen=True, eq=False)
-class Parts:
-    """What is connected to a training node."""
-
-    model: Any
-    clip: Any
-    vae: Any
-    images: Tensor
-    covariance: Covariance
-    masks: Tensor | None
-
-
 def train(
-    recipe: Any, config: Any, request: TrainingRequest, parts: Parts
+    recipe: Any, config: Any, request: PictureRequest, parts: Parts
 ) -> tuple[list[PreparedAdaptation], Any, str]:
     """Trains, writes a file for each word, and returns what was trained, the CLIP and a report.
 
     Args:
         recipe: a `RECIPE` of training/: its objective.
         config: its settings.
-        request: words, prompts and file.
+        request: what to teach, prompts and file.
         parts: what is connected.
 
     Raises:
@@ -174,7 +168,7 @@ def train(
             raise comfy.model_management.InterruptProcessingException from early
     files, clip = [], parts.clip
     for adaptation in result.adaptations:
-        path = model_paths.unused_file(model_paths.CONCEPTS, request.file_name)
+        path = model_paths.unused_file(request.folder, request.file_name)
         written = write_adaptation(path, adaptation, request.small_file)
         word = adaptation.word.word if adaptation.word else adaptation.method
         files.append(
@@ -194,19 +188,14 @@ def train(
     return [prepare(one, parts.clip) for one in result.adaptations], clip, report
 
 
-def _run(recipe: Any, config: Any, request: TrainingRequest, parts: Parts) -> AdaptationResult:
+def _run(recipe: Any, config: Any, request: PictureRequest, parts: Parts) -> AdaptationResult:
     """The recipe over ComfyUI's models, with its progress bar."""
-    words = request.new_words()
-    model_paths.new_file(model_paths.CONCEPTS, request.file_name)  # refuse before training
+    request.check()
+    model_paths.new_file(request.folder, request.file_name)  # refuse before training
     base, text = ComfyBase(parts.model, parts.vae), ComfyText(parts.clip)
-    masks = None if parts.masks is None else parts.masks.clone()
-    if masks is None:
+    if parts.masks is None:
         logger.info(NO_MASKS)
-    name = type(parts.model.model).__name__.lower()
-    task = prepare_task(base, text, parts.covariance, words, base_name=name)
-    prompts = [request.lines] * len(parts.images)
-    images = parts.images.clone()[..., :3]
-    examples = concept_examples(base, images, words, masks, prompts, request.mirror)
+    task, examples = request.setting(base, text, parts)
     objective = recipe(task, config)
     folder = model_paths.run_folder(run_fingerprint(objective, examples)[:24])
     bar = comfy.utils.ProgressBar(config.steps)

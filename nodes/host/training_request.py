@@ -1,22 +1,88 @@
-"""What an artist asks of a training node: words, their kinds, and prompts that hold them."""
+"""What an artist asks of a training node: pictures, prompts, and words with their kinds."""
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
+from torch import Tensor
+
+from ...difflora_core.base_model.protocol import BaseModel
 from ...difflora_core.errors import ConfigError
+from ...difflora_core.text.covariance import Covariance
+from ...difflora_core.text.encoders import TextEncoders
 from ...difflora_core.text.new_words import SLOT, TEMPLATES, find_words
-from ...difflora_core.training.concept_task import NewWord
+from ...difflora_core.training.concept_task import (
+    ConceptExamples,
+    NewWord,
+    PictureTask,
+    concept_examples,
+    prepare_task,
+)
+from .. import model_paths
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What is connected to a training node; words need the covariance."""
+
+    model: Any
+    clip: Any
+    vae: Any
+    images: Tensor
+    covariance: Covariance | None
+    masks: Tensor | None
+
+    @property
+    def base_name(self) -> str:
+        """The family of the model."""
+        return type(self.model.model).__name__.lower()
 
 
 @dataclass(frozen=True)
-class TrainingRequest:
-    """What to teach, in which prompts, and where to keep it."""
+class PictureRequest:
+    """Prompts of the pictures, one a line, and where to keep what is learned."""
 
-    word: str
-    superclass: str
+    folder: ClassVar[str] = model_paths.STYLES
     prompts: str
     file_name: str
     mirror: bool
     small_file: bool
+
+    @property
+    def lines(self) -> list[str]:
+        """Prompts to train in."""
+        return [line.strip() for line in self.prompts.split("\n") if line.strip()]
+
+    def check(self) -> None:
+        """Refuses what can be refused before a model is loaded.
+
+        Raises:
+            ConfigError: there is no prompt.
+        """
+        if not self.lines:
+            raise ConfigError("Write in prompts what the pictures show: a photo of a sks dog.")
+
+    def setting(
+        self, base: BaseModel, text: TextEncoders, parts: Parts
+    ) -> tuple[PictureTask, ConceptExamples]:
+        """What a recipe is trained in, and on."""
+        return PictureTask(base, text, parts.base_name), self.examples(base, parts)
+
+    def examples(
+        self, base: BaseModel, parts: Parts, words: list[NewWord] | None = None
+    ) -> ConceptExamples:
+        """The pictures, each with any of the prompts."""
+        images, prompts = parts.images.clone()[..., :3], [self.lines] * len(parts.images)
+        masks = None if parts.masks is None else parts.masks.clone()
+        return concept_examples(base, images, words or (), masks, prompts, self.mirror)
+
+
+@dataclass(frozen=True)
+class TrainingRequest(PictureRequest):
+    """Also words to teach, which the prompts hold."""
+
+    folder: ClassVar[str] = model_paths.CONCEPTS
+    word: str
+    superclass: str
     second_word: str = ""
     second_superclass: str = ""
 
@@ -73,3 +139,25 @@ class TrainingRequest:
                 raise ConfigError(f"No training prompt holds the new word {word}.")
             words.append(NewWord(word, kind, tuple(contexts)))
         return words
+
+    def check(self) -> None:
+        """Refuses words and prompts before a model is loaded.
+
+        Raises:
+            ConfigError: they do not fit each other.
+        """
+        self.new_words()
+
+    def setting(
+        self, base: BaseModel, text: TextEncoders, parts: Parts
+    ) -> tuple[PictureTask, ConceptExamples]:
+        """What a recipe of words is trained in, and on.
+
+        Raises:
+            ConfigError: nothing is connected as covariance.
+        """
+        words = self.new_words()
+        if parts.covariance is None:
+            raise ConfigError("A new word needs a covariance: connect Build Covariance.")
+        task = prepare_task(base, text, parts.covariance, words, base_name=parts.base_name)
+        return task, self.examples(base, parts, words)
