@@ -15,7 +15,7 @@ from ..difflora_core.storage.adapter_file import read_adaptation
 from . import model_paths, sockets
 from .host import covariance as host_covariance
 from .host.adapters import Link, with_link
-from .host.base import projector
+from .host.base import ModelLayers
 from .host.text import prepare, teach
 
 CATEGORY = "DiffLoRA/concepts"
@@ -294,6 +294,6 @@ class ExportConceptLoRA(io.ComfyNode):
     @classmethod
     def execute(cls, model, concept, lock_keys):
         with torch.no_grad():
-            project = projector(model, concept.adaptation)
-            weights = method(concept.adaptation.method).as_lora(concept, project, lock_keys)
+            layers = ModelLayers(model, concept.adaptation)
+            weights = method(concept.adaptation.method).as_lora(concept, layers, lock_keys)
         return io.NodeOutput(to_state_dict(weights, "kohya_ldm"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -236,7 +237,8 @@ def attach(
     for entry in adapters:
         entries[entry.layer].append(entry)
     for layer, target in modules.items():
-        hook = _LayerHook(entries[layer], handle)
+        live = [replace(entry, adapter=entry.adapter.on(target)) for entry in entries[layer]]
+        hook = _LayerHook(live, handle)
         handle.hold(target.register_forward_pre_hook(hook.before))
         handle.hold(target.register_forward_hook(hook.after))
     return handle

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 Strength = float | Tensor
 """One number, or one for each sample of the batch: (B,)."""
@@ -22,6 +22,11 @@ class LayerAdapter(Protocol):
 
     Subclass it and override what the method needs; the defaults change nothing.
     """
+
+    def on(self, layer: nn.Module) -> LayerAdapter:
+        """The adapter as it acts on a live layer; for those that need its bias or its kind."""
+        del layer
+        return self
 
     def substitute(self, x: Tensor) -> Tensor:
         """Input that the layer should see instead of ``x``; (B, ..., in) to the same shape."""

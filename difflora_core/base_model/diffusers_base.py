@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..lora.layout import LoRALayout, layout_from_unet_config
+from ..lora.layout import ATTENTION_PROJECTIONS, LoRALayout, layout_from_unet_config
 from .protocol import TextCondition
 
 if TYPE_CHECKING:
@@ -35,10 +35,12 @@ class DiffusersBase:
         self.alphas_cumprod: Tensor = scheduler.alphas_cumprod
         self.prediction_type: str = scheduler.config.prediction_type
 
-    def layout(self, base: str, rank: int) -> LoRALayout:
-        """LoRA layout of the UNet's attention projections."""
+    def layout(
+        self, base: str, rank: int, targets: tuple[str, ...] = ATTENTION_PROJECTIONS
+    ) -> LoRALayout:
+        """LoRA layout of the UNet's layers whose names end so."""
         config: Mapping[str, Any] = self.unet.config
-        return layout_from_unet_config(base, dict(config), rank)
+        return layout_from_unet_config(base, dict(config), rank, targets)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> TextCondition:

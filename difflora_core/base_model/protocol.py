@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..lora.layout import LoRALayout
+from ..lora.layout import ATTENTION_PROJECTIONS, LoRALayout
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,10 @@ class BaseModel(Protocol):
     alphas_cumprod: Tensor
     prediction_type: str
 
-    def layout(self, base: str, rank: int) -> LoRALayout:
-        """LoRA layout of the UNet's attention projections."""
+    def layout(
+        self, base: str, rank: int, targets: tuple[str, ...] = ATTENTION_PROJECTIONS
+    ) -> LoRALayout:
+        """LoRA layout of the UNet's layers whose names end so."""
 
     def encode_prompts(self, prompts: Sequence[str]) -> TextCondition:
         """Encode prompts."""
@@ -45,6 +47,18 @@ class BaseModel(Protocol):
 
     def predict(self, noisy: Tensor, timesteps: Tensor, text: TextCondition) -> Tensor:
         """The UNet's output for noisy latents (B, C, h, w) at timesteps (B,)."""
+
+
+def layer_weight(base: BaseModel, path: str) -> Tensor:
+    """The weight of a layer of the UNet, float32 or better: its own word (`weight`), or as it is.
+
+    Args:
+        base: the base model.
+        path: of the module.
+    """
+    own: Callable[[str], Tensor] | None = getattr(base, "weight", None)
+    weight = base.unet.get_parameter(f"{path}.weight").detach() if own is None else own(path)
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def compute_dtype(base: BaseModel) -> torch.dtype:

@@ -64,7 +64,10 @@ SDXL_UNET_CONFIG: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One layer of a layout: canonical name, input and output width, name in diffusers."""
+    """One layer of a layout: canonical name, input and output width, name in diffusers.
+
+    Of a convolution the widths are its channels.
+    """
 
     name: str
     in_features: int
@@ -183,6 +186,18 @@ class LoRALayout:
         return layout
 
 
+def module_size(module: object) -> tuple[int, ...]:
+    """(in, out) features of a linear layer; of a convolution (in, out, kernel height and width).
+
+    It asks for attributes, since bases keep their weights in layers of many classes. Empty for
+    other modules.
+    """
+    kernel = getattr(module, "kernel_size", ())
+    names = ("in_channels", "out_channels") if kernel else ("in_features", "out_features")
+    sizes = [getattr(module, name) for name in names if hasattr(module, name)]
+    return (*sizes, *kernel) if len(sizes) == 2 else ()
+
+
 @lru_cache(maxsize=8)
 def _meta_unet(config_text: str) -> nn.Module:
     """The UNet of a config, with shapes only (meta device); cached, treat as read-only."""
@@ -273,13 +288,13 @@ def layout_from_unet_config(
     rank: int,
     targets: tuple[str, ...] = ATTENTION_PROJECTIONS,
 ) -> LoRALayout:
-    """Layout of the linear layers whose path ends in one of ``targets``. Ours.
+    """Layout of the layers whose canonical name ends in one of ``targets``. Ours.
 
     Args:
         base: family name stored in the layout.
         config: configuration of a diffusers ``UNet2DConditionModel``; built on the meta device.
         rank: LoRA rank of every layer.
-        targets: path endings; the default is every attention projection.
+        targets: endings of names; the default is every attention projection.
 
     Raises:
         LayoutError: when no layer matches.
@@ -287,11 +302,11 @@ def layout_from_unet_config(
     unet = _meta_unet(_config_text(config))
     layers = []
     for path, ldm in unet_name_map(config).items():
-        module = unet.get_submodule(path)
-        if isinstance(module, nn.Linear) and path.endswith(tuple(f".{t}" for t in targets)):
-            layers.append(LayerShape(ldm, module.in_features, module.out_features, path))
+        size = module_size(unet.get_submodule(path))
+        if size and ldm.endswith(tuple(f".{t}" for t in targets)):
+            layers.append(LayerShape(ldm, size[0], size[1], path))
     if not layers:
-        raise LayoutError(f"The base model {base} has no linear layer that ends in {targets}.")
+        raise LayoutError(f"The base model {base} has no layer that ends in {targets}.")
     return LoRALayout(base, rank, tuple(layers))
 
 

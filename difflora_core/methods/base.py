@@ -10,7 +10,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -129,14 +129,38 @@ class AppliedAdaptation:
         )
 
 
+class LiveLayers(Protocol):
+    """The layers of a loaded base model, by name, whatever their storage is."""
+
+    def __call__(self, layer: str, rows: Tensor) -> Tensor:
+        """What a layer makes of rows (n, in): (n, out)."""
+
+    def weight(self, layer: str) -> Tensor:
+        """Its weight (out, in) or (out, in, kh, kw), float32 or better, on the CPU."""
+
+
+@dataclass(frozen=True, eq=False)
+class WeightEdit:
+    """A new weight made from the live one; at strength s: weight + s (new - weight).
+
+    `function`: (weight, *tensors) to the new weight, of the same shape. `tensors`: what it needs.
+    """
+
+    function: Callable[..., Tensor]
+    tensors: tuple[Tensor, ...]
+
+
 class Method(ABC):
     """A way to adapt a base model; a class without instances.
 
     `name`: in files, and the stem of its files. `Config`: its settings when it is applied.
+    `of_base`: it takes something from the base model's own output, and not from what others add to
+    it, so it acts before them wherever it stands.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type[Config]]
+    of_base: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
@@ -154,8 +178,8 @@ class Method(ABC):
 
     @classmethod
     @abstractmethod
-    def layer_sizes(cls, adaptation: TrainedAdaptation) -> dict[str, tuple[int, int]]:
-        """Layer to the (in, out) features that the adaptation was made for."""
+    def layer_sizes(cls, adaptation: TrainedAdaptation) -> Mapping[str, tuple[int, ...]]:
+        """Layer to the `module_size` that the adaptation was made for."""
 
     @classmethod
     @abstractmethod
@@ -167,17 +191,23 @@ class Method(ABC):
         """
 
     @classmethod
+    def weight_edits(cls, applied: AppliedAdaptation) -> dict[str, WeightEdit] | None:
+        """Layer to what the whole adaptation makes of its weight; None where it is no such thing.
+
+        With them a host changes weights once instead of outputs in every step.
+        """
+        del applied
+        return None
+
+    @classmethod
     def as_lora(
-        cls,
-        prepared: PreparedAdaptation,
-        project: Callable[[str, Tensor], Tensor],
-        lock_keys: bool = True,
+        cls, prepared: PreparedAdaptation, project: LiveLayers, lock_keys: bool = True
     ) -> LoRAWeights:
         """The adaptation as a plain LoRA, as nearly as it can be one.
 
         Args:
             prepared: what was trained.
-            project: layer name and encodings (n, in) to what that layer makes of them (n, out).
+            project: the layers of the base model that the LoRA is for.
             lock_keys: keep the layout of the super-class word, where a method can.
 
         Raises:
@@ -194,9 +224,9 @@ class Method(ABC):
         return cls.as_lora.__func__ is not Method.as_lora.__func__  # type: ignore[attr-defined]
 
 
-def layout_hash(sizes: Mapping[str, tuple[int, int]]) -> str:
-    """Digest of layer names and (in, out) features: equal for adaptations of one base model."""
-    lines = sorted(f"{name} {size[0]} {size[1]}" for name, size in sizes.items())
+def layout_hash(sizes: Mapping[str, tuple[int, ...]]) -> str:
+    """Digest of layer names and sizes: equal for adaptations of one base model."""
+    lines = sorted(f"{name} {' '.join(map(str, size))}" for name, size in sizes.items())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 

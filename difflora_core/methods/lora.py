@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from ..adapters.base import AdapterSet
 from ..adapters.lora import lora_adapter_set
 from ..config import Config
 from ..errors import LayoutError
 from ..lora.weights import LoRALayer, LoRAWeights
-from .base import AppliedAdaptation, Method, PreparedAdaptation, TrainedAdaptation
+from .base import AppliedAdaptation, LiveLayers, Method, PreparedAdaptation, TrainedAdaptation
 
 TENSORS = {"down", "up", "alpha"}
 
@@ -70,10 +69,7 @@ class LoRA(Method):
 
     @classmethod
     def as_lora(
-        cls,
-        prepared: PreparedAdaptation,
-        project: Callable[[str, Tensor], Tensor],
-        lock_keys: bool = True,
+        cls, prepared: PreparedAdaptation, project: LiveLayers, lock_keys: bool = True
     ) -> LoRAWeights:
         """Itself: down (r, in), up (out, r) of every layer."""
         return lora_weights(prepared.adaptation)

@@ -6,7 +6,7 @@ training; several concepts share a model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -19,7 +19,14 @@ from ..adapters.token_gate import ConceptMatcher, GatedConcept, SigmoidGate
 from ..config import Config
 from ..errors import ConfigError, LayoutError
 from ..lora.weights import LoRALayer, LoRAWeights
-from .base import AppliedAdaptation, ConceptMethod, PreparedAdaptation, settings_as, unit_covector
+from .base import (
+    AppliedAdaptation,
+    ConceptMethod,
+    LiveLayers,
+    PreparedAdaptation,
+    settings_as,
+    unit_covector,
+)
 
 Lock = Literal["none", "local", "global"]
 Combine = Literal["approximate", "exact"]
@@ -97,10 +104,7 @@ class Perfusion(ConceptMethod):
 
     @classmethod
     def as_lora(
-        cls,
-        prepared: PreparedAdaptation,
-        project: Callable[[str, Tensor], Tensor],
-        lock_keys: bool = True,
+        cls, prepared: PreparedAdaptation, project: LiveLayers, lock_keys: bool = True
     ) -> LoRAWeights:
         """The ungated edit as a rank-one LoRA: W' = W + (o* - W i*) c' (section 4).
 

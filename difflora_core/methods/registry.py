@@ -6,12 +6,14 @@ from ..errors import ConfigError
 from .base import Method
 from .infusion import Infusion
 from .lora import LoRA
+from .para import PaRa
 from .perfusion import Perfusion
 
 METHODS: dict[str, type[Method]] = {
     LoRA.name: LoRA,
     Perfusion.name: Perfusion,
     Infusion.name: Infusion,
+    PaRa.name: PaRa,
 }
 
 

@@ -5,6 +5,7 @@ adapters are hooked onto the network for one call and taken off again: other clo
 never see them, and nothing of this is left on the network between two calls.
 """
 
+import logging
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,6 +24,9 @@ from ...difflora_core.errors import ConfigError
 from ...difflora_core.methods.base import AppliedAdaptation
 from ...difflora_core.methods.registry import method
 from .base import check_fits
+from .weights import has_additions, weights_of, with_weights
+
+logger = logging.getLogger(__name__)
 
 KEY = "difflora"
 NEGATIVE = "difflora_negative"
@@ -31,6 +35,10 @@ CALL = comfy.patcher_extension.WrappersMP.APPLY_MODEL
 PREPARE = comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING
 BEGIN = comfy.patcher_extension.CallbacksMP.ON_PRE_RUN
 END = comfy.patcher_extension.CallbacksMP.ON_CLEANUP
+FROM_LORAS = (
+    "%s: what acts on a part of the steps or prompts takes something out of loaded LoRAs, too. "
+    "Let it act on all of them to leave them whole."
+)
 KEPT = 8  # sets of adapters: of the steps of a run, with and without the negative prompt
 
 
@@ -53,6 +61,16 @@ class Link:
                 f"{self.applied.adaptation.title} would never act: it starts at {self.start:.0%} "
                 f"of the steps, after its end at {self.end:.0%}. Choose a start before the end."
             )
+
+    @property
+    def always(self) -> bool:
+        """Whether it acts in every step, on every prompt."""
+        return (self.start, self.end, self.positive_only) == (0.0, 1.0, False)
+
+    @property
+    def of_base(self) -> bool:
+        """Whether it takes something from the base model's output, see `Method`."""
+        return method(self.applied.adaptation.method).of_base
 
     @property
     def word(self) -> str | None:
@@ -104,9 +122,10 @@ class AdapterChain:
         Raises:
             ConfigError: it did not ask what is on this model, so that would have no effect.
         """
-        del patcher
+        titles = ", ".join(link.applied.adaptation.title for link in self.links)
+        if any(link.of_base for link in self.links) and has_additions(patcher):
+            logger.warning(FROM_LORAS, titles)
         if not self.prepared:
-            titles = ", ".join(link.applied.adaptation.title for link in self.links)
             raise ConfigError(
                 f"{titles} would have no effect on this model: the sampler or guider does not run "
                 "what is on it (Dual Model Guider runs its second model so). Apply it to the model "
@@ -173,13 +192,16 @@ class AdapterChain:
 
 
 def adapter_set(applied: Sequence[AppliedAdaptation]) -> AdapterSet:
-    """Adapters in the order of a chain; neighbours of one method are made together.
+    """Adapters in the order of a chain, those of the base model first.
+
+    Neighbours of one method are made together.
 
     Raises:
         ConfigError, LayoutError: they cannot be together.
     """
     entries = AdapterSet(())
-    for name, own in groupby(applied, key=lambda part: part.adaptation.method):
+    ordered = sorted(applied, key=lambda part: not method(part.adaptation.method).of_base)
+    for name, own in groupby(ordered, key=lambda part: part.adaptation.method):
         entries += method(name).adapters(list(own))
     return entries
 
@@ -200,6 +222,8 @@ def chain_of(model: Any) -> tuple[Link, ...]:
 def with_link(model: Any, link: Link) -> Any:
     """A clone of a model with one link more.
 
+    What always acts and is a new weight is put into the weights; else it acts on outputs.
+
     Raises:
         ConfigError, LayoutError: it cannot be on this model, or not beside the links there.
     """
@@ -208,6 +232,9 @@ def with_link(model: Any, link: Link) -> Any:
         raise ConfigError(f"{link.applied.adaptation.title} is on this model already.")
     check_fits(model, link.applied.adaptation)
     chain = [*links, link]
-    for acting in (chain, [link]):  # refuse before sampling
-        adapter_set([one.applied for one in acting])
+    everything = [*weights_of(model), *(one.applied for one in chain)]
+    for acting in (everything, [link.applied]):  # refuse before sampling
+        adapter_set(acting)
+    if link.always and method(link.applied.adaptation.method).weight_edits(link.applied):
+        return with_weights(model, link.applied)
     return AdapterChain(chain).on(model)

@@ -1,6 +1,6 @@
 """ComfyUI's models as a base to train, and what fits on them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import comfy.model_management
@@ -10,29 +10,42 @@ from torch import Tensor
 
 from ...difflora_core.base_model.protocol import TextCondition
 from ...difflora_core.errors import ConfigError, LayoutError
-from ...difflora_core.lora.layout import ATTENTION_PROJECTIONS, LayerShape, LoRALayout
+from ...difflora_core.lora.layout import (
+    ATTENTION_PROJECTIONS,
+    LayerShape,
+    LoRALayout,
+    module_size,
+)
 from ...difflora_core.methods.base import TrainedAdaptation
 from ...difflora_core.methods.registry import method
 from .text import leave_inference, stopping
+from .weights import live_weight
 
 TRAINING_BYTES = 4 * 2**30  # activations of a training step; ComfyUI knows the weights
 
 
-def projector(model: Any, adaptation: TrainedAdaptation) -> Callable[[str, Tensor], Tensor]:
-    """What the layers of a loaded model make of encodings (n, in), whatever their storage is.
+class ModelLayers:
+    """The layers of a model's UNet, whatever their storage is (`LiveLayers`).
 
     Raises:
         LayoutError: the adaptation is for another base model.
     """
-    check_fits(model, adaptation)
-    comfy.model_management.load_models_gpu([model])
-    unet, dtype = model.model.diffusion_model, model.model.get_dtype_inference()
 
-    def project(layer: str, rows: Tensor) -> Tensor:
-        part = unet.get_submodule(layer)
-        return part(rows.to(model.load_device, dtype)).float().cpu()
+    def __init__(self, model: Any, adaptation: TrainedAdaptation) -> None:
+        check_fits(model, adaptation)
+        comfy.model_management.load_models_gpu([model])
+        self.model = model
 
-    return project
+    def __call__(self, layer: str, rows: Tensor) -> Tensor:
+        """What a layer makes of rows (n, in): (n, out), float32, on the CPU."""
+        part = self.model.model.diffusion_model.get_submodule(layer)
+        dtype = self.model.model.get_dtype_inference()
+        made: Tensor = part(rows.to(self.model.load_device, dtype)).float().cpu()
+        return made
+
+    def weight(self, layer: str) -> Tensor:
+        """Its weight, float32, on the CPU; without what a LoRA adds to it."""
+        return live_weight(self.model, layer).cpu()
 
 
 def check_fits(model: Any, adaptation: TrainedAdaptation) -> None:
@@ -43,12 +56,7 @@ def check_fits(model: Any, adaptation: TrainedAdaptation) -> None:
     """
     sizes = method(adaptation.method).layer_sizes(adaptation)
     parts = dict(model.model.diffusion_model.named_modules())
-    wrong = [
-        name
-        for name, size in sizes.items()
-        if (getattr(parts.get(name), "in_features", 0), getattr(parts.get(name), "out_features", 0))
-        != size
-    ]
+    wrong = [name for name, size in sizes.items() if module_size(parts.get(name)) != size]
     if wrong:
         raise LayoutError(
             f"{adaptation.title} was made for {adaptation.base}: {len(wrong)} of its {len(sizes)} "
@@ -57,13 +65,15 @@ def check_fits(model: Any, adaptation: TrainedAdaptation) -> None:
         )
 
 
-def unet_layout(model: Any, base: str, rank: int) -> LoRALayout:
-    """The attention projections of ComfyUI's UNet."""
-    endings = tuple(f".{target}" for target in ATTENTION_PROJECTIONS)
+def unet_layout(
+    model: Any, base: str, rank: int, targets: tuple[str, ...] = ATTENTION_PROJECTIONS
+) -> LoRALayout:
+    """The layers of ComfyUI's UNet whose names end so, attention projections unless given."""
+    endings = tuple(f".{target}" for target in targets)
     layers = [
-        LayerShape(name, part.in_features, part.out_features, name)
+        LayerShape(name, size[0], size[1], name)
         for name, part in model.model.diffusion_model.named_modules()
-        if name.endswith(endings)
+        if name.endswith(endings) and (size := module_size(part))
     ]
     return LoRALayout(base, rank, tuple(layers))
 
@@ -93,9 +103,15 @@ class ComfyBase:
         )
         leave_inference(self.unet)
 
-    def layout(self, base: str, rank: int) -> LoRALayout:
-        """The UNet's attention projections."""
-        return unet_layout(self.patcher, base, rank)
+    def layout(
+        self, base: str, rank: int, targets: tuple[str, ...] = ATTENTION_PROJECTIONS
+    ) -> LoRALayout:
+        """LoRA layout of the UNet's layers whose names end so."""
+        return unet_layout(self.patcher, base, rank, targets)
+
+    def weight(self, path: str) -> Tensor:
+        """The weight of a layer before it is patched, float32, where the base computes."""
+        return live_weight(self.patcher, path)
 
     def encode_prompts(self, prompts: Sequence[str]) -> TextCondition:
         """Not part of this base: recipes of concepts bring their own text encoders."""
