@@ -4,7 +4,8 @@ from typing import get_args, get_type_hints
 
 from comfy_api.latest import io
 
-from ..difflora_core.methods.para import BOUND
+from ..difflora_core.methods.base import PreparedAdaptation
+from ..difflora_core.methods.para import BOUND, join
 from ..difflora_core.training.para import PaRaObjective, PaRaTraining
 from . import model_paths, sockets
 from .host import training
@@ -95,6 +96,31 @@ class TrainPaRa(io.ComfyNode):
         return io.NodeOutput(styles[0], report)
 
 
+class JoinPaRa(io.ComfyNode):
+    """Two narrower models as one."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DiffLoRA_JoinPaRa",
+            display_name="Join PaRa",
+            category=CATEGORY,
+            description="Makes one of two PaRa, in no order: all that either takes out is gone. "
+            "One after another in a chain, the second brings back a little of what the first took "
+            "out.",
+            search_aliases=["para", "combine styles", "merge styles"],
+            inputs=[
+                sockets.Style.Input("first", tooltip="A PaRa, from Train PaRa or a file."),
+                sockets.Style.Input("second", tooltip="Another one, for the same base model."),
+            ],
+            outputs=[sockets.Style.Output(display_name="style", tooltip="For Apply Style.")],
+        )
+
+    @classmethod
+    def execute(cls, first, second):
+        return io.NodeOutput(PreparedAdaptation(join(first.adaptation, second.adaptation)))
+
+
 def _long_tail() -> list[io.Input]:
     """What is seldom needed."""
     hints = get_type_hints(PaRaTraining)
@@ -138,4 +164,4 @@ def _long_tail() -> list[io.Input]:
     ]
 
 
-NODES = [TrainPaRa]
+NODES = [TrainPaRa, JoinPaRa]

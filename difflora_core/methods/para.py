@@ -164,9 +164,14 @@ def join(first: TrainedAdaptation, second: TrainedAdaptation) -> TrainedAdaptati
     them has stay as they are. Facts and settings are the first one's.
 
     Raises:
-        ConfigError: together they take out more than their bound.
+        ConfigError: one is of another method, or together they take out more than their bound.
         LayoutError: they are for different base models, or share a direction.
     """
+    for part in (first, second):
+        if part.method != PaRa.name:
+            raise ConfigError(
+                f"{part.title} was trained by {part.method}; only PaRa can be joined with PaRa."
+            )
     sizes, others = PaRa.layer_sizes(first), PaRa.layer_sizes(second)
     wrong = [name for name in sizes if others.get(name, sizes[name]) != sizes[name]]
     if wrong:

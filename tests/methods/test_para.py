@@ -95,6 +95,8 @@ def test_joined_it_is_one_of_both_ranks(net):
         assert float((part.layers[LAYERS[1]]["directions"].mT @ left).abs().max()) < 1e-12
     with pytest.raises(LayoutError, match="coincide"):
         join(first, first)
+    with pytest.raises(ConfigError, match="trained by lora; only PaRa"):
+        join(first, replace(second, method="lora"))
     with pytest.raises(LayoutError, match="different base models"):
         join(first, trained(2, out=5))
     with pytest.raises(ConfigError, match="2 of 4 directions"):

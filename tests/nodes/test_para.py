@@ -126,6 +126,20 @@ def test_it_is_the_written_out_weight_and_leaves_the_model_alone(unet, trained, 
     assert torch.equal(call(nothing), bare)
 
 
+def test_joined_it_takes_out_all_of_both(node_module, unet, trained, on):
+    model, one, two = unet(), trained(1), trained(2)
+    bare = call(model)
+    (joined,) = node_module("para").JoinPaRa.execute(one, two).result
+    wanted = unet()
+    for layer, tensors in one.adaptation.layers.items():
+        weight = wanted.model.diffusion_model.get_submodule(layer).weight
+        other = two.adaptation.layers[layer]["directions"]
+        b, flat = torch.cat([tensors["directions"], other], 1).double(), weight.data.flatten(1)
+        left = flat.double() - b @ torch.linalg.lstsq(b, flat.double()).solution
+        weight.data = left.reshape(weight.shape).to(weight.dtype)
+    close(call(on(model, joined)), call(wanted), bare)
+
+
 @pytest.mark.parametrize("first", ["para", "lora"])
 def test_a_lora_stays_whole_wherever_it_is_loaded(unet, trained, on, first):
     model, one, patches = unet(), trained(1), lora_patches(unet())
