@@ -1,13 +1,14 @@
 """Face recogniser: the FaceEncoder protocol and its insightface implementation.
 
 insightface is optional and imported on first use. Its FaceAnalysis downloads models when a folder
-is missing, so it is only ever built on a folder that `face_folder.py` has checked.
+is missing, so it is only ever built on a folder that `face_folder.py` has checked, and cannot then.
 """
 
 from __future__ import annotations
 
 import importlib
 import logging
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,6 +82,25 @@ def _import_insightface() -> tuple[Any, Any]:
         ) from error
 
 
+@contextmanager
+def _no_download(folder: Path) -> Iterator[None]:
+    """A block in which insightface takes a folder as it is.
+
+    It downloads a package whose folder is missing, also one that vanished since it was checked.
+    """
+    module = importlib.import_module("insightface.app.face_analysis")
+    with _LOADING:
+        download = module.ensure_available
+        module.ensure_available = lambda *_, **__: str(folder)
+        try:
+            yield
+        finally:
+            module.ensure_available = download
+
+
+_LOADING = threading.Lock()
+
+
 class InsightFaceEncoder:
     """FaceEncoder over insightface's FaceAnalysis (2.x, and 0.7.3's call form).
 
@@ -117,14 +137,13 @@ class InsightFaceEncoder:
         available = tuple(onnxruntime.get_available_providers())
         chosen = choose_providers(provider, available)
         try:
-            # An absolute folder as `name` is taken as it is by 2.x, and by 0.7.3 because joining
-            # an absolute path to `root` gives that path: one call form, no download in either.
-            analysis = app.FaceAnalysis(
-                name=str(folder.path),
-                root=str(folder.path.parent),
-                allowed_modules=["detection", "recognition"],
-                providers=chosen,
-            )
+            with _no_download(folder.path):
+                analysis = app.FaceAnalysis(
+                    name=str(folder.path),
+                    root=str(folder.path.parent),
+                    allowed_modules=["detection", "recognition"],
+                    providers=chosen,
+                )
             analysis.prepare(ctx_id=0, det_thresh=det_thresh, det_size=(det_size, det_size))
         except Exception as error:  # onnxruntime's errors share no base class of their own
             raise EncoderError(

@@ -160,9 +160,7 @@ def _manifest_files(path: Path) -> dict[str, str] | None:
 
 def _packaged_folder(path: Path, files: dict[str, str]) -> FaceFolder:
     """A folder whose manifest names the files; those that are not there count as missing."""
-    present = {
-        task: file for task, file in files.items() if (path / file).is_file() and ".." not in file
-    }
+    present = {task: file for task, file in files.items() if _is_inside(path, file)}
     return FaceFolder(
         path=path.resolve(),
         files=tuple(sorted(present.values())) or ("manifest.json",),
@@ -170,6 +168,15 @@ def _packaged_folder(path: Path, files: dict[str, str]) -> FaceFolder:
         recogniser=present.get("recognition"),
         unreadable=tuple(file for file in present.values() if _task(path / file) == "unreadable"),
     )
+
+
+def _is_inside(folder: Path, name: str) -> bool:
+    """Whether a name from a manifest is that of a file in the folder or below it."""
+    try:
+        file = (folder / name).resolve()
+        return file.is_file() and folder.resolve() in file.parents
+    except (OSError, ValueError):  # too long, or no name at all
+        return False
 
 
 def _nothing_found(base: Path, candidates: list[Path]) -> str:

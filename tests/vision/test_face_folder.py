@@ -112,3 +112,37 @@ def test_an_absolute_name_never_leads_to_a_download(face_directory, tmp_path):
 
     found = ensure_available("models", str(face_directory), root=str(tmp_path))
     assert found == str(face_directory)
+
+
+def test_a_folder_that_vanishes_is_not_downloaded(face_directory, tmp_path, monkeypatch):
+    """Between the check and the load; `no_network` sees to it that nobody asks for it."""
+    from difflora_core.vision import face_encoder
+
+    folder = shutil.copytree(face_directory, tmp_path / "buffalo_l")
+
+    def gone(directory, name=None):
+        found = find_face_folder(directory, name)
+        shutil.rmtree(folder)
+        return found
+
+    monkeypatch.setattr(face_encoder, "find_face_folder", gone)
+    with pytest.raises(EncoderError, match="could not load the models"):
+        InsightFaceEncoder(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["/{folder}/elsewhere.onnx", "../elsewhere.onnx", "x" * 5000, "\0", "\ud800", 3, None, []],
+)
+def test_a_manifest_names_files_of_its_folder_alone(face_directory, tmp_path, name):
+    folder = shutil.copytree(face_directory, tmp_path / "mine")
+    shutil.copy(folder / "recogniser.onnx", tmp_path / "elsewhere.onnx")
+    if isinstance(name, str):
+        name = name.replace("/{folder}", str(tmp_path))
+    tasks = {"detection": {"file": "detector.onnx"}, "recognition": {"file": name}}
+    manifest = {"manifest_version": 2, "tasks": tasks}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(EncoderError, match="lacks a recogniser") as caught:
+        find_face_folder(folder)
+    assert len(str(caught.value).encode()) < 2000
