@@ -38,10 +38,9 @@ class DiffLoRAError(Exception):
     """
 
     def __init__(self, message: str = "") -> None:
-        head, tail = MAX_MESSAGE * 3 // 4, MAX_MESSAGE // 4  # the remedy stands at the end
-        if len(message) > MAX_MESSAGE:
-            message = f"{message[:head]} … {message[-tail:]}"
-        super().__init__(_escaped(message, "\n"))
+        text = _escaped(message, "\n")
+        head, tail = MAX_MESSAGE * 3 // 4, MAX_MESSAGE // 4 - 3  # the remedy stands at the end
+        super().__init__(text if len(text) <= MAX_MESSAGE else f"{text[:head]} … {text[-tail:]}")
 
 
 class LayoutError(DiffLoRAError):

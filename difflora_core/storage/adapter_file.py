@@ -158,6 +158,10 @@ def _adaptation(
             tensors["probe"].float(),
             tuple(document["contexts"]) or TEMPLATES,
         )
+    own_tensors = [tensor for tensors in layers.values() for tensor in tensors.values()]
+    halves = [t for t in own_tensors if t.numel() > 1] + list(word.embeddings if word else ())
+    if any(float(t.abs().max()) > torch.finfo(torch.float16).max for t in halves):
+        raise LayoutError("it holds a value too large for float16; it was altered.")
     settings = kind.Config.from_dict(document.get("settings", {}))
     made = TrainedAdaptation(
         kind.name, document["base"], settings, shared, layers, word, document["facts"]

@@ -181,7 +181,8 @@ def _facts(path: Path, header: Header) -> dict[str, Any]:
     sound = sound and len(names) == len(set(names)) == shape[0] <= MAX_IDENTITIES
     pictures = {f"picture.{row}" for row in range(len(names))}
     for name, (kind, size) in header.tensors.items():
-        fits = name in pictures and kind == "U8" and len(size) == 1 and size[0] <= MAX_PICTURE_BYTES
+        fits = name in pictures and kind == "U8" and len(size) == 1
+        fits = fits and 0 < size[0] <= MAX_PICTURE_BYTES
         sound = sound and (name == "latents" or fits)
     if not sound:
         raise LibraryError(f"{path.name} is damaged: its tensors do not fit its list of people.")

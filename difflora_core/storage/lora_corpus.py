@@ -135,10 +135,12 @@ def _load(path: Path) -> LoRACorpus:
         layout = _described(file.header)
         tensors, facts = file.read_all(), file.header.metadata
     identities = tuple(tensors["identities"].tolist())
+    if min(identities, default=0) < 0:
+        raise _altered(f"it has an identity {min(identities)}, and they are numbered from 0")
     layers = {
         shape.name: LoRALayer(
-            tensors[f"down.{shape.name}"].float().expand(len(identities), -1, -1),
-            tensors[f"up.{shape.name}"].float(),
+            _single(tensors[f"down.{shape.name}"]).expand(len(identities), -1, -1),
+            _single(tensors[f"up.{shape.name}"]),
             float(layout.rank),
         )
         for shape in layout
@@ -177,6 +179,14 @@ def _described(header: Header) -> LoRALayout:
         if not whole and kinds[name] not in ("F32", "F16", "BF16", "F64"):
             raise _altered(f"{name} is stored as {kinds[name]}")
     return layout
+
+
+def _single(stored: Tensor) -> Tensor:
+    """A factor in float32, where numbers of float64 may have no place."""
+    factor = stored.float()
+    if not bool(factor.isfinite().all()):
+        raise _altered("it holds a number beyond float32")
+    return factor
 
 
 def _altered(reason: str) -> CheckpointError:

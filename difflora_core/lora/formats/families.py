@@ -354,13 +354,15 @@ def loha_layer(
         Canonical float32 layer, relative Frobenius error.
 
     Raises:
-        LoRAFileError: when a matrix is missing, or the layer is too large.
+        LoRAFileError: when a matrix is missing, their ranks differ, or the layer is too large.
     """
     names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
     missing = [name for name in names if name not in parts]
     if missing:
         raise LoRAFileError(f"A LoHa layer lacks {', '.join(missing)}.")
     a1, b1, a2, b2 = (parts[name].double() for name in names)
+    if (a1.shape[1], a2.shape[1]) != (len(b1), len(b2)):
+        raise LoRAFileError("A LoHa layer has factors of different ranks; the file is damaged.")
     out, width, inner = len(a1), b1.shape[1], len(b1) * len(b2)
     scale = 1.0 if alpha is None else alpha / b1.shape[0]
     if inner >= min(out, width):  # then delta W is the smaller of the two
