@@ -115,7 +115,7 @@ def _mine_or_demo(kind: str, part: Path, name: str) -> str | None:
     if path is not None:
         return path
     for folder in _demo_folders(part):
-        if name and Path(name).name == name and (folder / name).is_file():
+        if name in {file.name for file in folder.glob("*.safetensors")}:  # it is from a prompt
             return str(folder / name)
     return None
 
@@ -177,14 +177,12 @@ def insightface_folders() -> list[Path]:
 
 def insightface_packages() -> list[str]:
     """Names of the packages there, for a node's list; a half-empty one is listed, to be named."""
-    names = {
-        path.name
-        for folder in insightface_folders()
-        if folder.is_dir()
-        for path in folder.iterdir()
-        if path.is_dir()
-    }
-    return sorted(names)
+    return sorted({name for folder in insightface_folders() for name in _packages(folder)})
+
+
+def _packages(folder: Path) -> set[str]:
+    """Names of what lies directly in a folder: a name from a prompt is compared with them."""
+    return {path.name for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else set()
 
 
 def insightface_package(name: str) -> str:
@@ -194,8 +192,7 @@ def insightface_package(name: str) -> str:
         FileNameError: it is not there; the message names the folders searched.
     """
     for folder in insightface_folders():
-        # The name comes from a prompt: only what lies directly in the folder.
-        if name not in ("", "..") and Path(name).name == name and (folder / name).is_dir():
+        if name in _packages(folder):
             return str(folder / name)
     folders = " or ".join(str(folder) for folder in insightface_folders())
     raise FileNameError(

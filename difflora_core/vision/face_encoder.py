@@ -88,7 +88,7 @@ def _no_download(folder: Path) -> Iterator[None]:
 
     It downloads a package whose folder is missing, also one that vanished since it was checked.
     """
-    module = importlib.import_module("insightface.app.face_analysis")
+    module: Any = importlib.import_module("insightface.app.face_analysis")
     with _LOADING:
         download = module.ensure_available
         module.ensure_available = lambda *_, **__: str(folder)

@@ -4,6 +4,7 @@ Its demo world is the shipped one; while that is not trained, one with random we
 """
 
 import importlib.util
+import os
 import urllib.request
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -142,18 +143,48 @@ def plain_picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], dict[str, str]]:
+    """Makes variables that keep a Python process from the network.
+
+    The file ASKED then says who tried to reach it.
+    """
+
+    def make() -> dict[str, str]:
+        asked = tmp_path_factory.mktemp("network") / "asked.txt"
+        asked.touch()
+        paths = [str(Path(__file__).parent / "no_network"), os.environ.get("PYTHONPATH")]
+        path = os.pathsep.join(filter(None, paths))
+        return {"PYTHONPATH": path, "ASKED": str(asked), "HF_HUB_OFFLINE": "0"}
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def comfy_server(
-    comfyui: Path, demo_world: Path, tmp_path_factory: pytest.TempPathFactory
+    comfyui: Path, demo_world: Path, watched, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ComfyServer]:
-    """A running ComfyUI with this pack: base directory, input and output folders, log."""
+    """A running ComfyUI with this pack: base directory, input and output folders, log.
+
+    It is kept from the network, and at its end nobody may have tried to reach it.
+    """
     base = tmp_path_factory.mktemp("comfyui")
     paths = base / "model_paths.yaml"
     paths.write_text(f"tests:\n  base_path: {demo_world}\n  difflora_demo: .\n")
     here = Path(__file__).parent
     packs = (ROOT, here / "foreign_pack", here / "renaming_pack", here / "toy_pack")
     arguments = ["--extra-model-paths-config", str(paths)]
-    with ComfyServer(base, packs=packs, arguments=arguments) as server:
+    variables = watched()
+    server = ComfyServer(base, packs=packs, arguments=arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        server.start()
+    try:
         yield server
+    finally:
+        server.stop()
+    asked = Path(variables["ASKED"]).read_text("utf-8")
+    assert not asked, f"the network was asked:\n{asked}"
 
 
 @pytest.fixture(scope="session")
