@@ -85,3 +85,26 @@ def test_a_fact_that_is_missing_is_named(load, keys, tmp_path):
     path = tmp_path / SOURCES[load].name
     save_file(tensors, path, metadata=facts)
     refused(load, path, f"'{keys[-1]}' is missing")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("attn_implementation", "kernels-community/flash-attn"),
+        ("auto_map", {"AutoModel": "somebody/code--model.Model"}),
+        ("_name_or_path", "somebody/model"),
+        ("trust_remote_code", True),
+        ("hidden_act", "somebody/activation"),
+        ("hidden_size", 60_000),
+        ("num_hidden_layers", 60_000),
+        ("image_size", "64"),
+        ("model_type", "siglip"),
+    ],
+)
+def test_a_clip_vision_describes_its_sizes_and_nothing_else(name, value, tmp_path):
+    """Nothing that leads transformers to code, the network, or memory without end."""
+    tensors, facts = read(paths.CLIP_VISION)
+    facts["config"] = json.dumps({**json.loads(facts["config"]), name: value})
+    path = tmp_path / "clip_vision.safetensors"
+    save_file(tensors, path, metadata=facts)
+    refused(load_clip_vision, path, "")

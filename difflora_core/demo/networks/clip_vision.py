@@ -19,13 +19,14 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from ...config import Config, check_ranges, parse_json
+from ...errors import CheckpointError
 from ...storage.safetensors_io import read_file, write_atomic
 from ...training.fingerprint import fingerprint
 from ...training.loop import Batch, ByStep, Hooks, Progress
 from ...vision.preprocess import CLIP_MEAN, CLIP_STD
 from ..world.identities import PARAMETERS
 from ..world.pool import PicturePool
-from .stored import described, load_strictly
+from .stored import check_tensors, described, load_strictly
 from .views import (
     ATTRIBUTES,
     NO_LABEL,
@@ -276,6 +277,30 @@ def save_clip_vision(
     logger.info("wrote %s", path.name)
 
 
+def _checked_network(config: object, tensors: int) -> dict[str, object]:
+    """A configuration that `ClipVisionRecipe.network` writes, for a file of so many tensors.
+
+    transformers reads further names from a configuration, and some of them fetch code.
+    """
+    if not isinstance(config, dict):
+        raise CheckpointError("it is no table")
+    sizes = {ours: config[theirs] for ours, theirs in _SIZES.items()}
+    recipe = ClipVisionRecipe.from_dict(sizes)
+    if recipe.network() != config or recipe.layers > tensors:
+        raise CheckpointError("it describes something else than this network")
+    return recipe.network()
+
+
+_SIZES = {
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "projection": "projection_dim",
+}
+
+
 def load_clip_vision(
     path: Path,
 ) -> tuple[CLIPVisionModelWithProjection, dict[str, object], dict[str, Tensor]]:
@@ -290,8 +315,11 @@ def load_clip_vision(
     """
     stored, facts = read_file(path, "CLIP vision")
     with described(path):
-        config = parse_json(facts["config"], "the configuration")
-        model = CLIPVisionModelWithProjection(CLIPVisionConfig(**config))
+        config = _checked_network(parse_json(facts["config"], "the configuration"), len(stored))
+        with torch.device("meta"):  # sizes are judged before anything is allocated
+            shapes = CLIPVisionModelWithProjection(CLIPVisionConfig(**config)).state_dict()
+    check_tensors({n: t for n, t in shapes.items() if not n.endswith("position_ids")}, stored, path)
+    model = CLIPVisionModelWithProjection(CLIPVisionConfig(**config))
     tensors = {name: tensor.float() for name, tensor in stored.items()}
     load_strictly(model, tensors, path)
     return model.eval(), config, tensors
