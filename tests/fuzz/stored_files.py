@@ -1,0 +1,208 @@
+"""Files that the library writes itself: concepts, models, libraries, corpora, covariances."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from difflora_core.lora.layout import LoRALayout
+from difflora_core.lora.weights import LoRALayer, LoRAWeights
+from difflora_core.methods.base import TrainedAdaptation
+from difflora_core.methods.registry import METHODS
+from difflora_core.models.difflora import DiffLoRAConfig, DiffLoRAModel
+from difflora_core.models.lae.autoencoder import LoRALatent
+from difflora_core.storage.adapter_file import read_adaptation, write_adaptation
+from difflora_core.storage.checkpoint import CheckpointInfo, load_model, read_info, save_model
+from difflora_core.storage.covariance_file import read_covariance, write_covariance
+from difflora_core.storage.identity_library import add_people
+from difflora_core.storage.library_file import Library, read_library, write_library
+from difflora_core.storage.lora_corpus import LoRACorpus, load_corpus, save_corpus
+from difflora_core.storage.thumbnail import make_thumbnail, read_thumbnail
+from difflora_core.text.covariance import Covariance
+from difflora_core.text.new_words import LearnedWord
+from tests.contracts import contract_files
+
+from .reader import JSON_FILE_EDITS, Reader, as_text, same, sound, written
+from .safetensors_edits import BYTE_EDITS
+
+LAYERS = ("input_blocks.1.attn2.to_v", "middle_block.attn2.to_v")
+
+
+def _concept(method: str, int8: bool = False, layers: tuple[str, ...] = LAYERS) -> bytes:
+    """A concept of six numbers in, four out."""
+    g = torch.Generator().manual_seed(7)
+    direction = torch.randn(6, generator=g)
+    shared = {"direction": direction, "covector": direction / direction.square().sum()}
+    word = LearnedWord(
+        "<a>",
+        "hat",
+        (torch.randn(3, generator=g), torch.randn(3, generator=g)),
+        torch.randn(64, generator=g),
+    )
+    made = TrainedAdaptation(
+        method, "tiny", METHODS[method].Config(), shared,
+        {name: {"values": torch.randn(4, generator=g)} for name in layers}, word, {"steps": 3},
+    )  # fmt: skip
+    return written(lambda path: write_adaptation(path, made, int8))
+
+
+def _check_adaptation(made: TrainedAdaptation, path: Path) -> None:
+    sound(made)
+    copy = path.with_name("copy.safetensors")
+    write_adaptation(copy, made)
+    again = read_adaptation(copy)
+    assert again.layers.keys() == made.layers.keys(), "other layers"
+    assert (again.method, again.base, again.settings) == (made.method, made.base, made.settings), (
+        "facts"
+    )
+    assert (again.word and again.word.word) == (made.word and made.word.word), "another word"
+
+
+def _check_model(model: DiffLoRAModel, path: Path) -> None:
+    sound(dict(model.state_dict()))
+    copy = save_model(model, path.with_name("copy.safetensors"), source={})
+    again = load_model(copy)
+    assert again.config == model.config, "configuration"
+    assert again.layout == model.layout, "layout"
+    assert same(dict(again.state_dict()), dict(model.state_dict())), "weights"
+
+
+def _check_library(library: Library, path: Path) -> None:
+    sound(
+        [
+            library.latents.z,
+            library.names,
+            library.model_name,
+            library.latents.layout_hash,
+            library.latents.space,
+        ]
+    )
+    sound([person.added for person in library.people])
+    copy = path.with_name("copy.safetensors")
+    write_library(copy, library)
+    again = read_library(copy)
+    assert again.people == library.people, "people"
+    assert torch.equal(again.latents.z, library.latents.z), "latents"
+
+
+def _corpus(shared: bool) -> bytes:
+    g = torch.Generator().manual_seed(3)
+    layout = contract_files.tiny_layout()
+    layers = {
+        shape.name: LoRALayer(
+            torch.randn(1, 2, shape.in_features, generator=g).expand(3, -1, -1)
+            if shared
+            else torch.randn(3, 2, shape.in_features, generator=g),
+            torch.randn(3, shape.out_features, 2, generator=g),
+            2.0,
+        )
+        for shape in layout
+    }
+    corpus = LoRACorpus(layout, (7, 1, 4), LoRAWeights(layers), {"steps": 3, "settings": {"a": 1}})
+    return written(lambda path: save_corpus(corpus, path))
+
+
+def _check_corpus(corpus: LoRACorpus, path: Path) -> None:
+    sound(
+        [
+            corpus.layout,
+            corpus.source,
+            {n: [v.down, v.up, v.alpha] for n, v in corpus.weights.layers.items()},
+        ]
+    )
+    assert all(number >= 0 for number in corpus.identities), "identity below 0"
+    assert isinstance(corpus.source, dict), "source"
+    again = load_corpus(save_corpus(corpus, path.with_name("copy.safetensors")))
+    assert again.identities == corpus.identities, "identities"
+    assert again.layout == corpus.layout, "layout"
+    assert same(dict(again.weights.layers), dict(corpus.weights.layers)), "weights"
+
+
+def _check_covariance(covariance: Covariance, path: Path) -> None:
+    sound([covariance.matrix, covariance.ridge, covariance.probe, covariance.inverse])
+    assert covariance.tokens > 0, "tokens"
+    again = read_covariance(write_covariance(path.with_name("copy.safetensors"), covariance))
+    assert same(again, covariance), "comes back changed"
+
+
+def _check_layout(layout: LoRALayout, path: Path) -> None:
+    sound(layout)
+    assert isinstance(layout.base, str), "base"
+    assert type(layout.rank) is int, "rank"
+    assert layout.layers, "no layer"
+    for shape in layout:
+        assert {type(shape.name), type(shape.diffusers_name)} == {str}, "names"
+        assert {type(shape.in_features), type(shape.out_features)} == {int}, "sizes"
+        assert min(shape.in_features, shape.out_features) > 0, "sizes below 1"
+    assert LoRALayout.from_json(layout.to_json()) == layout, "comes back changed"
+    assert layout.hash, "hash"
+
+
+def _library(names: list[str]) -> bytes:
+    z = torch.randn(len(names), 2, 3, generator=torch.Generator().manual_seed(1))
+    pictures = [
+        make_thumbnail(torch.rand(9, 9, 3, generator=torch.Generator().manual_seed(2))),
+        *[None] * (len(names) - 1),
+    ]
+    latents = LoRALatent(z, contract_files.tiny_layout().hash)
+    return written(lambda path: add_people(path, latents, names, pictures, "model"))
+
+
+def _check_info(info: CheckpointInfo, path: Path) -> None:
+    _check_layout(info.layout, path)
+    assert DiffLoRAConfig.from_json(info.config.to_json()) == info.config, "comes back changed"
+    sound(info.source)
+
+
+def _noise(height: int, width: int) -> torch.Tensor:
+    return torch.rand(height, width, 3, generator=torch.Generator().manual_seed(2))
+
+
+CONCEPTS = {
+    "Perfusion": lambda: _concept("perfusion"),
+    "Perfusion, 8 bits": lambda: _concept("perfusion", int8=True),
+    "Perfusion, version 2": lambda: _concept("perfusion", layers=("a.to_v", "b.attn1.to_v")),
+    "Infusion": lambda: _concept("infusion"),
+    "LoRA": lambda: written(contract_files.write_small_adapter),
+    "own contexts": lambda: written(contract_files.write_small_concept),
+}
+MODEL = {"demo": lambda: written(contract_files.write_checkpoint)}
+LIBRARY = {
+    "two people": lambda: written(contract_files.write_library),
+    "five people": lambda: _library(["Ada", "Żółć 李", "Ben", "C", "D"]),
+}
+CORPUS = {"own factors": lambda: _corpus(False), "shared factors": lambda: _corpus(True)}
+LAYOUTS = {"demo": lambda: contract_files.tiny_layout().to_json().encode()}
+
+COVARIANCE = {"three directions": lambda: written(contract_files.write_small_covariance)}
+THUMBNAIL = {"picture": lambda: make_thumbnail(_noise(20, 30))}
+
+READERS = (
+    Reader("concept", CONCEPTS, lambda path, _: read_adaptation(path), _check_adaptation, share=4),
+    Reader(
+        "covariance", COVARIANCE, lambda path, _: read_covariance(path), _check_covariance, share=2
+    ),
+    Reader("library", LIBRARY, lambda path, _: read_library(path), _check_library, share=3),
+    Reader("corpus", CORPUS, lambda path, _: load_corpus(path), _check_corpus, share=3),
+    Reader("checkpoint's settings", MODEL, lambda path, _: read_info(path), _check_info, share=2),
+    Reader("checkpoint", MODEL, lambda path, _: load_model(path), _check_model, share=0.5),
+    Reader(
+        "layout JSON",
+        LAYOUTS,
+        lambda path, _: LoRALayout.from_json(as_text(path)),
+        _check_layout,
+        JSON_FILE_EDITS,
+        share=4,
+        file="file.json",
+    ),
+    Reader(
+        "thumbnail",
+        THUMBNAIL,
+        lambda path, _: read_thumbnail(path.read_bytes()),
+        lambda pixels, path: sound(pixels),
+        BYTE_EDITS,
+        share=2,
+        file="file.jpg",
+    ),
+)
