@@ -9,7 +9,7 @@ import folder_paths
 
 from ..difflora_core.demo import paths
 from ..difflora_core.errors import FileNameError, shown
-from ..difflora_core.storage.file_name import MAX_CHARACTERS, check_file_name
+from ..difflora_core.storage.file_name import check_file_name, with_ending
 
 logger = logging.getLogger(__name__)
 
@@ -160,8 +160,7 @@ def unused_file(folder: str, name: str) -> Path:
     path, number = new_file(folder, name), 1
     while path.exists():
         number += 1
-        ending = f"_{number:03d}"
-        path = new_file(folder, name[: MAX_CHARACTERS - len(ending)] + ending)
+        path = new_file(folder, with_ending(name, f"_{number:03d}"))
     return path
 
 

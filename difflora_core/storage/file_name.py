@@ -38,3 +38,10 @@ def check_file_name(name: str) -> str:
             "brackets, without a folder, and no point or space at the end."
         )
     return name
+
+
+def with_ending(name: str, ending: str) -> str:
+    """A name that `check_file_name` takes, as much of it as leaves room for an ending, and that."""
+    while len(name + ending) > MAX_CHARACTERS or len((name + ending).encode()) > MAX_BYTES:
+        name = name[:-1]
+    return name + ending

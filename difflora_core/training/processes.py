@@ -13,8 +13,9 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from types import FrameType
 from typing import TypeVar
 
@@ -27,6 +28,8 @@ from ..errors import ConfigError, DiffLoRAError, InterruptedTraining
 
 T = TypeVar("T")
 
+_GOODBYE = timedelta(seconds=10)
+"""How long a process waits at its end for the others."""
 _BUCKET = 2**24
 """Numbers that are sent at once."""
 
@@ -162,9 +165,16 @@ def launched() -> Processes:
 
 
 def _leave() -> None:
-    """End the group before the interpreter does, whose order lets gloo's threads abort."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """End the group before the interpreter does, and no sooner than the others are done.
+
+    A process that leaves while another still speaks to it makes gloo's threads abort there. One
+    that failed may never come, so the wait has an end.
+    """
+    if not dist.is_initialized():
+        return
+    with suppress(RuntimeError):
+        dist.monitored_barrier(timeout=_GOODBYE) if dist.get_backend() == "gloo" else dist.barrier()
+    dist.destroy_process_group()
 
 
 def split(batch: dict[str, object], parts: int) -> list[dict[str, object]]:

@@ -5,6 +5,8 @@ import ast
 import pytest
 import tomllib
 
+from difflora_core import __version__
+
 MAX_FILE, MAX_FUNCTION, MAX_FIT, MAX_PARAMETERS = 400, 50, 120, 7
 EXCUSE = "# over budget:"  # followed by the reason, in the file
 SEEDING = {
@@ -120,6 +122,16 @@ def test_public_names_have_docstrings(sources):
                 if not ast.get_docstring(n)
             ]
     assert not bare
+
+
+def test_the_oldest_python_is_told_once(sources, root):
+    """ComfyUI runs on Python 3.10 too; types and style are checked as that one sees them."""
+    settings = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))
+    assert settings["project"]["requires-python"] == ">=3.10"
+    assert settings["tool"]["mypy"]["python_version"] == "3.10"
+    assert settings["tool"]["ruff"]["target-version"] == "py310"
+    assert settings["project"]["version"] == __version__
+    assert not [s.path for s in sources for _, t in s.imports() if t.split(".")[0] == "tomllib"]
 
 
 def test_requirements_are_told_once(root):

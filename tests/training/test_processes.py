@@ -1,4 +1,4 @@
-"""Two real processes over gloo: same weights as one, and they stop, fail and go on together."""
+"""Two and four real processes over gloo: the weights of one; they stop, fail and go on together."""
 
 import importlib.util
 import json
@@ -28,16 +28,16 @@ def program():
     return module
 
 
-@pytest.fixture(scope="module")
-def launched(tmp_path_factory, program):
-    """What both processes found, and their folder; one launch for all tests."""
-    folder = tmp_path_factory.mktemp("two")
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def launched(request, tmp_path_factory, program):
+    """What all processes found, and their folder; one launch for all tests."""
+    count, folder = request.param, tmp_path_factory.mktemp("several")
     stopped = program.run(folder / "one process stopped", progress=program.stop_at(15))
     assert stopped["error"] == "Stopped"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     started = [
         subprocess.Popen(
             [sys.executable, str(PROGRAM), str(folder)],
@@ -50,12 +50,11 @@ def launched(tmp_path_factory, program):
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(count)
     ]  # fmt: skip
     told = [process.communicate(timeout=120)[0] for process in started]
-    # Not the exit codes: gloo may abort while the interpreter ends, after all was written.
-    reports = [folder / f"rank-{rank}.json" for rank in range(2)]
-    assert all(report.exists() for report in reports), told
+    assert [process.returncode for process in started] == [0] * count, told
+    reports = [folder / f"rank-{rank}.json" for rank in range(count)]
     return [json.loads(report.read_text()) for report in reports], folder
 
 
@@ -73,8 +72,8 @@ def close(a, b):
 @pytest.mark.parametrize("case", ["finish", "parts", "taken over", "resume"])
 def test_two_processes_give_the_weights_of_one(launched, alone, case):
     """Straight, in parts of parts, from one process's state, and after a stop of rank 1."""
-    first, second = (found[case] for found in launched[0])
-    assert first["weights"] == second["weights"]
+    first, *others = (found[case] for found in launched[0])
+    assert all(other == first | {"result": other["result"]} for other in others)
     close(first["weights"], alone["weights"])
     assert first["result"]["best_step"] == alone["result"]["best_step"]
     for name in ("loss", "error", "validation"):
@@ -102,26 +101,39 @@ def test_one_process_takes_over_from_two(launched, alone, program):
         ("stop", "Stopped", "stopped after step 12"),
         ("stop for one", "Stopped", "stopped after step 15"),
         ("keyboard", "Stopped", "stopped after step 4"),
-        ("not a number", "ConfigError", "step 7, process 2 of 2"),
+        ("not a number", "ConfigError", "step 7, process"),
         ("failure", ("DiffLoRAError", "ValueError"), "a broken picture"),
+        ("validation fails", ("DiffLoRAError", "ValueError"), "a broken judge"),
+        ("validation stops", "Stopped", "stopped after step 20"),
         ("disk", ("OSError", "DiffLoRAError"), "no space left"),
-        ("uneven", "ConfigError", "multiple of 6"),
+        ("uneven", "ConfigError", "multiple of"),
     ],
 )
 def test_what_happens_to_one_process_ends_all(launched, case, kind, message):
-    """Even where rank 1 alone saw it (main alone for the disk)."""
-    kinds = (kind, kind) if isinstance(kind, str) else kind
-    for found, wanted in zip(launched[0], kinds, strict=True):
-        assert found[case]["error"] == wanted
-        assert message in found[case]["message"]
+    """Even where the last alone saw it (main alone for the disk)."""
+    first, last = (kind, kind) if isinstance(kind, str) else kind
+    count = len(launched[0])
+    middle = "DiffLoRAError" if first != last else first
+    kinds = [first, *[middle] * (count - 2), last]
+    assert [found[case]["error"] for found in launched[0]] == kinds
+    assert all(message in found[case]["message"] for found in launched[0])
+
+
+def test_patience_ends_all_with_the_main_process_judging(launched):
+    for found in launched[0]:
+        result = found["patience"]["result"]
+        assert (result["steps"], result["best_step"], result["validation"]) == (15, 5, 1.0)
 
 
 def test_a_broken_batch_is_named_on_every_process(launched):
+    count = len(launched[0])
     for found in launched[0]:
         message = found["not a number"]["message"]
-        assert "'person 8'" in message  # the second half of the batch
+        assert f"process {count} of {count}" in message
+        assert "'person 15'" in message  # the last part of the batch
         assert "'person 7'" not in message
-    assert "process 2 of 2 failed: ValueError" in launched[0][0]["failure"]["message"]
+    text = f"process {count} of {count} failed: ValueError"
+    assert text in launched[0][0]["failure"]["message"]
 
 
 def test_a_batch_is_cut_along_its_samples():

@@ -70,9 +70,10 @@ def run(folder, loop=LOOP, draws=draw, **hooks):
     return {"weights": weights(module), "result": result}
 
 
-def cases(folder, rank):
-    """Every case by name; ranks that fail are named in the case."""
-    asked = iter([False] * 12 + [rank == 1] + [False] * 100)
+def cases(folder, rank, count):
+    """Every case by name; where one alone fails or stops, it is the last, or main for the disk."""
+    last = rank == count - 1
+    asked = iter([False] * 12 + [last] + [False] * 100)
     yield "finish", lambda: run(folder / "finish")
     yield "parts", lambda: run(folder / "parts", replace(LOOP, accumulate=2))
     yield "taken over", lambda: run(folder / "one process stopped")
@@ -82,16 +83,16 @@ def cases(folder, rank):
 
     def broken(step):
         batch = draw(torch.Generator().manual_seed(step))
-        bad = math.nan if (step, rank) == (6, 1) else 1.0
+        bad = math.nan if step == 6 and last else 1.0
         return {**batch, "bad": torch.tensor(bad), "prompts": [f"person {k}" for k in range(16)]}
 
     def failing(step):
-        if (step, rank) == (4, 1):
+        if step == 4 and last:
             raise ValueError("a broken picture")
         return draw(torch.Generator().manual_seed(step))
 
     def key(step):
-        if (step, rank) == (4, 1):
+        if step == 4 and last:
             raise KeyboardInterrupt
         return draw(torch.Generator().manual_seed(step))
 
@@ -102,6 +103,32 @@ def cases(folder, rank):
     yield "failure", lambda: run(folder / "failure", draws=ByStep(failing))
     yield "keyboard", lambda: run(folder / "keyboard", draws=ByStep(key))
     yield "disk", lambda: run(folder / "disk", progress=full_disk)
+
+    def judged(error):
+        """Validation that fails on one process, the second time it is asked."""
+        calls = iter([None, error if last else None])
+
+        def validate():
+            if (raised := next(calls, None)) is not None:
+                raise raised
+            return 1.0 + rank  # the main process's counts
+
+        return validate
+
+    yield (
+        "validation fails",
+        lambda: run(folder / "validation fails", validate=judged(ValueError("a broken judge"))),
+    )
+    yield (
+        "validation stops",
+        lambda: run(folder / "validation stops", validate=judged(InterruptedTraining("enough"))),
+    )
+    yield (
+        "patience",
+        lambda: run(
+            folder / "patience", replace(LOOP, patience=2, validate_every=5), validate=judged(None)
+        ),
+    )
     yield "uneven", lambda: run(folder / "uneven", replace(LOOP, accumulate=3))
 
 
@@ -117,8 +144,8 @@ def stop_at(step):
 
 def main(folder):
     """Run all cases and write what came of them."""
-    rank = int(os.environ["RANK"])
-    found = {name: case() for name, case in cases(folder, rank)}
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    found = {name: case() for name, case in cases(folder, rank, count)}
     (folder / f"rank-{rank}.json").write_text(json.dumps(found))
 
 

@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from ...base_model.diffusers_base import DiffusersBase
+from ...errors import CheckpointError
 from ...storage.safetensors_io import read_file, write_atomic
 from ...training.fingerprint import fingerprint
 from ...training.loop import Hooks, LoopConfig, Progress, train
@@ -142,7 +143,10 @@ def pool_latents(model: AutoencoderKL, name: str, pool: PicturePool) -> Tensor:
     path = paths.BUILD / "latents" / f"{name}.safetensors"
     if not path.exists():
         write_atomic({"latents": encode_pool(model, pool.images)}, {}, path)
-    return read_file(path, "file of latents")[0]["latents"]
+    latents = read_file(path, "file of latents")[0].get("latents")
+    if latents is None or len(latents) != len(pool):
+        raise CheckpointError(f"{path} is not of these pictures; delete it to encode them anew.")
+    return latents
 
 
 def base_and_latents(name: str) -> tuple[DiffusersBase, Tensor]:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tomllib
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 
+from ... import __version__
 from ...storage.atomic import write_text
 from .. import paths
 from ..comfyui.client import PromptResult
@@ -64,8 +64,7 @@ def build(name: str, target: Target, info: Mapping[str, Any]) -> dict[str, Any]:
         target: DEMO or SDXL.
         info: ComfyUI's /object_info.
     """
-    project = tomllib.loads((paths.ROOT / "pyproject.toml").read_text())["project"]
-    graph = Graph(target.file(name), info, project["version"])
+    graph = Graph(target.file(name), info, __version__)
     WORKFLOWS[name](graph, target)
     return graph.build()
 
