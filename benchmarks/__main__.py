@@ -18,6 +18,7 @@ BENCHMARKS = {
     "choose_rates": ("concepts.choose_rates", "learning rates, chosen on validation concepts"),
     "overhead": ("cost.overhead", "what a LoRA or a concept costs while sampling"),
     "processes": ("cost.processes", "the loop under 1, 2 and 4 processes, and a stop on one"),
+    "faults": ("reliability.faults", "kill -9 at any moment, and disks that fail"),
     "full_size": ("cost.full_size", "time and memory of the full-size model"),
 }
 """Name to module and what it measures: one line a benchmark. The module has `main(arguments)`."""

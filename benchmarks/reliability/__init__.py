@@ -1,0 +1,1 @@
+"""What the pack survives: kills, full disks, damaged files."""
