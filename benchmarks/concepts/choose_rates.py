@@ -19,7 +19,7 @@ from ..command import benchmark_console, command_parser, set_threads
 from ..prompts import with_plain_things
 from .methods import METHODS
 from .methods.base import ComparedMethod, TrainingSettings
-from .perfusion import SCENES, demo_evaluator, goals, means, sweep
+from .sweep import SCENES, demo_evaluator, goals, means, sweep
 from .word_pictures import ConceptEvaluator, evaluation_prompts
 
 NUMBER = 900

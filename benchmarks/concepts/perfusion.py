@@ -8,7 +8,6 @@ concepts in one picture.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,21 +17,13 @@ from rich.console import Console
 from torch import Tensor
 
 from difflora_core.config import Config
-from difflora_core.demo import paths
-from difflora_core.demo.networks.base import load_base
-from difflora_core.demo.networks.concept_judge import load_concept_judge
-from difflora_core.demo.networks.concept_text import demo_concept_text
-from difflora_core.demo.networks.judges import Judges, load_judge
 from difflora_core.demo.world.concepts import CONCEPTS, DemoConcept, render_items
 from difflora_core.demo.world.identities import split_seeds
 from difflora_core.demo.world.scenes import Scene
 from difflora_core.evaluation.pareto import hypervolume, shortfall
 from difflora_core.evaluation.report import Report, bootstrap_interval
-from difflora_core.text.captions import captions
-from difflora_core.text.covariance import build_covariance
 
 from ..command import (
-    CACHE,
     benchmark_console,
     command_parser,
     commit,
@@ -40,27 +31,24 @@ from ..command import (
     set_threads,
     write_report,
 )
-from ..prompts import CONTEXT, EXPRESSION, LOOK, with_plain_things
+from ..prompts import with_plain_things
 from .methods import DREAMBOOTH, METHODS
-from .methods.base import ComparedMethod, ConceptModels, TrainedConcept, TrainingSettings
+from .methods.base import TrainedConcept, TrainingSettings
 from .methods.perfusion import METHOD as PERFUSION
+from .sweep import SCENES, demo_evaluator, goals, means, sweep
 from .word_pictures import (
     GUIDANCE,
     STEPS,
-    Columns,
     ConceptEvaluator,
     EvaluationPrompt,
     evaluation_prompts,
 )
-from .words import PHOTOS, ConceptTrainer
+from .words import PHOTOS
 
-SCENES = CONTEXT + EXPRESSION + LOOK
 PAIRS = ((0, 4), (0, 2), (1, 5), (4, 3), (6, 7), (1, 7), (6, 5), (7, 2))
 """Concepts that stand together in one picture."""
 BASE, BASE_TWO = "base, plain words", "two: base, plain words"
 REAL, REAL_VAE = "real pictures", "real pictures, through the VAE"
-GOALS = ("concept_similarity", "prompt_agreement")
-CAPTIONS = 10_000
 
 
 @dataclass(frozen=True)
@@ -104,19 +92,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def demo_evaluator(console: Console) -> ConceptEvaluator:
-    """The demo world's models and judges."""
-    text = demo_concept_text(paths.BASE, paths.WORDS)
-    covariance = build_covariance(text, captions(CAPTIONS, "demo"))
-    base_hash = hashlib.sha256(paths.BASE.read_bytes() + paths.WORDS.read_bytes()).hexdigest()
-    base, folder = load_base(paths.BASE, paths.WORDS), CACHE / "words"
-    models = ConceptModels(base, text, covariance)
-    trainer = ConceptTrainer(models, base_hash, folder, console.print)
-    judge = load_concept_judge(paths.CONCEPT_JUDGE)
-    prompts = Judges({"attributes": load_judge(paths.PROMPT_JUDGE)})
-    return ConceptEvaluator(trainer, prompts, judge, CACHE / "word_trials")
-
-
 def measure(evaluator: ConceptEvaluator, size: Size) -> Report:
     """All rows and conclusions."""
     chosen = [CONCEPTS[k] for k in size.concepts]
@@ -154,33 +129,6 @@ def measure(evaluator: ConceptEvaluator, size: Size) -> Report:
     return Report({**rows, **together}, facts)
 
 
-def sweep(
-    evaluator: ConceptEvaluator,
-    method: ComparedMethod,
-    trained: Mapping[str, TrainedConcept],
-    wanted: Mapping[str, Sequence[EvaluationPrompt]],
-) -> list[Columns]:
-    """For each setting of a method the mean columns (C,) of its concepts' pictures.
-
-    Args:
-        evaluator: draws and judges.
-        method: its settings are taken.
-        trained: word to what the method learned.
-        wanted: word to the pictures.
-    """
-    table = []
-    for setting in method.settings:
-        each = [evaluator.columns(wanted[w], [own], setting) for w, own in trained.items()]
-        names = [name for name in each[0] if name != "all_recognised"]
-        table.append({n: torch.stack([columns[n].mean() for columns in each]) for n in names})
-    return table
-
-
-def goals(table: Sequence[Columns]) -> Tensor:
-    """The two goals of a sweep: (settings, concepts, 2)."""
-    return torch.stack([torch.stack([columns[n] for n in GOALS], 1) for columns in table])
-
-
 def costs(
     evaluator: ConceptEvaluator, trained: Sequence[TrainedConcept], setting: float
 ) -> dict[str, float]:
@@ -210,12 +158,6 @@ def real_pictures(wanted: Sequence[EvaluationPrompt]) -> Tensor:
     people = split_seeds("validation", len(wanted), 5000)
     things = [(*w.concepts, w.beside) for w in wanted]
     return render_items(people, range(len(wanted)), [w.scene for w in wanted], things)
-
-
-def means(columns: Columns) -> dict[str, float]:
-    """Means over pictures."""
-    shown = {name: values for name, values in columns.items() if name != "all_recognised"}
-    return {name: float(values.mean()) for name, values in shown.items()}
 
 
 def two_concepts(

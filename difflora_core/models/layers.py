@@ -158,11 +158,11 @@ class Attention(nn.Module):
         """Attends from x (B, T, D) to context (B, S, C); mask (B, S) is True where visible."""
         q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # B h T d
         k, v = self.to_kv(x if context is None else context).chunk(2, dim=-1)
-        k = k.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        v = v.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k = k.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # B h S d
+        v = v.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # B h S d
         visible = None if mask is None else mask[:, None, None, :]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-        mixed: Tensor = self.to_out(out.transpose(1, 2).flatten(-2))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)  # B h T d
+        mixed: Tensor = self.to_out(out.transpose(1, 2).flatten(-2))  # B T D
         return mixed
 
 

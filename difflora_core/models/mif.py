@@ -193,9 +193,9 @@ class MixedImageFeatures(nn.Module):
             dim=-1,
         )  # B 2
         seen = [self.gate_face(pooled_face * usable[:, :1]), self.gate_image(pooled_image)]
-        logits = self.gate(torch.cat(seen, -1))
-        gate = _masked_softmax(logits / self.config.temperature, usable)
-        gate = _apply_override(gate, usable, gate_override)
+        logits = self.gate(torch.cat(seen, -1))  # B 2
+        gate = _masked_softmax(logits / self.config.temperature, usable)  # B 2
+        gate = _apply_override(gate, usable, gate_override)  # B 2
         pooled = gate[:, :1] * u_face + gate[:, 1:] * u_image  # B D
         experts = torch.stack([u_face, u_image], dim=1)  # B 2 D
         tokens = self._gather(image_tokens, present, experts, usable)  # B S D
@@ -212,7 +212,7 @@ class MixedImageFeatures(nn.Module):
         x = self.token_norm(self._standardise("tokens", x))
         x = self.token_in(x) + self.token_position.to(x)  # B N L D
         context = torch.cat([x.flatten(1, 2), experts], dim=1)  # B N*L+2 D
-        visible = torch.cat([present.repeat_interleave(x.shape[2], dim=1), usable], dim=1)
+        visible = torch.cat([present.repeat_interleave(x.shape[2], dim=1), usable], 1)  # B N*L+2
         # a row that sees nothing would become NaN in the softmax
         visible = visible | ~visible.any(1, keepdim=True)
         tokens = self.queries.to(x).expand(batch, -1, -1)  # B S D

@@ -163,7 +163,7 @@ def train(
     # ComfyUI runs nodes in inference mode, whose tensors cannot take part in training.
     with torch.inference_mode(False), torch.enable_grad():
         try:
-            result = _run(recipe, config, request, parts)
+            result, masked = _run(recipe, config, request, parts)
         except InterruptedTraining as early:  # before the first step there is nothing to keep
             raise comfy.model_management.InterruptProcessingException from early
     files, clip = [], parts.clip
@@ -178,7 +178,7 @@ def train(
         clip = teach(clip, adaptation)
     best = f"best at step {result.step} of {config.steps}, evaluation loss {result.loss:.4f}"
     worse = result.finished and result.step == 0
-    remarks = {NO_MASKS: parts.masks is None or not parts.masks.any(), NOTHING: worse}
+    remarks = {NO_MASKS: not masked, NOTHING: worse}
     report = "\n".join([*files, best, *(text for text, holds in remarks.items() if holds)])
     if worse:
         logger.warning("%s", report)
@@ -188,14 +188,17 @@ def train(
     return [prepare(one, parts.clip) for one in result.adaptations], clip, report
 
 
-def _run(recipe: Any, config: Any, request: PictureRequest, parts: Parts) -> AdaptationResult:
-    """The recipe over ComfyUI's models, with its progress bar."""
+def _run(
+    recipe: Any, config: Any, request: PictureRequest, parts: Parts
+) -> tuple[AdaptationResult, bool]:
+    """The recipe over ComfyUI's models, with its progress bar; and whether masks counted."""
     request.check()
     model_paths.new_file(request.folder, request.file_name)  # refuse before training
     base, text = ComfyBase(parts.model, parts.vae), ComfyText(parts.clip)
-    if parts.masks is None:
-        logger.info(NO_MASKS)
     task, examples = request.setting(base, text, parts)
+    masked = examples.masks is not None
+    if not masked:
+        logger.info(NO_MASKS)
     objective = recipe(task, config)
     folder = model_paths.run_folder(run_fingerprint(objective, examples)[:24])
     bar = comfy.utils.ProgressBar(config.steps)
@@ -206,7 +209,7 @@ def _run(recipe: Any, config: Any, request: PictureRequest, parts: Parts) -> Ada
         except comfy.model_management.InterruptProcessingException as stop:
             raise InterruptedTraining(f"stopped after step {step}") from stop
 
-    return run_adaptation(objective, examples, folder, watch, _interrupted)
+    return run_adaptation(objective, examples, folder, watch, _interrupted), masked
 
 
 def _interrupted() -> bool:

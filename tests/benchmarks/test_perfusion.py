@@ -13,6 +13,7 @@ from benchmarks.concepts.methods.base import ConceptModels, TrainingSettings
 from benchmarks.concepts.methods.library import LibraryMethod
 from benchmarks.concepts.methods.perfusion import METHOD as PERFUSION
 from benchmarks.concepts.perfusion import BASE_TWO, REAL, Size, conclusions, measure, real_pictures
+from benchmarks.concepts.sweep import SCENES
 from benchmarks.concepts.word_pictures import ConceptEvaluator, EvaluationPrompt, evaluation_prompts
 from benchmarks.concepts.words import ConceptTrainer
 from difflora_core.adapters.attach import attach
@@ -37,7 +38,7 @@ from difflora_core.text.clip_pair import ClipPairText, SpecialTokens
 from difflora_core.text.covariance import build_covariance
 
 HAT, CAT = CONCEPTS[0], CONCEPTS[4]
-TINY = Size((0, 4), perfusion.SCENES[:2], 1, ((0, 4),), 1, TrainingSettings(steps=2, batch=1))
+TINY = Size((0, 4), SCENES[:2], 1, ((0, 4),), 1, TrainingSettings(steps=2, batch=1))
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +140,7 @@ BY_STRENGTH = [method for method in METHODS.values() if method is not PERFUSION]
 
 @pytest.mark.parametrize("method", BY_STRENGTH, ids=lambda m: m.name)
 def test_strength_zero_is_the_plain_word_and_strength_one_is_not(evaluator, method):
-    wanted = evaluation_prompts([HAT], perfusion.SCENES[:2], 0)
+    wanted = evaluation_prompts([HAT], SCENES[:2], 0)
     trained = evaluator.trainer.train(HAT, method, TINY.training)
     plain = evaluator.draw(wanted)
     off, on = (
@@ -153,7 +154,7 @@ def test_strength_zero_is_the_plain_word_and_strength_one_is_not(evaluator, meth
 
 def test_kinds_are_read_by_the_judge_of_concepts(evaluator, monkeypatch):
     """One attribute of five, whatever the classifier of plain colours would say."""
-    wanted = evaluation_prompts([HAT], perfusion.SCENES[:2], 0)
+    wanted = evaluation_prompts([HAT], SCENES[:2], 0)
     images, agreement = render_concept(HAT, [1, 2], [1, 2]).images, {}
     for there in (0.9, 0.1):
         monkeypatch.setattr(
@@ -182,14 +183,14 @@ def test_two_loras_are_their_sum(evaluator):
 
 
 def test_prompts():
-    prompt = EvaluationPrompt(perfusion.SCENES[0], (HAT, CAT), 1)
+    prompt = EvaluationPrompt(SCENES[0], (HAT, CAT), 1)
     assert prompt.text().endswith("white shirt, wearing a <hat-a>, with a <cat-a>")
     assert prompt.text(plain=True).endswith("white shirt, wearing a hat, with a cat")
-    assert len(perfusion.SCENES) == 20
+    assert len(SCENES) == 20
     seeds = [w.seed for concept in CONCEPTS for w in Size().wanted(concept)]
     assert len(set(seeds)) == len(seeds) == 320
     for concept in CONCEPTS:
-        asked = Size().wanted(concept)[: len(perfusion.SCENES)]
+        asked = Size().wanted(concept)[: len(SCENES)]
         plain = [w for w in asked if w.scene.item != "none"]
         assert len(plain) == 10
         for w in plain:
@@ -248,11 +249,11 @@ def test_the_judge_knows_real_concepts(concept):
     for other in KNOWN:
         if other != concept:
             assert judge.recognised(real, other).float().mean() <= 0.1
-    bare = render_portraits(people, range(20), [*perfusion.SCENES]).images
+    bare = render_portraits(people, range(20), [*SCENES]).images
     assert judge.recognised(bare, concept).float().mean() <= 0.05
     assert judge.likeness(bare, concept).mean() <= 0.1
     second = CONCEPTS[4] if concept.kind == "hat" else HAT
-    both = render_items(people, range(20), perfusion.SCENES, [(concept, second)] * 20)
+    both = render_items(people, range(20), SCENES, [(concept, second)] * 20)
     for one in (concept, second):
         assert judge.recognised(both, one).float().mean() >= 0.9
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from difflora_core.demo.build.concept_training import TRAINING as SETTINGS
+from difflora_core.demo.build.concept_training import TRAINING
 from difflora_core.methods.base import AppliedAdaptation, PreparedAdaptation
 from difflora_core.methods.perfusion import Perfusion, PerfusionConfig
 from difflora_core.training.perfusion import PerfusionObjective, PerfusionTraining
 
 from .base import TrainingSettings, run_settings
 from .library import LibraryMethod
-
-TRAINING = PerfusionTraining.from_dict(SETTINGS)
 
 
 class PerfusionMethod(LibraryMethod):

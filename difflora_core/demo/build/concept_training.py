@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 from ...base_model.protocol import BaseModel
 from ...methods.base import TrainedAdaptation
 from ...text.covariance import Covariance
@@ -17,19 +15,16 @@ from ...training.concept_task import (
     concept_examples,
     prepare_task,
 )
+from ...training.perfusion import PerfusionObjective, PerfusionTraining
 from ..world.concepts import ConceptPictures, DemoConcept
 
-METHOD = "perfusion"
-"""What teaches the demo's words; its recipe is the file of this name in training/."""
-TRAINING = {"steps": 400, "value_rate": 0.1, "word_rate": 0.001, "reach": 0, "guidance": 1.5}
-"""Settings of that recipe, chosen on validation concepts for pictures drawn with guidance 2."""
+TRAINING = PerfusionTraining(steps=400, value_rate=0.1, word_rate=0.001, reach=0, guidance=1.5)
+"""How the demo's words are taught: chosen on validation concepts for pictures of guidance 2."""
 
 
 def concept_objective(task: ConceptTask) -> Objective[TrainedAdaptation]:
     """The recipe of the demo's words on a task."""
-    recipe = import_module(f"...training.{METHOD}", __package__).RECIPE
-    objective: Objective[TrainedAdaptation] = recipe(task, recipe.Config.from_dict(TRAINING))
-    return objective
+    return PerfusionObjective(task, TRAINING)
 
 
 def concept_training_set(
