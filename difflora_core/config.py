@@ -119,7 +119,7 @@ def _no_number(name: str) -> float:
 def _check_values(data: Any) -> None:
     """Raises ValueError for depth, half characters, and floats too large for 64 bits."""
     level = [data]
-    for _ in range(JSON_DEPTH + 1):
+    for _ in range(JSON_DEPTH):
         below: list[Any] = []
         for value in level:
             if isinstance(value, dict):

@@ -42,8 +42,13 @@ LAYOUT_VALUES = 2**30
 MATRIX_VALUES = 2**24
 """Numbers of a matrix that is computed from a file: LoHa, LoKr, whole weight changes."""
 
-MATRIX_SIDE = 2048
+MATRIX_SIDE = 1536
 """Shorter side of a matrix of which singular values are taken; SDXL's layers have 1280."""
+
+COMPUTED_VALUES = 2**26
+COMPUTED_SHARE = 256
+"""Numbers that LoKr, LoHa and whole changes may become as LoRA: so many, and so many times what the
+file holds. SDXL's LoKr files become 10 to 100 times as large."""
 
 NUMBER = 1e9
 """Largest number in a LoRA. Beyond it products leave the range of 32 bits."""

@@ -29,7 +29,11 @@ def layer_svd(layer: LoRALayer) -> tuple[Tensor, Tensor, Tensor]:
     q_up, r_up = torch.linalg.qr(up)
     q_down, r_down = torch.linalg.qr(down.mT)
     u, s, vh = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)
-    u, vh = q_up @ u, vh @ q_down.mT
+    return signed(q_up @ u, s, vh @ q_down.mT)
+
+
+def signed(u: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """An SVD whose largest entry of each column of u (..., out, k) is positive."""
     peak = u.gather(-2, u.abs().argmax(-2, keepdim=True))  # (..., 1, k)
     sign = torch.where(peak < 0, -1.0, 1.0)
     return u * sign, s, vh * sign.mT
@@ -47,7 +51,19 @@ def truncated_layer(layer: LoRALayer, rank: int) -> tuple[LoRALayer, Tensor]:
         input's dtype or float32, whichever is finer; relative Frobenius error (...), 0 when delta W
         itself is 0.
     """
-    u, s, vh = layer_svd(layer)
+    dtype = torch.promote_types(layer.up.dtype, torch.float32)
+    balanced, error = balanced_layer(layer_svd(layer), rank)
+    return LoRALayer(balanced.down.to(dtype), balanced.up.to(dtype), balanced.alpha), error
+
+
+def balanced_layer(svd: tuple[Tensor, Tensor, Tensor], rank: int) -> tuple[LoRALayer, Tensor]:
+    """The layer of a thin SVD, see `truncated_layer`; in the SVD's dtype.
+
+    Args:
+        svd: u (..., out, k), s (..., k) descending, vh (..., k, in).
+        rank: wanted rank.
+    """
+    u, s, vh = svd
     # Singular values that are rounding noise would come back as sqrt(noise), eight digits larger.
     noise = torch.finfo(s.dtype).eps * max(u.shape[-2], vh.shape[-1]) * s[..., :1]
     s = torch.where(s > noise, s, torch.zeros_like(s))
@@ -55,10 +71,9 @@ def truncated_layer(layer: LoRALayer, rank: int) -> tuple[LoRALayer, Tensor]:
     error = (s[..., rank:].square().sum(-1) / total.clamp_min(torch.finfo(s.dtype).tiny)).sqrt()
     values = min(rank, s.shape[-1])
     root = s[..., :values].sqrt()
-    dtype = torch.promote_types(layer.up.dtype, torch.float32)
     up = F.pad(u[..., :values] * root[..., None, :], (0, rank - values))
     down = F.pad(root[..., :, None] * vh[..., :values, :], (0, 0, 0, rank - values))
-    return LoRALayer(down.to(dtype), up.to(dtype), float(rank)), error
+    return LoRALayer(down, up, float(rank)), error
 
 
 def canonical(weights: LoRAWeights, rank: int | None = None) -> LoRAWeights:

@@ -1,8 +1,46 @@
-"""Names with a number after them stay possible, whatever characters they are made of."""
+"""Names that are possible everywhere, and sentences for those that are not."""
 
 import pytest
 
+from difflora_core.errors import FileNameError
 from difflora_core.storage.file_name import check_file_name, with_ending
+
+
+@pytest.mark.parametrize(
+    "name", ["cast", "Żółć 李", "a.b-c_d (2)", "console", "é" * 80, "COM", "1"]
+)
+def test_names_that_are_kept(name):
+    assert check_file_name(name) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "cannot be a file name"),
+        ("../cast", "cannot be a file name"),
+        ("a/b", "cannot be a file name"),
+        ("a\\b", "cannot be a file name"),
+        (".hidden", "cannot be a file name"),
+        ("a.", "no point or space at the end"),
+        ("a ", "no point or space at the end"),
+        ("a\nb", "cannot be a file name"),
+        ("a\0", "cannot be a file name"),
+        ("\ud800", r"'\\ud800' cannot be a file name"),
+        ("con:1", "cannot be a file name"),
+        ("CON", "device on Windows"),
+        ("nul.txt", "device on Windows"),
+        ("Com1", "device on Windows"),
+        ("LPT³", "device on Windows"),
+        ("x" * 81, "too long"),
+        ("李" * 67, "200 bytes"),
+        ("x" * 10**6, "too long"),
+    ],
+)
+def test_names_that_are_refused(name, message):
+    with pytest.raises(FileNameError, match=message) as caught:
+        check_file_name(name)
+    str(caught.value).encode()
+    assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize("name", ["hat", "h" * 80, "帽" * 66, "é" * 80, "𝔥" * 50, "a" + "帽" * 66])

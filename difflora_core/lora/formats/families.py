@@ -19,7 +19,7 @@ from torch import Tensor
 from ...config import parse_json
 from ...errors import LayoutError, LoRAFileError, described, shown
 from ...limits import FEATURES, MATRIX_SIDE, MATRIX_VALUES, NAME_LENGTH, NUMBER
-from ..canonical import layer_svd, truncated_layer
+from ..canonical import balanced_layer, layer_svd, signed, truncated_layer
 from ..weights import LoRALayer
 
 _ADAPTER = r"(?:\.(?!weight$)[\w-]+)?"  # PEFT writes its adapter name here: lora_A.default.weight
@@ -221,6 +221,22 @@ def _approximated(
     return layer, float(error)
 
 
+def computed_values(group: Mapping[str, Tensor], rank: int) -> int:
+    """How many numbers a layer becomes that is brought to a LoRA; 0 for one that is stored as such.
+
+    Args:
+        group: role to tensor, from ``group_keys``.
+        rank: rank that it is brought to.
+    """
+    shapes = {role: tensor.shape for role, tensor in group.items() if tensor.ndim >= 2}
+    out = width = 1
+    for name in ("diff", "hada_w1", "lokr_w1", "lokr_w2"):
+        first, last = (shapes.get(name, shapes.get(f"{name}_{part}")) for part in "ab")
+        if first is not None and last is not None:
+            out, width = out * first[0], width * last[1]
+    return (out + width) * rank if out * width > 1 else 0
+
+
 def peft_alphas(metadata: Mapping[str, str] | None) -> Callable[[str, int], float | None]:
     """Alpha by (stem, rank) from the PEFT configuration that diffusers stores in the metadata.
 
@@ -333,11 +349,11 @@ def lokr_layer(
     first, second = order // len(s2), order % len(s2)
     up = (u1[:, None, first] * u2[None, :, second]).flatten(0, 1)  # (out1 * out2, k)
     down = (v1[first, :, None] * v2[second, None, :]).flatten(1)  # (k, in1 * in2)
-    layer = LoRALayer((down * kept[:, None]).float(), up.float(), scale * len(kept))
+    svd = signed(up, abs(scale) * kept, down * math.copysign(1.0, scale))
     total = products.square().sum()
     lost = (total - kept.square().sum()).clamp_min(0) if len(kept) < len(products) else 0 * total
     error = (lost / total.clamp_min(torch.finfo(total.dtype).tiny)).sqrt()
-    return truncated_layer(layer, rank)[0], error
+    return _single(balanced_layer(svd, rank)[0]), error
 
 
 def loha_layer(
@@ -365,14 +381,14 @@ def loha_layer(
         raise LoRAFileError("A LoHa layer has factors of different ranks; the file is damaged.")
     out, width, inner = len(a1), b1.shape[1], len(b1) * len(b2)
     scale = 1.0 if alpha is None else alpha / b1.shape[0]
-    if inner >= min(out, width):  # then delta W is the smaller of the two
+    if out * width <= (out + width) * inner:  # then delta W is the smaller of the two
         _judge(out, width, min(out, width), out * width)
         return full_layer(scale * (a1 @ b1) * (a2 @ b2), rank)
-    _judge(out, width, inner, max(out, width) * inner)
+    _judge(out, width, inner, (out + width) * inner)
     up = (a1[:, :, None] * a2[:, None, :]).flatten(1)  # (out, r1 * r2)
     down = (b1[:, None, :] * b2[None, :, :]).flatten(0, 1)  # (r1 * r2, in)
     layer, error = truncated_layer(LoRALayer(down, up, scale * up.shape[1]), rank)
-    return LoRALayer(layer.down.float(), layer.up.float(), layer.alpha), error
+    return _single(layer), error
 
 
 def full_layer(delta: Tensor, rank: int) -> tuple[LoRALayer, Tensor]:
@@ -385,8 +401,15 @@ def full_layer(delta: Tensor, rank: int) -> tuple[LoRALayer, Tensor]:
         LoRAFileError: when it is too large.
     """
     _judge(len(delta), delta.shape[1], min(delta.shape), delta.numel())
-    wide = delta.double()
-    identity = torch.eye(min(wide.shape), dtype=wide.dtype)
-    down, up = (identity, wide) if wide.shape[1] <= wide.shape[0] else (wide, identity)
-    layer, error = truncated_layer(LoRALayer(down, up, float(down.shape[0])), rank)
-    return LoRALayer(layer.down.float(), layer.up.float(), layer.alpha), error
+    tall = delta.double() if len(delta) >= delta.shape[1] else delta.double().mT
+    # Eigenvectors of the small Gram matrix span what is kept; much cheaper than all of the SVD.
+    kept = torch.linalg.eigh(tall.mT @ tall).eigenvectors[:, -rank:]
+    part = tall @ kept
+    error = (tall - part @ kept.mT).norm() / tall.norm().clamp_min(torch.finfo(tall.dtype).tiny)
+    up, down = (part, kept.mT) if len(delta) >= delta.shape[1] else (kept, part.mT)
+    return _single(truncated_layer(LoRALayer(down, up, float(len(down))), rank)[0]), error
+
+
+def _single(layer: LoRALayer) -> LoRALayer:
+    """The layer in float32."""
+    return LoRALayer(layer.down.float(), layer.up.float(), layer.alpha)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ...errors import LayoutError, LoRAFileError
+from ...limits import COMPUTED_SHARE, COMPUTED_VALUES
 from ..layout import LoRALayout
 from ..weights import LoRALayer, LoRAWeights
-from .families import group_keys, layer_from_group, peft_alphas, split_key
+from .families import computed_values, group_keys, layer_from_group, peft_alphas, split_key
 from .report import ReadReport, ReadResult, conform, total_error
 from .stems import Names, Naming, diffusers_pairs, file_stem, stem_table, text_encoder_name
 
@@ -90,6 +91,7 @@ def from_state_dict(
     layout = names if isinstance(names, LoRALayout) else None
     rank = layout.rank if rank is None and layout is not None else rank
     groups, unused = group_keys(state)
+    _check_computed(state, groups, rank or 0)
     layers, errors, skipped, outside = _read_groups(groups, names, rank, metadata)
     unused += outside
     if not layers:
@@ -108,6 +110,19 @@ def from_state_dict(
     total = total_error(weights, errors)
     report = ReadReport(count, ranks, errors, total, missing, skipped, tuple(unused))
     return ReadResult(weights, report)
+
+
+def _check_computed(
+    state: Mapping[str, Tensor], groups: Mapping[str, Mapping[str, Tensor]], rank: int
+) -> None:
+    """Raises LoRAFileError where a small file would become a LoRA of gigabytes."""
+    wanted = sum(computed_values(group, rank) for group in groups.values())
+    most = COMPUTED_VALUES + COMPUTED_SHARE * sum(tensor.numel() for tensor in state.values())
+    if wanted > most:
+        raise LoRAFileError(
+            f"As a LoRA of rank {rank} this file would become {wanted} numbers; up to {most} are "
+            "read of a file of its size. Choose a smaller rank, or another file."
+        )
 
 
 def with_peft_alphas(
