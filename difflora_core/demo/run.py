@@ -6,7 +6,6 @@ beside it for comparison, and leaves a labelled grid and both LoRA files in outp
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from ..config import parse_json
 from ..evaluation.grid import GridRow, draw_grid
 from ..storage.image_files import write_image
 from ..storage.lora_file import write_lora_file
@@ -84,7 +84,7 @@ def likeness(judges: Judges, pictures: Tensor, real: Tensor) -> float:
 
 def _photo_to_pictures(server: ComfyServer, console: Console) -> list[Row]:
     """The quickstart workflow: reference, base and personalised pictures."""
-    workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    workflow = parse_json(WORKFLOW.read_bytes(), WORKFLOW.name)
     for picture in workflow_pictures(workflow):
         server.client.upload_picture(picture)
     prompt = workflow_to_prompt(workflow, server.client.object_info())
@@ -111,7 +111,7 @@ def _dreambooth(server: ComfyServer, console: Console) -> Row:
     folder = server.base_directory / "models" / "loras"
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(file, folder / _DREAMBOOTH_FILE)
-    workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    workflow = parse_json(WORKFLOW.read_bytes(), WORKFLOW.name)
     prompt = workflow_to_prompt(workflow, server.client.object_info())
     result = server.client.run(_with_lora_file(prompt), on_progress=_Watch(console))
     return Row("DreamBooth LoRA, 8 pictures", _saved(prompt, result, "personalized"), seconds)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ def save_model(
         "version": FORMAT_VERSION,
         "base": model.layout.base,
         "config": model.config.to_dict(),
-        "layout": json.loads(model.layout.to_json()),
+        "layout": asdict(model.layout),
         "layout_hash": model.layout.hash,
         "source": dict(source or {}),
     }

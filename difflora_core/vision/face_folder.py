@@ -8,10 +8,10 @@ files, so that a missing or half-downloaded one is named.
 from __future__ import annotations
 
 import importlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..config import parse_json
 from ..errors import EncoderError
 
 PACKAGES = "antelopev2, buffalo_l or the free AuraFace"
@@ -148,8 +148,8 @@ def _manifest_files(path: Path) -> dict[str, str] | None:
     Other manifests are ignored, as insightface ignores them.
     """
     try:
-        document = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        document = parse_json((path / "manifest.json").read_bytes(), "manifest.json", EncoderError)
+    except (OSError, EncoderError):
         return None
     if not isinstance(document, dict) or document.get("manifest_version") != 2:
         return None

@@ -101,6 +101,39 @@ def test_tests_seed_no_global_state(root):
     assert not seeded
 
 
+HOMES = {
+    "safetensors": {"difflora_core/storage/safetensors_io.py"},
+    "json.load": {
+        "difflora_core/config.py",  # parse_json
+        "difflora_core/lora/layout.py",  # a cache key that it made itself
+        "difflora_core/training/state_file.py",  # its own record, as it will be read
+        "difflora_core/demo/comfyui/client.py",  # answers of the server that it started
+    },
+    "load_torch_file": {"nodes/loaders.py"},  # LoRA pickles, as ComfyUI reads them
+    "write_text": {"difflora_core/storage/atomic.py"},
+}
+"""What opens files, and the only product files where it stands."""
+
+
+def test_files_are_opened_in_one_place(sources):
+    """No second reader of safetensors or JSON, and no writer beside the atomic one."""
+    names = {
+        **dict.fromkeys(("safe_open", "load_file", "save_file"), "safetensors"),
+        **dict.fromkeys(("json.load", "json.loads"), "json.load"),
+        "load_torch_file": "load_torch_file",
+        **dict.fromkeys((".write_text", ".write_bytes"), "write_text"),
+    }
+    wrong = []
+    for source in sources:
+        for node in ast.walk(source.tree):
+            call = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            for name, home in names.items():
+                dotted = call == name or (call.endswith(name) and name[0] in ".l")
+                if dotted and str(source.path) not in HOMES[home]:
+                    wrong.append(f"{source.path}:{node.lineno} {call}")
+    assert not wrong
+
+
 def test_files_are_named_after_their_subject(sources):
     assert not [str(s.path) for s in sources if s.path.stem in FORBIDDEN_NAMES]
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from difflora_core.errors import LoRAFileError
-from difflora_core.lora.formats.families import full_layer, loha_layer, lokr_layer
+from difflora_core.lora.formats.lycoris import full_layer, loha_layer, lokr_layer
 from difflora_core.lora.formats.state_dict import from_state_dict
 from difflora_core.lora.layout import LayerShape, LoRALayout
 

@@ -11,7 +11,8 @@ from ...errors import LayoutError, LoRAFileError
 from ...limits import COMPUTED_SHARE, COMPUTED_VALUES
 from ..layout import LoRALayout
 from ..weights import LoRALayer, LoRAWeights
-from .families import computed_values, group_keys, layer_from_group, peft_alphas, split_key
+from .families import group_keys, layer_from_group, peft_alphas, split_key
+from .lycoris import computed_values
 from .report import ReadReport, ReadResult, conform, total_error
 from .stems import Names, Naming, diffusers_pairs, file_stem, stem_table, text_encoder_name
 
