@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.__main__ import BENCHMARKS
+from difflora_core import limits
 
 MAX_README_LINES = 200
 MAX_PICTURE_BYTES = 600 * 1024
@@ -68,6 +69,15 @@ def test_quoted_commands_exist(page, root):
 def test_quoted_paths_exist(page, root):
     quoted = QUOTED_PATH.findall(page.read_text("utf-8"))
     assert [path for path in quoted if not (root / path).exists()] == []
+
+
+def test_the_limits_are_told_as_they_are(root):
+    """The table of docs/reliability.md lists every limit with its value."""
+    text = (root / "docs" / "reliability.md").read_text("utf-8")
+    told = {
+        name: float(value) for name, value in re.findall(r"^\| `(\w+)`[^|]*\| (\d+) ", text, re.M)
+    }
+    assert told == {name: value for name, value in vars(limits).items() if name.isupper()}
 
 
 def test_what_is_wrong_would_be_found(tmp_path, root):
