@@ -37,7 +37,7 @@ SUFFIX = ".attn2.to_v"  # of every layer in version 1, left out there
 VECTOR = "values"  # the only tensor of a layer in version 1
 MAX_VALUES = 2**28
 MAX_ENCODERS = 8
-MAX_TENSORS = 64
+MAX_TENSORS = 64  # names of a method's tensors, over all layers; as many again are shared
 KINDS = {torch.float16: "F16", torch.float32: "F32", torch.int8: "I8"}
 HALF = (2.0**-6, 2.0**10)  # largest entries that float16 keeps well without a scale
 
@@ -321,7 +321,8 @@ def _table(path: Path, document: Mapping[str, Any]) -> Table:
                 break
             table[layer] = {tensor: tuple(shape) for tensor, shape in shapes.items()}
     total = sum(math.prod(shape) for shapes in table.values() for shape in shapes.values())
-    if not table or len(table) != len(layers or ()) or total > MAX_VALUES:
+    whole = bool(table) and len(table) == len(layers or ()) and len(_names(table)) <= MAX_TENSORS
+    if not whole or total > MAX_VALUES:
         raise CheckpointError(f"{path.name}: its description makes no sense; it was altered.")
     return table
 
@@ -338,6 +339,8 @@ def _is_shape(shape: object) -> bool:
 def _check_tensors(path: Path, header: Header, document: Mapping[str, Any], table: Table) -> None:
     """Compare names, kinds and shapes with the description before anything is read."""
     found = dict(header.tensors)
+    if len(found) > 4 * MAX_TENSORS:  # names, their scales, and what is shared
+        raise CheckpointError(f"{path.name} holds {len(found)} tensors, more than any concept.")
     packed = _names(table)
     count = _encoders(found)
     expected = {*packed, *_shared_names(found, table)}

@@ -146,8 +146,8 @@ def _without(library: Library, name: str) -> Library:
 
 def _free_name(name: str, taken: Sequence[str]) -> str:
     """The name, or the name with the first free number from 2 after it."""
-    number, free = 2, name
-    while free in set(taken):
+    number, free, others = 2, name, set(taken)
+    while free in others:
         ending = f" {number}"
         free = name[: MAX_NAME - len(ending)].rstrip() + ending
         number += 1

@@ -17,6 +17,7 @@ from difflora_core.methods.perfusion import PerfusionConfig
 from difflora_core.methods.registry import METHODS
 from difflora_core.storage.adapter_file import METADATA_KEY, read_adaptation, write_adaptation
 from difflora_core.storage.covariance_file import read_covariance, write_covariance
+from difflora_core.storage.safetensors_io import write_atomic
 from difflora_core.text.covariance import Covariance
 from difflora_core.text.new_words import LearnedWord
 
@@ -356,3 +357,23 @@ def test_files_of_the_first_version_are_read_as_they_were_meant():
     assert torch.equal(values_of(kept), (torch.arange(16.0) / 8).double())
     c = read_covariance(folder / "covariance.safetensors")
     assert torch.equal(c.matrix, torch.diag(torch.arange(1.0, 4.0)))
+
+
+@pytest.mark.parametrize("kind", ["layers", "shared"])
+def test_thousands_of_tensors_are_refused_at_once(tmp_path, kind):
+    """Names times layers would take minutes."""
+    import time
+
+    count, layers = 4000, 4096
+    names = {f"l{k}": {f"t{k}" if kind == "layers" else "t": [1]} for k in range(layers)}
+    document = {
+        "format": "difflora-concept", "version": 2, "method": "lora", "word": "", "superclass": "",
+        "base": "x", "layers": names, "facts": {}, "contexts": [],
+    }  # fmt: skip
+    tensors = {f"t{k}": torch.zeros(1) for k in range(count)}
+    path = tmp_path / "many.safetensors"
+    write_atomic(tensors, {"difflora_concept": json.dumps(document)}, path)
+    began = time.process_time()
+    with pytest.raises(CheckpointError, match=r"makes no sense|more than any concept"):
+        read_adaptation(path)
+    assert time.process_time() - began < 3
