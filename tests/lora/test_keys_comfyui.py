@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from difflora_core.lora.formats.families import loha_layer, lokr_layer
+from difflora_core.lora.formats.lycoris import loha_layer, lokr_layer
 from difflora_core.lora.formats.state_dict import to_state_dict
 from difflora_core.lora.formats.stems import stem_table
 from difflora_core.lora.layout import SDXL_UNET_CONFIG, sdxl_layout, unet_name_map

@@ -84,7 +84,7 @@ def test_names_are_unique(sd15_config):
 
 
 def test_no_matching_layer():
-    with pytest.raises(LayoutError, match="no linear layer"):
+    with pytest.raises(LayoutError, match="no layer that ends in"):
         layout_from_unet_config("sdxl", SDXL_UNET_CONFIG, 4, ("nothing",))
 
 
