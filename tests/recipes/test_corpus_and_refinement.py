@@ -84,6 +84,9 @@ def test_what_a_kill_left_is_taken_up_or_refused(base, people, tmp_path):
     save_corpus(replace(load_corpus(first), identities=(9, 5)), first)
     with pytest.raises(CheckpointError, match="other people"):
         build_corpus(base, (5, 9, 4), people, config, path)
+    first.write_bytes(bytes([*right[:-1], right[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="is damaged; delete it"):
+        build_corpus(base, (5, 9, 4), people, config, path)
     first.write_bytes(right)
     build_corpus(base, (5, 9, 4), people, config, path)
     parts.mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -98,7 +99,16 @@ def build_corpus(
 
 def _write(corpus: LoRACorpus, path: Path) -> None:
     """Write a corpus once, whatever the number of processes; all go on when it is there."""
-    launched().on_main(lambda: save_corpus(corpus, path))
+    signed = replace(corpus, source={**corpus.source, "digest": _digest(corpus)})
+    launched().on_main(lambda: save_corpus(signed, path))
+
+
+def _digest(corpus: LoRACorpus) -> str:
+    """Digest of people, factors and settings: a bit that falls over is noticed."""
+    layers = corpus.weights.folded().layers.items()
+    factors = {name: [layer.down.float(), layer.up.float()] for name, layer in layers}
+    settings = json.dumps(corpus.source.get("settings"), sort_keys=True)
+    return fingerprint(list(corpus.identities), factors, settings)
 
 
 def _remove(folder: Path) -> None:
@@ -128,4 +138,7 @@ def _read(
         )
     if corpus.identities != tuple(identities) or corpus.layout != layout:
         raise CheckpointError(f"{path} holds other people than it should; delete it.")
+    made = _digest(corpus)
+    if corpus.source.get("digest", made) != made:  # corpora of version 0.1.0 have none
+        raise CheckpointError(f"{path} is damaged; delete it to train its people anew.")
     return corpus
