@@ -7,11 +7,11 @@ artists turn a LoRA down in one of them to keep, say, the composition.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from ..config import Config
 from ..errors import ConfigError
-from .weights import LoRALayer, LoRAWeights
+from .weights import LoRAWeights
 
 
 @dataclass(frozen=True)
@@ -62,5 +62,5 @@ def scale_groups(weights: LoRAWeights, strengths: GroupStrengths) -> LoRAWeights
     """Every delta W multiplied by the factor of its groups (exact: only alpha changes)."""
     scaled = {}
     for name, layer in weights.layers.items():
-        scaled[name] = LoRALayer(layer.down, layer.up, layer.alpha * strengths.of(name))
+        scaled[name] = replace(layer, alpha=layer.alpha * strengths.of(name))
     return LoRAWeights(scaled)

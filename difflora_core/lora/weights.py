@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
@@ -20,6 +20,8 @@ class LoRALayer:
         down: (..., r, in) floating point; leading dimensions are a batch of LoRAs.
         up: (..., out, r), same leading dimensions.
         alpha: numerator of the scale; ``alpha == r`` means scale 1.
+        kernel: (height, width) of a convolution's kernel, empty for a linear layer. The last
+            dimension of ``down`` is then that of its weight, (in, height, width), flattened.
 
     Raises:
         LayoutError: when the two factors do not fit together.
@@ -28,6 +30,7 @@ class LoRALayer:
     down: Tensor
     up: Tensor
     alpha: float
+    kernel: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         fits = self.down.ndim >= 2 and self.up.ndim >= 2
@@ -45,7 +48,7 @@ class LoRALayer:
 
     @property
     def in_features(self) -> int:
-        """Width of the layer's input."""
+        """Width of the layer's input; of a convolution, of the patch that its kernel sees."""
         return self.down.shape[-1]
 
     @property
@@ -71,7 +74,7 @@ class LoRALayer:
         """Equal edit with alpha = r: the scale is moved into ``up``."""
         if self.alpha == self.rank:
             return self
-        return LoRALayer(self.down, self.up * self.scaling, float(self.rank))
+        return replace(self, up=self.up * self.scaling, alpha=float(self.rank))
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,10 +122,10 @@ class LoRAWeights:
         """Same LoRA in another dtype or on another device."""
         return LoRAWeights(
             {
-                name: LoRALayer(
-                    layer.down.to(device=device, dtype=dtype),
-                    layer.up.to(device=device, dtype=dtype),
-                    layer.alpha,
+                name: replace(
+                    layer,
+                    down=layer.down.to(device=device, dtype=dtype),
+                    up=layer.up.to(device=device, dtype=dtype),
                 )
                 for name, layer in self.layers.items()
             }
@@ -131,13 +134,19 @@ class LoRAWeights:
     def detach(self) -> LoRAWeights:
         """Same values, cut off from autograd."""
         return LoRAWeights(
-            {k: LoRALayer(v.down.detach(), v.up.detach(), v.alpha) for k, v in self.layers.items()}
+            {
+                name: replace(layer, down=layer.down.detach(), up=layer.up.detach())
+                for name, layer in self.layers.items()
+            }
         )
 
     def scaled(self, strength: float) -> LoRAWeights:
         """Every delta W multiplied by ``strength`` (exact: only alpha changes)."""
         return LoRAWeights(
-            {k: LoRALayer(v.down, v.up, v.alpha * strength) for k, v in self.layers.items()}
+            {
+                name: replace(layer, alpha=layer.alpha * strength)
+                for name, layer in self.layers.items()
+            }
         )
 
     def folded(self) -> LoRAWeights:
@@ -156,7 +165,10 @@ class LoRAWeights:
                 f"There is no LoRA number {index} in a batch of shape {tuple(shape)}."
             )
         return LoRAWeights(
-            {k: LoRALayer(v.down[index], v.up[index], v.alpha) for k, v in self.layers.items()}
+            {
+                name: replace(layer, down=layer.down[index], up=layer.up[index])
+                for name, layer in self.layers.items()
+            }
         )
 
     @staticmethod
@@ -181,9 +193,9 @@ class LoRAWeights:
                 group = [layer.folded() for layer in group]
             if len({(layer.down.shape, layer.up.shape) for layer in group}) > 1:
                 raise LayoutError(f"The LoRAs have different shapes in layer {name}.")
-            stacked[name] = LoRALayer(
-                torch.stack([layer.down for layer in group]),
-                torch.stack([layer.up for layer in group]),
-                group[0].alpha,
+            stacked[name] = replace(
+                group[0],
+                down=torch.stack([layer.down for layer in group]),
+                up=torch.stack([layer.up for layer in group]),
             )
         return LoRAWeights(stacked)

@@ -219,6 +219,11 @@ class Method(ABC):
         )
 
     @classmethod
+    def lost_as_lora(cls, adaptation: TrainedAdaptation) -> tuple[str, ...]:
+        """What `as_lora` leaves out, as ends of the sentence "As a LoRA ..."."""
+        return ()
+
+    @classmethod
     def exports_lora(cls) -> bool:
         """True when `as_lora` is more than a refusal."""
         return cls.as_lora.__func__ is not Method.as_lora.__func__  # type: ignore[attr-defined]
@@ -239,6 +244,30 @@ def with_settings(adaptation: TrainedAdaptation, wanted: Mapping[str, Any]) -> C
     kind = type(adaptation.settings)
     changed = {name: value for name, value in wanted.items() if has_setting(kind, name)}
     return replace(adaptation.settings, **changed)  # type: ignore[type-var]
+
+
+class StyleMethod(Method):
+    """A method whose adaptation is a look: it has no word, and every prompt gets it."""
+
+    @classmethod
+    def check(cls, adaptation: TrainedAdaptation) -> None:
+        """Refuse a word.
+
+        Raises:
+            LayoutError: it has one.
+        """
+        if adaptation.word is not None:
+            raise LayoutError(f"{adaptation.title} has a word, but {cls.name} teaches none.")
+
+    @classmethod
+    @abstractmethod
+    def one(cls, applied: AppliedAdaptation) -> AdapterSet:
+        """Adapters of one adaptation, its strength included."""
+
+    @classmethod
+    def adapters(cls, applied: Sequence[AppliedAdaptation]) -> AdapterSet:
+        """Styles act one after another: the next one sees what the one before made."""
+        return sum((cls.one(part) for part in applied), AdapterSet(()))
 
 
 class ConceptMethod(Method):

@@ -8,12 +8,14 @@ from .infusion import Infusion
 from .lora import LoRA
 from .para import PaRa
 from .perfusion import Perfusion
+from .styleinject import StyleInject
 
 METHODS: dict[str, type[Method]] = {
     LoRA.name: LoRA,
     Perfusion.name: Perfusion,
     Infusion.name: Infusion,
     PaRa.name: PaRa,
+    StyleInject.name: StyleInject,
 }
 
 

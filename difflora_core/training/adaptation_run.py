@@ -155,6 +155,7 @@ def run_adaptation(
     folder: Path,
     watch: Watch | None = None,
     stop: Callable[[], bool] | None = None,
+    held_out: ConceptExamples | None = None,
 ) -> AdaptationResult[Trained]:
     """Train an objective; a stopped run returns its best state and can be taken up again.
 
@@ -164,6 +165,7 @@ def run_adaptation(
         folder: of this run's state; taken up again when settings and pictures are the same.
         watch: see `Watch`; `evaluation` is among the metrics. It may raise InterruptedTraining.
         stop: asked before every step; True stops the run.
+        held_out: pictures to choose the best state by; `examples` unless given.
 
     Raises:
         InterruptedTraining: stopped before anything was evaluated.
@@ -172,40 +174,54 @@ def run_adaptation(
     """
     module = _module(objective)
     config, steps = objective.config, len(objective.task.base.alphas_cumprod)
-    draw = examples.draw(config.batch, steps)
-
-    def report(step: int, total: int, metrics: dict[str, float]) -> None:
-        named = {"evaluation" if k == "validation" else k: v for k, v in metrics.items()}
-        if watch is not None:
-            watch(step, total, named, lambda: preview(objective, examples))
+    unseen = examples if held_out is None else held_out
 
     hooks = Hooks(
-        progress=report,
-        validate=_evaluation(module, draw),
+        progress=_progress(objective, examples, watch),
+        validate=_evaluation(module, unseen.draw(config.batch, steps)),
         stop=stop,
         after_step=getattr(module, "after_step", None),
         base=objective.task.base,
-        fingerprint=run_fingerprint(objective, examples),
+        fingerprint=run_fingerprint(objective, examples, held_out),
         settings=(config,),
     )
     finished, device = True, compute_device(objective.task.base)
     try:
-        result = train(module, draw, config.loop, folder, hooks, device)
+        trained = examples.draw(config.batch, steps)
+        result = train(module, trained, config.loop, folder, hooks, device)
     except Stopped as early:
         if "validation" not in early.result:
             raise InterruptedTraining(str(early)) from early
         finished, result = False, early.result
     module.to("cpu")
     step = int(result["best_step"])
-    facts: Facts = {"steps": step, "pictures": len(examples)}
-    return AdaptationResult(objective.adaptations(facts), finished, step, result["validation"])
+    made = objective.adaptations({"steps": step, "pictures": len(examples)})
+    return AdaptationResult(made, finished, step, result["validation"])
 
 
-def run_fingerprint(objective: Objective[Trained], examples: ConceptExamples) -> str:
+def _progress(
+    objective: AdapterObjective, examples: ConceptExamples, watch: Watch | None
+) -> Callable[[int, int, dict[str, float]], None]:
+    """What the loop reports to, in the words of `watch`."""
+
+    def report(step: int, total: int, metrics: dict[str, float]) -> None:
+        named = {"evaluation" if k == "validation" else k: v for k, v in metrics.items()}
+        if watch is not None:
+            watch(step, total, named, lambda: preview(objective, examples))
+
+    return report
+
+
+def run_fingerprint(
+    objective: Objective[Trained],
+    examples: ConceptExamples,
+    held_out: ConceptExamples | None = None,
+) -> str:
     """Digest of everything that a run depends on: settings, task, base and pictures."""
     task, config = objective.task, objective.config
     named = (type(objective).__name__, config, *task.facts)
-    return fingerprint(*named, weights_digest(task.base.unet), examples)
+    pictures = (examples,) if held_out is None else (examples, held_out)
+    return fingerprint(*named, weights_digest(task.base.unet), *pictures)
 
 
 def _evaluation(module: nn.Module, draw: Callable[[torch.Generator], Batch]) -> Callable[[], float]:

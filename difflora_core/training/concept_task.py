@@ -138,13 +138,7 @@ def concept_examples(
     """
     if images.ndim != 4 or not len(images) or images.shape[-1] != 3:
         raise ConfigError(f"A concept needs pictures (N, H, W, 3), got {tuple(images.shape)}.")
-    named = " and a ".join(word.word for word in words)
-    default = [template.format(named) for template in TEMPLATES]
-    lists = [default] * len(images) if prompts is None else list(prompts)
-    if not words and prompts is None:
-        raise ConfigError("Say in a prompt what the pictures show.")
-    if words:
-        _check_prompts(lists, [word.word for word in words])
+    lists = _prompts(len(images), [word.word for word in words], prompts)
     shaped = None if masks is None else _masks(masks, images)
     if flip:
         images = torch.cat([images, images.flip(2)])
@@ -188,14 +182,22 @@ def _masks(masks: Tensor, images: Tensor) -> Tensor | None:
     return (resized / largest[:, None, None]).expand(len(images), -1, -1)
 
 
-def _check_prompts(prompts: Sequence[Sequence[str]], words: Sequence[str]) -> None:
-    for options in prompts:
-        for prompt in options:
-            if not find_words(prompt, words):
-                raise ConfigError(
-                    f"The prompt {prompt!r} does not name {' or '.join(words)}: every training "
-                    "prompt must hold a new word."
-                )
+def _prompts(
+    count: int, words: Sequence[str], prompts: Sequence[Sequence[str]] | None
+) -> list[Sequence[str]]:
+    """The prompts of each of so many pictures; the photo templates unless given."""
+    if prompts is None:
+        if not words:
+            raise ConfigError("Say in a prompt what the pictures show.")
+        named = " and a ".join(words)
+        return [[template.format(named) for template in TEMPLATES]] * count
+    for prompt in (prompt for options in prompts for prompt in options):
+        if words and not find_words(prompt, words):
+            raise ConfigError(
+                f"The prompt {prompt!r} does not name {' or '.join(words)}: every training "
+                "prompt must hold a new word."
+            )
+    return list(prompts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,6 +224,25 @@ class PictureTask:
         with torch.no_grad():
             empty = self.text.encode([""], {})
         return TextCondition(empty.context, empty.pooled)
+
+    @cached_property
+    def _encoded(self) -> dict[str, EncodedPrompts]:
+        return {}
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> EncodedPrompts:
+        """Prompts without new words; each is encoded once in a run, and kept on the CPU."""
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self._encoded:
+                made = self.text.encode([prompt], {})
+                parts = (made.context.cpu(), made.pooled.cpu(), made.real.cpu())
+                self._encoded[prompt] = EncodedPrompts(*parts, {})
+        rows = [self._encoded[prompt] for prompt in prompts]
+        context, pooled, real = (
+            torch.cat([getattr(row, name) for row in rows])
+            for name in ("context", "pooled", "real")
+        )
+        return EncodedPrompts(context, pooled, real, {})
 
     def noised(
         self, batch: Mapping[str, Any], encoded: EncodedPrompts, guidance: float = 1.0

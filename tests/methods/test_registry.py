@@ -5,10 +5,12 @@ from runpy import run_path
 
 import pytest
 import torch
+from torch import nn
 
 from difflora_core.adapters.attach import attach
 from difflora_core.config import Config
 from difflora_core.errors import ConfigError, LayoutError
+from difflora_core.lora.layout import module_size
 from difflora_core.methods.base import (
     AppliedAdaptation,
     TrainedAdaptation,
@@ -43,7 +45,7 @@ def test_sizes_are_those_of_the_layers_it_changes(example, net):
     assert set(sizes) == set(part.adaptation.layers)
     for name, size in sizes.items():
         layer = net().get_submodule(name)
-        assert size == (layer.in_features, layer.out_features)
+        assert size == module_size(layer) == (layer.in_features, layer.out_features)
 
 
 def test_it_acts_by_its_strength_and_sample(example, net):
@@ -88,6 +90,17 @@ def test_the_layout_hash_tells_layers_and_sizes_apart():
     assert layout_hash(one) == layout_hash({"b": (3, 5), "a": (3, 4)})
     others = ({"a": (3, 4)}, {"a": (3, 4), "c": (3, 5)}, {"a": (3, 4), "b": (3, 6)})
     assert len({layout_hash(one), *map(layout_hash, others)}) == 4
+
+
+def test_the_size_of_a_convolution_has_its_kernel():
+    """Another kernel, or a linear layer of the same features, is another layer."""
+    sizes = {
+        module_size(layer)
+        for layer in (nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, (3, 5)), nn.Linear(3, 4))
+    }
+    assert sizes == {(3, 4, 1, 1), (3, 4, 3, 5), (3, 4)}
+    assert module_size(nn.LayerNorm(3)) == module_size(None) == ()
+    assert len({layout_hash({"a": size}) for size in sizes}) == 3
 
 
 def test_an_adaptation_without_layers_is_none():

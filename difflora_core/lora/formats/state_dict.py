@@ -47,11 +47,13 @@ def to_state_dict(
     state: dict[str, Tensor] = {}
     for name, layer in weights.layers.items():
         stem = file_stem(name, naming, to_diffusers)
+        layer = layer.folded() if naming == "diffusers" else layer
+        down, up = layer.down, layer.up
+        if layer.kernel:
+            down, up = down.unflatten(-1, (-1, *layer.kernel)), up[..., None, None]
+        tensors = {"lora_down.weight": down, "lora_up.weight": up}
         if naming == "diffusers":
-            layer = layer.folded()
-            tensors = {"lora_A.weight": layer.down, "lora_B.weight": layer.up}
-        else:
-            tensors = {"lora_down.weight": layer.down, "lora_up.weight": layer.up}
+            tensors = {"lora_A.weight": down, "lora_B.weight": up}
         for suffix, tensor in tensors.items():
             value = tensor.detach().to("cpu", dtype).clone(memory_format=torch.contiguous_format)
             if not torch.isfinite(value.float()).all():
