@@ -17,6 +17,7 @@ from . import (
     loaders,
     lora_tools,
     model_paths,
+    styles,
 )
 
 
@@ -54,6 +55,9 @@ NODES: list[type[io.ComfyNode]] = [
     concepts.LoadConcept,
     concepts.ApplyConcept,
     concepts.ExportConceptLoRA,
+    styles.LoadStyle,
+    styles.ApplyStyle,
+    styles.ExportStyleLoRA,
 ]
 
 

@@ -12,13 +12,6 @@ from .host import lora as host_lora
 from .host.adapters import Link, with_link
 
 CATEGORY = "DiffLoRA/placing"
-GROUPS = {
-    "input_blocks": "the blocks on the way in: layout and pose",
-    "middle_block": "the innermost block",
-    "output_blocks": "the blocks on the way out: looks and texture",
-    "self_attention": "self-attention: how the parts of the picture go together",
-    "cross_attention": "cross-attention: how the prompt is read",
-}
 
 
 class LoRAToHook(io.ComfyNode):
@@ -95,13 +88,11 @@ class ApplyLoRA(io.ComfyNode):
                     tooltip="How strongly the LoRA acts as a whole.",
                 ),
                 *sockets.span_widgets(" A later start leaves the layout to the base model."),
-                io.Boolean.Input(
-                    "positive_only",
-                    default=False,
-                    tooltip="Leaves the negative prompt to the base model; guidance then pushes "
-                    "the picture further towards the person.",
+                sockets.positive_widget(
+                    "Leaves the negative prompt to the base model; guidance then pushes "
+                    "the picture further towards the person."
                 ),
-                *(_group_widget(name, where) for name, where in GROUPS.items()),
+                *sockets.block_widgets(),
             ],
             outputs=[
                 io.Model.Output(display_name="model"),
@@ -140,19 +131,6 @@ class ApplyLoRA(io.ComfyNode):
             applied = AppliedAdaptation(prepared, LoRASettings())
             patched = with_link(model, Link(applied, start_percent, end_percent, positive_only))
         return io.NodeOutput(patched, to_state_dict(scaled))
-
-
-def _group_widget(name: str, where: str) -> io.Input:
-    """A factor on the strength in one part of the model."""
-    return io.Float.Input(
-        name,
-        default=1.0,
-        min=-10.0,
-        max=10.0,
-        step=0.01,
-        advanced=True,
-        tooltip=f"Multiplies the strength in {where}.",
-    )
 
 
 NODES = [LoRAToHook, ApplyLoRA]

@@ -146,6 +146,27 @@ def concept_file(name: str) -> str:
     return path
 
 
+def style_files() -> list[str]:
+    """The styles that ComfyUI sees."""
+    return list(folder_paths.get_filename_list(STYLES))
+
+
+def style_file(name: str) -> str:
+    """The full path of a style.
+
+    Raises:
+        FileNotFoundError: the file is not there; the message names the folders searched.
+    """
+    path = folder_paths.get_full_path(STYLES, name) if name else None
+    if path is None:
+        folders = " or ".join(folder_paths.get_folder_paths(STYLES))
+        raise FileNotFoundError(
+            f"The style '{name}' was not found. Train one, or put the file into {folders}, and "
+            "press R."
+        )
+    return path
+
+
 def new_file(folder: str, name: str) -> Path:
     """Where a new file of ours goes: the first folder of that kind.
 

@@ -28,6 +28,14 @@ Covariance = io.Custom("DIFFLORA_COVARIANCE")
 FaceAnalysis = io.Custom("FACEANALYSIS")
 """An insightface FaceAnalysis, as the InstantID and PuLID packs pass it."""
 
+BLOCKS = {
+    "input_blocks": "the blocks on the way in: layout and pose",
+    "middle_block": "the innermost block",
+    "output_blocks": "the blocks on the way out: looks and texture",
+    "self_attention": "self-attention: how the parts of the picture go together",
+    "cross_attention": "cross-attention: how the prompt is read",
+}
+
 # Packs disagree on the name of this socket; the object behind it is the same.
 FACE_TYPES = [FaceAnalysis, io.Custom("INSIGHTFACE"), io.FaceAnalysis]
 # HyperLoRA passes the same kind of dict under a name of its own.
@@ -206,3 +214,24 @@ def reach_widget(tooltip: str, optional: bool = False) -> io.Input:
     return io.Int.Input(
         "reach", default=-1, min=-1, max=512, optional=optional, advanced=True, tooltip=tooltip
     )
+
+
+def positive_widget(tooltip: str) -> io.Input:
+    """Whether something acts on the positive prompt alone."""
+    return io.Boolean.Input("positive_only", default=False, tooltip=tooltip)
+
+
+def block_widgets() -> list[io.Input]:
+    """Factors on the strength in parts of the model."""
+    return [
+        io.Float.Input(
+            name,
+            default=1.0,
+            min=-10.0,
+            max=10.0,
+            step=0.01,
+            advanced=True,
+            tooltip=f"Multiplies the strength in {where}.",
+        )
+        for name, where in BLOCKS.items()
+    ]

@@ -1,5 +1,129 @@
-"""StyleInject: what is its own among the nodes of styles."""
+"""StyleInject: learn a style from pictures; Load and Apply Style take the result."""
 
 from comfy_api.latest import io
 
-NODES: list[type[io.ComfyNode]] = []
+from ..difflora_core.adapters.styleinject import PRESETS
+from ..difflora_core.training.styleinject import StyleInjectObjective, StyleInjectTraining
+from . import model_paths, sockets
+from .host import training
+from .host.training_request import HeldOutRequest, Parts
+
+CATEGORY = "DiffLoRA/styles"
+
+
+class TrainStyleInject(io.ComfyNode):
+    """Pictures in, style out."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DiffLoRA_TrainStyleInject",
+            display_name="Train StyleInject",
+            category=CATEGORY,
+            description="Learns the look of pictures as a few styles, of which every picture takes "
+            "its own mixture. It is kept in models/difflora_styles. Stopping keeps the best so "
+            "far; queueing again goes on.",
+            search_aliases=["styleinject", "train style", "fine-tune", "aesthetics", "adain"],
+            inputs=[
+                *training.base_sockets(),
+                io.String.Input(
+                    "prompts",
+                    default="",
+                    multiline=True,
+                    tooltip="What the pictures show. As many lines as pictures: one for each, in "
+                    "their order; fewer: each picture is trained with any of them.",
+                ),
+                io.Int.Input("steps", default=2000, min=1, max=100_000, tooltip="At most."),
+                io.Int.Input(
+                    "styles",
+                    default=4,
+                    min=1,
+                    max=64,
+                    tooltip="How many styles it may mix. 1 for one artist; more for a collection.",
+                ),
+                io.Int.Input(
+                    "rank",
+                    default=16,
+                    min=1,
+                    max=1024,
+                    tooltip="Size of each. Higher: more faithful, a larger file.",
+                ),
+                *training.training_widgets(4, "my_style", model_paths.STYLES),
+                *_long_tail(),
+                training.training_guidance(),
+            ],
+            outputs=[
+                sockets.Style.Output(display_name="style", tooltip="For Apply Style."),
+                io.String.Output(display_name="report", tooltip="File, size, steps and loss."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        clip,
+        vae,
+        images,
+        prompts,
+        steps,
+        styles,
+        rank,
+        batch_size,
+        seed,
+        file_name,
+        mirror,
+        small_file,
+        learning_rate,
+        layers,
+        held_out,
+        guidance=1.0,
+    ):
+        config = StyleInjectTraining(
+            steps=steps,
+            batch=batch_size,
+            seed=seed,
+            learning_rate=learning_rate,
+            plan=PRESETS[layers].of_size(styles, rank),
+            guidance=guidance,
+        )
+        request = HeldOutRequest(prompts, file_name, mirror, small_file, held_out)
+        parts = Parts(model, clip, vae, images, None, None)
+        made, _, report = training.train(StyleInjectObjective, config, request, parts)
+        return io.NodeOutput(made[0], report)
+
+
+def _long_tail() -> list[io.Input]:
+    """What is seldom needed."""
+    return [
+        io.Float.Input(
+            "learning_rate",
+            default=0.0001,
+            min=0.000001,
+            max=1.0,
+            step=0.0001,
+            round=0.000001,
+            advanced=True,
+            tooltip="Learning rate, constant.",
+        ),
+        io.Combo.Input(
+            "layers",
+            options=list(PRESETS),
+            default="recommended",
+            advanced=True,
+            tooltip="recommended: queries and values of attention, another spread for queries; "
+            "paper_table: another spread for values too; distillation: convolutions too.",
+        ),
+        io.Int.Input(
+            "held_out",
+            default=10,
+            min=0,
+            max=50,
+            advanced=True,
+            tooltip="Percent of the pictures that are not trained on: the state that is best on "
+            "them is kept, and training stops when they gain nothing more.",
+        ),
+    ]
+
+
+NODES = [TrainStyleInject]

@@ -7,8 +7,8 @@ Blending is done once for all methods, in ``attach``. With layer f, strength s a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -69,6 +69,10 @@ class AdapterSet:
     def layers(self) -> tuple[str, ...]:
         """Layer names without repetition, in order of first appearance."""
         return tuple(dict.fromkeys(entry.layer for entry in self.entries))
+
+    def by_layer(self, factor: Callable[[str], float]) -> AdapterSet:
+        """Every entry's strength multiplied by a factor of its layer's name."""
+        return AdapterSet(tuple(replace(e, strength=e.strength * factor(e.layer)) for e in self))
 
     def scaled(self, strength: Strength) -> AdapterSet:
         """Every entry's strength multiplied by ``strength``."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -103,6 +103,10 @@ class StyleInjectPlan(Config):
                 f"StyleInject: {', '.join(lost)} cannot get another spread without being adapted; "
                 "name it among the targets too."
             )
+
+    def of_size(self, styles: int, rank: int) -> StyleInjectPlan:
+        """The same layers with other numbers."""
+        return replace(self, styles=styles, rank=rank)
 
 
 PRESETS: Mapping[str, StyleInjectPlan] = {

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..adapters.base import AdapterSet, Strength
 from ..config import Config
 from ..errors import ConfigError, LayoutError
+from ..lora.block_groups import GroupStrengths
 from ..lora.weights import LoRAWeights
 from ..text.covariance import normalised
 from ..text.new_words import LearnedWord
@@ -107,12 +108,14 @@ class AppliedAdaptation:
         settings: the method's `Config`.
         strength: 0 leaves the model alone, 1 is as trained; or one for each sample (B,).
         superclass_prompt: (1, L, d) the prompt with the super-class word, if settings ask for it.
+        blocks: factors on the strength in parts of the model.
     """
 
     prepared: PreparedAdaptation
     settings: Config
     strength: Strength = 1.0
     superclass_prompt: Tensor | None = None
+    blocks: GroupStrengths = field(default_factory=GroupStrengths)
 
     @property
     def adaptation(self) -> TrainedAdaptation:

@@ -21,6 +21,7 @@ from torch import Tensor
 from ...difflora_core.adapters.attach import attach
 from ...difflora_core.adapters.base import AdapterSet
 from ...difflora_core.errors import ConfigError
+from ...difflora_core.lora.block_groups import GroupStrengths
 from ...difflora_core.methods.base import AppliedAdaptation
 from ...difflora_core.methods.registry import method
 from .base import check_fits
@@ -64,8 +65,9 @@ class Link:
 
     @property
     def always(self) -> bool:
-        """Whether it acts in every step, on every prompt."""
-        return (self.start, self.end, self.positive_only) == (0.0, 1.0, False)
+        """Whether it acts in every step, on every prompt, and equally in every part."""
+        everywhere = self.applied.blocks == GroupStrengths()
+        return everywhere and (self.start, self.end, self.positive_only) == (0.0, 1.0, False)
 
     @property
     def of_base(self) -> bool:
@@ -194,15 +196,15 @@ class AdapterChain:
 def adapter_set(applied: Sequence[AppliedAdaptation]) -> AdapterSet:
     """Adapters in the order of a chain, those of the base model first.
 
-    Neighbours of one method are made together.
+    Neighbours of one method and of equal factors by part are made together.
 
     Raises:
         ConfigError, LayoutError: they cannot be together.
     """
     entries = AdapterSet(())
     ordered = sorted(applied, key=lambda part: not method(part.adaptation.method).of_base)
-    for name, own in groupby(ordered, key=lambda part: part.adaptation.method):
-        entries += method(name).adapters(list(own))
+    for (name, blocks), own in groupby(ordered, key=lambda p: (p.adaptation.method, p.blocks)):
+        entries += method(name).adapters(list(own)).by_layer(blocks.of)
     return entries
 
 

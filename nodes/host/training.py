@@ -200,7 +200,8 @@ def _run(
     if not masked:
         logger.info(NO_MASKS)
     objective = recipe(task, config)
-    folder = model_paths.run_folder(run_fingerprint(objective, examples)[:24])
+    held_out = request.held_out_examples(base, parts)
+    folder = model_paths.run_folder(run_fingerprint(objective, examples, held_out)[:24])
     bar = comfy.utils.ProgressBar(config.steps)
 
     def watch(step: int, total: int, metrics: dict[str, float], preview: Any) -> None:
@@ -209,7 +210,8 @@ def _run(
         except comfy.model_management.InterruptProcessingException as stop:
             raise InterruptedTraining(f"stopped after step {step}") from stop
 
-    return run_adaptation(objective, examples, folder, watch, _interrupted), masked
+    result = run_adaptation(objective, examples, folder, watch, _interrupted, held_out)
+    return result, masked
 
 
 def _interrupted() -> bool:

@@ -67,6 +67,11 @@ class PictureRequest:
         """What a recipe is trained in, and on."""
         return PictureTask(base, text, parts.base_name), self.examples(base, parts)
 
+    def held_out_examples(self, base: BaseModel, parts: Parts) -> ConceptExamples | None:
+        """Pictures that are not trained on; None where all of them are."""
+        del base, parts
+        return None
+
     def examples(
         self, base: BaseModel, parts: Parts, words: list[NewWord] | None = None
     ) -> ConceptExamples:
@@ -74,6 +79,39 @@ class PictureRequest:
         images, prompts = parts.images.clone()[..., :3], [self.lines] * len(parts.images)
         masks = None if parts.masks is None else parts.masks.clone()
         return concept_examples(base, images, words or (), masks, prompts, self.mirror)
+
+
+@dataclass(frozen=True)
+class HeldOutRequest(PictureRequest):
+    """Also which share of the pictures, in percent, only chooses the best state.
+
+    As many prompts as pictures are one for each.
+    """
+
+    held_out: int
+
+    def held_out_examples(self, base: BaseModel, parts: Parts) -> ConceptExamples | None:
+        """Every so many of the pictures; None where that is none, or there is one picture."""
+        numbers = self._numbers(len(parts.images))
+        return self._chosen(base, parts, numbers) if numbers else None
+
+    def examples(
+        self, base: BaseModel, parts: Parts, words: list[NewWord] | None = None
+    ) -> ConceptExamples:
+        """The other pictures."""
+        del words
+        apart = self._numbers(len(parts.images))
+        return self._chosen(base, parts, [k for k in range(len(parts.images)) if k not in apart])
+
+    def _numbers(self, count: int) -> list[int]:
+        kept = max(1, round(count * self.held_out / 100)) if self.held_out and count > 1 else 0
+        return [k * count // kept for k in range(kept)]
+
+    def _chosen(self, base: BaseModel, parts: Parts, numbers: list[int]) -> ConceptExamples:
+        lines, images = self.lines, parts.images[numbers].clone()[..., :3]
+        each = len(lines) == len(parts.images)
+        prompts = [[lines[k]] if each else lines for k in numbers]
+        return concept_examples(base, images, (), None, prompts, self.mirror)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from difflora_core.methods.styleinject import (
     style_adaptation,
     style_layers,
 )
+from difflora_core.models.layers import DrawnFrom
 from difflora_core.storage.adapter_file import read_adaptation, write_adaptation
 from difflora_core.text.new_words import LearnedWord
 
@@ -154,10 +155,10 @@ class Block(nn.Module):
 
     def __init__(self):
         super().__init__()
-        torch.manual_seed(0)
-        attn1 = nn.ModuleDict({"to_q": nn.Linear(6, 4, bias=False)})
-        attn2 = nn.ModuleDict({"to_v": nn.Linear(5, 4, bias=False)})
-        conv = nn.ModuleList([nn.Identity(), nn.Identity(), nn.Conv2d(3, 4, 3, padding=1)])
+        with DrawnFrom(torch.Generator().manual_seed(0)):
+            attn1 = nn.ModuleDict({"to_q": nn.Linear(6, 4, bias=False)})
+            attn2 = nn.ModuleDict({"to_v": nn.Linear(5, 4, bias=False)})
+            conv = nn.ModuleList([nn.Identity(), nn.Identity(), nn.Conv2d(3, 4, 3, padding=1)])
         block = nn.ModuleDict({"attn1": attn1, "attn2": attn2, "in_layers": conv})
         self.input_blocks = nn.ModuleList([nn.Identity(), block])
         self.double().requires_grad_(False)

@@ -1,0 +1,390 @@
+"""Styles on ComfyUI's models: on outputs, in their order, by part and time; files and exports."""
+
+from dataclasses import replace
+from importlib import import_module
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+TARGETS = ("attn1.to_q", "attn1.to_v", "attn2.to_q", "attn2.to_v", "in_layers.2")
+SPREAD = ("attn1.to_q", "attn2.to_v", "in_layers.2")
+
+
+@pytest.fixture
+def parts(pack):
+    """The pack's own modules, by their names."""
+    return lambda name: import_module(f".{name}", pack.__name__)
+
+
+@pytest.fixture
+def unet(parts):
+    """Makes a fresh demo UNet in a ModelPatcher."""
+    (base, *_), _ = parts("nodes.model_paths").demo_paths()
+    return lambda: parts("nodes.host.demo").load_demo_unet(base, disable_dynamic=True)
+
+
+@pytest.fixture
+def trained(parts, unet):
+    """Makes a random style of attention and convolutions of the demo base."""
+    adapters, method = (
+        parts("difflora_core.adapters.styleinject"),
+        parts("difflora_core.methods.styleinject"),
+    )
+    module_size = parts("difflora_core.lora.layout").module_size
+    prepared = parts("difflora_core.methods.base").PreparedAdaptation
+    model = unet()
+
+    def make(seed=1, styles=3, spread=True):
+        generator, layers = torch.Generator().manual_seed(seed), {}
+        plan = adapters.StyleInjectPlan(
+            styles=styles, rank=2, targets=TARGETS, spread_targets=SPREAD
+        )
+        for shape in parts("nodes.host.base").unet_layout(model, "demo", 1, TARGETS):
+            size = module_size(model.model.diffusion_model.get_submodule(shape.name))
+            layer = adapters.new_layer(
+                size, plan, spread and shape.name.endswith(SPREAD), generator
+            )
+            layer.up.normal_(0, 0.3, generator=generator)
+            layer.router.normal_(0, 0.5, generator=generator)
+            if layer.spread is not None:
+                layer.spread.normal_(0, 0.3, generator=generator)
+                layer.spread_bias.normal_(0, 0.3, generator=generator)
+            layers[shape.name] = layer
+        made = method.style_adaptation(layers, adapters.StyleInjectConfig(), "demo")
+        return prepared(made)
+
+    return make
+
+
+@pytest.fixture
+def apply(node_module):
+    """Apply Style as a graph calls it; returns the model."""
+    node = node_module("styles").ApplyStyle
+
+    def on(model, style, strength=1.0, **changes):
+        widgets = {
+            "start_percent": 0.0, "end_percent": 1.0, "positive_only": False,
+            "input_blocks": 1.0, "middle_block": 1.0, "output_blocks": 1.0,
+            "self_attention": 1.0, "cross_attention": 1.0,
+        }  # fmt: skip
+        return node.execute(model, style, strength, **(widgets | changes)).result[0]
+
+    return on
+
+
+@torch.no_grad()
+def call(model, sigma=5.0, load=True):
+    """One call of a model for a negative and a positive prompt, as ComfyUI's sampler makes it."""
+    import comfy.model_management as management
+
+    if load:
+        management.load_models_gpu([model], force_patch_weights=True)
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(2, 8, 16, 16, generator=generator)
+    width = model.model.model_config.unet_config["context_dim"]
+    context = torch.randn(2, 7, width, generator=generator)
+    marks = {"difflora_negative": torch.tensor([1.0, 0.0])} if model.wrappers else {}
+    return model.model.apply_model(
+        x, torch.full((2,), sigma), c_crossattn=context, y=torch.zeros(2, 1600),
+        transformer_options={"wrappers": model.wrappers}, **marks,
+    )  # fmt: skip
+
+
+def written_out(layer, name, strength):
+    """A hook that does one layer's equations sample by sample in float64."""
+    tensors = {k: t.double() for k, t in layer.items()}
+    n, r = len(tensors["router"]), tensors["up"].shape[1]
+
+    def hook(module, args, y):
+        x, made = args[0].double(), []
+        for xb, yb in zip(x, y.double(), strict=True):
+            tokens = xb.flatten(1).T if xb.ndim == 3 else xb
+            h = yb.flatten(1).T if yb.ndim == 3 else yb
+            s = (tensors["router"] @ tokens.mean(0)).softmax(0)
+            if isinstance(module, nn.Conv2d):
+                patches = nn.functional.unfold(xb[None], 3, 1, 1, module.stride)[0].T
+            else:
+                patches = tokens
+            downs = tensors["downs"].flatten(1).view(n, r, -1)
+            change = patches @ (s[:, None, None] * downs).sum(0).T @ tensors["up"].T
+            change = change * tensors["alpha"] / r
+            if "spread" in tensors:
+                gamma = (tensors["spread"] @ s + tensors["spread_bias"]).clamp_min(-0.95)
+                mean = 0 if name.endswith("attn2.to_v") else h.mean(0)
+                change = change + gamma * (h - mean)
+            h = h + strength * change
+            made.append(h.T.reshape(yb.shape) if yb.ndim == 3 else h)
+        return torch.stack(made).to(y.dtype)
+
+    return hook
+
+
+def by_hand(model, *steps):
+    """A call of a fresh model with these (style, strength) written out."""
+    handles = []
+    for style, strength in steps:
+        for name, layer in style.adaptation.layers.items():
+            module = model.model.diffusion_model.get_submodule(name)
+            handles.append(module.register_forward_hook(written_out(layer, name, strength)))
+    made = call(model)
+    for handle in handles:
+        handle.remove()
+    return made
+
+
+def close(got, wanted, bare):
+    """The same to rounding, and far from the model without it."""
+    assert float((wanted - bare).abs().max()) > 0.05
+    assert float((got - wanted).norm() / (wanted - bare).norm()) < 2e-3
+
+
+def test_styles_are_their_equations_in_their_order_and_leave_the_model_alone(unet, trained, apply):
+    model, one, two = unet(), trained(1), trained(2)
+    bare = call(model)
+    for strength in (1.0, 0.4, -0.5):
+        close(call(apply(model, one, strength)), by_hand(unet(), (one, strength)), bare)
+        assert torch.equal(call(model), bare)
+    first = apply(model, one)
+    both = call(apply(first, two, 0.7))
+    close(both, by_hand(unet(), (one, 1.0), (two, 0.7)), bare)
+    other = call(apply(apply(model, two, 0.7), one))
+    assert float((other - both).norm() / (both - bare).norm()) > 0.01  # the order matters
+    again = call(apply(first, two, 0.7))
+    assert torch.equal(again, both)  # two clones of one model
+    assert torch.equal(call(apply(model, one, 0.0)), bare)
+    assert torch.equal(call(model), bare)
+
+
+def test_parts_time_and_prompts(unet, trained, apply):
+    model, style = unet(), trained(1)
+    bare, full = call(model), call(apply(model, style))
+    late = apply(model, style, start_percent=0.6)
+    assert torch.equal(call(late), bare)  # noise level 5 comes before that
+    positive = call(apply(model, style, positive_only=True))
+    assert torch.equal(positive[0], bare[0])
+    torch.testing.assert_close(positive[1], full[1], atol=1e-4, rtol=1e-4)
+    nowhere = {"input_blocks": 0.0, "middle_block": 0.0, "output_blocks": 0.0}
+    assert torch.equal(call(apply(model, style, **nowhere)), bare)
+    kept = {
+        name: tensors
+        for name, tensors in style.adaptation.layers.items()
+        if name.startswith("output_blocks")
+    }
+    alone = replace(style, adaptation=replace(style.adaptation, layers=kept))
+    one_block = call(apply(model, style, input_blocks=0.0, middle_block=0.0))
+    torch.testing.assert_close(one_block, call(apply(model, alone)))
+    both = call(apply(apply(model, style, cross_attention=0.0), style, self_attention=0.0))
+    assert float((both - full).abs().max()) > 0.01  # neighbours keep factors of their own
+
+
+def test_beside_a_lora_of_weights(unet, trained, apply):
+    """A LoRA is in the plain output that the style sees."""
+    import comfy.model_management
+
+    style, key = trained(1), "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
+    patched, by_weights = unet().clone(), unet()
+    weight = by_weights.model.get_parameter(key)
+    change = 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    assert patched.add_patches({key: ("diff", (change,))})
+    weight.data += change.to(weight)
+    close(call(apply(patched, style)), by_hand(by_weights, (style, 1.0)), call(unet()))
+    comfy.model_management.unload_all_models()
+
+
+def test_a_style_of_another_base_is_refused_by_name(unet, trained, apply):
+    style = trained(1)
+    layers = {f"input_blocks.99.{n}": t for n, t in style.adaptation.layers.items()}
+    other = replace(style, adaptation=replace(style.adaptation, base="sd9", layers=layers))
+    with pytest.raises(Exception, match=r"styleinject adaptation was made for sd9.*do not fit"):
+        apply(unet(), other)
+    small = {n: {**t, "downs": t["downs"][..., :-1], "router": t["router"][..., :-1]}
+             for n, t in style.adaptation.layers.items() if t["downs"].ndim == 2}  # fmt: skip
+    other = replace(style, adaptation=replace(style.adaptation, base="sd9", layers=small))
+    with pytest.raises(Exception, match=r"made for sd9"):
+        apply(unet(), other)
+
+
+def test_its_lora_is_what_core_loads(unet, trained, apply, node_module):
+    """A style of one and without another spread is a LoRA, convolutions too; others say so."""
+    import comfy.lora
+    import comfy.sd
+
+    export = node_module("styles").ExportStyleLoRA
+    model, plain = unet(), trained(1, styles=1, spread=False)
+    lora, report = export.execute(model, plain).result
+    assert report == "The LoRA is the whole style."
+    loaded, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
+    assert len(loaded.patches) == len(plain.adaptation.layers)
+    close(call(loaded), call(apply(unet(), plain)), call(unet()))
+    rich = trained(1)
+    count = sum("spread" in tensors for tensors in rich.adaptation.layers.values())
+    report = export.execute(model, rich).result[1]
+    assert report == (
+        "As a LoRA, its 3 styles are mixed evenly, whatever the picture, and "
+        f"{count} layers keep the spread of the base model."
+    )
+
+
+def test_files_of_styles_and_of_words_are_told_apart(
+    parts, trained, node_module, tmp_path, monkeypatch
+):
+    storage, paths = parts("difflora_core.storage.adapter_file"), node_module("model_paths")
+    style = replace(trained(1).adaptation, facts={"steps": 7})
+    path = storage.write_adaptation(tmp_path / "mine.safetensors", style).path
+    monkeypatch.setattr(paths, "style_file", lambda name: str(path))
+    load = node_module("styles").LoadStyle
+    loaded, report = load.execute("mine.safetensors").result
+    assert report == f"styleinject, for demo, {len(style.layers)} layers, steps 7"
+    assert set(loaded.adaptation.layers) == set(style.layers)
+    concept = next(paths.DEMO_FOLDER.glob("**/concepts/*.safetensors"), None)
+    if concept is None:
+        pytest.skip("the demo world has no concepts")
+    monkeypatch.setattr(paths, "style_file", lambda name: str(concept))
+    with pytest.raises(Exception, match=r"is a concept.*Load Concept"):
+        load.execute("concept.safetensors")
+
+
+def test_held_out_pictures_are_spread_over_the_list_and_keep_their_prompts(parts, node_module):
+    request = node_module("host.training_request")
+
+    class Base:
+        def encode_images(self, images):
+            return images.permute(0, 3, 1, 2)
+
+    images = torch.arange(10.0).view(10, 1, 1, 1).expand(10, 2, 2, 3)
+    part = request.Parts(None, None, None, images, None, None)
+    own = "\n".join(f"picture {k}" for k in range(10))
+    asked = request.HeldOutRequest(own, "a", False, False, 20)
+    trained = asked.examples(Base(), part)
+    held = asked.held_out_examples(Base(), part)
+    assert held.latents[:, 0, 0, 0].tolist() == [0, 5]
+    assert trained.latents[:, 0, 0, 0].tolist() == [1, 2, 3, 4, 6, 7, 8, 9]
+    assert [list(p) for p in held.prompts] == [["picture 0"], ["picture 5"]]
+    assert list(trained.prompts[3]) == ["picture 4"]
+    one = request.Parts(None, None, None, images[:1], None, None)
+    assert asked.held_out_examples(Base(), one) is None
+    shared = request.HeldOutRequest("a\nb", "a", True, False, 0)
+    assert shared.held_out_examples(Base(), part) is None
+    assert len(shared.examples(Base(), part)) == 20
+    assert list(shared.examples(Base(), part).prompts[0]) == ["a", "b"]
+
+
+def test_weights_off_the_device(unet, trained, apply):
+    """Partly loaded, as with little video memory: the same as fully loaded."""
+    outputs = []
+    for memory in (0, 1):
+        model = apply(unet(), trained(1))
+        model.load(torch.device("cpu"), lowvram_model_memory=memory, full_load=memory == 0)
+        outputs.append(call(model, load=False))
+    torch.testing.assert_close(outputs[1], outputs[0], atol=2e-3, rtol=2e-3)
+    assert float((outputs[0] - call(unet())).abs().max()) > 0.05
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_compiled(unet, trained, apply, first):
+    """Torch Compile Model before or after the style: the picture that it draws uncompiled."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    model, style = unet(), trained(1)
+    bare, wanted = call(model), call(apply(model, style))
+    compiled = model.clone() if first else apply(model, style)
+    set_torch_compile_wrapper(compiled, backend="eager")
+    call(compiled)
+    close(call(apply(compiled, style) if first else compiled), wanted, bare)
+
+
+def node(class_type, **inputs):
+    return {"class_type": class_type, "inputs": inputs}
+
+
+def applied(style, model=("demo", 0), strength=1.0, **changes):
+    """Apply Style in a graph."""
+    widgets = {
+        "start_percent": 0.0, "end_percent": 1.0, "positive_only": False, "input_blocks": 1.0,
+        "middle_block": 1.0, "output_blocks": 1.0, "self_attention": 1.0, "cross_attention": 1.0,
+    }  # fmt: skip
+    links = {"model": list(model), "style": list(style), "strength": strength}
+    return node("DiffLoRA_ApplyStyle", **links, **(widgets | changes))
+
+
+def drawn(name, model):
+    """A sampler on a model, and its picture."""
+    sampler = node(
+        "KSampler", model=list(model), positive=["words", 0], negative=["none", 0],
+        latent_image=["empty", 0], seed=3, steps=4, cfg=2.0, sampler_name="euler",
+        scheduler="normal", denoise=1.0,
+    )  # fmt: skip
+    return {
+        f"{name}_latent": sampler,
+        f"{name}_decoded": node("VAEDecode", samples=[f"{name}_latent", 0], vae=["demo", 2]),
+        name: node("PreviewImage", images=[f"{name}_decoded", 0]),
+    }
+
+
+GRAPH = {
+    "demo": node("DiffLoRA_LoadDemo"),
+    "words": node("CLIPTextEncode", clip=["demo", 1], text="photo of a person, smiling"),
+    "none": node("CLIPTextEncode", clip=["demo", 1], text=""),
+    "empty": node("EmptyLatentImage", width=64, height=64, batch_size=2),
+}
+
+
+def test_graphs_draw_chains_of_styles_and_leave_the_base(comfy, comfy_server, parts, trained):
+    storage = parts("difflora_core.storage.adapter_file")
+    folder = comfy_server.base_directory / "models/difflora_styles"
+    for seed in (1, 2):
+        storage.write_adaptation(folder / f"style{seed}.safetensors", trained(seed).adaptation)
+    nodes = GRAPH | {
+        "one": node("DiffLoRA_LoadStyle", style_name="style1.safetensors"),
+        "two": node("DiffLoRA_LoadStyle", style_name="style2.safetensors"),
+        "off": applied(("one", 0), strength=0.0),
+        "on": applied(("one", 0)),
+        "on_off": applied(("two", 0), ("on", 0), 0.0),
+        "then": applied(("two", 0), ("on", 0)),
+        "turned": applied(("one", 0), ("second", 0)),
+        "second": applied(("two", 0)),
+    }
+    nodes |= drawn("base", ("demo", 0))
+    for name in ("off", "on", "on_off", "then", "turned"):
+        nodes |= drawn(f"with_{name}", (name, 0))
+    shown = comfy.run(nodes).pictures
+    same = [(np.array_equal(a, b)) for a, b in (
+        (shown["with_off"], shown["base"]), (shown["with_on_off"], shown["with_on"]),
+        (shown["with_on"], shown["base"]), (shown["with_then"], shown["with_turned"]),
+        (shown["with_then"], shown["with_on"]),
+    )]  # fmt: skip
+    assert same == [True, True, False, False, False]
+    again = comfy.run_fresh(nodes).pictures
+    for name in ("base", "with_then"):
+        np.testing.assert_array_equal(again[name], shown[name])
+
+
+def test_its_node_trains_and_its_file_draws_the_same(comfy, comfy_server):
+    from difflora_core.methods.styleinject import StyleInject, style_layers
+    from difflora_core.storage.adapter_file import read_adaptation
+
+    nodes = GRAPH | {
+        "images": node("EmptyImage", width=64, height=64, batch_size=5, color=0xFF8800),
+        "train": node(
+            "DiffLoRA_TrainStyleInject", model=["demo", 0], clip=["demo", 1], vae=["demo", 2],
+            images=["images", 0], prompts="photo of a person\nphoto", steps=6, styles=2, rank=2,
+            batch_size=2, seed=1, file_name="amber", mirror=False, small_file=False,
+            learning_rate=0.05, layers="distillation", held_out=20,
+        ),
+        "told": node("PreviewAny", source=["train", 1]),
+        "on": applied(("train", 0)),
+    }  # fmt: skip
+    nodes |= drawn("base", ("demo", 0)) | drawn("trained", ("on", 0))
+    shown = comfy.run(nodes).pictures
+    made = read_adaptation(comfy_server.base_directory / "models/difflora_styles/amber.safetensors")
+    StyleInject.check(made)
+    assert (made.method, made.word, made.facts["pictures"]) == ("styleinject", None, 4)
+    assert {layer.kernel for layer in style_layers(made).values()} == {(), (3, 3)}
+    assert int(np.abs(shown["trained"][0].astype(int) - shown["base"][0]).max()) > 8
+    nodes["file"] = node("DiffLoRA_LoadStyle", style_name="amber.safetensors")
+    nodes["on_file"] = applied(("file", 0))
+    read = comfy.run(nodes | drawn("read", ("on_file", 0))).pictures["read"]
+    gap = np.abs(read[0].astype(int) - shown["trained"][0]).max()
+    assert int(gap) <= 2  # the file is float16
