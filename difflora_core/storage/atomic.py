@@ -54,9 +54,8 @@ def replacing(path: str | Path, error: type[DiffLoRAError] = CheckpointError) ->
         temporary = None
         _flush_folder(target.parent)
     except OSError as failure:
-        reason = failure.strerror if isinstance(failure, OSError) else None
-        place = shown(str(path), 300)
-        raise error(f"{place} could not be written: {reason or failure}.") from failure
+        place, reason = shown(str(path), 300), failure.strerror or failure
+        raise error(f"{place} could not be written: {reason}.") from failure
     finally:
         if temporary is not None:
             with suppress(OSError):

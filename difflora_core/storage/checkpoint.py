@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..errors import CheckpointError, ConfigError, LayoutError, described, shown
 from ..lora.layout import LoRALayout
 from ..models.difflora import DiffLoRAConfig, DiffLoRAModel
 from ..models.mif import SOURCES
-from .safetensors_io import TensorFile, open_tensors, read_header, write_atomic
+from .safetensors_io import TensorFile, open_tensors, write_atomic
 
 FORMAT = "difflora"
 FORMAT_VERSION = 1
@@ -32,21 +32,6 @@ EXACT_PREFIXES = (
     *("latent_mean", "latent_scale", "lae.mean_", "lae.scale_"),
     *(f"mif.{source}_{what}" for source in SOURCES for what in ("mean", "scale")),
 )
-
-
-@dataclass(frozen=True)
-class CheckpointInfo:
-    """What a checkpoint says about itself.
-
-    Args:
-        config: configuration of the model.
-        layout: LoRA layout it decodes to.
-        source: free facts about its making (commit, seed, steps); never needed to load.
-    """
-
-    config: DiffLoRAConfig
-    layout: LoRALayout
-    source: Mapping[str, Any]
 
 
 def save_model(
@@ -92,16 +77,6 @@ def save_model(
     return write_atomic(tensors, {METADATA_KEY: json.dumps(document, sort_keys=True)}, path)
 
 
-def read_info(path: str | Path) -> CheckpointInfo:
-    """Reads configuration and layout without the weights.
-
-    Raises:
-        CheckpointError: the file is missing, damaged, or no DiffLoRA model.
-    """
-    path = Path(path)
-    return _parse(path, read_header(path, KIND).metadata)
-
-
 def load_model(
     path: str | Path,
     operations: Any = nn,
@@ -127,16 +102,16 @@ def load_model(
 def _load(file: TensorFile, operations: Any, dtype: torch.dtype, base: str | None) -> DiffLoRAModel:
     """The model of an open file."""
     path = file.path
-    info = _parse(path, file.header.metadata)
-    if base is not None and info.layout.base != base:
+    config, layout = _parse(path, file.header.metadata)
+    if base is not None and layout.base != base:
         raise CheckpointError(
-            f"{shown(path.name)} makes LoRA for {info.layout.base}, but {base} is loaded: choose a "
+            f"{shown(path.name)} makes LoRA for {layout.base}, but {base} is loaded: choose a "
             "DiffLoRA model made for this base model."
         )
     try:
         with torch.device("meta"):
-            shapes = DiffLoRAModel(info.config, info.layout).state_dict()
-            model = DiffLoRAModel(info.config, info.layout, operations)
+            shapes = DiffLoRAModel(config, layout).state_dict()
+            model = DiffLoRAModel(config, layout, operations)
     except (RuntimeError, OverflowError, ValueError) as error:
         raise _damaged(path, error) from error
     model.load_state_dict(_read_tensors(file, shapes, dtype), strict=True, assign=True)
@@ -174,7 +149,7 @@ def _read_tensors(
     return tensors
 
 
-def _parse(path: Path, metadata: Mapping[str, str]) -> CheckpointInfo:
+def _parse(path: Path, metadata: Mapping[str, str]) -> tuple[DiffLoRAConfig, LoRALayout]:
     """Configuration and layout from the metadata, every field checked."""
     place, text = shown(path.name), metadata.get(METADATA_KEY)
     if text is None:
@@ -195,12 +170,11 @@ def _parse(path: Path, metadata: Mapping[str, str]) -> CheckpointInfo:
             raise CheckpointError(
                 f"{place}: the LoRA layout does not match its own hash; the file was altered."
             )
-        source = document.get("source", {})
     except (KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, error) from error
     except (ConfigError, LayoutError) as error:
         raise CheckpointError(f"{place} has unusable settings: {error}") from error
-    return CheckpointInfo(config, layout, source if isinstance(source, dict) else {})
+    return config, layout
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:

@@ -96,6 +96,8 @@ def read_library(path: str | Path) -> Library:
     """
     path = Path(path)
     with open_tensors(path, "identity library", LibraryError) as file:
+        if file.size > MAX_FILE_BYTES:
+            raise LibraryError(f"{shown(path.name)} has {file.size} bytes, more than any library.")
         facts = _facts(path, file.header)
         tensors = file.read_all()
     people = tuple(
@@ -151,8 +153,8 @@ def check_name(name: object) -> str:
 
 def _can_be_shown(name: object) -> bool:
     """Whether a stored name is one that `check_name` gives."""
-    shown = isinstance(name, str) and 0 < len(name) <= MAX_NAME and name.isprintable()
-    return shown and name == str(name).strip()
+    sound = isinstance(name, str) and 0 < len(name) <= MAX_NAME and name.isprintable()
+    return sound and name == str(name).strip()
 
 
 def _facts(path: Path, header: Header) -> dict[str, Any]:

@@ -66,12 +66,14 @@ class TensorFile:
     Attributes:
         path: the file.
         header: what it says.
+        size: bytes of the file.
     """
 
     def __init__(self, path: Path, file: BinaryIO, kind: str, error: type[DiffLoRAError]) -> None:
         self.path = path
         self._file, self._error = file, error
         self._before = os.fstat(file.fileno())
+        self.size = self._before.st_size
         entries, self._start = _entries(file, path, kind, error)
         metadata = entries.pop("__metadata__", None) or {}
         self.header = Header(
@@ -95,8 +97,7 @@ class TensorFile:
             tensor = torch.empty(shape, dtype=_TYPES[kind])
             if tensor.numel():
                 self._file.seek(self._start + self._begins[name])
-                into = _bytes(tensor)
-                if self._file.readinto(into) != len(into):  # type: ignore[attr-defined]
+                if not _fill(self._file, _bytes(tensor)):
                     raise self._changed()
         except (OSError, RuntimeError, MemoryError) as failure:
             raise self._error(f"{_name(self.path)} cannot be read: {failure}.") from failure
@@ -185,10 +186,7 @@ def write_atomic(
     for kind, name, tensor in stored:
         begin, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    if len(text) > HEADER_BYTES:
-        raise error(f"{_name(Path(path))} was not written: its header has {len(text)} bytes.")
+    text = _header_text(header, _name(Path(path)), error)
     with replacing(path, error) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, _, tensor in stored:
@@ -196,11 +194,39 @@ def write_atomic(
     return Path(path)
 
 
+def _header_text(header: Mapping[str, Any], place: str, error: type[DiffLoRAError]) -> bytes:
+    """A header as it is stored, refused where our reader would refuse it."""
+    try:
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    except UnicodeEncodeError as half:
+        raise error(f"{place} was not written: {shown(str(half.object))} is no text.") from half
+    text += b" " * (-len(text) % 8)
+    longest = max(map(len, header), default=0)
+    if len(text) > HEADER_BYTES or longest > NAME_LENGTH or len(header) > TENSORS:
+        raise error(
+            f"{place} was not written: its header has {len(text)} bytes, {len(header)} entries and "
+            f"names of up to {longest} characters ({HEADER_BYTES}, {TENSORS} and {NAME_LENGTH} at "
+            "most)."
+        )
+    return text
+
+
 def _kind(name: str, tensor: Tensor, error: type[DiffLoRAError]) -> str:
     """How safetensors spells a tensor's type."""
     if tensor.dtype not in _NAMES:
         raise error(f"{shown(name)} was not written: {tensor.dtype} cannot be stored.")
     return _NAMES[tensor.dtype]
+
+
+def _fill(file: BinaryIO, memory: memoryview) -> bool:
+    """Reads until the memory is full; False where the file ends before. A system gives 2 GiB at
+    once at most."""
+    while memory:
+        count = file.readinto(memory)  # type: ignore[attr-defined]
+        if not count:
+            return False
+        memory = memory[count:]
+    return True
 
 
 def _bytes(tensor: Tensor) -> memoryview:

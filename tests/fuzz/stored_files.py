@@ -10,10 +10,10 @@ from difflora_core.lora.layout import LoRALayout
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.methods.base import TrainedAdaptation
 from difflora_core.methods.registry import METHODS
-from difflora_core.models.difflora import DiffLoRAConfig, DiffLoRAModel
+from difflora_core.models.difflora import DiffLoRAModel
 from difflora_core.models.lae.autoencoder import LoRALatent
 from difflora_core.storage.adapter_file import read_adaptation, write_adaptation
-from difflora_core.storage.checkpoint import CheckpointInfo, load_model, read_info, save_model
+from difflora_core.storage.checkpoint import load_model, save_model
 from difflora_core.storage.covariance_file import read_covariance, write_covariance
 from difflora_core.storage.identity_library import add_people
 from difflora_core.storage.library_file import Library, read_library, write_library
@@ -149,12 +149,6 @@ def _library(names: list[str]) -> bytes:
     return written(lambda path: add_people(path, latents, names, pictures, "model"))
 
 
-def _check_info(info: CheckpointInfo, path: Path) -> None:
-    _check_layout(info.layout, path)
-    assert DiffLoRAConfig.from_json(info.config.to_json()) == info.config, "comes back changed"
-    sound(info.source)
-
-
 def _noise(height: int, width: int) -> torch.Tensor:
     return torch.rand(height, width, 3, generator=torch.Generator().manual_seed(2))
 
@@ -185,8 +179,7 @@ READERS = (
     ),
     Reader("library", LIBRARY, lambda path, _: read_library(path), _check_library, share=3),
     Reader("corpus", CORPUS, lambda path, _: load_corpus(path), _check_corpus, share=3),
-    Reader("checkpoint's settings", MODEL, lambda path, _: read_info(path), _check_info, share=2),
-    Reader("checkpoint", MODEL, lambda path, _: load_model(path), _check_model, share=0.5),
+    Reader("checkpoint", MODEL, lambda path, _: load_model(path), _check_model),
     Reader(
         "layout JSON",
         LAYOUTS,

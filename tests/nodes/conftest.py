@@ -26,7 +26,7 @@ from difflora_core.demo.networks.vae import new_vae
 from difflora_core.lora.layout import LoRALayout
 from difflora_core.models.difflora import DiffLoRAConfig, DiffLoRAModel
 from difflora_core.models.layers import DrawnFrom
-from difflora_core.storage.checkpoint import read_info, save_model
+from difflora_core.storage.checkpoint import load_model, save_model
 from difflora_core.training.controlnet import ControlLoRA
 from difflora_core.vision.features import FeatureSizes
 
@@ -115,7 +115,7 @@ def demo_world(is_shipped, request: pytest.FixtureRequest) -> Path:
 @pytest.fixture(scope="session")
 def sizes(demo_world: Path) -> FeatureSizes:
     """Sizes of the demo world's encoders."""
-    return read_info(demo_world / "difflora.safetensors").config.feature_sizes
+    return load_model(demo_world / "difflora.safetensors").config.feature_sizes
 
 
 @pytest.fixture(scope="session")

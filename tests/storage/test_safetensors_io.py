@@ -1,5 +1,6 @@
 """The one opener of safetensors: what it reads is what another writer wrote, and nothing else."""
 
+import io
 import json
 import os
 import struct
@@ -15,6 +16,7 @@ from difflora_core import limits
 from difflora_core.errors import CheckpointError, DiffLoRAError, LibraryError
 from difflora_core.storage.safetensors_io import (
     _TYPES,
+    _fill,
     open_tensors,
     read_file,
     read_header,
@@ -209,3 +211,27 @@ def test_what_cannot_be_read_again_is_not_written(tmp_path):
         write_atomic({"a": torch.ones(2)}, {"k": "x" * limits.HEADER_BYTES}, path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+class Slow(io.BytesIO):
+    """Gives at most three bytes at once, as a system gives at most 2 GiB."""
+
+    def readinto(self, memory):
+        return super().readinto(memory[:3])
+
+
+def test_a_tensor_that_takes_several_reads_is_whole():
+    memory = memoryview(bytearray(8))
+    assert _fill(Slow(b"12345678"), memory)
+    assert bytes(memory) == b"12345678"
+    assert not _fill(Slow(b"1234567"), memoryview(bytearray(8)))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "facts"),
+    [({"x" * 1001: torch.zeros(1)}, {}), ({}, {"a": "\ud800"}), ({"\udfff": torch.zeros(1)}, {})],
+)
+def test_what_could_not_be_read_again_is_not_written(tmp_path, tensors, facts):
+    with pytest.raises(LibraryError, match="was not written"):
+        write_atomic(tensors, facts, tmp_path / "f", LibraryError)
+    assert not list(tmp_path.iterdir())

@@ -26,7 +26,7 @@ from ...models.layers import DrawnFrom
 from ...storage.safetensors_io import read_file, write_atomic
 from ..world.pool import PicturePool
 from .changes import with_changes
-from .stored import check_tensors, described, load_strictly
+from .stored import building, check_tensors, load_strictly
 from .text import clip_numbers, encode, new_text_encoders, tokenize
 from .vae import VAE_CONFIG
 
@@ -219,7 +219,7 @@ def load_base(path: Path, words: Path | None = None) -> DiffusersBase:
             something or holds something else.
     """
     tensors, metadata = _stored(path, words)
-    with described(path):
+    with building(path):
         facts = parse_json(metadata["config"], "the configuration")
         unet, vae = UNet2DConditionModel(**facts["unet"]), AutoencoderKL(**facts["vae"])
         unet_names = _unet_names(unet)

@@ -26,7 +26,7 @@ from ...training.loop import Batch, ByStep, Hooks, Progress
 from ...vision.preprocess import CLIP_MEAN, CLIP_STD
 from ..world.identities import PARAMETERS
 from ..world.pool import PicturePool
-from .stored import check_tensors, described, load_strictly
+from .stored import building, check_tensors, load_strictly
 from .views import (
     ATTRIBUTES,
     NO_LABEL,
@@ -314,7 +314,7 @@ def load_clip_vision(
         CheckpointError: the file cannot be read, or does not fit its own configuration.
     """
     stored, facts = read_file(path, "CLIP vision")
-    with described(path):
+    with building(path):
         config = _checked_network(parse_json(facts["config"], "the configuration"), len(stored))
         with torch.device("meta"):  # sizes are judged before anything is allocated
             shapes = CLIPVisionModelWithProjection(CLIPVisionConfig(**config)).state_dict()

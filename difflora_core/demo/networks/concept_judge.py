@@ -23,7 +23,7 @@ from ..world.identities import split_seeds
 from ..world.renderer import COLOURS
 from ..world.things import draw_things
 from .judges import JudgeRecipe, Residual, read_judge, save_judge
-from .stored import described, load_strictly
+from .stored import building, load_strictly
 from .views import Schedule, as_planes, disturb, fit, initialise, lay_out
 
 KINDS = ("hat", "cup", "cat", "flower")
@@ -227,7 +227,7 @@ def load_concept_judge(path: Path, concepts: Sequence[DemoConcept] = KNOWN) -> C
         CheckpointError: the file cannot be read, or its tensors are not those of its recipe.
     """
     recipe, tensors = read_judge(path)
-    with described(path):
+    with building(path):
         network = ThingReader(tuple(recipe["widths"]))
     load_strictly(network, tensors, path)
     return ConceptJudge(network.float().eval(), concepts)

@@ -36,7 +36,7 @@ from ..world.pool import PicturePool
 from ..world.renderer import LOOKS
 from ..world.scenes import PICTURE_SIZE
 from .recogniser import recognition_figures
-from .stored import described, load_strictly
+from .stored import building, load_strictly
 from .views import (
     ATTRIBUTES,
     NO_LABEL,
@@ -316,7 +316,7 @@ def read_judge(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         CheckpointError: it cannot be read, or has no recipe.
     """
     tensors, facts = read_file(path, "judge")
-    with described(path):
+    with building(path):
         return parse_json(facts["recipe"], "the recipe"), tensors
 
 
@@ -332,7 +332,7 @@ def load_judge(path: Path) -> JudgeNetwork:
         CheckpointError: the file cannot be read, or its tensors are not those of its recipe.
     """
     recipe, tensors = read_judge(path)
-    with described(path):
+    with building(path):
         network = JudgeNetwork(tuple(recipe["widths"]), recipe["outputs"])
     load_strictly(network, tensors, path)
     return network.float().eval()

@@ -14,7 +14,7 @@ REMEDY = "Make it again, or install the node pack again."
 
 
 @contextmanager
-def described(path: Path) -> Iterator[None]:
+def building(path: Path) -> Iterator[None]:
     """A block that builds a network from the metadata of a file.
 
     Raises:
