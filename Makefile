@@ -1,7 +1,7 @@
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 RUN := .venv/bin/python
 export OMP_NUM_THREADS ?= 1
-.PHONY: setup browser test test-slow fuzz demo demo-world comfyui bench contracts workflows pictures
+.PHONY: setup browser test test-slow test-floors fuzz demo demo-world comfyui bench contracts workflows pictures
 
 setup:  # private environment, real ComfyUI, this pack linked into it; instant the second time
 	@$(PYTHON) .ci/setup.py
@@ -37,6 +37,9 @@ workflows: browser  # every file in workflows/ in ComfyUI's front end; screensho
 
 pictures: setup  # docs/pictures/, from runs of the demo's workflows
 	@$(RUN) -m difflora_core.demo.workflows.pictures
+
+test-floors: setup  # tests with the oldest packages that requirements.txt allows
+	@$(RUN) .ci/floors.py $(args)
 
 fuzz: setup  # 100,000 hostile files for every reader; a table of what became of them
 	@$(RUN) -m tests.fuzz $(args)

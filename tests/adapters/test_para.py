@@ -1,6 +1,7 @@
 """PaRa's arithmetic against projectors that are written out, and against PEFT's DEFT."""
 
 import numpy as np
+import peft
 import pytest
 import torch
 from hypothesis import given
@@ -159,14 +160,14 @@ def test_the_start_takes_what_matters_least(shape):
 
 
 def test_it_is_pefts_deft_in_its_form_for_para():
-    from peft import DeftConfig, get_peft_model
-
+    if not hasattr(peft, "DeftConfig"):
+        pytest.skip("this version of peft has no DEFT")
     layer, x = nn.Linear(IN, OUT), random(4, IN, dtype=torch.float32)
     net = nn.Sequential()
     net.add_module("layer", layer)
-    config = DeftConfig(r=RANK, target_modules=["layer"], decomposition_method="qr", para=True)
+    config = peft.DeftConfig(r=RANK, target_modules=["layer"], decomposition_method="qr", para=True)
     base = layer(x).detach()
-    tuned = get_peft_model(net, config)
+    tuned = peft.get_peft_model(net, config)
     b = next(p for n, p in tuned.named_parameters() if "deft_P" in n).detach()
     wanted = tuned(x).detach()
     plain = tuned.get_submodule("base_model.model.layer.base_layer")

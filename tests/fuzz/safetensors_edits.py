@@ -48,6 +48,12 @@ class Stored:
     shape: Any
     data: bytes
 
+    @property
+    def plain(self) -> bool:
+        """Whether an earlier edit left a type and a shape that others can change."""
+        whole = isinstance(self.shape, list) and all(type(n) is int for n in self.shape)
+        return whole and isinstance(self.dtype, str) and self.dtype in ITEM_BYTES
+
 
 @dataclass
 class SafeFile:
@@ -70,7 +76,8 @@ class SafeFile:
             }
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
-        return cls(tensors, metadata) if isinstance(metadata, dict) else None
+        plain = isinstance(metadata, dict) and all(t.plain for t in tensors.values())
+        return cls(tensors, metadata) if plain else None
 
     def pack(self) -> bytes:
         """The file."""

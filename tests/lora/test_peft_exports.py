@@ -103,7 +103,7 @@ def test_what_we_write_is_loaded_by_diffusers(trained, tmp_path):
             tmp_path / f"{naming}.safetensors", weights, LAYOUT, None, naming, torch.float32
         )
         state, alphas = StableDiffusionXLPipeline.lora_state_dict(
-            str(path), unet_config=unet.config
+            str(tmp_path), weight_name=path.name, unet_config=unet.config
         )
         plain = plain_copy(unet)
         StableDiffusionXLPipeline.load_lora_into_unet(state, alphas, plain)
