@@ -308,10 +308,11 @@ def _metadata_json(kind: str) -> Edit:
     """An edit of a JSON document in the metadata."""
 
     def change(file: SafeFile, rng: Random) -> None:
-        documents = [name for name, text in file.metadata.items() if text[:1] in ("{", "[")]
+        texts = {name: text for name, text in file.metadata.items() if isinstance(text, str)}
+        documents = [name for name, text in texts.items() if text[:1] in ("{", "[")]
         if documents:
             name = rng.choice(documents)
-            file.metadata[name] = JSON_EDITS[kind](file.metadata[name].encode(), rng).decode()
+            file.metadata[name] = JSON_EDITS[kind](texts[name].encode(), rng).decode()
 
     return _on_file(change)
 

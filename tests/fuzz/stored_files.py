@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from difflora_core.lora.layout import LoRALayout
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
-from difflora_core.methods.base import TrainedAdaptation
+from difflora_core.methods.base import PreparedAdaptation, TrainedAdaptation
 from difflora_core.methods.registry import METHODS
 from difflora_core.models.difflora import DiffLoRAModel
 from difflora_core.models.lae.autoencoder import LoRALatent
@@ -22,6 +23,7 @@ from difflora_core.storage.thumbnail import make_thumbnail, read_thumbnail
 from difflora_core.text.covariance import Covariance
 from difflora_core.text.new_words import LearnedWord
 from tests.contracts import contract_files
+from tests.methods.examples import para, styleinject
 
 from .reader import JSON_FILE_EDITS, Reader, as_text, same, sound, written
 from .safetensors_edits import BYTE_EDITS
@@ -45,6 +47,12 @@ def _concept(method: str, int8: bool = False, layers: tuple[str, ...] = LAYERS) 
         {name: {"values": torch.randn(4, generator=g)} for name in layers}, word, {"steps": 3},
     )  # fmt: skip
     return written(lambda path: write_adaptation(path, made, int8))
+
+
+def _style(example: Callable[..., tuple[PreparedAdaptation, object]]) -> bytes:
+    """What the tests of a method without a word take for trained."""
+    made = example(None, lambda: None)[0].adaptation
+    return written(lambda path: write_adaptation(path, made))
 
 
 def _check_adaptation(made: TrainedAdaptation, path: Path) -> None:
@@ -159,6 +167,8 @@ CONCEPTS = {
     "Perfusion, version 2": lambda: _concept("perfusion", layers=("a.to_v", "b.attn1.to_v")),
     "Infusion": lambda: _concept("infusion"),
     "LoRA": lambda: written(contract_files.write_small_adapter),
+    "PaRa": lambda: _style(para.example),
+    "StyleInject": lambda: _style(styleinject.example),
     "own contexts": lambda: written(contract_files.write_small_concept),
 }
 MODEL = {"demo": lambda: written(contract_files.write_checkpoint)}
