@@ -26,7 +26,7 @@ from ...config import parse_json
 from ...errors import InterruptedTraining
 from ...storage.atomic import write_text
 from .. import paths
-from . import controlnet, stages, stages_concepts, stages_faces, stages_lora, words
+from . import controlnet, stages, stages_concepts, stages_faces, stages_lora, stages_styles, words
 
 Report = Callable[[int, int, dict[str, float]], None]
 
@@ -52,6 +52,9 @@ STAGES = (
     Stage("concept_judge", 14, stages_concepts.judge),
     Stage("prompt_judge", 13, stages_concepts.prompt_judge),
     Stage("concepts", 5, stages_concepts.concepts),
+    Stage("style_judge", 1, stages_styles.style_judge),
+    Stage("teachers", 12, stages_styles.teachers),
+    Stage("chinese", 5, stages_styles.chinese),
     Stage("controlnet", 7, controlnet.controlnet),
     Stage("features", 9, stages_lora.features),
     Stage("reader", 4, stages_lora.reader),

@@ -189,9 +189,13 @@ def stored_tensors(unet: UNet2DConditionModel, text: DemoText) -> dict[str, Tens
     names, tensors = _unet_names(unet), {}
     for key, tensor in unet.state_dict().items():
         tensors[names[key]] = tensor
-    for part, module in (("text_l", text.text_l), ("text_g", text.text_g)):
-        tensors |= {_stored_name(part, k): t for k, t in module.state_dict().items()}
-    return tensors
+    return tensors | text_tensors(text.text_l, text.text_g)
+
+
+def text_tensors(first: nn.Module, second: nn.Module) -> dict[str, Tensor]:
+    """State dict of both text encoders under their names in the file, in their own order."""
+    parts = (("text_l", first), ("text_g", second))
+    return {_stored_name(p, k): t for p, module in parts for k, t in module.state_dict().items()}
 
 
 def write_half(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:

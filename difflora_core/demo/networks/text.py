@@ -69,10 +69,10 @@ def word_numbers(text: str) -> list[int]:
     return [_WORDS.index(w) if w in CLIP_NUMBERS else UNKNOWN for w in words]
 
 
-def text_config(hidden: int) -> dict[str, Any]:
+def text_config(hidden: int, rows: int = len(CLIP_NUMBERS)) -> dict[str, Any]:
     """Configuration of one encoder; the two differ in activation and projection, as SDXL's do."""
     return {
-        "vocab_size": len(CLIP_NUMBERS),
+        "vocab_size": rows,
         "hidden_size": hidden,
         "intermediate_size": 2 * hidden,
         "num_hidden_layers": 3,
@@ -85,12 +85,19 @@ def text_config(hidden: int) -> dict[str, Any]:
     }
 
 
-def new_text_encoders() -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
-    """Untrained encoders of 64 channels each: quick_gelu like CLIP-L, gelu like CLIP-G."""
+def new_text_encoders(
+    rows: int = len(CLIP_NUMBERS),
+) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
+    """Untrained encoders of 64 channels each: quick_gelu like CLIP-L, gelu like CLIP-G.
+
+    Args:
+        rows: words in the vocabulary.
+    """
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    first = CLIPTextConfig(**text_config(64), hidden_act="quick_gelu", attn_implementation="eager")
-    second = CLIPTextConfig(**text_config(64), hidden_act="gelu", attn_implementation="eager")
+    shared = {**text_config(64, rows), "attn_implementation": "eager"}
+    first = CLIPTextConfig(**shared, hidden_act="quick_gelu")
+    second = CLIPTextConfig(**shared, hidden_act="gelu")
     return CLIPTextModel(first), CLIPTextModelWithProjection(second)
 
 
