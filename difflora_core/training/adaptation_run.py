@@ -50,6 +50,7 @@ class AdaptationTraining(Config):
         evaluate_every: steps between looks at the evaluation batches.
         precision, accumulate, checkpointing: see `LoopConfig`.
         seed: of batches and noise.
+        patience: evaluations without a new best before it stops; 0 takes all steps.
 
     Raises:
         ConfigError: a value out of range.
@@ -63,12 +64,14 @@ class AdaptationTraining(Config):
     seed: int = 0
     accumulate: int = field(default=1, metadata=SAME_COURSE)
     checkpointing: bool = field(default=False, metadata=SAME_COURSE)
+    patience: int = 0
 
     def __post_init__(self) -> None:
         self.check_choices(type(self).__name__)
         if min(self.steps, self.batch, self.evaluate_every, self.accumulate) < 1:
             raise ConfigError("steps, batch and evaluate_every must be at least 1.")
         check_range(type(self).__name__, "seed", self.seed, 0, MAX_TRAINING_SEED)
+        check_range(type(self).__name__, "patience", self.patience, 0, 10_000)
 
     @property
     def loop(self) -> LoopConfig:
@@ -96,7 +99,7 @@ class AdaptationTraining(Config):
             checkpointing=self.checkpointing,
             validate_every=self.evaluate_every,
             validate_first=True,
-            patience=0,
+            patience=self.patience,
         )
 
 

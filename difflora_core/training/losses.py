@@ -67,7 +67,7 @@ def denoise(base: BaseModel, batch: NoisedBatch, mask: Tensor | None = None) -> 
     clean, noise = batch.latents.to(fine), batch.noise.to(fine)
     abar = abar_at(base.alphas_cumprod, batch.timesteps, clean)
     noisy = add_noise(clean, noise, abar)
-    prediction = _predict(base, noisy, batch.timesteps, batch.text)
+    prediction = predict(base, noisy, batch.timesteps, batch.text)
     if batch.null is not None:
         prediction = torch.lerp(batch.null.to(fine), prediction, batch.guidance)
     difference = prediction - training_target(clean, noise, abar, base.prediction_type)
@@ -77,8 +77,15 @@ def denoise(base: BaseModel, batch: NoisedBatch, mask: Tensor | None = None) -> 
     return Denoised(difference.square().flatten(1).mean(1), estimate, abar.flatten())
 
 
-def _predict(base: BaseModel, noisy: Tensor, timesteps: Tensor, text: TextCondition) -> Tensor:
-    """The base's answer to float32 latents, in their dtype; it is asked in its own."""
+def predict(base: BaseModel, noisy: Tensor, timesteps: Tensor, text: TextCondition) -> Tensor:
+    """The base's answer (B, C, h, w) to noisy float32 latents, in their dtype, asked in its own.
+
+    Args:
+        base: the base model.
+        noisy: (B, C, h, w) where the base computes.
+        timesteps: (B,).
+        text: B encoded prompts, anywhere.
+    """
     seen = noisy.to(compute_dtype(base))
     here = TextCondition(text.context.to(seen), text.pooled.to(seen))
     return base.predict(seen, timesteps, here).to(noisy)
@@ -112,7 +119,7 @@ def under_guidance(
     fine = torch.promote_types(compute_dtype(base), torch.float32)
     clean, noise = batch.latents.to(fine), batch.noise.to(fine)
     noisy = add_noise(clean, noise, abar_at(base.alphas_cumprod, batch.timesteps, clean))
-    null = _predict(base, noisy, batch.timesteps, rows)
+    null = predict(base, noisy, batch.timesteps, rows)
     return replace(batch, null=null, guidance=scale)
 
 

@@ -68,6 +68,16 @@ class PaRaTraining(AdaptationTraining):
             raise ConfigError(f"The learning rate must lie in 0 to 10, got {self.learning_rate}.")
         check_guidance(self.guidance)
 
+    @classmethod
+    def for_distillation(cls, rank: int, **course: Any) -> PaRaTraining:
+        """What is trained by a teacher: every layer, as far as `bound` lets.
+
+        Args:
+            rank: directions of every layer.
+            course: fields that all recipes have.
+        """
+        return cls(rank=rank, targets="all", **course)
+
     @property
     def loop(self) -> LoopConfig:
         """The run."""

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from ..adapters.base import AdapterSet
 from ..adapters.styleinject import (
+    PRESETS,
     StyleInjectConfig,
     StyleInjectPlan,
     StyleLayer,
     new_layer,
 )
-from ..config import check_range
 from ..errors import ConfigError
 from ..lora.layout import module_size
 from ..methods.base import Facts, TrainedAdaptation
@@ -38,8 +38,7 @@ class StyleInjectTraining(AdaptationTraining):
 
     `learning_rate`: constant. `plan`: layers, styles and rank. `acting`: how the style acts while
     it is trained, and later unless asked otherwise. `guidance`: see `losses.under_guidance`; 1 is
-    the plain loss. `patience`: evaluations without a new best before it stops; 0 takes all steps.
-    The rest: see `AdaptationTraining`.
+    the plain loss. The rest: see `AdaptationTraining`.
     """
 
     steps: int = 2000
@@ -55,13 +54,23 @@ class StyleInjectTraining(AdaptationTraining):
         if not 0 < self.learning_rate <= 10:
             raise ConfigError(f"The learning rate must lie in 0 to 10, got {self.learning_rate}.")
         check_guidance(self.guidance)
-        check_range("StyleInject", "patience", self.patience, 0, 10_000)
+
+    @classmethod
+    def for_distillation(cls, rank: int, **course: Any) -> StyleInjectTraining:
+        """What is trained by a teacher: convolutions too, which make what is seen.
+
+        Args:
+            rank: of each layer's matrices.
+            course: fields that all recipes have.
+        """
+        plan = PRESETS["distillation"]
+        return cls(plan=plan.of_size(plan.styles, rank), **course)
 
     @property
     def loop(self) -> LoopConfig:
         """The run."""
         course = self.course(self.learning_rate)
-        return replace(course, schedule="constant", patience=self.patience)
+        return replace(course, schedule="constant")
 
 
 class StyleInjectObjective(nn.Module):

@@ -1,0 +1,217 @@
+"""What a style is distilled on: prompts, and latents that the teacher draws from them.
+
+BK-SDM takes pictures with captions from the web. Here the teacher draws its own, so nothing but
+prompts is needed, and what is learned is near to what it is asked for later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..base_model.protocol import BaseModel, TextCondition, compute_device
+from ..config import Config, check_range, check_ranges
+from ..diffusion.sampler import SampleSettings, initial_noise, sample, seeded_generators
+from ..errors import CheckpointError, ConfigError
+from ..storage.safetensors_io import read_file, write_atomic
+from .concept_task import ConceptExamples, PictureTask
+from .distillation import latent_channels
+from .fingerprint import fingerprint, weights_digest
+from .loop_config import MAX_TRAINING_SEED
+from .losses import predict
+
+ARROW = "=>"
+MAX_PROMPTS = 100_000
+
+
+@dataclass(frozen=True)
+class PromptPair:
+    """A prompt as the student reads it, and as the teacher does."""
+
+    student: str
+    teacher: str
+
+
+@dataclass(frozen=True)
+class DistillationPictures(Config):
+    """Where clean latents come from.
+
+    Args:
+        source: `teacher` draws them; `noise` takes unit noise in their place, which costs nothing
+            and teaches less, since no picture looks so.
+        count: how many; the prompts are taken in turn.
+        steps, guidance: of the teacher's sampling.
+        seed: of its noise.
+    """
+
+    source: Literal["teacher", "noise"] = "teacher"
+    count: int = 64
+    steps: int = 20
+    guidance: float = 5.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.check_choices("Distillation")
+        check_range("Distillation", "count", self.count, 1, 100_000)
+        check_range("Distillation", "seed", self.seed, 0, MAX_TRAINING_SEED)
+        check_ranges("Distillation", self, 1, 1000, "steps")
+        SampleSettings(self.steps, self.guidance)
+
+
+def read_prompts(text: str) -> list[PromptPair]:
+    """Prompts, one a line; `red hat => 红帽` says it for a teacher that reads something else.
+
+    Empty lines, and those that begin with #, are left out; a prompt of the student counts once.
+
+    Raises:
+        ConfigError: there are none, too many, or half a line is missing.
+    """
+    pairs: dict[str, PromptPair] = {}
+    for number, line in enumerate(text.lstrip("\ufeff").splitlines(), start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        own, arrow, other = (part.strip() for part in line.partition(ARROW))
+        if arrow and not (own and other):
+            raise ConfigError(
+                f"Line {number} of the prompts has nothing on one side of {ARROW}: write the "
+                "student's prompt before it and the teacher's behind it."
+            )
+        pairs.setdefault(own, PromptPair(own, other or own))
+    if not pairs:
+        raise ConfigError(
+            "There are no prompts: write some, one a line, of what the style is to be used for."
+        )
+    if len(pairs) > MAX_PROMPTS:
+        raise ConfigError(f"There are {len(pairs)} prompts; at most {MAX_PROMPTS} can be used.")
+    return list(pairs.values())
+
+
+def held_out_prompts(
+    prompts: Sequence[PromptPair], percent: int
+) -> tuple[list[PromptPair], list[PromptPair]]:
+    """Prompts to train on, and those, evenly over the list, that only choose the best state.
+
+    A single prompt is for training, and `percent` 0 holds none out.
+    """
+    kept = max(1, round(len(prompts) * percent / 100)) if percent and len(prompts) > 1 else 0
+    apart = {k * len(prompts) // kept for k in range(kept)}
+    trained = [pair for k, pair in enumerate(prompts) if k not in apart]
+    return trained, [prompts[k] for k in sorted(apart)]
+
+
+def distillation_examples(
+    teacher: PictureTask,
+    prompts: Sequence[PromptPair],
+    size: tuple[int, int],
+    config: DistillationPictures,
+    folder: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ConceptExamples:
+    """Latents with the student's prompts; what was drawn before is read again.
+
+    Args:
+        teacher: draws them; nothing is attached to it.
+        prompts: see `DistillationPictures.count`.
+        size: height and width of a latent.
+        config: how.
+        folder: where drawn latents are kept, picture by picture; None keeps nothing.
+        progress: told (drawn, count); it may raise InterruptedTraining.
+
+    Raises:
+        CheckpointError: the folder cannot be written, or holds a damaged file.
+    """
+    shape = (latent_channels(teacher.base), *size)
+    pairs = [prompts[k % len(prompts)] for k in range(config.count)]
+    if config.source == "noise":
+        seeds = range(config.seed, config.seed + config.count)
+        latents = initial_noise(seeded_generators(seeds), shape)
+    else:
+        path = (
+            None
+            if folder is None
+            else folder / f"{_digest(teacher, pairs, size, config)}.safetensors"
+        )
+        latents = _drawn(teacher, pairs, shape, config, path, progress)
+    return ConceptExamples(latents, [[pair.student] for pair in pairs])
+
+
+def _drawn(
+    teacher: PictureTask,
+    pairs: Sequence[PromptPair],
+    shape: tuple[int, int, int],
+    config: DistillationPictures,
+    path: Path | None,
+    progress: Callable[[int, int], None] | None,
+) -> Tensor:
+    """Latents (N, C, h, w) of all prompts, the first ones from the file where they are there."""
+    done = _kept(path, shape)[: len(pairs)]
+    for number in range(len(done), len(pairs)):
+        one = _draw(teacher, pairs[number].teacher, shape, config, config.seed + number)
+        done = torch.cat([done, one.cpu()])
+        if path is not None:
+            write_atomic({"latents": done}, {"format": "difflora-drawn-latents-1"}, path)
+        if progress is not None:
+            progress(number + 1, len(pairs))
+    return done
+
+
+def _kept(path: Path | None, shape: tuple[int, int, int]) -> Tensor:
+    """Latents that a stopped run has left."""
+    if path is None or not path.exists():
+        return torch.zeros(0, *shape)
+    latents = read_file(path, "file of drawn latents")[0].get("latents")
+    if latents is None or latents.shape[1:] != shape:
+        raise CheckpointError(f"{path} is damaged; delete it to draw the pictures anew.")
+    return latents
+
+
+@torch.no_grad()
+def _draw(
+    teacher: PictureTask,
+    prompt: str,
+    shape: tuple[int, int, int],
+    config: DistillationPictures,
+    seed: int,
+) -> Tensor:
+    """One clean latent (1, C, h, w), float32."""
+    base = teacher.base
+    encoded = teacher.encode([prompt])
+    text = TextCondition(encoded.context, encoded.pooled)
+    noise = initial_noise(seeded_generators([seed]), shape).to(compute_device(base))
+
+    def denoise(z: Tensor, timestep: Tensor, conditional: bool) -> Tensor:
+        return predict(base, z, timestep, text if conditional else teacher.nothing)
+
+    return sample(denoise, noise, _scheduler(base), SampleSettings(config.steps, config.guidance))
+
+
+def _scheduler(base: BaseModel) -> object:
+    """DDIM over the base's own noise schedule."""
+    from diffusers import DDIMScheduler  # noqa: PLC0415  slow, and ComfyUI imports us at its start
+
+    abar = base.alphas_cumprod.detach().double().cpu()
+    before = torch.cat([torch.ones(1, dtype=abar.dtype), abar[:-1]])
+    return DDIMScheduler(
+        num_train_timesteps=len(abar),
+        trained_betas=(1 - abar / before).numpy(),
+        prediction_type=base.prediction_type,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        timestep_spacing="trailing",
+    )
+
+
+def _digest(
+    teacher: PictureTask,
+    pairs: Sequence[PromptPair],
+    size: tuple[int, int],
+    config: DistillationPictures,
+) -> str:
+    """Name of the file of what this teacher draws."""
+    told = [pair.teacher for pair in pairs]
+    return fingerprint(weights_digest(teacher.base.unet), teacher.facts, told, size, config)[:24]
