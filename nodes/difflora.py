@@ -190,7 +190,8 @@ class Personalize(io.ComfyNode):
         mask=None,
         base_model=None,
     ):
-        options = FaceOptions(face_order, face_index, on_missing_face, image_region)
+        region = models.image_region(difflora_model, image_region)
+        options = FaceOptions(face_order, face_index, on_missing_face, region)
         found = encoders.read_photos(cls, images, clip_vision, face_analysis, mask, options)
         override = models.gate_override(gate, face_share)
         condition = models.mix(difflora_model, found.features, override)

@@ -7,6 +7,7 @@ from comfy_api.latest import io
 
 from ..difflora_core.errors import LoRAFileError, shown
 from ..difflora_core.lora.formats.state_dict import with_peft_alphas
+from ..difflora_core.storage.identity_models import MODEL_FOLDERS
 from ..difflora_core.storage.lora_file import read_lora_file
 from ..difflora_core.vision.face_encoder import InsightFaceEncoder
 from ..difflora_core.vision.face_providers import PROVIDERS
@@ -18,24 +19,30 @@ CATEGORY = "DiffLoRA/loaders"
 
 
 class LoadModel(io.ComfyNode):
-    """A DiffLoRA model from models/difflora."""
+    """A DiffLoRA model from models/difflora, or one of another project from its own folder."""
 
     @classmethod
     def define_schema(cls):
+        folders = ", ".join(f"{k.title} in models/{'/'.join(k.place)}" for k in MODEL_FOLDERS)
+        titles = [kind.title.lower() for kind in MODEL_FOLDERS]
         return io.Schema(
             node_id="DiffLoRA_LoadModel",
             display_name="Load DiffLoRA Model",
             category=CATEGORY,
-            description="Loads a DiffLoRA model (.safetensors) from models/difflora.",
-            search_aliases=["difflora checkpoint", "dit", "lae"],
+            description="Loads a DiffLoRA model (.safetensors) from models/difflora, or another "
+            f"project's folder as it is published: {folders}. Shows the licence where there is one "
+            "that binds what the model makes.",
+            search_aliases=["difflora checkpoint", "dit", "lae", *titles],
             inputs=[
                 io.Combo.Input(
                     "model_name",
                     options=model_paths.difflora_files(),
-                    tooltip="A file in models/difflora; press R after adding one.",
+                    tooltip="A file in models/difflora, or another project's folder as it is "
+                    "published; press R after adding one.",
                 )
             ],
             outputs=[sockets.DiffLoRAModel.Output(display_name="difflora_model")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -48,8 +55,10 @@ class LoadModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name):
-        path = model_paths.difflora_file(model_name)
-        return io.NodeOutput(models.host_model(path, model_name))
+        hosted = models.host_model(model_paths.difflora_file(model_name), model_name)
+        if hosted.settings.license:
+            models.show_text(cls, hosted.settings.license)
+        return io.NodeOutput(hosted)
 
 
 class LoadFaceAnalysis(io.ComfyNode):

@@ -10,6 +10,7 @@ import folder_paths
 from ..difflora_core.demo import paths
 from ..difflora_core.errors import FileNameError, shown
 from ..difflora_core.storage.file_name import check_file_name, with_ending
+from ..difflora_core.storage.identity_models import MODEL_FOLDERS
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,9 @@ def register() -> None:
     for folder in (DIFFLORA, INSIGHTFACE, LIBRARY, CONCEPTS, COVARIANCES, STYLES):
         path = str(Path(folder_paths.models_dir) / folder)
         folder_paths.add_model_folder_path(folder, path)
+    for kind in MODEL_FOLDERS:
+        own = kind.place[0]
+        folder_paths.add_model_folder_path(own, str(Path(folder_paths.models_dir) / own))
     folder_paths.add_model_folder_path(DEMO, str(DEMO_FOLDER))
     # A new folder lists every file; ours show their own only.
     for folder in (DIFFLORA, LIBRARY, CONCEPTS, COVARIANCES, STYLES):
@@ -62,24 +66,36 @@ def offer_photos() -> None:
 
 
 def difflora_files() -> list[str]:
-    """The DiffLoRA checkpoints that ComfyUI sees, for a node's list."""
-    return folder_paths.get_filename_list(DIFFLORA)
+    """The models that ComfyUI sees, for a node's list: ours, then folders that others publish."""
+    return [*folder_paths.get_filename_list(DIFFLORA), *_model_folders()]
+
+
+def _model_folders() -> dict[str, Path]:
+    """Models that others publish as a folder, by their names in the list."""
+    found: dict[str, Path] = {}
+    for kind in MODEL_FOLDERS:
+        own, *rest = kind.place
+        for place in (Path(base, *rest) for base in folder_paths.get_folder_paths(own)):
+            folders = (place / name for name in sorted(_packages(place)))
+            for folder in filter(kind.holds, folders):
+                found.setdefault(f"{own}/{folder.name}", folder)
+    return found
 
 
 def difflora_file(name: str) -> str:
-    """The full path of a DiffLoRA checkpoint.
+    """The full path of a DiffLoRA checkpoint, or of a folder that another project publishes.
 
     Raises:
-        FileNameError: the file is not there; the message names the folders searched.
+        FileNameError: it is not there; the message names the folders searched.
     """
-    path = folder_paths.get_full_path(DIFFLORA, name)
+    path = folder_paths.get_full_path(DIFFLORA, name) or _model_folders().get(name)
     if path is None:
         folders = " or ".join(folder_paths.get_folder_paths(DIFFLORA))
         raise FileNameError(
             f"The DiffLoRA model '{shown(name)}' was not found. Put the file into {folders} and "
             "press R."
         )
-    return path
+    return str(path)
 
 
 def lora_files() -> list[str]:
@@ -291,6 +307,6 @@ def fingerprint(*paths: str | Path) -> list[tuple[str, int, int]]:
     files = [
         file
         for path in map(Path, paths)
-        for file in (sorted(path.rglob("*.onnx")) if path.is_dir() else [path])
+        for file in (sorted(filter(Path.is_file, path.rglob("*"))) if path.is_dir() else [path])
     ]
     return [(str(f), (stat := f.stat()).st_size, stat.st_mtime_ns) for f in files]

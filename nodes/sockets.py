@@ -126,8 +126,9 @@ def face_widgets() -> list[io.Input]:
             options=list(IMAGE_REGIONS),
             default="crop",
             advanced=True,
-            tooltip="What CLIP vision sees: the square around the face, or the whole photo. Leave "
-            "it as it is unless the model says otherwise.",
+            tooltip="What CLIP vision sees. crop: the square around the face (in Personalize, the "
+            "way the model was trained); picture: the whole photo; face_on_grey: the face alone, "
+            "cut out along its outline, for models that were trained so.",
         ),
     ]
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -11,11 +12,22 @@ from types import ModuleType
 import pytest
 import torch
 from hypothesis import settings
+from safetensors.torch import save_file
 
 from difflora_core.adapters.base import AdapterSet
 
 ROOT = Path(__file__).resolve().parents[1]
 COMFYUI = Path(os.environ.get("COMFYUI_PATH", ROOT / ".comfyui")).resolve()
+
+HYPERLORA_MODULES = {
+    "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2": (6, 10),
+    "lora_unet_middle_block_1_transformer_blocks_0_attn1": (8, None),
+    "lora_unet_output_blocks_2_1_transformer_blocks_1_attn2": (6, 10),
+}
+HYPERLORA_SIZES = {
+    "face": 12, "face_tokens": 3, "image": 10, "width": 16, "depth": 2, "heads": 2, "basis": 5,
+    "rank": 2,
+}  # fmt: skip
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the network
 if COMFYUI.is_dir():
@@ -94,3 +106,65 @@ def sd15_config() -> dict[str, object]:
         "cross_attention_dim": 768,
         "attention_head_dim": 8,
     }
+
+
+@pytest.fixture(scope="session")
+def write_hyperlora() -> Callable[..., Path]:
+    """Writes a HyperLoRA folder with random weights, by the names of the public format alone."""
+
+    def write(
+        folder: Path,
+        modules: dict[str, tuple[int, int | None]] | None = None,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        **sizes: int,
+    ) -> Path:
+        """Attention modules: kohya name to width and context width (None for self-attention)."""
+        modules = modules or HYPERLORA_MODULES
+        s = HYPERLORA_SIZES | sizes
+        generator = torch.Generator().manual_seed(seed)
+
+        def files(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+            draw = {n: torch.randn(shape, generator=generator) for n, shape in shapes.items()}
+            return {n: (x * 0.5 if x.ndim > 1 else 1 + x * 0.2).to(dtype) for n, x in draw.items()}
+
+        basis = {}
+        for i, (width, context) in enumerate(modules.values()):
+            for part in ("to_q", "to_k", "to_v", "to_out"):
+                inner = (context or width) if part in ("to_k", "to_v") else width
+                basis[f"{i}.{part}.id_down_basis"] = (s["basis"], inner, s["rank"])
+                basis[f"{i}.{part}.id_up_basis"] = (s["basis"], s["rank"], width)
+        d, inner, tokens = s["width"], s["heads"] * 64, 8 * len(modules)
+        resampler = {"latents": (1, tokens, d)}
+        for name, (out, width) in {
+            "proj_in": (d, s["image"]), "proj_in_2": (d, s["image"]), "proj_out": (s["basis"], d),
+        }.items():  # fmt: skip
+            resampler |= {f"{name}.weight": (out, width), f"{name}.bias": (out,)}
+        for k in range(s["depth"]):
+            for name in ("attn1", "attn2_l", "attn2_x", "attn3_l", "attn3_y", "ff"):
+                resampler |= {f"layers.{k}.norm_{name}.{p}": (d,) for p in ("weight", "bias")}
+            for attention in ("attn1", "attn2", "attn3"):
+                for part in ("to_q", "to_k", "to_v"):
+                    resampler[f"layers.{k}.{attention}.{part}.weight"] = (inner, d)
+                resampler[f"layers.{k}.{attention}.to_out.0.weight"] = (d, inner)
+            resampler |= {
+                f"layers.{k}.ff.net.0.proj.weight": (4 * d, d),
+                f"layers.{k}.ff.net.0.proj.bias": (4 * d,),
+                f"layers.{k}.ff.net.2.weight": (d, 4 * d),
+                f"layers.{k}.ff.net.2.bias": (d,),
+            }
+        features = s["face_tokens"] * s["image"]
+        projector = {"0.weight": (features, s["face"]), "0.bias": (features,)}
+        projector |= {"2.weight": (s["image"],), "2.bias": (s["image"],)}
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(files(basis), folder / "hyper_lora_modules.safetensors")
+        save_file(files(resampler), folder / "resampler.safetensors")
+        save_file(files(projector), folder / "id_projector.safetensors")
+        table = {
+            name: {"hidden_size": width, "cross_attention_dim": context}
+            for name, (width, context) in modules.items()
+        }
+        (folder / "hyper_lora_modules.json").write_text(json.dumps(table))
+        return folder
+
+    return write

@@ -22,12 +22,13 @@ from ..diffusion.sampler import (
     sample,
     seeded_generators,
 )
-from ..errors import ConfigError, LayoutError
+from ..errors import EncoderError
 from ..lora.layout import LoRALayout
 from ..lora.weights import LoRAWeights
 from ..vision.features import ImageFeatures
 from .difflora_config import DiffLoRAConfig
 from .dit import DiT
+from .identity_model import IdentityModel, one_each
 from .lae.autoencoder import LoRAAutoencoder, LoRALatent
 from .latent_agreement import condition_gain
 from .mif import IdentityCondition, MixedImageFeatures
@@ -36,7 +37,7 @@ from .predictor import LatentPredictor
 __all__ = ["DiffLoRAConfig", "DiffLoRAModel"]
 
 
-class DiffLoRAModel(nn.Module):
+class DiffLoRAModel(IdentityModel):
     """The whole model for one base family: condition, latent, LoRA.
 
     Latents are kept in two scales: the autoencoder's own (`z`) and the normalised one of
@@ -58,6 +59,8 @@ class DiffLoRAModel(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.layout = config, layout
+        # A model trained on weights alone has no predictor: its guess is a sample.
+        self.has_best_guess = config.preset != "paper"
         self.mif = MixedImageFeatures(config.mif, operations, generator)
         self.predictor = LatentPredictor(config.predictor, operations, generator)
         self.dit = DiT(config.dit, operations, generator)
@@ -67,9 +70,30 @@ class DiffLoRAModel(nn.Module):
         self.register_buffer("latent_scale", torch.ones(shape))
 
     @property
-    def device(self) -> torch.device:
-        """Where the model computes."""
-        return self.get_buffer("latent_mean").device
+    def anchor(self) -> Tensor:
+        """See `IdentityModel.anchor`."""
+        return self.get_buffer("latent_mean")
+
+    def complete(self, features: ImageFeatures) -> ImageFeatures:
+        """See `IdentityModel.complete`."""
+        sizes, sources = self.config.feature_sizes, self.config.mif.sources
+        face, image, tokens = features.face, features.image, features.image_tokens
+        if face.shape[1] == 0:
+            if sources == ("face",):
+                raise EncoderError(
+                    "This DiffLoRA model knows people by their face only: connect a face analysis."
+                )
+            face = face.new_zeros(len(face), sizes.face)
+        if image.shape[1] == 0:
+            if sources != ("face",):
+                raise EncoderError(
+                    "This DiffLoRA model also looks at the whole photo: connect its CLIP vision."
+                )
+            image = image.new_zeros(len(image), sizes.image)
+            tokens = tokens.new_zeros(len(image), sizes.tokens, sizes.token_dim)
+        complete = ImageFeatures(face, features.face_found, image, tokens)
+        sizes.check(complete.sizes)
+        return complete
 
     def condition(
         self,
@@ -86,9 +110,7 @@ class DiffLoRAModel(nn.Module):
             EncoderError: the features come from other encoders than the model's.
             ConfigError: no person or no photo at all.
         """
-        people = [features] if isinstance(features, ImageFeatures) else list(features)
-        if not people or min(len(person) for person in people) == 0:
-            raise ConfigError("There is no photo to make an identity condition from.")
+        people = one_each(features)
         for person in people:
             self.config.feature_sizes.check(person.sizes)
         photos = max(len(person) for person in people)
@@ -106,11 +128,6 @@ class DiffLoRAModel(nn.Module):
     def mean_latent(self, condition: IdentityCondition) -> LoRALatent:
         """The single best guess for each of B identities; differentiable."""
         return self.latent(self.predictor(condition))
-
-    @property
-    def has_best_guess(self) -> bool:
-        """False for a model trained on weights alone: without a predictor its guess is a sample."""
-        return self.config.preset != "paper"
 
     def latent(self, z: Tensor) -> LoRALatent:
         """Wraps autoencoder latents z (B, K, Dz) as normalised latents."""
@@ -133,23 +150,6 @@ class DiffLoRAModel(nn.Module):
     def wrap(self, z: Tensor) -> LoRALatent:
         """Normalised z (B, K, Dz) as a latent of this model."""
         return LoRALatent(z, self.layout.hash, self.latent_space)
-
-    def check_latent(self, latent: LoRALatent) -> None:
-        """Refuses a latent of another model.
-
-        Raises:
-            LayoutError: the latent belongs to a model of another layout, or to another model.
-        """
-        if latent.layout_hash != self.layout.hash:
-            raise LayoutError(
-                "This LoRA latent was made for another base model or LoRA layout; use the model "
-                "that made it."
-            )
-        if latent.space not in ("", self.latent_space):
-            raise LayoutError(
-                "This LoRA latent was made by another DiffLoRA model, where the same numbers are "
-                "another person; use the model that made it."
-            )
 
     def raw_latent(self, latent: LoRALatent) -> Tensor:
         """Inverse of `latent`: the autoencoder's z (B, K, Dz).
@@ -234,6 +234,11 @@ class DiffLoRAModel(nn.Module):
         bound = condition.to(z).expand(len(z))
         fixed = torch.Generator().manual_seed(0)
         return condition_gain(self.dit, self.config.schedule, z, bound, fixed)
+
+    @property
+    def autoencoder(self) -> LoRAAutoencoder:
+        """See `IdentityModel.autoencoder`."""
+        return self.lae
 
     def encode(self, weights: LoRAWeights) -> LoRALatent:
         """Brings an existing LoRA, single or batched, into the latent space."""

@@ -4,6 +4,9 @@ A normalised latent has zero mean over the training identities, so the zero vect
 person, the direction says who somebody is, and the length how far from the average. Slerp turns
 the direction along the sphere and mixes the lengths: halfway between two people is a person as
 distinct as they are, where the straight line would pass closer to the average.
+
+In some spaces every token is a direction of its own, of unit length (`LoRALatent.unit_tokens`):
+then each turns along its own sphere, and whatever leaves it is brought back to length 1.
 """
 
 from __future__ import annotations
@@ -85,9 +88,10 @@ def blend(
     rows = [z for z, share in zip(_broadcast(latents), shares, strict=True) if share > 0]
     if len(rows) == 1:
         return replace(latents[0], z=rows[0])
-    points = torch.stack(rows).double().flatten(2)  # N B K*Dz
-    mixed = _mix(points, shares[shares > 0], method)
-    return replace(latents[0], z=mixed.float().view_as(rows[0]))
+    start, end = (1, 2) if latents[0].unit_tokens else (2, 3)
+    points = torch.stack(rows).double().flatten(start, end)  # N B K*Dz, or N B*K Dz
+    mixed = _mix(points, shares[shares > 0], method).view_as(rows[0])
+    return _in_space(latents[0], mixed.float())
 
 
 def interpolate(first: LoRALatent, last: LoRALatent, steps: int, method: str = SLERP) -> LoRALatent:
@@ -121,7 +125,7 @@ def add_difference(
     if not math.isfinite(amount):
         raise ConfigError(f"The amount of the difference must be a number; got {amount}.")
     a, b, c = _broadcast([start, plus, minus])
-    return replace(start, z=a + amount * (b - c))
+    return _in_space(start, a + amount * (b - c))
 
 
 def check_one_space(latents: Sequence[LoRALatent]) -> None:
@@ -141,6 +145,11 @@ def check_one_space(latents: Sequence[LoRALatent]) -> None:
             "These identities were made by different DiffLoRA models and cannot be combined: make "
             "all of them with one model."
         )
+
+
+def _in_space(like: LoRALatent, z: Tensor) -> LoRALatent:
+    """z (B, K, Dz) as a latent like another one; tokens of unit length get that length back."""
+    return replace(like, z=F.normalize(z, dim=-1) if like.unit_tokens else z)
 
 
 def _values(latent: LoRALatent) -> Tensor:

@@ -104,7 +104,9 @@ def read_library(path: str | Path) -> Library:
         Person(entry["name"], entry["added"], _picture(tensors, row))
         for row, entry in enumerate(facts["people"])
     )
-    latents = LoRALatent(tensors["latents"], facts["layout_hash"], facts["space"])
+    place = (facts["layout_hash"], facts["space"])
+    kind = (facts.get("unit_tokens", False), facts.get("license", ""))
+    latents = LoRALatent(tensors["latents"], *place, *kind)
     return Library(latents, people, facts["model_name"])
 
 
@@ -127,6 +129,8 @@ def write_library(path: Path, library: Library) -> None:
         "version": VERSION,
         "layout_hash": library.latents.layout_hash,
         "space": library.latents.space,
+        "unit_tokens": library.latents.unit_tokens,
+        "license": library.latents.license,
         "model_name": library.model_name,
         "people": [{"name": person.name, "added": person.added} for person in library.people],
     }
@@ -172,8 +176,9 @@ def _facts(path: Path, header: Header) -> dict[str, Any]:
             )
         people = facts["people"]
         texts = [facts[key] for key in ("layout_hash", "space", "model_name")]
-        texts += [entry["added"] for entry in people]
+        texts += [facts.get("license", ""), *(entry["added"] for entry in people)]
         sound = all(isinstance(value, str) and len(value) <= 256 for value in texts)
+        sound = sound and isinstance(facts.get("unit_tokens", False), bool)
         names = [entry["name"] for entry in people]
         sound = sound and all(_can_be_shown(name) for name in names)
     except (KeyError, TypeError, AttributeError) as error:

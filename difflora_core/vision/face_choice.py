@@ -15,7 +15,7 @@ from .preprocess import box_mask
 
 ORDERS = ("largest", "left_to_right")
 MISSING_POLICIES = ("error", "skip", "image_only")
-IMAGE_REGIONS = ("crop", "picture")
+IMAGE_REGIONS = ("crop", "picture", "face_on_grey")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class FaceOptions(Config):
         index: Which of them, from 0.
         on_missing: "error" stops, "skip" drops the photo, "image_only" keeps it without a face.
         image_region: "crop" shows CLIP vision the square around the face, "picture" the middle
-            square of the photo. A photo without a face always uses the picture.
+            square of the photo, "face_on_grey" the face alone, see `face_cutout`, which also looks
+            at it closely for its embedding. A photo without a face always uses the picture.
         region_factor: Side of that square over the longer side of the face box; 2.2 holds hair
             and neck.
         every: All faces of a photo, each in a row of its own, instead of the one at `index`; a

@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 DETECTOR_SIZES = (640, 512, 384, 256)
 BORDERS = (0.0, 0.25, 0.5, 1.0)
 
+LANDMARKS = "landmark_2d_106"
+"""insightface's name of the model that finds the outline of a face, and of what it finds."""
+
 LONGEST_SIDE = 2048  # detectors see 640 px at most; larger pictures only cost memory
 SHORTEST_SIDE = 8  # below that there is no face to find, and resizing would reach zero pixels
 LONGEST_RATIO = 8  # longer strips get a border, for the same reason
@@ -44,12 +47,15 @@ class DetectedFace:
         score: The detector's confidence in [0, 1].
         keypoints: (5, 2) float32 eyes, nose tip, mouth corners.
         embedding: (Df,) float32 as the recogniser gives it, not normalised.
+        landmarks: (106, 2) float32 outline and features of the face; None where the package has
+            no model for them.
     """
 
     box: Tensor
     score: float
     keypoints: Tensor
     embedding: Tensor
+    landmarks: Tensor | None = None
 
     @property
     def area(self) -> float:
@@ -141,7 +147,7 @@ class InsightFaceEncoder:
                 analysis = app.FaceAnalysis(
                     name=str(folder.path),
                     root=str(folder.path.parent),
-                    allowed_modules=["detection", "recognition"],
+                    allowed_modules=["detection", "recognition", LANDMARKS],
                     providers=chosen,
                 )
             analysis.prepare(ctx_id=0, det_thresh=det_thresh, det_size=(det_size, det_size))
@@ -290,9 +296,13 @@ def _face_record(face: Any, border: int, scale: float) -> DetectedFace:
             f"The face analysis gave no {lacking}. Load a package with a detector that finds "
             "points and a recogniser, e.g. antelopev2 or buffalo_l."
         )
+    landmarks = getattr(face, LANDMARKS, None)
+    if landmarks is not None:
+        landmarks = (torch.as_tensor(landmarks).float()[:106, :2] - border) / scale
     return DetectedFace(
         box=(torch.as_tensor(face.bbox[:4]).float() - border) / scale,
         score=float(face.det_score),
         keypoints=(torch.as_tensor(face.kps).float() - border) / scale,
         embedding=torch.as_tensor(face.embedding).float().flatten(),
+        landmarks=landmarks,
     )

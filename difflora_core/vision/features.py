@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ..config import Config, check_range
 from ..errors import EncoderError, NoFaceError
 from .face_choice import FaceOptions, choose_faces, masks_like, missing_note
+from .face_cutout import cut_out, landmarks_of, seen_closely
 from .face_encoder import DetectedFace, FaceEncoder
 from .image_encoder import ImageEncoder, describe_encoder
 from .keypoint_picture import keypoint_picture
@@ -197,6 +198,7 @@ def extract_features(
     Raises:
         ImageError: A picture cannot be used (NaN pixels, wrong shape), or there is none.
         NoFaceError: No face, under the policy "error"; or "skip" left no photo at all.
+        EncoderError: the region needs the outline of the face, and the face analysis gives none.
     """
     options = options or FaceOptions()
     pictures = as_pictures(images)
@@ -204,11 +206,10 @@ def extract_features(
     rows: list[tuple[int, DetectedFace | None]] = []
     notes: list[str] = []
     for number, (picture, mask) in enumerate(zip(pictures, all_masks, strict=True)):
-        found = face_encoder.detect(picture)
-        chosen = choose_faces(found, options, mask)
+        count, chosen = _find(face_encoder, picture, options, mask)
         rows.extend((number, face) for face in chosen or (None,))
         if not chosen:
-            notes.append(missing_note(number + 1, len(found), options, mask))
+            notes.append(missing_note(number + 1, count, options, mask))
     if notes and options.on_missing == "error":
         raise NoFaceError(
             f"{' '.join(notes)} Use a photo with one clear face, or set the missing-face policy "
@@ -223,6 +224,17 @@ def extract_features(
     photos, faces = zip(*left, strict=True)
     usable = _UsablePhotos(photos, [pictures[i] for i in photos], list(faces), tuple(notes))
     return _describe(usable, face_encoder.embedding_dim, image_encoder, options)
+
+
+def _find(
+    face_encoder: FaceEncoder, picture: Tensor, options: FaceOptions, mask: Tensor | None
+) -> tuple[int, list[DetectedFace]]:
+    """How many faces a picture shows, and those that are meant."""
+    found = face_encoder.detect(picture)
+    chosen = choose_faces(found, options, mask)
+    if options.image_region == "face_on_grey":
+        chosen = [seen_closely(face_encoder, picture, face) for face in chosen]
+    return len(found), chosen
 
 
 @dataclass(frozen=True)
@@ -267,9 +279,11 @@ def _describe(
 
 
 def _image_region(picture: Tensor, face: DetectedFace, options: FaceOptions, size: int) -> Tensor:
-    """(size, size, 3): the square around the face, or the middle of the picture."""
+    """(size, size, 3): the square around the face, the middle of the picture, or the face alone."""
     if options.image_region == "picture" or _is_blank(face):
         return resize_square(picture, size)
+    if options.image_region == "face_on_grey":
+        return resize_square(cut_out(picture, landmarks_of(face)), size)
     height, width = picture.shape[:2]
     square = square_around(face.box, height, width, options.region_factor)
     return resize_square(crop_square(picture, *square), size)

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ...difflora_core.diffusion.sampler import MAX_SEED, SampleSettings
-from ...difflora_core.errors import ConfigError, EncoderError
+from ...difflora_core.errors import ConfigError
 from ...difflora_core.lora.formats.state_dict import to_state_dict
-from ...difflora_core.models.difflora import DiffLoRAModel
+from ...difflora_core.models.identity_model import IdentityModel
 from ...difflora_core.models.lae.autoencoder import LoRALatent
 from ...difflora_core.models.mif import IdentityCondition
-from ...difflora_core.storage.checkpoint import load_model
+from ...difflora_core.storage.identity_models import load_identity_model
+from ...difflora_core.vision.face_choice import IMAGE_REGIONS
 from ...difflora_core.vision.features import ImageFeatures
 from ..sockets import BEST_GUESS, MANUAL
 from .lora import check_lora_fits
@@ -42,30 +43,30 @@ class HostedModel:
 
     Attributes:
         patcher: ModelPatcher that holds it; ComfyUI moves its weights.
-        name: File name, for messages.
+        name: Name of the file or folder, for messages.
     """
 
     patcher: Any = field(repr=False)
     name: str
 
     @property
-    def settings(self) -> DiffLoRAModel:
+    def settings(self) -> IdentityModel:
         """The network, to read its configuration; it may be anywhere."""
         return self.patcher.model.network
 
-    def ready(self) -> DiffLoRAModel:
+    def ready(self) -> IdentityModel:
         """The network on the device where it computes."""
         comfy.model_management.load_models_gpu([self.patcher], memory_required=ACTIVATION_BYTES)
         network = self.settings
-        for name in ("latent_mean", "latent_scale"):
+        for name, buffer in list(network.named_buffers(recurse=False)):
             # A partly loaded model leaves them behind, and they say where inputs go.
-            setattr(network, name, network.get_buffer(name).to(self.patcher.load_device))
+            setattr(network, name, buffer.to(self.patcher.load_device))
         return network
 
 
 def host_model(path: str, name: str) -> HostedModel:
-    """Loads a DiffLoRA checkpoint into ComfyUI's care; strict, see storage.checkpoint."""
-    network = load_model(path, operations=comfy.ops.manual_cast).requires_grad_(False)
+    """Loads a model into ComfyUI's care; strict, see storage.identity_models."""
+    network = load_identity_model(path, operations=comfy.ops.manual_cast).requires_grad_(False)
     patcher = comfy.model_patcher.CoreModelPatcher(
         _Holder(network),
         load_device=comfy.model_management.get_torch_device(),
@@ -74,30 +75,9 @@ def host_model(path: str, name: str) -> HostedModel:
     return HostedModel(patcher, name)
 
 
-def complete_features(features: ImageFeatures, network: DiffLoRAModel) -> ImageFeatures:
-    """Fills the part of an encoder that was not connected, when the model can do without it.
-
-    Raises:
-        EncoderError: it cannot, or the features come from other encoders than the model's.
-    """
-    sizes, sources = network.config.feature_sizes, network.config.mif.sources
-    face, image, tokens = features.face, features.image, features.image_tokens
-    if face.shape[1] == 0:
-        if sources == ("face",):
-            raise EncoderError(
-                "This DiffLoRA model knows people by their face only: connect a face analysis."
-            )
-        face = face.new_zeros(len(face), sizes.face)
-    if image.shape[1] == 0:
-        if sources != ("face",):
-            raise EncoderError(
-                "This DiffLoRA model also looks at the whole photo: connect its CLIP vision."
-            )
-        image = image.new_zeros(len(image), sizes.image)
-        tokens = tokens.new_zeros(len(image), sizes.tokens, sizes.token_dim)
-    complete = ImageFeatures(face, features.face_found, image, tokens)
-    sizes.check(complete.sizes)
-    return complete
+def image_region(hosted: HostedModel, asked: str) -> str:
+    """What CLIP vision is to see: as the model was trained, unless something else is asked for."""
+    return hosted.settings.image_region if asked == IMAGE_REGIONS[0] else asked
 
 
 def gate_override(
@@ -112,7 +92,7 @@ def gate_override(
 def mix(hosted: HostedModel, features: ImageFeatures, override: Tensor) -> IdentityCondition:
     """Photos of one person to a condition; `override` (2,) is a `gate_override`."""
     network = hosted.ready()
-    return network.condition(complete_features(features, network), override.to(network.device))
+    return network.condition(network.complete(features), override.to(network.device))
 
 
 def draw_latent(
@@ -134,7 +114,7 @@ def draw_latent(
             "a person."
         )
     if condition is not None:
-        condition = condition.to(network.get_buffer("latent_mean"))
+        condition = condition.to(network.anchor)
     if mode == BEST_GUESS and condition is not None and network.has_best_guess:
         return network.mean_latent(condition)
     return network.sample_latent(condition, [seed], settings, callback=progress(settings.steps))
@@ -147,10 +127,10 @@ def sample_batch(
     settings: SampleSettings,
     initial: LoRALatent | None = None,
 ) -> LoRALatent:
-    """One sample for every seed, see DiffLoRAModel.sample_latent; seeds go round at the last."""
+    """One sample for every seed, see IdentityModel.sample_latent; seeds go round at the last."""
     network = hosted.ready()
     if condition is not None:
-        condition = condition.to(network.get_buffer("latent_mean"))
+        condition = condition.to(network.anchor)
     numbers = [seed % (MAX_SEED + 1) for seed in seeds]
     bar = progress(settings.steps)
     return network.sample_latent(condition, numbers, settings, callback=bar, initial=initial)

@@ -12,6 +12,8 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from difflora_core.vision.face_cutout import OUTLINE
+
 # stride: (inner square, ring from, ring to, side of the box), all in detector pixels
 FILTERS = {8: (19, 27, 37, 24), 16: (43, 59, 77, 52)}
 POINTS = np.array([[-0.2, -0.2], [0.2, -0.2], [0, 0.05], [-0.15, 0.25], [0.15, 0.25]])
@@ -95,6 +97,31 @@ def _recogniser():
     return _model(nodes, "recogniser", [face], [embedding], weights)
 
 
+def _landmarks():
+    """insightface's 106 points: the outline on an ellipse round the box, the others in its middle.
+
+    It sees 1.5 times the box; its numbers go from -1 to 1.
+    """
+    angle = np.arange(len(OUTLINE)) * 2 * np.pi / len(OUTLINE)
+    points = np.zeros((106, 2), dtype=np.float32)
+    points[list(OUTLINE)] = np.stack([0.8 * np.cos(angle), 0.9 * np.sin(angle)], -1)
+    weights = [
+        numpy_helper.from_array(points.reshape(1, 212), "points"),
+        numpy_helper.from_array(np.float32(0), "zero"),
+        numpy_helper.from_array(np.array([1, -1], dtype=np.int64), "row"),
+    ]
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["seen"], ["mean"]),
+        helper.make_node("Mul", ["mean", "zero"], ["nil"]),
+        helper.make_node("ReduceSum", ["nil"], ["one"], keepdims=1),
+        helper.make_node("Reshape", ["one", "row"], ["flat"]),
+        helper.make_node("Add", ["flat", "points"], ["found"]),
+    ]
+    seen = helper.make_tensor_value_info("seen", TensorProto.FLOAT, [1, 3, 192, 192])
+    found = helper.make_tensor_value_info("found", TensorProto.FLOAT, [1, 212])
+    return _model(nodes, "landmarks", [seen], [found], weights)
+
+
 def _model(nodes, name, inputs, outputs, weights):
     graph = helper.make_graph(nodes, name, inputs, outputs, weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
@@ -109,6 +136,7 @@ def face_models(tmp_path_factory):
     onnx.save(_detector(128), folder / "detector.onnx")
     onnx.save(_detector(None), folder / "free_detector.onnx")
     onnx.save(_recogniser(), folder / "recogniser.onnx")
+    onnx.save(_landmarks(), folder / "landmarks.onnx")
     return folder
 
 
@@ -127,6 +155,18 @@ def face_encoder(face_directory):
     from difflora_core.vision.face_encoder import InsightFaceEncoder
 
     return InsightFaceEncoder(face_directory)
+
+
+@pytest.fixture(scope="session")
+def outline_encoder(face_models, tmp_path_factory):
+    """A face encoder that also finds the 106 points; its detector takes every size."""
+    from difflora_core.vision.face_encoder import InsightFaceEncoder
+
+    folder = tmp_path_factory.mktemp("outlines") / "faces"
+    folder.mkdir()
+    for name in ("free_detector.onnx", "recogniser.onnx", "landmarks.onnx"):
+        (folder / name).write_bytes((face_models / name).read_bytes())
+    return InsightFaceEncoder(folder)
 
 
 @pytest.fixture(scope="session")

@@ -29,14 +29,19 @@ class LoRALatent:
     """A LoRA in the latent space.
 
     Args:
-        z: (B, K, Dz), normalised: zero mean and unit spread over the training identities.
+        z: (B, K, Dz), normalised: zero mean and unit spread over the training identities, or
+            tokens of unit length.
         layout_hash: hash of the LoRA layout it decodes to.
-        space: `DiffLoRAModel.latent_space` of the model that made it; empty when not known.
+        space: `IdentityModel.latent_space` of the model that made it; empty when not known.
+        unit_tokens: each token is a direction of its own, of length 1, and blends by itself.
+        license: terms that bind what is made of it, see `IdentityModel.license`.
     """
 
     z: Tensor
     layout_hash: str
     space: str = ""
+    unit_tokens: bool = False
+    license: str = ""
 
     def __len__(self) -> int:
         return self.z.shape[0]

@@ -58,13 +58,13 @@ def fit_latent(
 
     Raises:
         LayoutError: the LoRA belongs to another layout, or changes nothing.
-        ConfigError: a negative number of steps.
+        ConfigError: a negative number of steps, or a model that cannot read LoRAs.
     """
     if steps < 0:
         raise ConfigError(f"The number of refinement steps cannot be negative; got {steps}.")
     # Tensors made in inference mode, as a host's may be, cannot take part in autograd: copies can.
     with torch.inference_mode(False), torch.enable_grad():
-        lae = copy.deepcopy(model.lae).requires_grad_(False)
+        lae = copy.deepcopy(model.autoencoder).requires_grad_(False)
         mean, scale = (model.get_buffer(f"latent_{name}").clone() for name in ("mean", "scale"))
         target = _copy(weights, model.device)
         if not bool(squared_norm(target) > 0):
