@@ -1,15 +1,18 @@
 """Where and when a LoRA acts: as hooks for masks and keyframes, or on a model by part and time."""
 
+import logging
+
 import comfy.hooks
 from comfy_api.latest import io
 
-from ..difflora_core.lora.block_groups import GroupStrengths, scale_groups
-from ..difflora_core.lora.formats.state_dict import to_state_dict
+from ..difflora_core.lora.block_groups import GroupStrengths
 from ..difflora_core.methods.base import AppliedAdaptation, PreparedAdaptation
-from ..difflora_core.methods.lora import LoRASettings, lora_adaptation
 from . import sockets
 from .host import lora as host_lora
+from .host import models
 from .host.adapters import Link, with_link
+
+logger = logging.getLogger(__name__)
 
 CATEGORY = "DiffLoRA/placing"
 
@@ -57,7 +60,7 @@ class LoRAToHook(io.ComfyNode):
         hooks = prev_hooks or comfy.hooks.HookGroup()
         state = host_lora.check_lora(lora)
         if base_model is not None:
-            state = to_state_dict(host_lora.read_lora(state, base_model))
+            state = host_lora.read_lora(state, base_model).state
         if strength_model != 0:
             hooks = hooks.clone_and_combine(host_lora.lora_hook(state, strength_model))
         return io.NodeOutput(hooks)
@@ -102,6 +105,7 @@ class ApplyLoRA(io.ComfyNode):
                     "knows nothing of start, end and positive only.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -122,15 +126,25 @@ class ApplyLoRA(io.ComfyNode):
         groups = GroupStrengths(
             input_blocks, middle_block, output_blocks, self_attention, cross_attention
         )
-        weights = scale_groups(host_lora.read_lora(host_lora.check_lora(lora), model), groups)
-        scaled = weights.scaled(strength)
-        if (start_percent, end_percent, positive_only) == (0.0, 1.0, False):
-            patched = host_lora.with_lora(model, weights, strength)
-        else:
-            prepared = PreparedAdaptation(lora_adaptation(scaled))
-            applied = AppliedAdaptation(prepared, LoRASettings())
-            patched = with_link(model, Link(applied, start_percent, end_percent, positive_only))
-        return io.NodeOutput(patched, to_state_dict(scaled))
+        read = host_lora.read_lora(host_lora.check_lora(lora), model)
+        span = (start_percent, end_percent, positive_only)
+        patched = _placed(model, read, strength, groups, span)
+        scaled, whole = read.scaled(strength, groups)
+        notes = " ".join(filter(None, (read.note, host_lora.whole_note(whole))))
+        if notes:
+            logger.warning(notes)
+            models.show_text(cls, notes)
+        return io.NodeOutput(patched, scaled)
+
+
+def _placed(model, read, strength, groups, span):
+    """A clone of a model with a LoRA: in its weights, or beside its layers for a part of a run."""
+    if span == (0.0, 1.0, False):
+        return read.on(model, strength, groups)
+    made = read.adaptation(strength, groups, model)
+    if made is None:
+        return model.clone()
+    return with_link(model, Link(AppliedAdaptation(PreparedAdaptation(made), made.settings), *span))
 
 
 NODES = [LoRAToHook, ApplyLoRA]

@@ -7,11 +7,10 @@ artists turn a LoRA down in one of them to keep, say, the composition.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 from ..config import Config
 from ..errors import ConfigError
-from .weights import LoRAWeights
 
 
 @dataclass(frozen=True)
@@ -56,11 +55,3 @@ def layer_groups(layer: str) -> tuple[str, ...]:
     blocks = {field.name for field in fields(GroupStrengths)} - set(_ATTENTIONS.values())
     found = [parts[0]] if parts[0] in blocks else []
     return (*found, *(_ATTENTIONS[part] for part in parts if part in _ATTENTIONS))
-
-
-def scale_groups(weights: LoRAWeights, strengths: GroupStrengths) -> LoRAWeights:
-    """Every delta W multiplied by the factor of its groups (exact: only alpha changes)."""
-    scaled = {}
-    for name, layer in weights.layers.items():
-        scaled[name] = replace(layer, alpha=layer.alpha * strengths.of(name))
-    return LoRAWeights(scaled)

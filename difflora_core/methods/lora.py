@@ -8,10 +8,12 @@ from typing import ClassVar
 
 import torch
 
-from ..adapters.base import AdapterSet
-from ..adapters.lora import lora_adapter_set
+from ..adapters.base import AdapterEntry, AdapterSet, LayerAdapter
+from ..adapters.lora import LoRAAdapter
+from ..adapters.weight_change import WeightChangeAdapter
 from ..config import Config
 from ..errors import LayoutError
+from ..lora.formats.change import Parts, is_constant, is_whole
 from ..lora.weights import LoRALayer, LoRAWeights
 from .base import AppliedAdaptation, LiveLayers, Method, PreparedAdaptation, TrainedAdaptation
 
@@ -24,7 +26,11 @@ class LoRASettings(Config):
 
 
 class LoRA(Method):
-    """Low-rank sums on linear layers (arXiv 2106.09685). Tensors of a layer: down, up, alpha."""
+    """Low-rank sums on linear layers (arXiv 2106.09685). Tensors of a layer: down, up, alpha.
+
+    Layers of LoRA files may also hold any other constant change, in the roles of
+    `lora.formats.change`: convolutions, LoHa, LoKr, differences of weights, norms and biases.
+    """
 
     name: ClassVar[str] = "lora"
     Config: ClassVar[type[Config]] = LoRASettings
@@ -37,6 +43,9 @@ class LoRA(Method):
             LayoutError: a layer has other tensors, factors that do not fit, or several alphas.
         """
         for layer, tensors in adaptation.layers.items():
+            other_form = set(tensors) != TENSORS or tensors["down"].ndim > 3
+            if other_form and is_constant(tensors) and is_whole(tensors) and not adaptation.shared:
+                continue
             if set(tensors) != TENSORS or adaptation.shared:
                 raise LayoutError(f"{adaptation.title} does not hold the factors of {layer}.")
             down, up = tensors["down"], tensors["up"]
@@ -53,10 +62,11 @@ class LoRA(Method):
 
     @classmethod
     def layer_sizes(cls, adaptation: TrainedAdaptation) -> dict[str, tuple[int, int]]:
-        """In and out features of the factors."""
+        """In and out features of the plain factors; other forms do not say them."""
         return {
             layer: (tensors["down"].shape[1], tensors["up"].shape[0])
             for layer, tensors in adaptation.layers.items()
+            if _plain(tensors)
         }
 
     @classmethod
@@ -64,7 +74,9 @@ class LoRA(Method):
         """The LoRAs one after another, each at its strength."""
         entries = AdapterSet(())
         for part in applied:
-            entries += lora_adapter_set(lora_weights(part.adaptation)).scaled(part.strength)
+            layers = part.adaptation.layers
+            own = (AdapterEntry(layer, _adapter(parts)) for layer, parts in layers.items())
+            entries += AdapterSet(tuple(own)).scaled(part.strength)
         return entries
 
     @classmethod
@@ -73,6 +85,18 @@ class LoRA(Method):
     ) -> LoRAWeights:
         """Itself: down (r, in), up (out, r) of every layer."""
         return lora_weights(prepared.adaptation)
+
+
+def _plain(parts: Parts) -> bool:
+    """Whether a layer is a pair of factors of a linear layer."""
+    return set(parts) == TENSORS and all(parts[name].ndim == 2 for name in ("down", "up"))
+
+
+def _adapter(parts: Parts) -> LayerAdapter:
+    """The adapter of a layer."""
+    if not _plain(parts):
+        return WeightChangeAdapter(parts)
+    return LoRAAdapter(LoRALayer(parts["down"], parts["up"], float(parts["alpha"])))
 
 
 def lora_adaptation(weights: LoRAWeights, base: str = "unknown") -> TrainedAdaptation:
@@ -85,7 +109,14 @@ def lora_adaptation(weights: LoRAWeights, base: str = "unknown") -> TrainedAdapt
 
 
 def lora_weights(adaptation: TrainedAdaptation) -> LoRAWeights:
-    """The record as LoRA weights."""
+    """The record as LoRA weights.
+
+    Raises:
+        LayoutError: a layer is no pair of factors.
+    """
+    others = [name for name, tensors in adaptation.layers.items() if not _plain(tensors)]
+    if others:
+        raise LayoutError(f"{adaptation.title} is no low-rank sum on {others[0]}.")
     return LoRAWeights(
         {
             name: LoRALayer(tensors["down"], tensors["up"], float(tensors["alpha"]))

@@ -1,19 +1,39 @@
-"""LoRA between ComfyUI and the library: what a socket holds, what fits a model, weight patches."""
+"""LoRA between ComfyUI and the library: what a socket holds, what fits a model, weight patches.
 
-from collections.abc import Mapping
+ComfyUI's own reader makes the patches, so every family that it loads acts here as there. What it
+would drop in silence is renamed, told or refused.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.hooks
 import comfy.lora
+import comfy.lora_convert
 import comfy.utils
-import comfy.weight_adapter
+import torch
 from torch import Tensor
 
-from ...difflora_core.errors import LayoutError, LoRAFileError
+from ...difflora_core.errors import LayoutError, LoRAFileError, shown
+from ...difflora_core.lora.block_groups import GroupStrengths
+from ...difflora_core.lora.formats.change import (
+    is_constant,
+    keys_by_role,
+    kind_of,
+    scaled_state,
+)
 from ...difflora_core.lora.formats.families import split_key
-from ...difflora_core.lora.formats.state_dict import from_state_dict, to_state_dict
-from ...difflora_core.lora.formats.stems import text_encoder_name
+from ...difflora_core.lora.formats.known_names import with_known_names
+from ...difflora_core.lora.formats.stems import other_part, stem_table, why_nothing
+from ...difflora_core.lora.layout import module_size
 from ...difflora_core.lora.weights import LoRAWeights
+from ...difflora_core.methods.base import TrainedAdaptation
+from ...difflora_core.methods.lora import LoRA, LoRASettings
+from .patches import fits, layer_of, weight_of
+
+_FLOAT8 = tuple(getattr(torch, name) for name in dir(torch) if name.startswith("float8"))
 
 
 def check_lora(lora: Any) -> dict[str, Tensor]:
@@ -38,56 +58,232 @@ def check_lora_fits(model: Any, weights: LoRAWeights, made_for: str) -> None:
     Raises:
         LayoutError: a layer is missing there, or has another size.
     """
-    names: Mapping[str, str] = comfy.lora.model_lora_keys_unet(model.model, {})
     state = model.model.state_dict()
     wrong = []
     for name, layer in weights.layers.items():
-        key = names.get(_stem(name))
-        there = isinstance(key, str) and key in state
-        if not there or not _same_size(state[key], layer.up, layer.down):
+        weight = state.get(f"diffusion_model.{name}.weight")
+        size = (layer.out_features, layer.out_features * layer.in_features)
+        if weight is None or (len(weight), weight.numel()) != size:
             wrong.append(name)
+    _refuse_misfits(wrong, len(weights.layers), made_for)
+
+
+def _refuse_misfits(wrong: list[str], count: int, made_for: str) -> None:
+    """Raises LayoutError where layers do not fit."""
     if wrong:
         raise LayoutError(
-            f"This LoRA is made for {made_for}: {len(wrong)} of its {len(weights.layers)} "
+            f"This LoRA is made for {made_for}: {len(wrong)} of its {count} "
             f"layers do not fit the base model that is connected (for example {wrong[0]}). Load "
             "the base model it was made for, or make a LoRA for this one."
         )
 
 
-def read_lora(state: dict[str, Tensor], model: Any) -> LoRAWeights:
-    """Layers, down (r, in) and up (out, r), of a state dict that edit a model's UNet.
+@dataclass(frozen=True, eq=False)
+class FittingLoRA:
+    """A LoRA of any family, as it is for one model.
 
-    All of them, or none.
+    Args:
+        state: its tensors under names that ComfyUI knows; what does not act on the model is kept.
+        patches: ComfyUI's patches of the model's weights.
+        layers: stem of a name to the layer of the network that it edits.
+        note: what is in it and does not act on the model, in words; empty if nothing is.
+    """
+
+    state: dict[str, Tensor]
+    patches: Mapping[Any, Any]
+    layers: Mapping[str, str]
+    note: str
+
+    def on(self, model: Any, strength: float, groups: GroupStrengths) -> Any:
+        """A clone of a model with it as weight patches, as ComfyUI's own loader makes them.
+
+        Raises:
+            LoRAFileError: it replaces weights, which a factor cannot do in part.
+        """
+        patched = model.clone()
+        factors = {key: groups.of(layer_of(key)) for key in self.patches}
+        for factor in dict.fromkeys(factors.values()):
+            if factor == 0 or strength == 0:
+                continue
+            own = {key: patch for key, patch in self.patches.items() if factors[key] == factor}
+            replaced = [key for key, patch in own.items() if isinstance(patch, tuple)
+                        and patch[0] == "set"]  # fmt: skip
+            if replaced and factor != 1:
+                raise LoRAFileError(
+                    f"This LoRA replaces whole weights (for example {layer_of(replaced[0])}): it "
+                    "acts whole or not at all. Set the factors of its parts to 0 or 1."
+                )
+            patched.add_patches(own, strength * factor)
+        return patched
+
+    def scaled(
+        self, strength: float, groups: GroupStrengths
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """Its tensors with strengths in them, and the stems of layers that cannot hold any."""
+        return scaled_state(self.state, self._factor(strength, groups))
+
+    def adaptation(self, strength: float, groups: GroupStrengths, model: Any) -> Any:
+        """It as a record, to act for a part of the steps or prompts; None where nothing is left.
+
+        Raises:
+            LoRAFileError: what some of its layers change depends on the weight they are on.
+        """
+        factor = self._factor(strength, groups)
+        groups_of = keys_by_role(self.state)
+        acting = {s: layer for s, layer in self.layers.items() if factor(s) != 0}
+        parts = {s: {r: self.state[k] for r, k in groups_of[s].items()} for s in acting}
+        turning = [stem for stem, own in parts.items() if not is_constant(own)]
+        if turning:
+            raise LoRAFileError(
+                f"{len(turning)} layers of this LoRA are {kind_of(parts[turning[0]])} (for example "
+                f"{acting[turning[0]]}): what they change depends on the weight they are on, so "
+                "they cannot act for a part of the steps or prompts here. Use LoRA to Hook, with "
+                "keyframes for a part of the steps."
+            )
+        scaled, _ = self.scaled(strength, groups)
+        modules = dict(model.model.diffusion_model.named_modules())
+        weights = set(model.model.state_dict())
+        records = {}
+        for stem, keys in keys_by_role(scaled).items():
+            layer = acting.get(stem)
+            if layer is None:
+                continue
+            own = {role: scaled[key] for role, key in keys.items()}
+            if weight_of(layer, "bias") not in weights:
+                own.pop("bias", None)
+            record = _record(own, linear=len(module_size(modules.get(layer))) == 2)
+            if record:
+                records[layer] = record
+        return TrainedAdaptation(LoRA.name, "another base model", LoRASettings(), {}, records) \
+            if records else None  # fmt: skip
+
+    def _factor(self, strength: float, groups: GroupStrengths) -> Callable[[str], float]:
+        """Factor of a stem: its layer's; of what is no layer of the model the strength alone."""
+        return lambda stem: (
+            strength * (groups.of(self.layers[stem]) if stem in self.layers else 1.0)
+        )
+
+
+def _record(parts: dict[str, Tensor], linear: bool) -> dict[str, Tensor]:
+    """Tensors of a layer as the method LoRA holds them."""
+    own = {role.removesuffix("_peft"): tensor for role, tensor in parts.items()}
+    own = {r: t.half() if t.dtype in _FLOAT8 else t for r, t in own.items()}  # exact
+    if "up" in own:
+        if linear and "mid" not in own:
+            own |= {role: own[role].flatten(1) for role in ("up", "down")}
+        own.setdefault("alpha", torch.tensor(float(len(own["down"]))))
+    elif set(own) == {"alpha"}:
+        return {}
+    if "alpha" in own:
+        own["alpha"] = own["alpha"].float().reshape(1)
+    return own
+
+
+def read_lora(state: dict[str, Tensor], model: Any) -> FittingLoRA:
+    """A LoRA for a model, whatever its family.
 
     Raises:
-        LayoutError: it is for another base model.
-        LoRAFileError: part of it is no plain LoRA.
+        LayoutError: it is for another base model, or for no part of this one.
+        LoRAFileError: a layer is there twice, or incomplete.
     """
-    names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
-    weight = ".weight"
-    known = {
-        diffusers.removesuffix(weight): ldm.removesuffix(weight)
-        for diffusers, ldm in names.items()
-        if diffusers.endswith(weight)
-    }
-    found = from_state_dict(state, known)
-    if found.report.skipped:
-        stem, reason = next(iter(found.report.skipped.items()))
-        raise LoRAFileError(
-            f"{len(found.report.skipped)} layers of this LoRA are no plain low-rank edits ({stem}: "
-            f"{reason}). Use ComfyUI's own nodes for it: Load LoRA Model, or Create Hook LoRA."
-        )
-    if found.report.unused:
+    names = comfy.lora.model_lora_keys_unet(model.model, {})
+    own = known_names(state, model, names)
+    groups = keys_by_role(own)
+    missing = [s for s in groups if s not in names and other_part(s) is None]
+    rest = [key for key in own if split_key(key) is None]
+    there = {stem: names[stem] for stem in groups if stem in names}
+    if missing:
         raise LayoutError(
-            f"{len(found.report.unused)} entries of this LoRA belong to no layer of the base model "
-            f"that is connected (for example {found.report.unused[0]}). Use a LoRA made for it."
+            f"{len(missing)} entries of this LoRA belong to no layer of the base model "
+            f"that is connected (for example {shown(missing[0])}). Use a LoRA made for it."
         )
-    layers = {name: x for name, x in found.weights.layers.items() if not name.startswith("te")}
-    if not layers:
-        raise LayoutError("This LoRA edits text encoders only; connect one that edits the model.")
-    weights = LoRAWeights(layers)
-    check_lora_fits(model, weights, "another base model")
-    return weights
+    if not there:
+        raise LayoutError(_why_nothing(own))
+    doubled = [key for key, count in Counter(there.values()).items() if count > 1]
+    if doubled:
+        raise LoRAFileError(f"Layer {layer_of(doubled[0])} is in this file under two names.")
+    patches = _patches(own, names)
+    weights = model.model.state_dict()
+    _refuse_misfits(_misfits(weights, patches), len(patches), "another base model")
+    acting = {key: patch for key, patch in patches.items() if _name(key) in weights}
+    used = {layer_of(key) for key in acting}
+    layers = {stem: layer_of(key) for stem, key in there.items() if layer_of(key) in used}
+    lost = [s for s in there if s not in layers]
+    lost += [f"{layer_of(k)} (bias)" for k in patches if k not in acting]
+    return FittingLoRA(own, acting, layers, _note(own, rest, lost))
+
+
+def whole_note(stems: list[str]) -> str:
+    """What to say of layers that cannot hold a strength, in the LoRA that comes out."""
+    if not stems:
+        return ""
+    return (
+        f"In the LoRA that comes out, {len(stems)} layers keep their full strength (for example "
+        f"{shown(stems[0])}): no file can say another one for this kind."
+    )
+
+
+def _patches(
+    state: dict[str, Tensor], names: Mapping[str, Any], log_missing: bool = False
+) -> dict[Any, Any]:
+    """ComfyUI's patches.
+
+    Raises:
+        LoRAFileError: one of several tensors that belong together is missing.
+    """
+    try:
+        converted = comfy.lora_convert.convert_lora(state)
+        patches: dict[Any, Any] = comfy.lora.load_lora(converted, names, log_missing)
+    except KeyError as error:
+        raise LoRAFileError(
+            f"This LoRA lacks {shown(str(error))}: it is incomplete or damaged. Download or save "
+            "it again."
+        ) from error
+    return patches
+
+
+def _why_nothing(state: Mapping[str, Tensor]) -> str:
+    """Why no layer of a LoRA acts on a model."""
+    return why_nothing(state.keys()) or (
+        "No entry of this LoRA belongs to a layer of the base model that is connected (for "
+        f"example {shown(next(iter(state)))}). Use a LoRA made for it."
+    )
+
+
+def _note(state: Mapping[str, Tensor], rest: Iterable[str], lost: list[str]) -> str:
+    """What does not act on the model, in one sentence."""
+    parts = Counter(part for key in state if (part := other_part(key)))
+    found = [f"{count} entries for {part}" for part, count in parts.items()]
+    ia3 = any(key.endswith(".on_input") for key in state)
+    unknown = [key for key in rest if other_part(key) is None]
+    if unknown:
+        kind = " of IA3" if ia3 else ""
+        found.append(
+            f"{len(unknown)} entries{kind} that ComfyUI does not read ({shown(unknown[0])})"
+        )
+    if lost:
+        found.append(f"{len(lost)} that the model has no weight for ({shown(lost[0])})")
+    return f"Not used on the model: {'; '.join(found)}." if found else ""
+
+
+def known_names(
+    state: dict[str, Tensor], model: Any, names: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """A LoRA under names that ComfyUI knows for a model; it drops PEFT's names in silence.
+
+    Raises:
+        LoRAFileError: a layer is there under two names.
+    """
+    diffusers = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
+    weight = ".weight"
+    table = stem_table(
+        {
+            ours.removesuffix(weight): ldm.removesuffix(weight)
+            for ours, ldm in diffusers.items()
+            if ours.endswith(weight)
+        }
+    )
+    return with_known_names(state, table, names)
 
 
 def lora_hook(lora: dict[str, Tensor], strength: float) -> comfy.hooks.HookGroup:
@@ -110,72 +306,38 @@ class _LoRAHook(comfy.hooks.WeightHook):
         Raises:
             LayoutError: the LoRA has no layer of this model, or one of another size.
         """
-        if target_dict["target"] == comfy.hooks.EnumWeightTarget.Model:
-            keys = comfy.lora.model_lora_keys_unet(model.model, {})
-            own = {k: t for k, t in self.weights.items() if not _of_text(k)}
-            _check_patches(model, comfy.lora.load_lora(own, keys, log_missing=True))
-        return super().add_hook_patches(model, model_options, target_dict, registered)
+        if target_dict["target"] != comfy.hooks.EnumWeightTarget.Model:
+            return super().add_hook_patches(model, model_options, target_dict, registered)
+        given = self.weights  # type: ignore[has-type]
+        keys = comfy.lora.model_lora_keys_unet(model.model, {})
+        self.weights = known_names(given, model, keys)
+        try:
+            own = {k: t for k, t in self.weights.items() if other_part(k) is None}
+            patches = _patches(own, keys, log_missing=True)
+            wrong = _misfits(model.model.state_dict(), patches)
+            if wrong or not patches:
+                reason = f"for example {wrong[0]}" if wrong else _why_nothing(self.weights)
+                raise LayoutError(
+                    "The LoRA of a hook does not fit the base model that is sampled with "
+                    f"({reason}). Load the base model that it was made for, or make a LoRA for "
+                    "this one."
+                )
+            return super().add_hook_patches(model, model_options, target_dict, registered)
+        finally:
+            self.weights = given
 
 
-def _check_patches(model: Any, patches: Mapping[Any, Any]) -> None:
-    """Raises LayoutError unless there are patches, and all plain ones have the model's sizes."""
-    state = model.model.state_dict()
-    wrong = [
-        key
-        for key, patch in patches.items()
-        if key in state  # others edit part of a weight
-        and _plain(patch)
-        and not _same_size(state[key], *patch.weights[:2])
-    ]
-    if wrong or not patches:
-        example = "no layer is its own"
-        if wrong:
-            up, down = patches[wrong[0]].weights[:2]
-            example = f"for example {wrong[0]} is {tuple(state[wrong[0]].shape)}, not "
-            example += f"{(len(up), *down.shape[1:])}"
-        raise LayoutError(
-            f"The LoRA of a hook does not fit the base model that is sampled with ({example}). "
-            "Load the base model that it was made for, or make a LoRA for this one."
-        )
+def _misfits(weights: Mapping[str, Tensor], patches: Mapping[Any, Any]) -> list[str]:
+    """Layers whose patch is made for a weight of another size; ComfyUI would leave them out."""
+    wrong = []
+    for key, patch in patches.items():
+        weight = weights.get(key) if isinstance(key, str) else None  # others edit part of a weight
+        if weight is not None and not fits(patch, weight):
+            wrong.append(layer_of(key))
+    return wrong
 
 
-def _of_text(key: str) -> bool:
-    """Whether an entry of a LoRA edits a text encoder."""
-    stem, _ = split_key(key) or (key, "")
-    return text_encoder_name(stem) is not None
-
-
-def _plain(patch: Any) -> bool:
-    """True for up times down alone: nothing in between (Tucker), no other shape of the weight."""
-    adapter = isinstance(patch, comfy.weight_adapter.LoRAAdapter)
-    return adapter and patch.weights[3] is None and patch.weights[5] is None
-
-
-def _same_size(weight: Tensor, up: Tensor, down: Tensor) -> bool:
-    """Whether up (out, r, ...) times down (r, in, ...) has the size of a weight (out, in, ...)."""
-    return up.shape[0] == weight.shape[0] and len(up) * down[0].numel() == weight.numel()
-
-
-def with_lora(model: Any, weights: LoRAWeights, strength: float) -> Any:
-    """A clone of a model with a LoRA as weight patches, as ComfyUI's own loader makes them.
-
-    Raises:
-        LayoutError: ComfyUI did not take every layer.
-    """
-    keys = comfy.lora.model_lora_keys_unet(model.model, {})
-    patched = model.clone()
-    patches = comfy.lora.load_lora(to_state_dict(weights), keys)
-    taken = set(patched.add_patches(patches, strength))
-    lost = [name for name in weights.layers if keys.get(_stem(name)) not in taken]
-    if lost:
-        raise LayoutError(
-            f"ComfyUI did not take {len(lost)} of the {len(weights.layers)} layers of this LoRA "
-            f"({', '.join(lost[:3])}{', ...' if lost[3:] else ''}). Load the base model that it "
-            "was made for, or make a LoRA for this one."
-        )
-    return patched
-
-
-def _stem(name: str) -> str:
-    """What ComfyUI calls a layer of the UNet in a LoRA."""
-    return f"lora_unet_{name.replace('.', '_')}"
+def _name(key: Any) -> str:
+    """The weight that a patch is for; a key may also say a part of it."""
+    name: str = key if isinstance(key, str) else key[0]
+    return name

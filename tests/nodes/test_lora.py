@@ -211,7 +211,6 @@ BAD = {
     "half of another base": "do not fit the base model",
     "text": "A str is not a LoRA",
     "text encoder": "edits text encoders only",
-    "convolution": "no plain low-rank edits.*Load LoRA Model",
     "more layers": "belong to no layer",
 }
 
@@ -266,22 +265,49 @@ def test_what_a_hook_leaves_out_is_logged(node_module, demo_world, caplog):
     assert all("input_blocks_90_1_to_q" in line for line in lines)
 
 
-@pytest.mark.parametrize("extra", [0, 1, 5])
-def test_layers_that_comfyui_does_not_take(node_module, demo_world, extra):
-    model = node_module("host.demo").load_demo_unet(demo_world / "base.safetensors")
-    layers = {
-        s.name: LoRALayer(torch.zeros(1, s.in_features), torch.zeros(s.out_features, 1), 1.0)
-        for s in demo_layout(1)
+def test_convolutions_act_in_parts_and_times(comfy, person, whole):
+    """Core's keyframes and our late start; its block's factor reaches a convolution too."""
+    nodes = {**person, "mixed": node("TestHyperLoRA", lora=["lora", 0], kind="convolution")}
+    nodes |= {"core": node("LoraModelLoader", model=MODEL, lora=["mixed", 1], strength_model=1.0,
+                           bypass=False)}  # fmt: skip
+    nodes |= {
+        "ours": apply(lora=("mixed", 0)),
+        "timed": apply(lora=("mixed", 0), start_percent=0.5),
     }
-    nowhere = {f"input_blocks.{90 + k}.1.to_q": next(iter(layers.values())) for k in range(extra)}
-    weights = LoRAWeights(layers | nowhere)
-    with_lora = node_module("host.lora").with_lora
-    if not extra:
-        assert len(with_lora(model, weights, 0.5).patches) == len(layers)
-        return
-    count, more = f"{extra} of the {len(weights.layers)} layers", ", ..." if extra > 3 else ""
-    with pytest.raises(Exception, match=f"did not take {count}") as caught:
-        with_lora(model, weights, 0.5)
-    assert type(caught.value).__name__ == "LayoutError"
-    assert f"({', '.join(list(nowhere)[:3])}{more})" in str(caught.value)
-    assert not model.patches
+    nodes |= {"hook": hook(("mixed", 0)), "off": apply(lora=("mixed", 0), input_blocks=0.0)}
+    nodes |= {"same": apply(input_blocks=0.0)}
+    nodes |= keyframes(k0=(0.0, 0.0), k1=(0.5, 1.0)) | {"hooked": on_both(("scheduled", 0))}
+    for name in ("core", "ours", "timed", "off", "same"):
+        nodes |= picture(f"{name}_p", [name, 0])
+    nodes |= picture("cores", MODEL, ("hooked", 0), ("hooked", 1))
+    shown = comfy.run(nodes).pictures
+    assert difference(shown["ours_p"], shown["core_p"]) == 0
+    assert difference(shown["ours_p"], whole["by_us"]) > 8
+    assert difference(shown["timed_p"], shown["cores"]) <= ROUNDING
+    assert difference(shown["off_p"], shown["same_p"]) == 0
+
+
+def test_text_encoder_layers_stay_in_the_lora(comfy, comfy_server, person):
+    nodes = {**person, "mixed": node("TestHyperLoRA", lora=["lora", 0], kind="with text")}
+    nodes |= {"half": apply(lora=("mixed", 0), strength=0.5, cross_attention=0.0)}
+    for name, source in (("all", ["mixed", 1]), ("kept", ["half", 1])):
+        nodes[name] = node("SaveLoRA", lora=source, prefix=f"loras/{name}", steps=0)
+    comfy.run({**nodes, **picture("out", ["half", 0])})
+    files = [
+        load_file(max(comfy_server.output_directory.glob(f"loras/{name}*")))
+        for name in ("all", "kept")
+    ]
+    text = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"
+    assert set(files[1]) == set(files[0]) | {f"{text}.alpha"}
+    assert float(files[1][f"{text}.alpha"]) == 0.5 * 2  # its rank is 2
+
+
+def test_peft_names_reach_a_hook_without_base_model(comfy, person, whole):
+    nodes = {**person, "peft": node("TestHyperLoRA", lora=["lora", 0], kind="peft")}
+    nodes |= {"a": hook(("peft", 0), 9.0), "b": hook(("peft", 0), 9.0, base_model=MODEL)}
+    for name in "ab":
+        nodes[f"{name}_on"] = on_both((name, 0))
+        nodes |= picture(f"{name}_p", MODEL, (f"{name}_on", 0), (f"{name}_on", 1))
+    shown = comfy.run(nodes).pictures
+    assert difference(shown["a_p"], shown["b_p"]) == 0
+    assert difference(shown["a_p"], whole["before"]) > 2

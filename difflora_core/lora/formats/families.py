@@ -30,23 +30,27 @@ _SUFFIXES: tuple[tuple[str, str], ...] = (
     (r"\.lora_mid\.weight", "mid"),
     (r"\.dora_scale", "dora"),
     (r"\.lora_magnitude_vector(?:\.[\w-]+)*", "dora"),
-    (r"\.(lokr_w[12](?:_[ab])?|hada_w[12]_[ab]|diff)", ""),  # the role is the suffix
-    (r"\.(?:lokr_t2|hada_t[12])", "tucker"),
+    # where a role is left out here, the suffix is the role
+    (r"\.(lokr_w[12](?:_[ab])?|lokr_t2|hada_w[12]_[ab]|hada_t[12]|diff)", ""),
+    (r"\.w_norm", "diff"),
     (r"\.reshape_weight", "reshape"),
-    (r"\.(?:set_weight|w_norm)", "whole weight"),
-    (rf"\.(?:diff_b|b_norm|lora_B{_ADAPTER}\.bias|lora_bias)", "bias"),
-    (r"\.(?:oft_blocks|oft_diag|rescale|[ab][12]\.weight)", "other method"),
+    (r"\.set_weight", "whole weight"),
+    (r"\.(?:diff_b|b_norm)", "bias"),
+    (rf"\.(?:lora_B{_ADAPTER}\.bias|lora_bias)", "bias_peft"),
+    (r"\.(oft_blocks|oft_diag|rescale)", ""),
+    (r"\.([ab][12])\.weight", ""),
 )
 _PATTERNS = tuple((re.compile(f"(.+?){suffix}$"), role) for suffix, role in _SUFFIXES)
 _PEFT_PARTS = ("unet.", "text_encoder.", "text_encoder_2.")
+_TUCKER, _OTHER = "convolution in Tucker form", "OFT, BOFT or GLoRA, not a low-rank sum"
 _UNSUPPORTED = {
-    "tucker": "convolution in Tucker form",
-    "mid": "convolution in Tucker form",
+    **dict.fromkeys(("mid", "lokr_t2", "hada_t1", "hada_t2"), _TUCKER),
     "reshape": "changes the shape of the weight",
     "whole weight": "replaces a whole weight",
-    "bias": "changes a bias only",
-    "other method": "OFT, BOFT or GLoRA, not a low-rank sum",
+    **dict.fromkeys(("bias", "bias_peft"), "changes a bias only"),
+    **dict.fromkeys(("oft_blocks", "oft_diag", "rescale", "a1", "a2", "b1", "b2"), _OTHER),
 }
+_BIASES = {"bias", "bias_peft"}
 
 
 def split_key(key: str) -> tuple[str, str] | None:
@@ -76,7 +80,7 @@ def group_keys(state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]
             continue
         stem, role = split
         group = groups.setdefault(stem, {})
-        if role in group and role != "bias":
+        if role in group:
             raise LoRAFileError(
                 f"Layer {shown(stem)} is described twice in this file (at {shown(key)}); it seems "
                 "to hold several adapters. Save them as separate files."
@@ -136,10 +140,12 @@ def layer_from_group(
             f"{stem}: this is a DoRA. Its effect depends on the base model's weights, so it is not "
             "a LoRA; load it with the host's own loader, or train it without weight decomposition."
         )
-    reasons = [_UNSUPPORTED[role] for role in group if role in _UNSUPPORTED and role != "bias"]
+    reasons = [_UNSUPPORTED[r] for r in group if r in _UNSUPPORTED and r not in _BIASES]
+    if "diff" in group and group["diff"].ndim == 1:
+        reasons.append("changes a norm only")
     matrices = {}
     for role in group:
-        if role != "alpha" and role not in _UNSUPPORTED:
+        if role != "alpha" and role not in _UNSUPPORTED and not reasons:
             matrix = _plain(stem, role, group[role])
             if matrix is None:
                 reasons.append("convolution larger than 1 x 1")
@@ -150,7 +156,7 @@ def layer_from_group(
     if reasons:
         return reasons[0]
     if not matrices:
-        return _UNSUPPORTED["bias"] if "bias" in group else "has no factors"
+        return _UNSUPPORTED["bias"] if _BIASES & set(group) else "has no factors"
     if len({role[:4] if role[:4] in ("lokr", "hada", "diff") else "" for role in matrices}) > 1:
         raise LoRAFileError(f"Layer {stem} is described twice, by {', '.join(sorted(matrices))}.")
     if len({matrix.dtype for matrix in matrices.values()}) > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ from ..canonical import truncated_layer
 from ..distance import layer_inner_product
 from ..layout import LayerShape, LoRALayout
 from ..weights import LoRALayer, LoRAWeights
+from .stems import other_part
 
 # Width of the text context gives the base model family of a cross-attention key or value layer.
 _CONTEXT_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
@@ -55,8 +57,10 @@ class ReadReport:
             reasons = ", ".join(sorted(set(self.skipped.values())))
             lines.append(f"{len(self.skipped)} layers were left out: {reasons}.")
         if self.unused:
+            parts = Counter(other_part(key) or "layers that are not edited" for key in self.unused)
+            counts = ", ".join(f"{count} of {part}" for part, count in parts.items())
             example = self.unused[0][:80]
-            lines.append(f"{len(self.unused)} entries belong to no edited layer ({example}).")
+            lines.append(f"Other entries were left out: {counts} (for example {example}).")
         return " ".join(lines)
 
 

@@ -14,7 +14,15 @@ from ..weights import LoRALayer, LoRAWeights
 from .families import group_keys, layer_from_group, peft_alphas, split_key
 from .lycoris import computed_values
 from .report import ReadReport, ReadResult, conform, total_error
-from .stems import Names, Naming, diffusers_pairs, file_stem, stem_table, text_encoder_name
+from .stems import (
+    Names,
+    Naming,
+    diffusers_pairs,
+    file_stem,
+    stem_table,
+    text_encoder_name,
+    why_nothing,
+)
 
 
 def to_state_dict(
@@ -97,6 +105,8 @@ def from_state_dict(
     _check_computed(state, groups, rank or 0)
     layers, errors, skipped, outside = _read_groups(groups, names, rank, metadata)
     unused += outside
+    if not layers and (reason := why_nothing(state)):
+        raise LayoutError(reason)
     if not layers:
         example = (unused or list(skipped) or ["it is empty"])[0]
         raise LayoutError(
@@ -179,6 +189,6 @@ def _read_groups(
         layers[name], error = found
         if error > 0:
             errors[name] = error
-        if "bias" in group:
+        if "bias" in group or "bias_peft" in group:
             skipped[f"{stem} (bias)"] = "changes a bias"
     return layers, errors, skipped, outside

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 from ...errors import LayoutError
@@ -18,6 +18,30 @@ _TEXT_KOHYA = re.compile(
 )
 _TEXT_PROJECTION = re.compile(r"lora_te(?P<n>[12]?)_text_projection$")
 _TEXT_DIFFUSERS = re.compile(r"text_encoder(?P<n>_2)?\.(?:base_model\.model\.)?(?P<path>.+)$")
+
+_OTHER_PARTS = (
+    (
+        re.compile(
+            r"lora_te|lycoris_te|text_encoder|clip_[lgh]\.|te[12]\.|transformer\.text_model"
+        ),
+        "text encoders",
+    ),
+    (re.compile(r"bundle_emb\.|embeddings?\."), "taught words"),
+)
+
+
+def other_part(key: str) -> str | None:
+    """What an entry of a LoRA file belongs to that is no layer of the network that draws."""
+    return next((part for pattern, part in _OTHER_PARTS if pattern.match(key)), None)
+
+
+def why_nothing(keys: Collection[str]) -> str | None:
+    """Why no entry of a LoRA acts on the network that draws, if there is a special reason."""
+    if any(key.endswith(".on_input") for key in keys):
+        return "This file is an IA3: neither ComfyUI nor this pack reads that kind. Use a LoRA."
+    if keys and all(other_part(key) for key in keys):
+        return "This LoRA edits text encoders only; connect one that edits the model."
+    return None
 
 
 def diffusers_pairs(names: Names) -> dict[str, str]:
@@ -40,7 +64,8 @@ def stem_table(names: Names) -> dict[str, str]:
         stems = [f"lora_unet_{ldm.replace('.', '_')}", f"diffusion_model.{ldm}", ldm]
         stems += [f"{p}_{diffusers.replace('.', '_')}" for p in ("lora_unet", "lycoris")]
         prefixes = ("", "unet.", "base_model.model.", "unet.base_model.model.")
-        stems += [prefix + name for prefix in prefixes for name in dotted]
+        stems += [prefix + name for prefix in prefixes for name in (*dotted, ldm)]
+        stems.append(f"lycoris_{ldm.replace('.', '_')}")
         table.update({stem: ldm for stem in stems})
     return table
 

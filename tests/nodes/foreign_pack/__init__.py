@@ -6,13 +6,17 @@ import torch
 class HyperLoRA:
     """HyperLoRA's `LORA`: the same kind of dict under another socket name."""
 
-    CATEGORY, FUNCTION, RETURN_TYPES = "tests", "run", ("LORA",)
+    CATEGORY, FUNCTION, RETURN_TYPES = "tests", "both", ("LORA", "LORA_MODEL")
 
     @classmethod
     def INPUT_TYPES(cls):  # noqa: N802
         kinds = ["same", "empty", "peft", "another base", "half of another base", "text"]
-        kinds += ["text encoder", "convolution", "more layers"]
+        kinds += ["text encoder", "with text", "convolution", "more layers"]
         return {"required": {"lora": ("LORA_MODEL",), "kind": (kinds,)}}
+
+    def both(self, lora, kind):
+        """The same under core's socket name, too."""
+        return self.run(lora, kind) * 2
 
     def run(self, lora, kind):
         if kind == "empty":
@@ -20,13 +24,16 @@ class HyperLoRA:
         if kind == "text":
             return ("loras/person.safetensors",)
         factors = {"lora_down.weight": torch.ones(2, 64), "lora_up.weight": torch.ones(64, 2)}
-        if kind == "text encoder":
+        if kind in ("text encoder", "with text"):
             stem = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"
-            return ({f"{stem}.{part}": value for part, value in factors.items()},)
+            kept = lora if kind == "with text" else {}
+            return ({**kept, **{f"{stem}.{part}": value for part, value in factors.items()}},)
         if kind == "convolution":
-            kernel = torch.ones(2, 32, 3, 3)
+            generator = torch.Generator().manual_seed(0)
+            kernel = 0.05 * torch.randn(2, 64, 3, 3, generator=generator)
+            up = torch.randn(64, 2, 1, 1, generator=generator)
             stem = "lora_unet_input_blocks_1_0_in_layers_2"
-            parts = {"lora_down.weight": kernel, "lora_up.weight": torch.ones(32, 2, 1, 1)}
+            parts = {"lora_down.weight": kernel, "lora_up.weight": up}
             return ({**lora, **{f"{stem}.{part}": value for part, value in parts.items()}},)
         if kind == "more layers":
             stem = "lora_unet_input_blocks_99_1_proj_in"
