@@ -58,6 +58,7 @@ NODES: list[type[io.ComfyNode]] = [
     styles.LoadStyle,
     styles.ApplyStyle,
     styles.ExportStyleLoRA,
+    styles.StyleRouter,
 ]
 
 

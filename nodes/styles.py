@@ -1,9 +1,11 @@
 """Around styles, which have no word, of any method: load and apply one, export a LoRA."""
 
+import comfy.samplers
 import torch
 from comfy_api.latest import io, ui
 
 from ..difflora_core.errors import ConfigError
+from ..difflora_core.evaluation.routing import routing_picture, routing_report
 from ..difflora_core.lora.block_groups import GroupStrengths
 from ..difflora_core.lora.formats.state_dict import to_state_dict
 from ..difflora_core.methods.base import (
@@ -16,6 +18,7 @@ from ..difflora_core.storage.adapter_file import read_adaptation
 from . import model_paths, sockets
 from .host.adapters import Link, with_link
 from .host.base import ModelLayers
+from .host.routing import RoutingWatcher, draw
 
 CATEGORY = "DiffLoRA/styles"
 
@@ -151,6 +154,84 @@ class ExportStyleLoRA(io.ComfyNode):
         lost = kind.lost_as_lora(style.adaptation)
         report = f"As a LoRA, {', and '.join(lost)}." if lost else "The LoRA is the whole style."
         return io.NodeOutput(to_state_dict(weights, "kohya_ldm"), report, ui=ui.PreviewText(report))
+
+
+class StyleRouter(io.ComfyNode):
+    """Which style acts where."""
+
+    @classmethod
+    def define_schema(cls):
+        samplers = comfy.samplers.KSampler
+        return io.Schema(
+            node_id="DiffLoRA_StyleRouter",
+            display_name="Style Router Picture",
+            category=CATEGORY,
+            description="Draws as KSampler does and shows which of a style's own styles acted in "
+            "which part of the model, from the first step to the last. For styles that mix several "
+            "by a router.",
+            search_aliases=["router", "mixture of styles", "which style fires", "style weights"],
+            inputs=[
+                io.Model.Input("model", tooltip="A model with a style on it, from Apply Style."),
+                io.Conditioning.Input("positive", tooltip="What the picture shows."),
+                io.Conditioning.Input("negative", tooltip="What it does not show."),
+                io.Latent.Input("latent_image", tooltip="An empty picture, or one to draw again."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Of the noise.",
+                ),
+                io.Int.Input("steps", default=20, min=1, max=10_000, tooltip="As in KSampler."),
+                io.Float.Input(
+                    "cfg", default=5.0, min=0.0, max=100.0, step=0.1, tooltip="As in KSampler."
+                ),
+                io.Combo.Input(
+                    "sampler_name", options=samplers.SAMPLERS, tooltip="As in KSampler."
+                ),
+                io.Combo.Input("scheduler", options=samplers.SCHEDULERS, tooltip="As in KSampler."),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="How much of the picture is drawn again.",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="latent", tooltip="What KSampler would give."),
+                io.Image.Output(
+                    display_name="picture",
+                    tooltip="A panel for each part of the model: shares of the styles over time.",
+                ),
+                io.String.Output(display_name="report", tooltip="The shares on the whole."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        positive,
+        negative,
+        latent_image,
+        seed,
+        steps,
+        cfg,
+        sampler_name,
+        scheduler,
+        denoise,
+    ):
+        watcher = RoutingWatcher()
+        settings = (steps, cfg, sampler_name, scheduler, denoise)
+        drawn = draw(watcher.on(model), positive, negative, latent_image, seed, settings)
+        shares = watcher.table.shares()
+        picture = routing_picture(shares)[None]
+        shown = ui.PreviewImage(picture, cls=cls)
+        return io.NodeOutput(drawn, picture, routing_report(shares), ui=shown)
 
 
 def _style(adaptation: TrainedAdaptation) -> PreparedAdaptation:

@@ -16,9 +16,7 @@ regional sampler hands over tiles, so the statistics and the choice of styles ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -29,6 +27,7 @@ from torch import Tensor, nn
 from ..config import Config, check_range
 from ..errors import ConfigError, LayoutError
 from .base import LayerAdapter
+from .routing import show_routing
 
 Routing = Literal["instance", "token"]
 Pooling = Literal["mean", "sum"]
@@ -231,7 +230,7 @@ class StyleInjectAdapter(LayerAdapter):
         config: how they act.
         text: the layer's input is the prompt. Its tokens get no statistics: they count as mean 0
             and spread 1, so that gamma is a gain on every channel.
-        name: of the layer, for `watched_routing`.
+        name: of the layer, for `routing.watched_routing`.
     """
 
     def __init__(
@@ -247,7 +246,7 @@ class StyleInjectAdapter(LayerAdapter):
         """
         self._check(x, y)
         styles = self.styles(x)
-        _watch(self.name, styles)
+        show_routing(self.name, _mean_over_places(styles))
         gamma = self.layer.gamma(_mean_over_places(styles))
         return (y if gamma is None else self._spread(y, gamma)) + self._change(x, y, styles)
 
@@ -332,25 +331,3 @@ def _mean_over_places(styles: Tensor) -> Tensor:
     """(B, n) of weights (B, ..., n)."""
     places = tuple(range(1, styles.ndim - 1))
     return styles.mean(places) if places else styles
-
-
-Watcher = Callable[[str, Tensor], None]
-"""Gets a layer's name and its weights (B, n), at every call of the layer."""
-
-_WATCHER: ContextVar[Watcher | None] = ContextVar("who watches the routing", default=None)
-
-
-def _watch(name: str, styles: Tensor) -> None:
-    watcher = _WATCHER.get()
-    if watcher is not None:
-        watcher(name, _mean_over_places(styles.detach()))
-
-
-@contextmanager
-def watched_routing(watcher: Watcher) -> Iterator[None]:
-    """Shows a function which style fires where while the block runs."""
-    token = _WATCHER.set(watcher)
-    try:
-        yield
-    finally:
-        _WATCHER.reset(token)

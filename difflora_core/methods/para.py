@@ -16,8 +16,8 @@ from ..lora.weights import LoRALayer, LoRAWeights
 from .base import (
     AppliedAdaptation,
     LiveLayers,
-    Method,
     PreparedAdaptation,
+    StyleMethod,
     TrainedAdaptation,
     WeightEdit,
     settings_as,
@@ -49,7 +49,7 @@ class PaRaConfig(Config):
         check_range("PaRa", "bound", self.bound, 1e-6, 1)
 
 
-class PaRa(Method):
+class PaRa(StyleMethod):
     """Fewer directions for the outputs of linear layers and convolutions.
 
     Tensors of a layer: `directions` (out, r), orthonormal, `width` (1,), that of its input, and
@@ -66,8 +66,9 @@ class PaRa(Method):
         """Refuse other tensors, and directions that are not different ones.
 
         Raises:
-            LayoutError: it says which.
+            LayoutError: it has a word, or it says which layer.
         """
+        super().check(adaptation)
         for layer, tensors in adaptation.layers.items():
             if set(tensors) - {KERNEL} != TENSORS or adaptation.shared:
                 raise LayoutError(f"{adaptation.title} does not hold the directions of {layer}.")
@@ -109,11 +110,15 @@ class PaRa(Method):
             ConfigError: together they take out more than their bound.
         """
         check_bound(applied)
+        return super().adapters(applied)
+
+    @classmethod
+    def one(cls, applied: AppliedAdaptation) -> AdapterSet:
+        """(I - s Q Q') W0; below 0 the directions grow instead of going."""
+        layers = applied.adaptation.layers.items()
         return AdapterSet(
             tuple(
-                AdapterEntry(layer, ParaAdapter(tensors["directions"]), part.strength)
-                for part in applied
-                for layer, tensors in part.adaptation.layers.items()
+                AdapterEntry(n, ParaAdapter(t["directions"]), applied.strength) for n, t in layers
             )
         )
 
@@ -128,8 +133,6 @@ class PaRa(Method):
         cls, prepared: PreparedAdaptation, project: LiveLayers, lock_keys: bool = True
     ) -> LoRAWeights:
         """Exactly the same for one checkpoint: up = -Q, down = Q' W.
-
-        The factors of a convolution are flat: up (out, r), down (r, in kh kw).
 
         Raises:
             LayoutError: a layer of another size.
@@ -147,7 +150,8 @@ class PaRa(Method):
                 )
             down = q.mT @ weight
             found = max(found, float(down.norm() / weight.norm().clamp_min(1e-30)))
-            layers[layer] = LoRALayer(down, -q, float(q.shape[1]))
+            kernel = cls.layer_sizes(adaptation)[layer][2:]
+            layers[layer] = LoRALayer(down, -q, float(q.shape[1]), kernel)
         if found < 1e-5:
             raise ConfigError(
                 f"There is nothing left to take out: {adaptation.title} is on the connected model "

@@ -148,13 +148,11 @@ class PaRaObjective(nn.Module):
 
     def prepare(self, prompts: Sequence[str]) -> tuple[EncodedPrompts, AdapterSet]:
         """Encoded prompts and the adapters that belong to them."""
-        with torch.no_grad():
-            encoded = self.task.text.encode(prompts, {})
         entries = tuple(
             AdapterEntry(layer, ParaAdapter(q), self.strength)
             for layer, q in zip(self.module_names, self.bases(), strict=True)
         )
-        return encoded, AdapterSet(entries)
+        return self.task.encode(prompts), AdapterSet(entries)
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Masked denoising loss."""

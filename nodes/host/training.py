@@ -178,7 +178,7 @@ def train(
         clip = teach(clip, adaptation)
     best = f"best at step {result.step} of {config.steps}, evaluation loss {result.loss:.4f}"
     worse = result.finished and result.step == 0
-    remarks = {NO_MASKS: not masked, NOTHING: worse}
+    remarks = {NO_MASKS: request.takes_masks and not masked, NOTHING: worse}
     report = "\n".join([*files, best, *(text for text, holds in remarks.items() if holds)])
     if worse:
         logger.warning("%s", report)
@@ -197,7 +197,7 @@ def _run(
     base, text = ComfyBase(parts.model, parts.vae), ComfyText(parts.clip)
     task, examples = request.setting(base, text, parts)
     masked = examples.masks is not None
-    if not masked:
+    if request.takes_masks and not masked:
         logger.info(NO_MASKS)
     objective = recipe(task, config)
     held_out = request.held_out_examples(base, parts)

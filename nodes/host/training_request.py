@@ -42,6 +42,7 @@ class PictureRequest:
     """Prompts of the pictures, one a line, and where to keep what is learned."""
 
     folder: ClassVar[str] = model_paths.STYLES
+    takes_masks: ClassVar[bool] = True
     prompts: str
     file_name: str
     mirror: bool
@@ -88,6 +89,7 @@ class HeldOutRequest(PictureRequest):
     As many prompts as pictures are one for each.
     """
 
+    takes_masks: ClassVar[bool] = False
     held_out: int
 
     def held_out_examples(self, base: BaseModel, parts: Parts) -> ConceptExamples | None:

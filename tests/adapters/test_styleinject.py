@@ -12,6 +12,7 @@ from torch import nn
 from difflora_core.adapters.attach import attach
 from difflora_core.adapters.base import AdapterEntry, AdapterSet
 from difflora_core.adapters.lora import LoRAAdapter
+from difflora_core.adapters.routing import watched_routing
 from difflora_core.adapters.styleinject import (
     ATTENTION,
     CONVOLUTIONS,
@@ -23,7 +24,6 @@ from difflora_core.adapters.styleinject import (
     StyleInjectPlan,
     StyleLayer,
     new_layer,
-    watched_routing,
 )
 from difflora_core.errors import ConfigError, LayoutError
 from difflora_core.lora.layout import SDXL_UNET_CONFIG, layout_from_unet_config

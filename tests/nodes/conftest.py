@@ -38,6 +38,10 @@ PARTS = (
     "insightface/demo_faces",
 )
 
+STYLED = ("attn1.to_q", "attn1.to_v", "attn2.to_q", "attn2.to_v", "in_layers.2")
+SPREADING = ("attn1.to_q", "attn2.to_v", "in_layers.2")
+"""Layers of random styles, and those that get another spread."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Every test in this folder needs ComfyUI."""
@@ -216,3 +220,73 @@ def interrupt(comfy: ComfyClient, ask: Callable[..., str]) -> Callable[[], str]:
 def node_module(pack: ModuleType):
     """Gives a module of nodes/ by name, in this process."""
     return lambda name: import_module(f".nodes.{name}", pack.__name__)
+
+
+@pytest.fixture
+def parts(pack):
+    """Gives the pack's own modules by their names."""
+    return lambda name: import_module(f".{name}", pack.__name__)
+
+
+@pytest.fixture
+def unet(parts):
+    """Makes a fresh demo UNet in a ModelPatcher."""
+    (base, *_), _ = parts("nodes.model_paths").demo_paths()
+    return lambda: parts("nodes.host.demo").load_demo_unet(base, disable_dynamic=True)
+
+
+@pytest.fixture
+def random_style(parts, unet):
+    """Makes a random style of attention and convolutions of the demo base."""
+    adapters, method = (
+        parts("difflora_core.adapters.styleinject"),
+        parts("difflora_core.methods.styleinject"),
+    )
+    module_size = parts("difflora_core.lora.layout").module_size
+    prepared = parts("difflora_core.methods.base").PreparedAdaptation
+    model = unet()
+
+    def make(seed=1, styles=3, spread=True):
+        generator, layers = torch.Generator().manual_seed(seed), {}
+        plan = adapters.StyleInjectPlan(
+            styles=styles, rank=2, targets=STYLED, spread_targets=SPREADING
+        )
+        for shape in parts("nodes.host.base").unet_layout(model, "demo", 1, STYLED):
+            size = module_size(model.model.diffusion_model.get_submodule(shape.name))
+            layer = adapters.new_layer(
+                size, plan, spread and shape.name.endswith(SPREADING), generator
+            )
+            layer.up.normal_(0, 0.3, generator=generator)
+            layer.router.normal_(0, 0.5, generator=generator)
+            if layer.spread is not None:
+                layer.spread.normal_(0, 0.3, generator=generator)
+                layer.spread_bias.normal_(0, 0.3, generator=generator)
+            layers[shape.name] = layer
+        made = method.style_adaptation(layers, adapters.StyleInjectConfig(), "demo")
+        return prepared(made)
+
+    return make
+
+
+@pytest.fixture
+def random_para(parts, unet):
+    """Makes random directions of all target layers of the demo base, at bound 1."""
+    para, recipe = parts("difflora_core.methods.para"), parts("difflora_core.training.para")
+    methods, layout = parts("difflora_core.methods.base"), parts("difflora_core.lora.layout")
+    orthonormal = parts("difflora_core.adapters.para").orthonormal
+    model, base = unet(), parts("nodes.host.base")
+
+    def make(seed=1, rank=2):
+        generator, layers = torch.Generator().manual_seed(seed), {}
+        for shape in base.unet_layout(model, "demo", 1, recipe.TARGETS["no_cross_attention"]):
+            module = model.model.diffusion_model.get_submodule(shape.name)
+            width, out, *kernel = layout.module_size(module)
+            directions = orthonormal(torch.randn(out, rank, generator=generator))
+            layers[shape.name] = {"directions": directions, "width": torch.tensor([float(width)])}
+            if kernel:
+                layers[shape.name]["kernel"] = torch.tensor([float(k) for k in kernel])
+        assert {len(tensors) for tensors in layers.values()} == {2, 3}  # linear and convolutions
+        made = methods.TrainedAdaptation("para", "demo", para.PaRaConfig(1.0), {}, layers)
+        return methods.PreparedAdaptation(made)
+
+    return make

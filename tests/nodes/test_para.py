@@ -1,7 +1,5 @@
 """PaRa on ComfyUI's models: as weights, outputs and core's LoRA; on fp8, offloaded, compiled."""
 
-from importlib import import_module
-
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -10,43 +8,6 @@ from difflora_core.demo.comfyui.client import ComfyPromptError
 
 KEY = "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
 LAYER = KEY.removeprefix("diffusion_model.").removesuffix(".weight")
-
-
-@pytest.fixture
-def parts(pack):
-    """The pack's own modules, by their names."""
-    return lambda name: import_module(f".{name}", pack.__name__)
-
-
-@pytest.fixture
-def unet(parts):
-    """Makes a fresh demo UNet in a ModelPatcher that puts weight patches into the weights."""
-    (base, *_), _ = parts("nodes.model_paths").demo_paths()
-    return lambda: parts("nodes.host.demo").load_demo_unet(base, disable_dynamic=True)
-
-
-@pytest.fixture
-def trained(parts, unet):
-    """Makes random directions of all target layers of the demo base, at bound 1."""
-    para, recipe = parts("difflora_core.methods.para"), parts("difflora_core.training.para")
-    methods, layout = parts("difflora_core.methods.base"), parts("difflora_core.lora.layout")
-    orthonormal = parts("difflora_core.adapters.para").orthonormal
-    model, base = unet(), parts("nodes.host.base")
-
-    def make(seed=1, rank=2):
-        generator, layers = torch.Generator().manual_seed(seed), {}
-        for shape in base.unet_layout(model, "demo", 1, recipe.TARGETS["no_cross_attention"]):
-            module = model.model.diffusion_model.get_submodule(shape.name)
-            width, out, *kernel = layout.module_size(module)
-            directions = orthonormal(torch.randn(out, rank, generator=generator))
-            layers[shape.name] = {"directions": directions, "width": torch.tensor([float(width)])}
-            if kernel:
-                layers[shape.name]["kernel"] = torch.tensor([float(k) for k in kernel])
-        assert {len(tensors) for tensors in layers.values()} == {2, 3}  # linear and convolutions
-        made = methods.TrainedAdaptation("para", "demo", para.PaRaConfig(1.0), {}, layers)
-        return methods.PreparedAdaptation(made)
-
-    return make
 
 
 @pytest.fixture
@@ -110,8 +71,8 @@ def close(got, wanted, bare):
     assert float((got - wanted).norm() / (wanted - bare).norm()) < 2e-3
 
 
-def test_it_is_the_written_out_weight_and_leaves_the_model_alone(unet, trained, on):
-    model, one, two = unet(), trained(1), trained(2)
+def test_it_is_the_written_out_weight_and_leaves_the_model_alone(unet, random_para, on):
+    model, one, two = unet(), random_para(1), random_para(2)
     bare = call(model)
     for strength in (1.0, 0.4, -0.5):
         changed = on(model, one, strength)
@@ -126,8 +87,8 @@ def test_it_is_the_written_out_weight_and_leaves_the_model_alone(unet, trained, 
     assert torch.equal(call(nothing), bare)
 
 
-def test_joined_it_takes_out_all_of_both(node_module, unet, trained, on):
-    model, one, two = unet(), trained(1), trained(2)
+def test_joined_it_takes_out_all_of_both(node_module, unet, random_para, on):
+    model, one, two = unet(), random_para(1), random_para(2)
     bare = call(model)
     (joined,) = node_module("para").JoinPaRa.execute(one, two).result
     wanted = unet()
@@ -141,8 +102,8 @@ def test_joined_it_takes_out_all_of_both(node_module, unet, trained, on):
 
 
 @pytest.mark.parametrize("first", ["para", "lora"])
-def test_a_lora_stays_whole_wherever_it_is_loaded(unet, trained, on, first):
-    model, one, patches = unet(), trained(1), lora_patches(unet())
+def test_a_lora_stays_whole_wherever_it_is_loaded(unet, random_para, on, first):
+    model, one, patches = unet(), random_para(1), lora_patches(unet())
     bare = call(model)
     wanted = call(by_hand(unet(), [(one, 1.0), (patches,)]))
     changed = on(model, one) if first == "para" else model.clone()
@@ -153,12 +114,12 @@ def test_a_lora_stays_whole_wherever_it_is_loaded(unet, trained, on, first):
     assert float((cancelled - wanted).norm() / (wanted - bare).norm()) > 0.02
 
 
-def test_a_lora_that_is_not_left_whole_is_said(unet, trained, on, caplog):
+def test_a_lora_that_is_not_left_whole_is_said(unet, random_para, on, caplog):
     patched = unet().clone()
     patched.add_patches(lora_patches(patched))
     for model, words in (
-        (on(unet(), trained(1), end=0.5), 0),
-        (on(patched, trained(1), end=0.5), 1),
+        (on(unet(), random_para(1), end=0.5), 0),
+        (on(patched, random_para(1), end=0.5), 1),
     ):
         (chain,) = model.get_wrappers("apply_model", "difflora")
         chain.prepared = True
@@ -167,25 +128,25 @@ def test_a_lora_that_is_not_left_whole_is_said(unet, trained, on, caplog):
         assert len([r for r in caplog.records if "out of loaded LoRAs, too" in r.message]) == words
 
 
-def test_it_follows_a_merge(parts, unet, trained, on):
+def test_it_follows_a_merge(parts, unet, random_para, on):
     """What scales a weight comes first, and the weight that PaRa sees is the merged one."""
-    model, one = unet(), trained(1)
+    model, one = unet(), random_para(1)
     state = {k: v for k, v in model.model.state_dict().items() if k.endswith(".weight")}
     other = {k: ("diff", (0.5 * v.flip(0),)) for k, v in state.items() if "attn1" in k}
     merged = model.clone()
     merged.add_patches(other, 1.0, 0.5)
     merged.add_patches(lora_patches(model))
     weights = parts("nodes.host.weights")
-    live = weights.live_weight(on(merged, trained(2)), LAYER)
-    q = trained(2).adaptation.layers[LAYER]["directions"]
+    live = weights.live_weight(on(merged, random_para(2)), LAYER)
+    q = random_para(2).adaptation.layers[LAYER]["directions"]
     plain = 0.5 * state[KEY] + 0.5 * state[KEY].flip(0)
     torch.testing.assert_close(live.cpu(), plain - q @ q.mT @ plain, rtol=1e-4, atol=1e-5)
     kinds = [type(p[1]).__name__ for p in on(merged, one).patches[KEY]]
     assert kinds == ["tuple", "WeightEditPatch", "tuple"]
 
 
-def test_on_a_part_of_the_steps_it_acts_on_outputs(unet, trained, on):
-    model, one = unet(), trained(1)
+def test_on_a_part_of_the_steps_it_acts_on_outputs(unet, random_para, on):
+    model, one = unet(), random_para(1)
     bare, weights = call(model), call(on(model, one, 0.8))
     hooked = on(model, one, 0.8, end=0.9)
     assert not hooked.patches
@@ -195,14 +156,14 @@ def test_on_a_part_of_the_steps_it_acts_on_outputs(unet, trained, on):
     close(positive[1], weights[1], bare[1])
 
 
-def test_cores_lora_loader_draws_the_same(parts, unet, trained, on, tmp_path):
+def test_cores_lora_loader_draws_the_same(parts, unet, random_para, on, tmp_path):
     """The export for this checkpoint, through a file and ComfyUI's own reader; a LoRA beside it."""
     import comfy.sd
     import comfy.utils
 
     para, base = parts("difflora_core.methods.para"), parts("nodes.host.base")
     to_state_dict = parts("difflora_core.lora.formats.state_dict").to_state_dict
-    model, one = unet(), trained(1)
+    model, one = unet(), random_para(1)
     bare, wanted = call(model), call(on(model, one, 0.7))
     patched = model.clone()
     patched.add_patches(lora_patches(model))
@@ -220,7 +181,7 @@ def test_cores_lora_loader_draws_the_same(parts, unet, trained, on, tmp_path):
         para.PaRa.as_lora(one, base.ModelLayers(on(model, one), one.adaptation))
 
 
-def test_fp8_weights(unet, trained, on, monkeypatch):
+def test_fp8_weights(unet, random_para, on, monkeypatch):
     """The same as core's patch of the written-out change, which rounds to fp8 with the same seed.
 
     As outputs nothing is rounded again, so there the plain model with rounded numbers is the
@@ -228,7 +189,7 @@ def test_fp8_weights(unet, trained, on, monkeypatch):
     """
     import comfy.model_management as management
 
-    plain, one = unet(), trained(1)
+    plain, one = unet(), random_para(1)
     for parameter in plain.model.diffusion_model.parameters():
         parameter.data = parameter.data.to(torch.float8_e4m3fn).to(parameter.dtype)
     bare, wanted = call(plain), call(on(plain, one))
@@ -248,12 +209,12 @@ def test_fp8_weights(unet, trained, on, monkeypatch):
     assert float((hooked - wanted).norm() / (wanted - bare).norm()) < 0.02
 
 
-def test_weights_off_the_device(unet, trained, on):
+def test_weights_off_the_device(unet, random_para, on):
     """Partly loaded, as with little video memory: the same as fully loaded."""
     outputs = []
     for memory in (0, 1):
         for link in ({}, {"end": 0.9}):
-            model = on(unet(), trained(1), **link)
+            model = on(unet(), random_para(1), **link)
             model.load(torch.device("cpu"), lowvram_model_memory=memory, full_load=memory == 0)
             cast = [m for m in model.model.modules() if getattr(m, "weight_function", None)]
             assert bool(cast) == (bool(memory) and not link)
@@ -264,10 +225,10 @@ def test_weights_off_the_device(unet, trained, on):
 
 
 @pytest.mark.parametrize("link", [{}, {"end": 0.9}])
-def test_compiled(unet, trained, on, link):
+def test_compiled(unet, random_para, on, link):
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
-    model, one = unet(), trained(1)
+    model, one = unet(), random_para(1)
     bare, wanted = call(model), call(on(model, one))
     compiled = model.clone()
     set_torch_compile_wrapper(compiled, backend="eager")
@@ -290,10 +251,10 @@ def test_it_is_moved_by_dynamic_memory(parts):
     torch.testing.assert_close(made, weight - q @ q.mT @ weight)
 
 
-def test_what_does_not_fit_is_refused(parts, unet, trained, on):
+def test_what_does_not_fit_is_refused(parts, unet, random_para, on):
     from dataclasses import replace
 
-    model, one = unet(), trained(1)
+    model, one = unet(), random_para(1)
     strange = {f"input_blocks.99.{n}": t for n, t in one.adaptation.layers.items()}
     prepared = type(one)(replace(one.adaptation, base="sd9", layers=strange))
     with pytest.raises(Exception, match=r"made for sd9.*do not fit the model"):

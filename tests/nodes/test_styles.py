@@ -1,61 +1,14 @@
 """Styles on ComfyUI's models: on outputs, in their order, by part and time; files and exports."""
 
+from contextlib import contextmanager
 from dataclasses import replace
-from importlib import import_module
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-TARGETS = ("attn1.to_q", "attn1.to_v", "attn2.to_q", "attn2.to_v", "in_layers.2")
-SPREAD = ("attn1.to_q", "attn2.to_v", "in_layers.2")
-
-
-@pytest.fixture
-def parts(pack):
-    """The pack's own modules, by their names."""
-    return lambda name: import_module(f".{name}", pack.__name__)
-
-
-@pytest.fixture
-def unet(parts):
-    """Makes a fresh demo UNet in a ModelPatcher."""
-    (base, *_), _ = parts("nodes.model_paths").demo_paths()
-    return lambda: parts("nodes.host.demo").load_demo_unet(base, disable_dynamic=True)
-
-
-@pytest.fixture
-def trained(parts, unet):
-    """Makes a random style of attention and convolutions of the demo base."""
-    adapters, method = (
-        parts("difflora_core.adapters.styleinject"),
-        parts("difflora_core.methods.styleinject"),
-    )
-    module_size = parts("difflora_core.lora.layout").module_size
-    prepared = parts("difflora_core.methods.base").PreparedAdaptation
-    model = unet()
-
-    def make(seed=1, styles=3, spread=True):
-        generator, layers = torch.Generator().manual_seed(seed), {}
-        plan = adapters.StyleInjectPlan(
-            styles=styles, rank=2, targets=TARGETS, spread_targets=SPREAD
-        )
-        for shape in parts("nodes.host.base").unet_layout(model, "demo", 1, TARGETS):
-            size = module_size(model.model.diffusion_model.get_submodule(shape.name))
-            layer = adapters.new_layer(
-                size, plan, spread and shape.name.endswith(SPREAD), generator
-            )
-            layer.up.normal_(0, 0.3, generator=generator)
-            layer.router.normal_(0, 0.5, generator=generator)
-            if layer.spread is not None:
-                layer.spread.normal_(0, 0.3, generator=generator)
-                layer.spread_bias.normal_(0, 0.3, generator=generator)
-            layers[shape.name] = layer
-        made = method.style_adaptation(layers, adapters.StyleInjectConfig(), "demo")
-        return prepared(made)
-
-    return make
+from difflora_core.demo.comfyui.client import ComfyPromptError
 
 
 @pytest.fixture
@@ -75,7 +28,7 @@ def apply(node_module):
 
 
 @torch.no_grad()
-def call(model, sigma=5.0, load=True):
+def call(model, sigma=5.0, load=True, prompts=()):
     """One call of a model for a negative and a positive prompt, as ComfyUI's sampler makes it."""
     import comfy.model_management as management
 
@@ -88,7 +41,7 @@ def call(model, sigma=5.0, load=True):
     marks = {"difflora_negative": torch.tensor([1.0, 0.0])} if model.wrappers else {}
     return model.model.apply_model(
         x, torch.full((2,), sigma), c_crossattn=context, y=torch.zeros(2, 1600),
-        transformer_options={"wrappers": model.wrappers}, **marks,
+        transformer_options={"wrappers": model.wrappers, "cond_or_uncond": list(prompts)}, **marks,
     )  # fmt: skip
 
 
@@ -121,17 +74,23 @@ def written_out(layer, name, strength):
     return hook
 
 
-def by_hand(model, *steps):
-    """A call of a fresh model with these (style, strength) written out."""
+@contextmanager
+def written(model, *steps):
+    """A fresh model with these (style, strength) written out."""
     handles = []
     for style, strength in steps:
         for name, layer in style.adaptation.layers.items():
             module = model.model.diffusion_model.get_submodule(name)
             handles.append(module.register_forward_hook(written_out(layer, name, strength)))
-    made = call(model)
+    yield
     for handle in handles:
         handle.remove()
-    return made
+
+
+def by_hand(model, *steps):
+    """A call of a fresh model with these (style, strength) written out."""
+    with written(model, *steps):
+        return call(model)
 
 
 def close(got, wanted, bare):
@@ -140,8 +99,10 @@ def close(got, wanted, bare):
     assert float((got - wanted).norm() / (wanted - bare).norm()) < 2e-3
 
 
-def test_styles_are_their_equations_in_their_order_and_leave_the_model_alone(unet, trained, apply):
-    model, one, two = unet(), trained(1), trained(2)
+def test_styles_are_their_equations_in_their_order_and_leave_the_model_alone(
+    unet, random_style, apply
+):
+    model, one, two = unet(), random_style(1), random_style(2)
     bare = call(model)
     for strength in (1.0, 0.4, -0.5):
         close(call(apply(model, one, strength)), by_hand(unet(), (one, strength)), bare)
@@ -157,8 +118,8 @@ def test_styles_are_their_equations_in_their_order_and_leave_the_model_alone(une
     assert torch.equal(call(model), bare)
 
 
-def test_parts_time_and_prompts(unet, trained, apply):
-    model, style = unet(), trained(1)
+def test_parts_time_and_prompts(unet, random_style, apply):
+    model, style = unet(), random_style(1)
     bare, full = call(model), call(apply(model, style))
     late = apply(model, style, start_percent=0.6)
     assert torch.equal(call(late), bare)  # noise level 5 comes before that
@@ -179,11 +140,14 @@ def test_parts_time_and_prompts(unet, trained, apply):
     assert float((both - full).abs().max()) > 0.01  # neighbours keep factors of their own
 
 
-def test_beside_a_lora_of_weights(unet, trained, apply):
+def test_beside_a_lora_of_weights(unet, random_style, apply):
     """A LoRA is in the plain output that the style sees."""
     import comfy.model_management
 
-    style, key = trained(1), "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
+    style, key = (
+        random_style(1),
+        "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight",
+    )
     patched, by_weights = unet().clone(), unet()
     weight = by_weights.model.get_parameter(key)
     change = 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
@@ -193,8 +157,8 @@ def test_beside_a_lora_of_weights(unet, trained, apply):
     comfy.model_management.unload_all_models()
 
 
-def test_a_style_of_another_base_is_refused_by_name(unet, trained, apply):
-    style = trained(1)
+def test_a_style_of_another_base_is_refused_by_name(unet, random_style, apply):
+    style = random_style(1)
     layers = {f"input_blocks.99.{n}": t for n, t in style.adaptation.layers.items()}
     other = replace(style, adaptation=replace(style.adaptation, base="sd9", layers=layers))
     with pytest.raises(Exception, match=r"styleinject adaptation was made for sd9.*do not fit"):
@@ -206,19 +170,19 @@ def test_a_style_of_another_base_is_refused_by_name(unet, trained, apply):
         apply(unet(), other)
 
 
-def test_its_lora_is_what_core_loads(unet, trained, apply, node_module):
+def test_its_lora_is_what_core_loads(unet, random_style, apply, node_module):
     """A style of one and without another spread is a LoRA, convolutions too; others say so."""
     import comfy.lora
     import comfy.sd
 
     export = node_module("styles").ExportStyleLoRA
-    model, plain = unet(), trained(1, styles=1, spread=False)
+    model, plain = unet(), random_style(1, styles=1, spread=False)
     lora, report = export.execute(model, plain).result
     assert report == "The LoRA is the whole style."
     loaded, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
     assert len(loaded.patches) == len(plain.adaptation.layers)
     close(call(loaded), call(apply(unet(), plain)), call(unet()))
-    rich = trained(1)
+    rich = random_style(1)
     count = sum("spread" in tensors for tensors in rich.adaptation.layers.values())
     report = export.execute(model, rich).result[1]
     assert report == (
@@ -228,10 +192,10 @@ def test_its_lora_is_what_core_loads(unet, trained, apply, node_module):
 
 
 def test_files_of_styles_and_of_words_are_told_apart(
-    parts, trained, node_module, tmp_path, monkeypatch
+    parts, random_style, node_module, tmp_path, monkeypatch
 ):
     storage, paths = parts("difflora_core.storage.adapter_file"), node_module("model_paths")
-    style = replace(trained(1).adaptation, facts={"steps": 7})
+    style = replace(random_style(1).adaptation, facts={"steps": 7})
     path = storage.write_adaptation(tmp_path / "mine.safetensors", style).path
     monkeypatch.setattr(paths, "style_file", lambda name: str(path))
     load = node_module("styles").LoadStyle
@@ -271,11 +235,11 @@ def test_held_out_pictures_are_spread_over_the_list_and_keep_their_prompts(parts
     assert list(shared.examples(Base(), part).prompts[0]) == ["a", "b"]
 
 
-def test_weights_off_the_device(unet, trained, apply):
+def test_weights_off_the_device(unet, random_style, apply):
     """Partly loaded, as with little video memory: the same as fully loaded."""
     outputs = []
     for memory in (0, 1):
-        model = apply(unet(), trained(1))
+        model = apply(unet(), random_style(1))
         model.load(torch.device("cpu"), lowvram_model_memory=memory, full_load=memory == 0)
         outputs.append(call(model, load=False))
     torch.testing.assert_close(outputs[1], outputs[0], atol=2e-3, rtol=2e-3)
@@ -283,16 +247,62 @@ def test_weights_off_the_device(unet, trained, apply):
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_compiled(unet, trained, apply, first):
+def test_compiled(unet, random_style, apply, first):
     """Torch Compile Model before or after the style: the picture that it draws uncompiled."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
-    model, style = unet(), trained(1)
+    model, style = unet(), random_style(1)
     bare, wanted = call(model), call(apply(model, style))
     compiled = model.clone() if first else apply(model, style)
     set_torch_compile_wrapper(compiled, backend="eager")
     call(compiled)
     close(call(apply(compiled, style) if first else compiled), wanted, bare)
+
+
+def test_fp8_weights(unet, random_style, apply, monkeypatch):
+    """As the plain model with numbers rounded alike: outputs are not rounded again."""
+    import comfy.model_management as management
+
+    plain, style = unet(), random_style(1)
+    for parameter in plain.model.diffusion_model.parameters():
+        parameter.data = parameter.data.to(torch.float8_e4m3fn).to(parameter.dtype)
+    bare, wanted = call(plain), by_hand(plain, (style, 1.0))
+    monkeypatch.setattr(management, "unet_dtype", lambda *_, **__: torch.float8_e4m3fn)
+    small = unet()
+    assert {p.dtype for p in small.model.diffusion_model.parameters()} == {torch.float8_e4m3fn}
+    assert float((call(apply(small, style)) - wanted).norm() / (wanted - bare).norm()) < 0.02
+
+
+@torch.no_grad()
+def test_a_region_is_drawn_as_a_picture_of_its_own(unet, random_style, apply):
+    """ComfyUI hands over the part of the picture; its mean, spread and mixture are the part's."""
+    import comfy.conds
+    import comfy.model_management as management
+    import comfy.samplers
+
+    style, plain = random_style(1), unet()
+    model = apply(unet(), style)
+    management.load_models_gpu([model], force_patch_weights=True)
+    generator = torch.Generator().manual_seed(2)
+    x, t = torch.randn(1, 8, 16, 16, generator=generator), torch.full((1,), 5.0)
+    width = model.model.model_config.unet_config["context_dim"]
+    text, sizes = torch.randn(1, 7, width, generator=generator), torch.zeros(1, 1600)
+
+    def region(left):
+        parts = {
+            "c_crossattn": comfy.conds.CONDCrossAttn(text), "y": comfy.conds.CONDRegular(sizes),
+            "difflora_negative": comfy.conds.CONDRegular(torch.zeros(1)),
+        }  # fmt: skip
+        return {"model_conds": parts, "area": (16, 8, 0, left), "uuid": left}
+
+    model.model.current_patcher = model
+    options = {"transformer_options": {"wrappers": model.wrappers}}
+    (got,) = comfy.samplers.calc_cond_batch(model.model, [[region(0), region(8)]], x, t, options)
+    for part in (slice(0, 8), slice(8, 16)):
+        with written(plain, (style, 1.0)):
+            wanted = plain.model.apply_model(x[..., part], t, c_crossattn=text, y=sizes)
+        bare = plain.model.apply_model(x[..., part], t, c_crossattn=text, y=sizes)
+        close(got[..., part], wanted, bare)
 
 
 def node(class_type, **inputs):
@@ -331,11 +341,11 @@ GRAPH = {
 }
 
 
-def test_graphs_draw_chains_of_styles_and_leave_the_base(comfy, comfy_server, parts, trained):
+def test_graphs_draw_chains_of_styles_and_leave_the_base(comfy, comfy_server, parts, random_style):
     storage = parts("difflora_core.storage.adapter_file")
     folder = comfy_server.base_directory / "models/difflora_styles"
     for seed in (1, 2):
-        storage.write_adaptation(folder / f"style{seed}.safetensors", trained(seed).adaptation)
+        storage.write_adaptation(folder / f"style{seed}.safetensors", random_style(seed).adaptation)
     nodes = GRAPH | {
         "one": node("DiffLoRA_LoadStyle", style_name="style1.safetensors"),
         "two": node("DiffLoRA_LoadStyle", style_name="style2.safetensors"),
@@ -377,7 +387,9 @@ def test_its_node_trains_and_its_file_draws_the_same(comfy, comfy_server):
         "on": applied(("train", 0)),
     }  # fmt: skip
     nodes |= drawn("base", ("demo", 0)) | drawn("trained", ("on", 0))
-    shown = comfy.run(nodes).pictures
+    answer = comfy.run(nodes)
+    shown = answer.pictures
+    assert "mask" not in answer.outputs["told"]["text"][0]
     made = read_adaptation(comfy_server.base_directory / "models/difflora_styles/amber.safetensors")
     StyleInject.check(made)
     assert (made.method, made.word, made.facts["pictures"]) == ("styleinject", None, 4)
@@ -388,3 +400,62 @@ def test_its_node_trains_and_its_file_draws_the_same(comfy, comfy_server):
     read = comfy.run(nodes | drawn("read", ("on_file", 0))).pictures["read"]
     gap = np.abs(read[0].astype(int) - shown["trained"][0]).max()
     assert int(gap) <= 2  # the file is float16
+
+
+def test_the_router_is_seen_in_every_step_and_the_picture_is_ksamplers(
+    comfy, comfy_server, parts, random_style
+):
+    storage = parts("difflora_core.storage.adapter_file")
+    folder = comfy_server.base_directory / "models/difflora_styles"
+    for name, styles in (("mixed", 3), ("single", 1)):
+        made = random_style(1, styles).adaptation
+        storage.write_adaptation(folder / f"{name}.safetensors", made)
+    nodes = GRAPH | {
+        "style": node("DiffLoRA_LoadStyle", style_name="mixed.safetensors"),
+        "on": applied(("style", 0)),
+    }
+    nodes |= drawn("plain", ("on", 0))
+    widgets = nodes["plain_latent"]["inputs"]
+    nodes |= {
+        "router": node("DiffLoRA_StyleRouter", **widgets),
+        "told": node("PreviewAny", source=["router", 2]),
+        "seen": node("PreviewImage", images=["router", 1]),
+        "decoded": node("VAEDecode", samples=["router", 0], vae=["demo", 2]),
+        "same": node("PreviewImage", images=["decoded", 0]),
+    }
+    answer = comfy.run(nodes)
+    for mine, cores in zip(answer.pictures["same"], answer.pictures["plain"], strict=True):
+        np.testing.assert_array_equal(mine, cores)
+    assert "style 3 " in answer.outputs["told"]["text"][0]
+    assert answer.pictures["seen"][0].std() > 20
+    base = node("DiffLoRA_StyleRouter", **(widgets | {"model": ["demo", 0]}))
+    single = node("DiffLoRA_LoadStyle", style_name="single.safetensors")
+    for change in ({"router": base}, {"style": single}):
+        with pytest.raises(ComfyPromptError, match="there is no router to show"):
+            comfy.run(nodes | change)
+
+
+@torch.no_grad()
+def test_what_the_router_shows_is_what_the_positive_prompt_got(parts, unet, random_style, apply):
+    watcher, style = parts("nodes.host.routing").RoutingWatcher(), random_style(1)
+    one = parts("difflora_core.adapters.styleinject").StyleInjectAdapter
+    config = parts("difflora_core.adapters.styleinject").StyleInjectConfig()
+    layers = parts("difflora_core.methods.styleinject").style_layers(style.adaptation)
+    model, seen = unet(), {}
+
+    def keep(name):
+        def hook(module, args, y):
+            seen[name] = one(layers[name], config).styles(args[0])[1]  # a negative one is first
+
+        return hook
+
+    watched = watcher.on(apply(apply(model, style), random_style(2)))
+    for name in layers:
+        model.model.diffusion_model.get_submodule(name).register_forward_hook(keep(name))
+    call(watched, prompts=[1, 0])
+    shares = watcher.table.shares()
+    first = {name: table for name, table in shares.items() if " " not in name}
+    assert set(first) == set(layers)
+    assert len(shares) == 2 * len(layers)
+    for name, table in first.items():
+        torch.testing.assert_close(table, seen[name][None].float().cpu(), atol=1e-4, rtol=1e-4)
