@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import parse_json
-from ..errors import EncoderError
+from ..errors import EncoderError, shown
 
 PACKAGES = "antelopev2, buffalo_l or the free AuraFace"
 OTHER_SIDES = (192, 96)  # landmark and age models, which the square-input rule would also take
@@ -98,7 +98,11 @@ def find_face_folder(directory: str | Path, name: str | None = None) -> FaceFold
 
 
 def read_face_folder(path: Path) -> FaceFolder:
-    """Read which models lie directly in a folder (or are named by its version-2 manifest)."""
+    """Read which models lie directly in a folder (or are named by its version-2 manifest).
+
+    Raises:
+        EncoderError: the manifest is damaged.
+    """
     manifest = _manifest_files(path)
     if manifest is not None:
         return _packaged_folder(path, manifest)
@@ -146,11 +150,16 @@ def _manifest_files(path: Path) -> dict[str, str] | None:
     """Task to file of a version-2 package (insightface 2.x), None when there is no such manifest.
 
     Other manifests are ignored, as insightface ignores them.
+
+    Raises:
+        EncoderError: a damaged one, which insightface might still follow.
     """
     try:
-        document = parse_json((path / "manifest.json").read_bytes(), "manifest.json", EncoderError)
-    except (OSError, EncoderError):
+        content = (path / "manifest.json").read_bytes()
+    except OSError:
         return None
+    what = f"manifest.json of {shown(path.name)} (download the package again)"
+    document = parse_json(content, what, EncoderError)
     if not isinstance(document, dict) or document.get("manifest_version") != 2:
         return None
     tasks = document.get("tasks")
