@@ -45,6 +45,7 @@ NODES: list[type[io.ComfyNode]] = [
     latents.BestOfN,
     latents.SelectIdentity,
     lora_tools.EncodeLoRA,
+    lora_tools.SaveLoRA,
     library.AddToLibrary,
     library.ListLibrary,
     library.PickFromLibrary,

@@ -1,10 +1,12 @@
-"""Existing LoRAs as identities."""
+"""LoRAs as files and as identities: to keep one for other programs, and to encode one."""
 
 from comfy_api.latest import io, ui
 
+from ..difflora_core.errors import LoRAFileError
 from ..difflora_core.lora.formats.state_dict import from_state_dict
+from ..difflora_core.storage.lora_file import PRECISIONS, LoRAInfo, base_of, write_lora_state
 from ..difflora_core.training.difflora.latent_fit import fit_latent
-from . import sockets
+from . import model_paths, sockets
 from .host import lora as host_lora
 from .host import models
 
@@ -55,3 +57,109 @@ class EncodeLoRA(io.ComfyNode):
         report = f"{read.report.summary()}\nAgreement of the weights: {fitted.agreement:.0%}."
         models.show_text(cls, report)
         return io.NodeOutput(fitted.latent, fitted.agreement, report, ui=ui.PreviewText(report))
+
+
+ABOUT = "One or two sentences on who or what it shows."
+TRIGGERS = "Words that a prompt needs for it, with commas between. A DiffLoRA identity needs none."
+AUTO, BASES = "auto", ("sdxl", "sd15", "sd21", "demo")
+
+
+class SaveLoRA(io.ComfyNode):
+    """A LoRA in a file that says what it is."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DiffLoRA_SaveLoRA",
+            display_name="Save LoRA with Details",
+            category="DiffLoRA/placing",
+            description="Keeps a LoRA in models/loras, in half precision, with what LoRA managers "
+            "show: title, base model, trigger words, tags, strength. No face, no photo and no "
+            "file name of one is in it.",
+            search_aliases=["export lora", "metadata", "trigger words", "fp16 lora"],
+            is_output_node=True,
+            inputs=[
+                sockets.lora_socket(),
+                io.String.Input(
+                    "file_name",
+                    default="person",
+                    tooltip="Name of the file in models/loras; a number follows when it is taken.",
+                ),
+                io.String.Input("title", default="", tooltip="Empty: the name of the file."),
+                io.String.Input("trigger_words", default="", tooltip=TRIGGERS),
+                io.String.Input("tags", default="", tooltip="With commas between."),
+                io.Float.Input(
+                    "advised_strength",
+                    default=1.0,
+                    min=-20.0,
+                    max=20.0,
+                    step=0.01,
+                    tooltip="What others should set; it does not change the LoRA.",
+                ),
+                io.String.Input(
+                    "description", default="", multiline=True, advanced=True, tooltip=ABOUT
+                ),
+                io.String.Input(
+                    "method", default="DiffLoRA", advanced=True, tooltip="How it was made."
+                ),
+                io.Combo.Input(
+                    "base_model",
+                    options=[AUTO, *BASES],
+                    default=AUTO,
+                    advanced=True,
+                    tooltip="What it is made for; auto reads it off the width of its layers.",
+                ),
+                precision_widget(),
+            ],
+            outputs=[io.String.Output(display_name="lora_name", tooltip="As it stands in lists.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        lora,
+        file_name,
+        title,
+        trigger_words,
+        tags,
+        advised_strength,
+        description,
+        method,
+        base_model,
+        precision,
+    ):
+        state = host_lora.check_lora(lora)
+        base = base_of(state) if base_model == AUTO else base_model
+        if base is None:
+            raise LoRAFileError(
+                "What this LoRA is made for cannot be read off its layers: choose the base model."
+            )
+        info = LoRAInfo(
+            *(title.strip() or file_name, description.strip()),
+            trigger_words=_words(trigger_words),
+            tags=_words(tags),
+            method=method.strip(),
+            strength=advised_strength,
+        )
+        path = model_paths.unused_file("loras", file_name)
+        write_lora_state(path, state, base, info, PRECISIONS[precision])
+        text = f"Saved as {path.name}, {path.stat().st_size / 2**20:.1f} MB. Press R to list it."
+        models.show_text(cls, text)
+        return io.NodeOutput(path.name, ui=ui.PreviewText(text))
+
+
+def precision_widget():
+    """How finely the numbers of a file are written."""
+    return io.Combo.Input(
+        "precision",
+        options=list(PRECISIONS),
+        default="float16",
+        advanced=True,
+        tooltip="float16 is usual; bfloat16 and float32 hold larger numbers.",
+    )
+
+
+def _words(text):
+    """Words with commas between, without empty ones."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())

@@ -6,7 +6,9 @@ metadata record has no place for them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..errors import LoRAFileError, shown
+from ..lora.formats.change import keys_by_role, weight_change
 from ..lora.formats.report import ReadResult
 from ..lora.formats.state_dict import from_state_dict, to_state_dict
 from ..lora.formats.stems import Names, Naming
@@ -26,7 +29,12 @@ from .safetensors_io import read_file, write_atomic
 # base family of a layout: (modelspec.architecture, ss_base_model_version)
 _FAMILIES = {
     "sdxl": ("stable-diffusion-xl-v1-base/lora", "sdxl_base_v1-0"),
+    "sd15": ("stable-diffusion-v1/lora", "sd_v1"),
+    "sd21": ("stable-diffusion-v2-512/lora", "sd_v2"),
 }
+_CONTEXT_WIDTHS = {2048: "sdxl", 768: "sd15", 1024: "sd21", 128: "demo"}
+"""Width of the text that cross-attention reads, by base family."""
+PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,10 @@ class LoRAInfo:
         steps: sampling steps, 0 for the mean latent.
         guidance_scale: guidance of the sampling.
         gate: face and image weight of the MIF gate, each 0 to 1.
+        trigger_words: words that a prompt needs for it.
+        tags: what model browsers file it under.
+        method: how it was made.
+        strength: the strength that its maker advises.
     """
 
     title: str = "DiffLoRA"
@@ -52,6 +64,10 @@ class LoRAInfo:
     steps: int | None = None
     guidance_scale: float | None = None
     gate: tuple[float, float] | None = None
+    trigger_words: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    method: str = ""
+    strength: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,10 +86,17 @@ def lora_metadata(weights: LoRAWeights, base: str, info: LoRAInfo | None = None)
         base: base family name of the layout.
         info: what else to say.
     """
-    info = info or LoRAInfo()
+    layers = weights.layers.values()
+    ranks, alphas = ({getattr(layer, name) for layer in layers} for name in ("rank", "alpha"))
+    return _metadata(ranks, alphas, base, info or LoRAInfo())
+
+
+def _metadata(
+    ranks: Collection[int], alphas: Collection[float], base: str, info: LoRAInfo
+) -> dict[str, str]:
+    """The texts of a LoRA whose layers have these ranks and alphas."""
     architecture, version = _FAMILIES.get(base, (f"{base}/lora", base))
-    ranks = {layer.rank for layer in weights.layers.values()}
-    alphas = {layer.alpha for layer in weights.layers.values()}
+    counts = {word: 1 for word in (*info.trigger_words, *info.tags)}  # kohya's: word to pictures
     stated = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": architecture,
@@ -82,10 +105,15 @@ def lora_metadata(weights: LoRAWeights, base: str, info: LoRAInfo | None = None)
         "modelspec.description": info.description,
         "modelspec.date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "modelspec.license": info.license,
+        "modelspec.trigger_phrase": ", ".join(info.trigger_words),
+        "modelspec.tags": ", ".join(info.tags),
+        "modelspec.usage_hint": None if info.strength is None else f"strength {info.strength:g}",
         "ss_network_module": "networks.lora",
-        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
+        "ss_network_dim": str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": f"{next(iter(alphas)):g}" if len(alphas) == 1 else "Dynamic",
         "ss_base_model_version": version,
+        "ss_tag_frequency": json.dumps({info.title or "LoRA": counts}) if counts else None,
+        "ss_training_comment": info.method,
         "difflora.version": __version__,
         "difflora.base": base,
         "difflora.model_hash": info.model_hash,
@@ -93,8 +121,61 @@ def lora_metadata(weights: LoRAWeights, base: str, info: LoRAInfo | None = None)
         "difflora.steps": info.steps,
         "difflora.guidance_scale": info.guidance_scale,
         "difflora.gate": None if info.gate is None else ",".join(f"{g:.4g}" for g in info.gate),
+        "difflora.strength": None if info.strength is None else f"{info.strength:g}",
     }
     return {key: str(value) for key, value in stated.items() if value not in (None, "")}
+
+
+def base_of(state: Mapping[str, Tensor]) -> str | None:
+    """Base family of a LoRA of any family, by the width of the text that it reads; else None."""
+    for stem, keys in keys_by_role(state).items():
+        if re.search(r"attn2[._](?:processor[._])?to_[kv]$", stem):
+            change = weight_change({role: state[key] for role, key in _plain_roles(keys).items()})
+            if change is not None and change.ndim > 1 and change.shape[1] in _CONTEXT_WIDTHS:
+                return _CONTEXT_WIDTHS[change.shape[1]]
+    return None
+
+
+def _plain_roles(keys: Mapping[str, str]) -> dict[str, str]:
+    """Role to key, PEFT's factors as the others."""
+    return {role.removesuffix("_peft"): key for role, key in keys.items()}
+
+
+def write_lora_state(
+    path: str | Path,
+    state: Mapping[str, Tensor],
+    base: str,
+    info: LoRAInfo,
+    dtype: torch.dtype = torch.float16,
+) -> Path:
+    """Write a LoRA of any family as it is, atomically, with metadata that other programs read.
+
+    Args:
+        path: file to write, ending in ``.safetensors``.
+        state: key to tensor.
+        base: base family, see `base_of`.
+        info: what the metadata says.
+        dtype: of all real numbers but alphas.
+
+    Raises:
+        LoRAFileError: a value does not fit the dtype, or the disk is full or read-only.
+    """
+    stored = {}
+    for key, tensor in state.items():
+        real = tensor.is_floating_point() and not key.endswith(".alpha")
+        value = tensor.detach().to("cpu", dtype if real else None).contiguous().clone()
+        if key.endswith(".alpha"):
+            value = value.float()
+        if not torch.isfinite(value.float()).all():
+            raise LoRAFileError(
+                f"{shown(key)} has values that are not finite in {value.dtype}; nothing was "
+                "written. Choose bfloat16 or float32."
+            )
+        stored[key] = value
+    groups = [_plain_roles(keys) for keys in keys_by_role(state).values()]
+    ranks = {len(state[keys["down"]]) for keys in groups if "down" in keys}
+    alphas = {float(state[keys["alpha"]]) for keys in groups if "alpha" in keys}
+    return write_atomic(stored, _metadata(ranks, alphas, base, info), path, LoRAFileError)
 
 
 def write_lora_file(

@@ -17,7 +17,14 @@ from safetensors.torch import save_file
 from difflora_core.errors import DiffLoRAError, LayoutError, LoRAFileError
 from difflora_core.lora.layout import LayerShape, LoRALayout, sdxl_layout
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
-from difflora_core.storage.lora_file import LoRAInfo, load_lora, read_lora_file, write_lora_file
+from difflora_core.storage.lora_file import (
+    LoRAInfo,
+    base_of,
+    load_lora,
+    read_lora_file,
+    write_lora_file,
+    write_lora_state,
+)
 
 LAYOUT = LoRALayout(
     "sdxl",
@@ -213,3 +220,32 @@ def test_full_size_file(tmp_path):
     assert result.report.layers == 560
     last = layout.layers[-1].name
     assert torch.equal(result.weights[last].up, made[last].up.float())
+
+
+@pytest.mark.parametrize(
+    ("width", "base"), [(2048, "sdxl"), (768, "sd15"), (1024, "sd21"), (128, "demo"), (7, None)]
+)
+@pytest.mark.parametrize("stem", ["lora_unet_a_attn2_to_k", "unet.a.attn2.to_v"])
+def test_base_is_read_off_the_text_width(stem, width, base):
+    down, up = torch.ones(2, width), torch.ones(8, 2)
+    plain = {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+    peft = {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
+    assert base_of(plain) == base_of(peft) == base
+    assert base_of({f"{stem}.lokr_w1": torch.ones(2, 1), f"{stem}.lokr_w2": up[:, :1]}) is None
+
+
+def test_state_of_any_family_is_kept(tmp_path):
+    state = {
+        "x.hada_w1_a": torch.ones(3, 2), "x.alpha": torch.tensor(1e-9), "y.diff_b": torch.ones(3),
+        "z.lora_down.weight": torch.ones(2, 4), "z.lora_up.weight": torch.ones(3, 2),
+        "bundle_emb.me.clip_l": torch.ones(1, 4),
+    }  # fmt: skip
+    info = LoRAInfo("t", "", trigger_words=("a", "b"), strength=0.5)
+    file = read_lora_file(write_lora_state(tmp_path / "a.safetensors", state, "sdxl", info))
+    assert file.tensors.keys() == state.keys()
+    assert all(torch.equal(file.tensors[key].float(), state[key]) for key in state)
+    assert file.metadata["ss_network_dim"] == "2"
+    assert file.metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    with pytest.raises(LoRAFileError, match="Choose bfloat16 or float32"):
+        write_lora_state(tmp_path / "b.safetensors", {"x.diff": torch.tensor([1e6])}, "sdxl", info)
+    assert not (tmp_path / "b.safetensors").exists()
