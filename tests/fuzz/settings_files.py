@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
+from difflora_core import training
 from difflora_core.config import Config
 from difflora_core.demo.networks.clip_vision import ClipVisionRecipe
 from difflora_core.demo.networks.judges import JudgeRecipe
@@ -20,14 +23,15 @@ from difflora_core.training.difflora.functional import FunctionalConfig
 from difflora_core.training.difflora.lae import LAETrainConfig
 from difflora_core.training.difflora.latent_dit import LatentDiTConfig
 from difflora_core.training.difflora.lora_corpus import CorpusConfig
-from difflora_core.training.infusion import InfusionTraining
 from difflora_core.training.loop_config import LoopConfig
-from difflora_core.training.perfusion import PerfusionTraining
 from difflora_core.vision.face_choice import FaceOptions
 from difflora_core.vision.features import FeatureSizes
 
 from .reader import JSON_FILE_EDITS, Reader, as_text, sound
 
+TRAINED = sorted({module.name for module in iter_modules(training.__path__)} & METHODS.keys())
+MODULES = [import_module(f"{training.__name__}.{name}") for name in TRAINED]
+RECIPES = [module.RECIPE for module in MODULES if hasattr(module, "RECIPE")]
 EXAMPLES: tuple[Config, ...] = (
     DiffLoRAConfig.demo(FeatureSizes(4, 4, 2, 4)),
     FeatureSizes(4, 4, 2, 4),
@@ -40,8 +44,6 @@ EXAMPLES: tuple[Config, ...] = (
     FunctionalConfig(),
     LAETrainConfig(),
     LatentDiTConfig(),
-    PerfusionTraining(),
-    InfusionTraining(),
     FaceOptions(),
     GroupStrengths(),
     SampleSettings(),
@@ -49,6 +51,7 @@ EXAMPLES: tuple[Config, ...] = (
     ClipVisionRecipe(),
     JudgeRecipe(4, (4, 8)),
     *(method.Config() for method in METHODS.values()),
+    *(recipe.Config() for recipe in RECIPES),
 )
 KINDS = {type(example).__name__: example for example in EXAMPLES}
 

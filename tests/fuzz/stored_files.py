@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import torch
 
 from difflora_core.lora.layout import LoRALayout
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
-from difflora_core.methods.base import PreparedAdaptation, TrainedAdaptation
+from difflora_core.methods.base import ConceptMethod, StyleMethod, TrainedAdaptation
 from difflora_core.methods.registry import METHODS
 from difflora_core.models.difflora import DiffLoRAModel
 from difflora_core.models.lae.autoencoder import LoRALatent
@@ -23,12 +23,12 @@ from difflora_core.storage.thumbnail import make_thumbnail, read_thumbnail
 from difflora_core.text.covariance import Covariance
 from difflora_core.text.new_words import LearnedWord
 from tests.contracts import contract_files
-from tests.methods.examples import para, styleinject
 
 from .reader import JSON_FILE_EDITS, Reader, as_text, same, sound, written
 from .safetensors_edits import BYTE_EDITS
 
 LAYERS = ("input_blocks.1.attn2.to_v", "middle_block.attn2.to_v")
+OTHER_LAYERS = ("a.to_v", "b.attn1.to_v")
 
 
 def _concept(method: str, int8: bool = False, layers: tuple[str, ...] = LAYERS) -> bytes:
@@ -49,8 +49,9 @@ def _concept(method: str, int8: bool = False, layers: tuple[str, ...] = LAYERS) 
     return written(lambda path: write_adaptation(path, made, int8))
 
 
-def _style(example: Callable[..., tuple[PreparedAdaptation, object]]) -> bytes:
+def _style(method: str) -> bytes:
     """What the tests of a method without a word take for trained."""
+    example = import_module(f"tests.methods.examples.{method}").example
     made = example(None, lambda: None)[0].adaptation
     return written(lambda path: write_adaptation(path, made))
 
@@ -161,14 +162,14 @@ def _noise(height: int, width: int) -> torch.Tensor:
     return torch.rand(height, width, 3, generator=torch.Generator().manual_seed(2))
 
 
-CONCEPTS = {
-    "Perfusion": lambda: _concept("perfusion"),
-    "Perfusion, 8 bits": lambda: _concept("perfusion", int8=True),
-    "Perfusion, version 2": lambda: _concept("perfusion", layers=("a.to_v", "b.attn1.to_v")),
-    "Infusion": lambda: _concept("infusion"),
+WORDS = [name for name, method in METHODS.items() if issubclass(method, ConceptMethod)]
+STYLES = [name for name, method in METHODS.items() if issubclass(method, StyleMethod)]
+ADAPTATIONS = {
+    **{name: (lambda m=name: _concept(m)) for name in WORDS},
+    **{f"{name}, 8 bits": (lambda m=name: _concept(m, int8=True)) for name in WORDS},
+    **{f"{name}, version 2": (lambda m=name: _concept(m, layers=OTHER_LAYERS)) for name in WORDS},
+    **{name: (lambda m=name: _style(m)) for name in STYLES},
     "LoRA": lambda: written(contract_files.write_small_adapter),
-    "PaRa": lambda: _style(para.example),
-    "StyleInject": lambda: _style(styleinject.example),
     "own contexts": lambda: written(contract_files.write_small_concept),
 }
 MODEL = {"demo": lambda: written(contract_files.write_checkpoint)}
@@ -183,7 +184,9 @@ COVARIANCE = {"three directions": lambda: written(contract_files.write_small_cov
 THUMBNAIL = {"picture": lambda: make_thumbnail(_noise(20, 30))}
 
 READERS = (
-    Reader("concept", CONCEPTS, lambda path, _: read_adaptation(path), _check_adaptation, share=4),
+    Reader(
+        "concept", ADAPTATIONS, lambda path, _: read_adaptation(path), _check_adaptation, share=4
+    ),
     Reader(
         "covariance", COVARIANCE, lambda path, _: read_covariance(path), _check_covariance, share=2
     ),
