@@ -18,6 +18,7 @@ from . import (
     lora_tools,
     model_paths,
     styles,
+    train_lora,
 )
 
 
@@ -33,6 +34,7 @@ NODES: list[type[io.ComfyNode]] = [
     loaders.LoadFaceAnalysis,
     loaders.LoadLoRAFile,
     difflora.Personalize,
+    *train_lora.NODES,
     features.ExtractFeatures,
     difflora.MixFeatures,
     difflora.SampleLatent,

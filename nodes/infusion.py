@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..difflora_core.training.infusion import InfusionObjective, InfusionTraining
 from .host import training
+from .host.memory import AUTO
 from .host.training_request import Parts, TrainingRequest
 
 CATEGORY = "DiffLoRA/concepts"
@@ -38,6 +39,7 @@ class TrainInfusionConcept(io.ComfyNode):
                 ),
                 io.Mask.Input("masks", optional=True, tooltip=training.MASKS),
                 training.training_guidance(),
+                *training.memory_widgets(),
             ],
             outputs=training.training_outputs(),
         )
@@ -62,12 +64,14 @@ class TrainInfusionConcept(io.ComfyNode):
         learning_rate,
         masks=None,
         guidance=1.0,
+        accumulate=1,
+        memory=AUTO,
     ):
-        rates = {"learning_rate": learning_rate, "guidance": guidance}
+        rates = {"learning_rate": learning_rate, "guidance": guidance, "accumulate": accumulate}
         config = InfusionTraining(steps=steps, batch=batch_size, seed=seed, **rates)
         request = TrainingRequest(prompts, file_name, mirror, small_file, word, superclass)
         parts = Parts(model, clip, vae, images, covariance, masks)
-        concepts, clip, report = training.train(InfusionObjective, config, request, parts)
+        concepts, clip, report = training.train(InfusionObjective, config, request, parts, memory)
         return io.NodeOutput(concepts[0], clip, report)
 
 

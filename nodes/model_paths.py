@@ -202,8 +202,8 @@ def unused_file(folder: str, name: str) -> Path:
 
 
 def run_folder(fingerprint: str) -> Path:
-    """Where a training run keeps its state: ComfyUI's temporary folder, gone at its next start."""
-    return Path(folder_paths.get_temp_directory()) / "difflora" / fingerprint
+    """Where a training run keeps its state until it is done: it outlives a restart of ComfyUI."""
+    return Path(folder_paths.get_user_directory()) / "difflora" / "training" / fingerprint
 
 
 def insightface_folders() -> list[Path]:

@@ -9,6 +9,7 @@ from ..difflora_core.methods.para import BOUND, join
 from ..difflora_core.training.para import PaRaObjective, PaRaTraining
 from . import model_paths, sockets
 from .host import training
+from .host.memory import AUTO
 from .host.training_request import Parts, PictureRequest
 
 CATEGORY = "DiffLoRA/styles"
@@ -50,6 +51,7 @@ class TrainPaRa(io.ComfyNode):
                 *_long_tail(),
                 io.Mask.Input("masks", optional=True, tooltip=training.MASKS),
                 training.training_guidance(),
+                *training.memory_widgets(),
             ],
             outputs=[
                 sockets.Style.Output(display_name="style", tooltip="For Apply Style."),
@@ -78,6 +80,8 @@ class TrainPaRa(io.ComfyNode):
         bound,
         masks=None,
         guidance=1.0,
+        accumulate=1,
+        memory=AUTO,
     ):
         config = PaRaTraining(
             steps=steps,
@@ -89,10 +93,11 @@ class TrainPaRa(io.ComfyNode):
             start=start,
             bound=bound,
             guidance=guidance,
+            accumulate=accumulate,
         )
         request = PictureRequest(prompts, file_name, mirror, small_file)
         parts = Parts(model, clip, vae, images, None, masks)
-        styles, _, report = training.train(PaRaObjective, config, request, parts)
+        styles, _, report = training.train(PaRaObjective, config, request, parts, memory)
         return io.NodeOutput(styles[0], report)
 
 

@@ -6,6 +6,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from ..difflora_core.training.perfusion import PerfusionObjective, PerfusionTraining
 from . import sockets
 from .host import training
+from .host.memory import AUTO
 from .host.training_request import Parts, TrainingRequest
 
 CATEGORY = "DiffLoRA/concepts"
@@ -93,12 +94,15 @@ class TrainPerfusionConcept(io.ComfyNode):
         binding=CALIBRATION,
         reach=-1,
         guidance=1.0,
+        accumulate=1,
+        memory=AUTO,
     ):
         rates = {
             "value_rate": value_rate,
             "word_rate": word_rate,
             "reach": reach,
             "guidance": guidance,
+            "accumulate": accumulate,
         }
         if second_word.strip():
             rates |= {"separation": separation, "binding": binding}
@@ -107,7 +111,7 @@ class TrainPerfusionConcept(io.ComfyNode):
             prompts, file_name, mirror, small_file, word, superclass, second_word, second_superclass
         )
         parts = Parts(model, clip, vae, images, covariance, masks)
-        concepts, clip, report = training.train(PerfusionObjective, config, request, parts)
+        concepts, clip, report = training.train(PerfusionObjective, config, request, parts, memory)
         second = concepts[1] if len(concepts) > 1 else ExecutionBlocker(NO_SECOND)
         return io.NodeOutput(concepts[0], clip, report, second)
 
@@ -145,6 +149,7 @@ def _seldom_needed() -> list[io.Input]:
             optional=True,
         ),
         training.training_guidance(),
+        *training.memory_widgets(),
     ]
 
 

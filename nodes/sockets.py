@@ -96,13 +96,13 @@ def photo_sockets() -> list[io.Input]:
     ]
 
 
-def face_widgets() -> list[io.Input]:
-    """Which face is meant, and what happens without one."""
+def face_widgets(missing: str = "error") -> list[io.Input]:
+    """Which face is meant, and what happens without one unless asked otherwise."""
     return [
         io.Combo.Input(
             "on_missing_face",
             options=list(MISSING_POLICIES),
-            default="error",
+            default=missing,
             tooltip="A photo without a usable face: stop with an error, skip the photo, or use "
             "it with image features only.",
         ),

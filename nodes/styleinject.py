@@ -6,6 +6,7 @@ from ..difflora_core.adapters.styleinject import PRESETS
 from ..difflora_core.training.styleinject import StyleInjectObjective, StyleInjectTraining
 from . import model_paths, sockets
 from .host import training
+from .host.memory import AUTO
 from .host.training_request import HeldOutRequest, Parts
 
 CATEGORY = "DiffLoRA/styles"
@@ -51,6 +52,7 @@ class TrainStyleInject(io.ComfyNode):
                 *training.training_widgets(4, "my_style", model_paths.STYLES),
                 *_long_tail(),
                 training.training_guidance(),
+                *training.memory_widgets(),
             ],
             outputs=[
                 sockets.Style.Output(display_name="style", tooltip="For Apply Style."),
@@ -78,6 +80,8 @@ class TrainStyleInject(io.ComfyNode):
         layers,
         held_out,
         guidance=1.0,
+        accumulate=1,
+        memory=AUTO,
     ):
         config = StyleInjectTraining(
             steps=steps,
@@ -86,10 +90,11 @@ class TrainStyleInject(io.ComfyNode):
             learning_rate=learning_rate,
             plan=PRESETS[layers].of_size(styles, rank),
             guidance=guidance,
+            accumulate=accumulate,
         )
         request = HeldOutRequest(prompts, file_name, mirror, small_file, held_out)
         parts = Parts(model, clip, vae, images, None, None)
-        made, _, report = training.train(StyleInjectObjective, config, request, parts)
+        made, _, report = training.train(StyleInjectObjective, config, request, parts, memory)
         return io.NodeOutput(made[0], report)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import LayoutError
 from ..lora.weights import LoRALayer, LoRAWeights
@@ -12,7 +15,7 @@ from .base import AdapterEntry, AdapterSet, LayerAdapter
 
 
 class LoRAAdapter(LayerAdapter):
-    """LoRA on one linear layer (arXiv 2106.09685, Eq. 3).
+    """LoRA on one layer (arXiv 2106.09685, Eq. 3); on a convolution `ConvLoRAAdapter` takes over.
 
     With factors (r, in), (out, r) every sample gets the same edit; with (B, r, in), (B, out, r)
     sample b gets LoRA b. An input batch of n * B (guidance repeats the batch) repeats the LoRAs.
@@ -28,6 +31,10 @@ class LoRAAdapter(LayerAdapter):
         if len(layer.batch_shape) > 1:
             raise LayoutError(f"A LoRA takes one batch dimension, got {tuple(layer.batch_shape)}.")
         self.layer = layer
+
+    def on(self, layer: nn.Module) -> LayerAdapter:
+        """Itself, or what does the same with a convolution's stride and padding."""
+        return ConvLoRAAdapter(self.layer, layer) if hasattr(layer, "kernel_size") else self
 
     def edit(self, x: Tensor, y: Tensor) -> Tensor:
         """y + alpha / r * up @ down @ x; x (B, ..., in), y (B, ..., out).
@@ -56,6 +63,35 @@ class LoRAAdapter(LayerAdapter):
         flat = x.reshape(x.shape[0], -1, x.shape[-1])  # (B, N, in)
         change = torch.bmm(torch.bmm(flat, down.mT), up.mT)  # (B, N, r) -> (B, N, out)
         return y + layer.scaling * change.reshape(y.shape)
+
+
+class ConvLoRAAdapter(LayerAdapter):
+    """LoRA on a convolution: a convolution to r channels, and one of 1 x 1 from there (LoCon).
+
+    Args:
+        layer: the factors of one LoRA; down (r, in * height * width of the kernel).
+        conv: the live layer, a `nn.Conv2d` or a host's class of it.
+
+    Raises:
+        LayoutError: the factors are a batch, or do not fit the convolution.
+    """
+
+    def __init__(self, layer: LoRALayer, conv: Any) -> None:
+        wanted = (conv.in_channels * math.prod(conv.kernel_size), conv.out_channels)
+        if layer.batch_shape or (layer.in_features, layer.out_features) != wanted:
+            raise LayoutError(
+                f"This LoRA is for a layer of {layer.in_features} to {layer.out_features} "
+                f"features, but was attached to a convolution of {wanted[0]} to {wanted[1]}; a "
+                "convolution takes one LoRA for all samples."
+            )
+        self.layer, self.kernel = layer, (conv.in_channels, *conv.kernel_size)
+        self.places = (conv.stride, conv.padding, conv.dilation)
+
+    def edit(self, x: Tensor, y: Tensor) -> Tensor:
+        """y + alpha / r * up @ down of every patch; x (B, in, h, w), y (B, out, h', w')."""
+        down = self.layer.down.to(x).unflatten(-1, self.kernel)  # (r, in, kh, kw)
+        inner = F.conv2d(x, down, None, *self.places)  # (B, r, h', w')
+        return y + self.layer.scaling * F.conv2d(inner, self.layer.up.to(x)[..., None, None])
 
 
 def lora_adapter_set(weights: LoRAWeights) -> AdapterSet:

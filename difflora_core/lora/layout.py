@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
@@ -147,7 +148,8 @@ class LoRALayout:
         for shape in self.layers:
             layer = weights[shape.name]
             got = (layer.out_features, layer.in_features, layer.rank)
-            wanted = (shape.out_features, shape.in_features, self.rank)
+            seen = shape.in_features * math.prod(layer.kernel)
+            wanted = (shape.out_features, seen, self.rank)
             if got != wanted:
                 raise LayoutError(
                     f"Layer {shape.name} has (out, in, rank) {got}, but {self.base} needs "

@@ -92,19 +92,33 @@ def _plain(parts: Parts) -> bool:
     return set(parts) == TENSORS and all(parts[name].ndim == 2 for name in ("down", "up"))
 
 
+def _pair(parts: Parts) -> bool:
+    """Whether a layer is a pair of factors, of a linear layer or of a convolution (LoCon)."""
+    if set(parts) != TENSORS or parts["down"].ndim != parts["up"].ndim:
+        return False
+    return parts["down"].ndim == 2 or (parts["up"].ndim == 4 and parts["up"][0, 0].numel() == 1)
+
+
+def _factors(parts: Parts) -> LoRALayer:
+    """Such a layer; a convolution's down is (r, in, kh, kw), its up (out, r, 1, 1)."""
+    down, up = parts["down"], parts["up"]
+    kernel = tuple(down.shape[2:])
+    return LoRALayer(down.flatten(1), up.flatten(1), float(parts["alpha"]), kernel)
+
+
 def _adapter(parts: Parts) -> LayerAdapter:
     """The adapter of a layer."""
-    if not _plain(parts):
-        return WeightChangeAdapter(parts)
-    return LoRAAdapter(LoRALayer(parts["down"], parts["up"], float(parts["alpha"])))
+    return LoRAAdapter(_factors(parts)) if _pair(parts) else WeightChangeAdapter(parts)
 
 
 def lora_adaptation(weights: LoRAWeights, base: str = "unknown") -> TrainedAdaptation:
     """LoRA weights as a record."""
-    layers = {
-        name: {"down": layer.down, "up": layer.up, "alpha": torch.tensor([float(layer.alpha)])}
-        for name, layer in weights.layers.items()
-    }
+    layers = {}
+    for name, layer in weights.layers.items():
+        down, up = layer.down, layer.up
+        if layer.kernel:
+            down, up = down.unflatten(-1, (-1, *layer.kernel)), up[..., None, None]
+        layers[name] = {"down": down, "up": up, "alpha": torch.tensor([float(layer.alpha)])}
     return TrainedAdaptation(LoRA.name, base, LoRASettings(), {}, layers)
 
 
@@ -114,12 +128,7 @@ def lora_weights(adaptation: TrainedAdaptation) -> LoRAWeights:
     Raises:
         LayoutError: a layer is no pair of factors.
     """
-    others = [name for name, tensors in adaptation.layers.items() if not _plain(tensors)]
+    others = [name for name, tensors in adaptation.layers.items() if not _pair(tensors)]
     if others:
         raise LayoutError(f"{adaptation.title} is no low-rank sum on {others[0]}.")
-    return LoRAWeights(
-        {
-            name: LoRALayer(tensors["down"], tensors["up"], float(tensors["alpha"]))
-            for name, tensors in adaptation.layers.items()
-        }
-    )
+    return LoRAWeights({name: _factors(own) for name, own in adaptation.layers.items()})

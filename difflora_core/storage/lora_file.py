@@ -54,6 +54,7 @@ class LoRAInfo:
         tags: what model browsers file it under.
         method: how it was made.
         strength: the strength that its maker advises.
+        train_steps, train_pictures, learning_rate: of a LoRA that was trained.
     """
 
     title: str = "DiffLoRA"
@@ -68,6 +69,9 @@ class LoRAInfo:
     tags: tuple[str, ...] = ()
     method: str = ""
     strength: float | None = None
+    train_steps: int | None = None
+    train_pictures: int | None = None
+    learning_rate: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +118,9 @@ def _metadata(
         "ss_base_model_version": version,
         "ss_tag_frequency": json.dumps({info.title or "LoRA": counts}) if counts else None,
         "ss_training_comment": info.method,
+        "ss_steps": info.train_steps,
+        "ss_num_train_images": info.train_pictures,
+        "ss_learning_rate": info.learning_rate,
         "difflora.version": __version__,
         "difflora.base": base,
         "difflora.model_hash": info.model_hash,

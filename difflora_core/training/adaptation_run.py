@@ -22,7 +22,7 @@ from ..diffusion.objective import LossWeight, abar_at, add_noise, to_x0
 from ..errors import ConfigError, InterruptedTraining
 from ..methods.base import Facts
 from ..text.encoders import EncodedPrompts
-from .concept_task import ConceptExamples, PictureTask
+from .concept_task import Examples, PictureTask
 from .fingerprint import SAME_COURSE, fingerprint, weights_digest
 from .loop import Batch, Hooks, LoopConfig, Stopped, train
 from .loop_config import MAX_TRAINING_SEED, Precision
@@ -72,6 +72,11 @@ class AdaptationTraining(Config):
             raise ConfigError("steps, batch and evaluate_every must be at least 1.")
         check_range(type(self).__name__, "seed", self.seed, 0, MAX_TRAINING_SEED)
         check_range(type(self).__name__, "patience", self.patience, 0, 10_000)
+
+    @property
+    def evaluation_batches(self) -> int:
+        """Batches that a state is judged by."""
+        return EVALUATION_BATCHES
 
     @property
     def loop(self) -> LoopConfig:
@@ -128,7 +133,8 @@ class AdapterObjective(Protocol):
 class Objective(AdapterObjective, Protocol[Trained]):
     """What a method trains: a module (`nn.Module`) whose forward is the loss.
 
-    With a method `after_step` it is told the number of steps done, see `Hooks`.
+    With `after_step` it is told the number of steps done; with `scale_gradients` it does what
+    `Hooks` says. What a run depends on beside settings, task and pictures stands in `facts`.
     """
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -154,11 +160,11 @@ class AdaptationResult(Generic[Trained]):
 
 def run_adaptation(
     objective: Objective[Trained],
-    examples: ConceptExamples,
+    examples: Examples,
     folder: Path,
     watch: Watch | None = None,
     stop: Callable[[], bool] | None = None,
-    held_out: ConceptExamples | None = None,
+    held_out: Examples | None = None,
 ) -> AdaptationResult[Trained]:
     """Train an objective; a stopped run returns its best state and can be taken up again.
 
@@ -181,9 +187,10 @@ def run_adaptation(
 
     hooks = Hooks(
         progress=_progress(objective, examples, watch),
-        validate=_evaluation(module, unseen.draw(config.batch, steps)),
+        validate=_evaluation(module, unseen.draw(config.batch, steps), config.evaluation_batches),
         stop=stop,
         after_step=getattr(module, "after_step", None),
+        scale_gradients=getattr(module, "scale_gradients", None),
         base=objective.task.base,
         fingerprint=run_fingerprint(objective, examples, held_out),
         settings=(config,),
@@ -203,7 +210,7 @@ def run_adaptation(
 
 
 def _progress(
-    objective: AdapterObjective, examples: ConceptExamples, watch: Watch | None
+    objective: AdapterObjective, examples: Examples, watch: Watch | None
 ) -> Callable[[int, int, dict[str, float]], None]:
     """What the loop reports to, in the words of `watch`."""
 
@@ -217,20 +224,23 @@ def _progress(
 
 def run_fingerprint(
     objective: Objective[Trained],
-    examples: ConceptExamples,
-    held_out: ConceptExamples | None = None,
+    examples: Examples,
+    held_out: Examples | None = None,
 ) -> str:
     """Digest of everything that a run depends on: settings, task, base and pictures."""
     task, config = objective.task, objective.config
-    named = (type(objective).__name__, config, *task.facts)
+    own = getattr(objective, "facts", ())
+    named = (type(objective).__name__, config, *task.facts, *own)
     pictures = (examples,) if held_out is None else (examples, held_out)
     return fingerprint(*named, weights_digest(task.base.unet), *pictures)
 
 
-def _evaluation(module: nn.Module, draw: Callable[[torch.Generator], Batch]) -> Callable[[], float]:
-    """Mean loss of a module on fixed batches."""
+def _evaluation(
+    module: nn.Module, draw: Callable[[torch.Generator], Batch], count: int
+) -> Callable[[], float]:
+    """Mean loss of a module on so many fixed batches."""
     generator = torch.Generator().manual_seed(EVALUATION_SEED)
-    batches = [draw(generator) for _ in range(EVALUATION_BATCHES)]
+    batches = [draw(generator) for _ in range(count)]
 
     @torch.no_grad()
     def evaluate() -> float:
@@ -280,24 +290,25 @@ def masked_loss(
 
 
 @torch.no_grad()
-def preview(objective: AdapterObjective, examples: ConceptExamples) -> Tensor:
+def preview(objective: AdapterObjective, examples: Examples) -> Tensor:
     """What the model makes of the first picture under much noise, in one step: (1, H, W, 3).
 
     The noise is always the same, so the pictures of a run can be compared.
     """
     base = objective.task.base
     device, dtype = compute_device(base), compute_dtype(base)
-    clean = examples.latents[:1].to(device).float()
+    latents, prompt = examples.first
+    clean = latents.to(device).float()
     generator = torch.Generator().manual_seed(EVALUATION_SEED)
     noise = torch.randn(clean.shape, generator=generator).to(clean)
     when = torch.tensor([PREVIEW_TIMESTEP], device=device)
     abar = abar_at(base.alphas_cumprod, when, clean)
     noisy = add_noise(clean, noise, abar)
     with _evaluating(_module(objective)):
-        encoded, adapters = objective.prepare([examples.prompts[0][0]])
+        encoded, adapters = objective.prepare([prompt])
     text = TextCondition(encoded.context.to(device, dtype), encoded.pooled.to(device, dtype))
     with attach(base.unet, adapters, names=objective.module_names):
         prediction = base.predict(noisy.to(dtype), when, text)
-    latents = to_x0(prediction.float(), noisy, abar, base.prediction_type)
-    image: Tensor = base.decode_latents(latents)
+    estimate = to_x0(prediction.float(), noisy, abar, base.prediction_type)
+    image: Tensor = base.decode_latents(estimate)
     return image

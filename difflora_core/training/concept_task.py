@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,24 @@ class NewWord(Config):
     contexts: tuple[str, ...] = ()
 
 
+class Examples(Protocol):
+    """What a run draws its batches from."""
+
+    @property
+    def first(self) -> tuple[Tensor, str]:
+        """A picture (1, C, h, w) and a prompt of it, to draw previews of."""
+
+    @property
+    def area(self) -> int:
+        """Latent pixels h * w of the largest picture."""
+
+    def __len__(self) -> int:
+        """Number of pictures."""
+
+    def draw(self, count: int, steps: int) -> Callable[[torch.Generator], dict[str, object]]:
+        """A function that draws a batch from a generator, see `ConceptExamples.draw`."""
+
+
 @dataclass(frozen=True, eq=False)
 class ConceptExamples:
     """Training pictures.
@@ -78,6 +96,16 @@ class ConceptExamples:
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    @property
+    def first(self) -> tuple[Tensor, str]:
+        """The first picture (1, C, h, w) and a prompt of it, to draw previews of."""
+        return self.latents[:1], self.prompts[0][0]
+
+    @property
+    def area(self) -> int:
+        """Latent pixels h * w of a picture, which say what a step needs of memory."""
+        return self.latents.shape[2] * self.latents.shape[3]
 
     def draw(self, count: int, steps: int) -> Callable[[torch.Generator], dict[str, object]]:
         """A function that draws a batch of noised pictures from a generator.
@@ -213,7 +241,7 @@ class PictureTask:
     text: TextEncoders
     base_name: str
 
-    @property
+    @cached_property
     def facts(self) -> tuple[object, ...]:
         """What a run depends on beside its settings, its pictures and the base's weights."""
         return (self.base_name, text_probe(self.text))
@@ -282,7 +310,7 @@ class ConceptTask(PictureTask):
     probe: Tensor
     contexts: tuple[tuple[str, ...], ...]
 
-    @property
+    @cached_property
     def facts(self) -> tuple[object, ...]:
         """Also words, contexts and C."""
         named = (self.words, self.contexts, self.base_name, self.probe)

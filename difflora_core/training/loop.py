@@ -152,7 +152,12 @@ class _Run:
                 raise InterruptedTraining("stopped between two steps")
             return self._batch()
 
-        self.work.gradients(batch)
+        try:
+            self.work.gradients(batch)
+        except torch.cuda.OutOfMemoryError:  # with settings that need less it can go on from here
+            if self.processes.count == 1:
+                self._save()
+            raise
         self.work.update()
         self._after()
 

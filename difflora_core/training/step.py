@@ -73,7 +73,7 @@ class Step:
             error = raised
         try:
             self._average(before, error)
-        except InterruptedTraining:
+        except (InterruptedTraining, torch.cuda.OutOfMemoryError):
             put(self.state.objective, before)  # what an unfinished step changed
             self.state.draw_again(drawn)
             raise

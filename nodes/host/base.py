@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import comfy.model_base
 import comfy.model_management
 import comfy.model_sampling
 import torch
@@ -21,7 +22,8 @@ from ...difflora_core.methods.registry import method
 from .text import leave_inference, stopping
 from .weights import live_weight
 
-TRAINING_BYTES = 4 * 2**30  # activations of a training step; ComfyUI knows the weights
+DRAWN_SIZE = 1024
+"""Side in pixels of the pictures that SDXL was made for; smaller bases say their own."""
 
 
 class ModelLayers:
@@ -56,13 +58,22 @@ def check_fits(model: Any, adaptation: TrainedAdaptation) -> None:
     """
     sizes = method(adaptation.method).layer_sizes(adaptation)
     parts = dict(model.model.diffusion_model.named_modules())
-    wrong = [name for name, size in sizes.items() if module_size(parts.get(name)) != size]
+    wrong = [
+        name
+        for name, size in sizes.items()
+        if _linear(module_size(parts.get(name))) != _linear(size)
+    ]
     if wrong:
         raise LayoutError(
             f"{adaptation.title} was made for {adaptation.base}: {len(wrong)} of its {len(sizes)} "
             f"layers do not fit the model that is connected (for example {wrong[0]}). Load the "
             "base model it was trained on."
         )
+
+
+def _linear(size: tuple[int, ...]) -> tuple[int, ...]:
+    """A size without the kernel of a convolution of 1 x 1, which is a linear layer."""
+    return size[:2] if size[2:] == (1, 1) else size
 
 
 def unet_layout(
@@ -78,28 +89,70 @@ def unet_layout(
     return LoRALayout(base, rank, tuple(layers))
 
 
+def picture_size(model: Any) -> int:
+    """Side in pixels of the square pictures that a model was made for."""
+    return int(getattr(model.model.model_config, "picture_size", DRAWN_SIZE))
+
+
+def check_trainable(model: Any) -> None:
+    """Refuses a model that recipes cannot be trained on.
+
+    Raises:
+        ConfigError: no SDXL, its refiner, one for inpainting, or one with another noise schedule.
+    """
+    sampling = model.get_model_object("model_sampling")
+    if isinstance(model.model, comfy.model_base.SDXLRefiner):
+        raise ConfigError(
+            "This is the refiner of SDXL, which only polishes pictures. Load the base checkpoint: "
+            "what is trained on it can be used with the refiner after it."
+        )
+    if (
+        not isinstance(model.model, comfy.model_base.SDXL)
+        or not isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete)
+        or isinstance(sampling, (comfy.model_sampling.EDM, comfy.model_sampling.X0))
+    ):
+        raise ConfigError(
+            f"Training needs SDXL with its own noise schedule, for noise or v-prediction; this is "
+            f"{type(model.model).__name__} with {type(sampling).__name__}."
+        )
+    read, drawn = model.model.diffusion_model.in_channels, model.model.latent_format.latent_channels
+    if read != drawn:
+        raise ConfigError(
+            f"This model reads {read} channels where a picture has {drawn}: it is made for "
+            "inpainting or editing. Train on the plain checkpoint; the result fits its inpainting "
+            "model too."
+        )
+
+
 class ComfyBase:
     """ComfyUI's MODEL and VAE as the frozen base of a recipe; weights are only ever read by layers.
 
+    Pictures are encoded before `load` brings the UNet in, so that both need not fit at once.
+
     Raises:
-        ConfigError: no SDXL, or a model that predicts neither noise nor velocity.
+        ConfigError: see `check_trainable`.
     """
 
     def __init__(self, model: Any, vae: Any) -> None:
+        check_trainable(model)
         sampling = model.get_model_object("model_sampling")
-        if not isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete) or isinstance(
-            sampling, (comfy.model_sampling.EDM, comfy.model_sampling.X0)
-        ):
-            raise ConfigError("Concepts are trained on SDXL with its own noise schedule.")
         velocity = isinstance(sampling, comfy.model_sampling.V_PREDICTION)
         self.prediction_type = "v_prediction" if velocity else "epsilon"
         self.alphas_cumprod = (1 / (sampling.sigmas.detach().float() ** 2 + 1)).clone()
         self.patcher = model.clone(disable_dynamic=True)
         self.vae, self.unet = vae, self.patcher.model.diffusion_model
-        self.dtype = self.patcher.model.get_dtype_inference()
-        self.device = self.patcher.load_device
+        self.device, self.needed = self.patcher.load_device, 0.0
+        self.dtype = _training_dtype(self.patcher)
+
+    def load(self, needed: float) -> None:
+        """Bring the UNet to its device; ComfyUI makes room for it and for the activations.
+
+        Args:
+            needed: bytes of activations; ComfyUI knows the weights.
+        """
+        self.needed = needed
         comfy.model_management.load_models_gpu(
-            [self.patcher], memory_required=TRAINING_BYTES, force_full_load=False
+            [self.patcher], memory_required=needed, force_full_load=False
         )
         leave_inference(self.unet)
 
@@ -119,14 +172,20 @@ class ComfyBase:
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Scaled latents of images (N, H, W, 3)."""
+        parts = []
         with torch.no_grad():
-            latents = torch.cat([self.vae.encode(one[None]) for one in images])
-        return self.patcher.model.process_latent_in(latents.float()).clone().cpu()
+            for one in images:
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                parts.append(self.vae.encode(one[None]).float().cpu())
+        latents = torch.cat(parts)
+        return self.patcher.model.process_latent_in(latents).clone().cpu()
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Images (N, H, W, 3) of scaled latents."""
+        """Images (N, H, W, 3) of scaled latents; the UNet is there again afterwards."""
         with torch.no_grad():
-            return self.vae.decode(self.patcher.model.process_latent_out(latents)).float()
+            images = self.vae.decode(self.patcher.model.process_latent_out(latents)).float()
+        self.load(self.needed)
+        return images
 
     def predict(self, noisy: Tensor, timesteps: Tensor, text: TextCondition) -> Tensor:
         """The UNet's output (B, C, h, w) for noisy latents of that shape at timesteps (B,).
@@ -139,3 +198,15 @@ class ComfyBase:
             return self.unet(
                 noisy, timesteps.to(noisy.device), context=text.context.to(noisy), y=sizes.to(noisy)
             )
+
+
+def _training_dtype(patcher: Any) -> torch.dtype:
+    """What a patcher's model is trained in: bfloat16 instead of float16 where the device has it.
+
+    In float16 gradients below 6e-8 vanish; a card that lacks bfloat16 gets a scaled loss instead.
+    """
+    dtype = patcher.model.get_dtype_inference()
+    if dtype == torch.float16 and comfy.model_management.should_use_bf16(patcher.load_device):
+        dtype = torch.bfloat16
+        patcher.set_model_compute_dtype(dtype)
+    return dtype

@@ -136,6 +136,7 @@ def demo_model_config(state: Mapping[str, Tensor], facts: Mapping[str, Any]) -> 
 
         unet_extra_config = {"num_heads": -1, "num_head_channels": head}  # noqa: RUF012
         latent_format = DemoLatents
+        picture_size = unet["sample_size"] * vae_ratio(vae)
 
         def inpaint_model(self) -> bool:
             return False

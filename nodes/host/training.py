@@ -1,6 +1,8 @@
 """What the training nodes of all methods share: inputs, the run with progress, the file."""
 
 import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management
@@ -20,8 +22,10 @@ from ...difflora_core.training.adaptation_run import (
     run_fingerprint,
 )
 from ...difflora_core.training.loop_config import MAX_TRAINING_SEED
+from ...difflora_core.training.state_file import remove_run
 from .. import model_paths, sockets
 from .base import ComfyBase
+from .memory import AUTO, CHOICES, FAST, fits, plan_memory, trained_bytes
 from .text import ComfyText, prepare, teach
 from .training_request import Parts, PictureRequest
 
@@ -32,7 +36,6 @@ MASKS = (
     "node. Without masks, or with none painted, the whole pictures count; an empty one among "
     "others is refused."
 )
-NO_MASKS = "no masks: the whole pictures counted"
 NOTHING = "nothing was learned: it only got worse. Lower the learning rates, or take more steps"
 PREVIEW_SIZE = 512
 
@@ -137,6 +140,31 @@ def training_guidance() -> io.Input:
     )
 
 
+def memory_widgets(optional: bool = True) -> list[io.Input]:
+    """How to save memory; neither changes what is learned."""
+    return [
+        io.Int.Input(
+            "accumulate",
+            default=1,
+            min=1,
+            max=64,
+            optional=optional,
+            advanced=True,
+            tooltip="Computes a batch in so many parts, one after the other: less memory, the same "
+            "result. batch_size must be a multiple of it.",
+        ),
+        io.Combo.Input(
+            "memory",
+            options=list(CHOICES),
+            default=AUTO,
+            optional=optional,
+            advanced=True,
+            tooltip="saving: computes layers twice instead of remembering them, in a third more "
+            "time; fast: remembers all; auto: saving where the card is too small. The same result.",
+        ),
+    ]
+
+
 def training_outputs() -> list[io.Output]:
     """The concept, the CLIP that knows it, and a report."""
     return [
@@ -146,8 +174,17 @@ def training_outputs() -> list[io.Output]:
     ]
 
 
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A run: what it left, sentences for its report, and the folder of its state."""
+
+    result: AdaptationResult
+    remarks: list[str]
+    folder: Path
+
+
 def train(
-    recipe: Any, config: Any, request: PictureRequest, parts: Parts
+    recipe: Any, config: Any, request: PictureRequest, parts: Parts, memory: str = FAST
 ) -> tuple[list[PreparedAdaptation], Any, str]:
     """Trains, writes a file for each word, and returns what was trained, the CLIP and a report.
 
@@ -156,51 +193,81 @@ def train(
         config: its settings.
         request: what to teach, prompts and file.
         parts: what is connected.
+        memory: see `run`.
 
     Raises:
         InterruptProcessingException: ComfyUI's, when the user stopped; the best so far is kept.
     """
-    # ComfyUI runs nodes in inference mode, whose tensors cannot take part in training.
-    with torch.inference_mode(False), torch.enable_grad():
-        try:
-            result, masked = _run(recipe, config, request, parts)
-        except InterruptedTraining as early:  # before the first step there is nothing to keep
-            raise comfy.model_management.InterruptProcessingException from early
+    done = run(recipe, config, request, parts, memory)
     files, clip = [], parts.clip
-    for adaptation in result.adaptations:
+    for adaptation in done.result.adaptations:
         path = model_paths.unused_file(request.folder, request.file_name)
-        written = write_adaptation(path, adaptation, request.small_file)
+        with torch.inference_mode(False):
+            written = write_adaptation(path, adaptation, request.small_file)
+            clip = teach(clip, adaptation)
         word = adaptation.word.word if adaptation.word else adaptation.method
         files.append(
             f"{path.name}: {word}, {written.size / 1024:.1f} KiB, rounding error "
             f"{written.error:.1e}"
         )
-        clip = teach(clip, adaptation)
-    best = f"best at step {result.step} of {config.steps}, evaluation loss {result.loss:.4f}"
-    worse = result.finished and result.step == 0
-    remarks = {NO_MASKS: request.takes_masks and not masked, NOTHING: worse}
-    report = "\n".join([*files, best, *(text for text, holds in remarks.items() if holds)])
-    if worse:
-        logger.warning("%s", report)
+    report = finished(done, files)
+    with torch.inference_mode(False):
+        return [prepare(one, parts.clip) for one in done.result.adaptations], clip, report
+
+
+def run(recipe: Any, config: Any, request: Any, parts: Parts, memory: str = FAST) -> Trained:
+    """Trains, from where an unfinished run of the same settings and pictures is.
+
+    Args:
+        recipe: makes an objective of a task and settings.
+        config: the settings.
+        request: a `PictureRequest`, or what asks for a task and pictures as one does.
+        parts: what is connected.
+        memory: a choice of `memory.CHOICES`.
+
+    Raises:
+        InterruptProcessingException: the user stopped before the first step.
+        ConfigError: a step does not fit into memory; the message says what would.
+    """
+    # ComfyUI runs nodes in inference mode, whose tensors cannot take part in training.
+    with torch.inference_mode(False), torch.enable_grad():
+        try:
+            return _run(recipe, config, request, parts, memory)
+        except InterruptedTraining as early:  # before the first step there is nothing to keep
+            raise comfy.model_management.InterruptProcessingException from early
+
+
+def finished(done: Trained, files: list[str]) -> str:
+    """The report of a run whose files are written; its state is no longer needed.
+
+    Raises:
+        InterruptProcessingException: the user stopped; the report stands in the log.
+    """
+    result, report = done.result, "\n".join([*files, *done.remarks])
     if not result.finished:
         logger.info("Training stopped; the best so far is kept. %s", report)
         raise comfy.model_management.InterruptProcessingException
-    return [prepare(one, parts.clip) for one in result.adaptations], clip, report
+    remove_run(done.folder)
+    if result.step == 0:
+        logger.warning("%s", report)
+    return report
 
 
-def _run(
-    recipe: Any, config: Any, request: PictureRequest, parts: Parts
-) -> tuple[AdaptationResult, bool]:
-    """The recipe over ComfyUI's models, with its progress bar; and whether masks counted."""
+def _run(recipe: Any, config: Any, request: Any, parts: Parts, memory: str) -> Trained:
+    """The recipe over ComfyUI's models, with its progress bar.
+
+    Pictures and prompts are encoded first, and only then the UNet is brought in.
+    """
     request.check()
     model_paths.new_file(request.folder, request.file_name)  # refuse before training
     base, text = ComfyBase(parts.model, parts.vae), ComfyText(parts.clip)
     task, examples = request.setting(base, text, parts)
-    masked = examples.masks is not None
-    if request.takes_masks and not masked:
-        logger.info(NO_MASKS)
-    objective = recipe(task, config)
     held_out = request.held_out_examples(base, parts)
+    plan = plan_memory(parts.model, examples.area, config, memory)
+    base.load(plan.needed)
+    config = replace(config, checkpointing=plan.checkpointing)
+    objective = recipe(task, config)
+    base.load(plan.needed + trained_bytes(objective))
     folder = model_paths.run_folder(run_fingerprint(objective, examples, held_out)[:24])
     bar = comfy.utils.ProgressBar(config.steps)
 
@@ -210,8 +277,15 @@ def _run(
         except comfy.model_management.InterruptProcessingException as stop:
             raise InterruptedTraining(f"stopped after step {step}") from stop
 
-    result = run_adaptation(objective, examples, folder, watch, _interrupted, held_out)
-    return result, masked
+    with fits(plan, config):
+        result = run_adaptation(objective, examples, folder, watch, _interrupted, held_out)
+    remarks = [
+        f"best at step {result.step} of {config.steps}, evaluation loss {result.loss:.4f}",
+        *request.remarks(examples),
+    ]
+    if result.finished and result.step == 0:
+        remarks.append(NOTHING)
+    return Trained(result, remarks, folder)
 
 
 def _interrupted() -> bool:

@@ -19,6 +19,8 @@ from ...difflora_core.training.concept_task import (
 )
 from .. import model_paths
 
+NO_MASKS = "no masks: the whole pictures counted"
+
 
 @dataclass(frozen=True, eq=False)
 class Parts:
@@ -72,6 +74,10 @@ class PictureRequest:
         """Pictures that are not trained on; None where all of them are."""
         del base, parts
         return None
+
+    def remarks(self, examples: ConceptExamples) -> list[str]:
+        """What the report says of the pictures."""
+        return [NO_MASKS] if self.takes_masks and examples.masks is None else []
 
     def examples(
         self, base: BaseModel, parts: Parts, words: list[NewWord] | None = None

@@ -1,0 +1,102 @@
+"""What a training step needs of a device's memory, and how to make it fit."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+
+from ...difflora_core.errors import ConfigError
+
+AUTO, SAVING, FAST = "auto", "saving", "fast"
+CHOICES = (AUTO, SAVING, FAST)
+
+PLAIN, CHECKPOINTED = 1.18e6, 1.6e5
+"""Bytes of activations for each latent pixel of SDXL in half precision, adapters on its attention:
+all remembered (18 GiB at 1024 x 1024), and with layers computed again (2.4 GiB)."""
+TRAINED = 16
+"""Bytes of a trained number in float32: itself, its gradient and two moments."""
+CHANNELS = 320
+"""Of SDXL's first block, which these numbers are for."""
+SHARE = 0.9
+"""Of a device's memory that a plan may fill."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a run is made to fit.
+
+    `checkpointing`: compute layers again; `needed`: bytes of activations of a step's part; `there`:
+    bytes of the device; `weights`: of the model.
+    """
+
+    checkpointing: bool
+    needed: float
+    there: float
+    weights: float
+
+
+def activation_bytes(model: Any, area: int, samples: int, checkpointing: bool) -> float:
+    """Estimate of what is remembered between the forward and the backward pass.
+
+    Args:
+        model: ComfyUI's.
+        area: latent pixels of a picture.
+        samples: pictures at once.
+        checkpointing: layers are computed again.
+    """
+    width = model.model.model_config.unet_config.get("model_channels", CHANNELS)
+    size = comfy.model_management.dtype_size(model.model.get_dtype_inference()) / 2
+    each = CHECKPOINTED if checkpointing else PLAIN
+    return each * size * area * samples * width / CHANNELS
+
+
+def plan_memory(model: Any, area: int, config: Any, choice: str) -> MemoryPlan:
+    """How to run a recipe's `config` on pictures of so many latent pixels; by one of CHOICES."""
+    samples = -(-config.batch // config.accumulate)
+    there = comfy.model_management.get_total_memory(model.load_device)
+    weights = float(model.model_size())
+    plain = activation_bytes(model, area, samples, False)
+    checkpointing = choice == SAVING or (choice == AUTO and plain + weights > SHARE * there)
+    needed = activation_bytes(model, area, samples, True) if checkpointing else plain
+    return MemoryPlan(checkpointing, needed, float(there), weights)
+
+
+def trained_bytes(objective: Any) -> float:
+    """What the trained numbers of an objective need on the device."""
+    return float(TRAINED * sum(p.numel() for p in objective.parameters() if p.requires_grad))
+
+
+@contextmanager
+def fits(plan: MemoryPlan, config: Any) -> Iterator[None]:
+    """A block that trains; want of memory becomes a sentence that says what to change.
+
+    Raises:
+        ConfigError: the device's memory is too small for a step.
+    """
+    try:
+        yield
+    except comfy.model_management.OOM_EXCEPTION as error:
+        raise ConfigError(_advice(plan, config)) from error
+
+
+def _advice(plan: MemoryPlan, config: Any) -> str:
+    """What would fit; the first two choices go on from where the run is."""
+    problem = (
+        f"A training step does not fit: about {_gib(plan.weights)} of weights and "
+        f"{_gib(plan.needed)} of activations on a device with {_gib(plan.there)}. "
+    )
+    kept = " What was trained so far is kept: queue again and it goes on."
+    if not plan.checkpointing:
+        return f"{problem}Set memory to saving.{kept}"
+    if config.accumulate < config.batch:
+        return f"{problem}Set accumulate to {config.batch}.{kept}"
+    return (
+        f"{problem}One picture at a time is the least there is: use smaller pictures (a lower "
+        "resolution), a lower rank, or an fp8 checkpoint; each of them starts anew."
+    )
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
