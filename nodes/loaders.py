@@ -13,7 +13,7 @@ from ..difflora_core.vision.face_encoder import InsightFaceEncoder
 from ..difflora_core.vision.face_providers import PROVIDERS
 from . import model_paths, sockets
 from .host import models
-from .host.lora import check_lora
+from .host.lora import LicensedLoRA, check_lora
 
 CATEGORY = "DiffLoRA/loaders"
 
@@ -141,7 +141,8 @@ class LoadLoRAFile(io.ComfyNode):
         path = Path(model_paths.lora_file(lora_name))
         if path.suffix.lower() in (".safetensors", ".sft"):
             file = read_lora_file(path)
-            return io.NodeOutput(with_peft_alphas(file.tensors, file.metadata))
+            state = with_peft_alphas(file.tensors, file.metadata)
+            return io.NodeOutput(LicensedLoRA(state, file.metadata.get("modelspec.license", "")))
         try:
             state = comfy.utils.load_torch_file(str(path), safe_load=True)
         except Exception as error:  # whatever torch says of a pickle that it does not read

@@ -134,7 +134,8 @@ class ApplyLoRA(io.ComfyNode):
         if notes:
             logger.warning(notes)
             models.show_text(cls, notes)
-        return io.NodeOutput(patched, scaled)
+        licensed = host_lora.LicensedLoRA(scaled, host_lora.license_of(lora))
+        return io.NodeOutput(patched, licensed)
 
 
 def _placed(model, read, strength, groups, span):

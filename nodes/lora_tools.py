@@ -141,10 +141,12 @@ class SaveLoRA(io.ComfyNode):
             tags=_words(tags),
             method=method.strip(),
             strength=advised_strength,
+            license=host_lora.license_of(lora),
         )
         path = model_paths.unused_file("loras", file_name)
         write_lora_state(path, state, base, info, PRECISIONS[precision])
         text = f"Saved as {path.name}, {path.stat().st_size / 2**20:.1f} MB. Press R to list it."
+        text = "\n".join(filter(None, (text, info.license)))
         models.show_text(cls, text)
         return io.NodeOutput(path.name, ui=ui.PreviewText(text))
 

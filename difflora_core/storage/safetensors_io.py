@@ -101,7 +101,7 @@ class TensorFile:
                     raise self._changed()
         except (OSError, RuntimeError, MemoryError) as failure:
             raise self._error(f"{_name(self.path)} cannot be read: {failure}.") from failure
-        if finite and tensor.is_floating_point() and not bool(_finite(tensor)):
+        if finite and tensor.is_floating_point() and not _finite(tensor):
             raise self._error(
                 f"{_name(self.path)}: {shown(name)} holds NaN or infinite values; what made the "
                 "file failed. Make it again, or use another file."
@@ -280,9 +280,15 @@ def _name(path: Path) -> str:
     return shown(path.name, 120)
 
 
-def _finite(tensor: Tensor) -> Tensor:
-    """Whether all values are finite; 8-bit floats have no such test of their own."""
-    return torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all()
+def _finite(tensor: Tensor) -> bool:
+    """Whether all values are finite, without a copy; 8-bit floats have no such test of their own.
+
+    The smallest and the largest value are NaN where one of them is.
+    """
+    if not tensor.numel():
+        return True
+    ends = torch.aminmax(tensor.float() if tensor.element_size() == 1 else tensor)
+    return all(math.isfinite(end) for end in ends)
 
 
 def _why_not(start: bytes, length: int, size: int) -> str:

@@ -36,6 +36,24 @@ from .patches import fits, layer_of, weight_of
 _FLOAT8 = tuple(getattr(torch, name) for name in dir(torch) if name.startswith("float8"))
 
 
+class LicensedLoRA(dict[str, Tensor]):
+    """The state dict of a LoRA, and the terms of the weights that made it.
+
+    Args:
+        state: as any LoRA socket carries it.
+        license: in words; empty where there are no terms.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor], license: str) -> None:
+        super().__init__(state)
+        self.license = license
+
+
+def license_of(lora: Any) -> str:
+    """The terms that a LoRA came with; empty where none are known."""
+    return str(getattr(lora, "license", ""))
+
+
 def check_lora(lora: Any) -> dict[str, Tensor]:
     """The state dict that came through a LoRA socket, if it is one.
 

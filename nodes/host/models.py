@@ -23,7 +23,7 @@ from ...difflora_core.storage.identity_models import load_identity_model
 from ...difflora_core.vision.face_choice import IMAGE_REGIONS
 from ...difflora_core.vision.features import ImageFeatures
 from ..sockets import BEST_GUESS, MANUAL
-from .lora import check_lora_fits
+from .lora import LicensedLoRA, check_lora_fits
 
 # Activations only; ComfyUI knows the weights. Covers a full-size model reading 16 photos.
 ACTIVATION_BYTES = 512 * 2**20
@@ -155,8 +155,8 @@ def show_text(node: Any, text: str) -> None:
         PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
 
 
-def decode(hosted: HostedModel, latent: LoRALatent, base_model: Any) -> dict[str, Tensor]:
-    """A latent (1, K, Dz) to a LORA_MODEL: a state dict with kohya LDM keys and alpha.
+def decode(hosted: HostedModel, latent: LoRALatent, base_model: Any) -> LicensedLoRA:
+    """A latent (1, K, Dz) to a LORA_MODEL: a LicensedLoRA with kohya LDM keys and alpha.
 
     Raises:
         LayoutError: a base is given, and the LoRA does not fit it.
@@ -164,4 +164,4 @@ def decode(hosted: HostedModel, latent: LoRALatent, base_model: Any) -> dict[str
     weights = hosted.ready().decode(latent).batch_item(0).to(device="cpu")
     if base_model is not None:
         check_lora_fits(base_model, weights, hosted.settings.layout.base)
-    return to_state_dict(weights, "kohya_ldm")
+    return LicensedLoRA(to_state_dict(weights, "kohya_ldm"), latent.license)

@@ -275,3 +275,18 @@ def test_whatever_is_made_of_people_stays_on_the_spheres(model, make):
 def test_adding_no_difference_changes_nothing(model):
     a, b = person(model, 1), person(model, 2)
     torch.testing.assert_close(add_difference(a, b, b, 3.0).z, a.z)
+
+
+def test_the_way_back_through_the_basis_is_exact(model):
+    """Gradients of all layers, though the way there shares memory between them."""
+    latent = person(model)
+    z = latent.z.clone().requires_grad_(True)
+    weights = model.decode(replace(latent, z=z))
+    plain = model.decode(latent)
+    total = sum(layer.down.square().sum() + layer.up.sum() for layer in weights.layers.values())
+    total.backward()
+    for k, name in enumerate(plain):
+        assert torch.equal(plain[name].up, weights[name].up)
+        expected = torch.einsum("brx,kxr->bk", 2 * plain[name].down, model.basis[2 * k])
+        torch.testing.assert_close(z.grad[:, 2 * k], expected)
+        torch.testing.assert_close(z.grad[0, 2 * k + 1], model.basis[2 * k + 1].sum((1, 2)))

@@ -17,6 +17,7 @@ from difflora_core.lora.formats.state_dict import to_state_dict
 from difflora_core.models.latent_math import blend
 from difflora_core.storage.hyperlora_folder import load_hyperlora
 from difflora_core.storage.library_file import read_library
+from difflora_core.storage.lora_file import read_lora_file
 
 VARIANT = "hyper_lora/tiny"
 MODEL, CLIP, VISION, HYPER, FACES = (
@@ -27,6 +28,7 @@ MODEL, CLIP, VISION, HYPER, FACES = (
     ["faces", 0],
 )
 SAMPLING = {"mode": "best_guess", "seed": 0, "steps": 2, "guidance": 1.0}
+PARTS = ("input_blocks", "middle_block", "output_blocks", "self_attention", "cross_attention")
 FACE = {"on_missing_face": "error", "face_order": "largest", "face_index": 0}
 GATE = {"gate": "learned", "face_share": 0.5}
 BOTH = {"face_weight": -1.0, "image_weight": -1.0}
@@ -243,9 +245,7 @@ def drawn(name, model, positive="words"):
 
 
 def test_its_lora_is_applied_in_every_way(comfy, variants, packages, photos):
-    blocks = dict.fromkeys(
-        ("input_blocks", "middle_block", "output_blocks", "self_attention", "cross_attention"), 1.0
-    )
+    blocks = dict.fromkeys(PARTS, 1.0)
     late = {"strength": 5.0, "start_percent": 0.5, "end_percent": 1.0, "positive_only": False}
     late |= blocks
     whole = late | {"start_percent": 0.0}
@@ -332,3 +332,36 @@ def test_the_licence_is_shown(comfy, variants, photos):
     comfy.free()
     comfy.run(nodes, shown=shown)
     assert any(str(line).startswith("hyper: ") and "CC-BY-NC" in str(line) for line in shown)
+
+
+def kept(lora, file_name):
+    texts = dict.fromkeys(("title", "trigger_words", "tags", "description"), "")
+    given = {"advised_strength": 1.0, "method": "", "base_model": "demo", "precision": "float32"}
+    return node("DiffLoRA_SaveLoRA", lora=lora, file_name=file_name, **texts, **given)
+
+
+def test_the_licence_is_in_the_file(comfy, comfy_server, variants, packages, photos):
+    """Of a LoRA that was scaled, and of one that was loaded again, too."""
+    shown, folder = [], comfy_server.base_directory / "models" / "loras"
+    whole = {"strength": 0.5, "start_percent": 0.0, "end_percent": 1.0, "positive_only": False}
+    whole |= dict.fromkeys(PARTS, 1.0)
+    nodes = loaded(photos) | {
+        "lora": personalize(),
+        "ours": personalize(difflora_model=["demo", 5]),
+        "scaled": node("DiffLoRA_ApplyLoRA", model=MODEL, lora=["lora", 0], **whole),
+        "keep": kept(["lora", 0], "licensed"),
+        "keep_scaled": kept(["scaled", 1], "scaled"),
+        "keep_ours": kept(["ours", 0], "ours"),
+        "core": node("SaveLoRA", lora=["lora", 0], prefix="loras/by_core", steps=0),
+    }
+    comfy.run(nodes, shown=shown)
+    again = {"again": node("DiffLoRA_LoadLoRAFile", lora_name="licensed.safetensors")}
+    comfy.run(again | {"keep": kept(["again", 0], "again")})
+    names = ("licensed", "scaled", "again", "ours")
+    files = {name: read_lora_file(folder / f"{name}.safetensors") for name in names}
+    for name in names[:3]:
+        assert "CC-BY-NC 4.0" in files[name].metadata["modelspec.license"]
+    assert "modelspec.license" not in files["ours"].metadata
+    by_core = load_file(max((comfy_server.output_directory / "loras").glob("by_core*")))
+    assert same(dict(files["licensed"].tensors), by_core)
+    assert any(str(line).startswith("keep: ") and "CC-BY-NC" in str(line) for line in shown)

@@ -14,8 +14,8 @@ from difflora_core.demo.comfyui.workflow_api import (
 )
 from difflora_core.demo.workflows.builder import Graph
 from difflora_core.demo.workflows.targets import DEMO, SDXL
+from difflora_core.demo.workflows.writer import FULL_SIZE_ALONE, build, to_text
 from difflora_core.demo.workflows.writer import WORKFLOWS as GRAPHS
-from difflora_core.demo.workflows.writer import build, to_text
 
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
 
@@ -27,6 +27,7 @@ def workflow(request):
 
 def test_every_graph_comes_for_both_targets_with_a_picture():
     files = {target.file(name) for target in (DEMO, SDXL) for name in GRAPHS}
+    files |= {SDXL.file(name) for name in FULL_SIZE_ALONE}
     assert {path.stem for path in WORKFLOWS} == files
     for path in WORKFLOWS:
         with Image.open(path.with_suffix(".jpg")) as picture:
@@ -34,8 +35,14 @@ def test_every_graph_comes_for_both_targets_with_a_picture():
         assert path.with_suffix(".jpg").stat().st_size < 60_000
 
 
-@pytest.mark.parametrize("target", [DEMO, SDXL], ids=lambda target: target.name)
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        *((name, target) for name in GRAPHS for target in (DEMO, SDXL)),
+        *((name, SDXL) for name in FULL_SIZE_ALONE),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
 def test_file_is_what_the_builder_writes(comfy, name, target):
     path = PACK / "workflows" / f"{target.file(name)}.json"
     written = to_text(build(name, target, comfy.object_info()))

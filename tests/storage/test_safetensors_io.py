@@ -114,6 +114,20 @@ def test_a_sparse_file_is_refused_before_memory_is_taken(tmp_path):
         read_file(path, "file")
 
 
+@pytest.mark.parametrize("kind", [k for k, t in KINDS.items() if t.is_floating_point])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 17, 98])
+def test_one_bad_value_anywhere_is_found(tmp_path, kind, value, place):
+    tensor = torch.ones(99)
+    tensor[place] = value
+    tensor = tensor.to(KINDS[kind])
+    if torch.isfinite(tensor.float()).all():
+        pytest.skip(f"{kind} has no {value}")
+    path = write_atomic({"a": tensor}, {}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="a holds NaN or infinite"):
+        read_file(path, "file")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("kind", ["F8_E5M2", "F16", "BF16", "F32", "F64"])
 def test_values_that_are_not_finite(tmp_path, value, kind):

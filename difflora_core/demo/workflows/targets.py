@@ -114,8 +114,11 @@ class WorkflowBuilder:
         tail = target.pick(target.about, target.about.replace("{more}\n", more).format(**facts))
         graph.note(about.strip() + "\n" + tail)
 
-    def load(self, column: int = 0, control: bool = False) -> None:
-        """The loaders; afterwards `model`, `clip`, `vae` and the rest are outputs."""
+    def load(self, column: int = 0, control: bool = False, model: str = SDXL_MODEL) -> None:
+        """The loaders; afterwards `model`, `clip`, `vae` and the rest are outputs.
+
+        `model` is the DiffLoRA model at full size.
+        """
         add, demo = self.graph.add, self.load_base(column)
         if self.target.name == "demo":
             self.clip_vision, self.faces = demo["CLIP_VISION"], demo["FACEANALYSIS"]
@@ -128,7 +131,7 @@ class WorkflowBuilder:
         self.clip_vision = vision["CLIP_VISION"]
         faces = add("DiffLoRA_LoadFaceAnalysis", column, package=SDXL_FACES, provider="cpu")
         self.faces = faces["FACEANALYSIS"]
-        self.difflora = add("DiffLoRA_LoadModel", column, model_name=SDXL_MODEL)["DIFFLORA_MODEL"]
+        self.difflora = add("DiffLoRA_LoadModel", column, model_name=model)["DIFFLORA_MODEL"]
         if control:
             file = self._file("controlnet")
             loader = add("ControlNetLoader", column, control_net_name=file["name"], models=[file])

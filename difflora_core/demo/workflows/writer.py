@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ from ..examples import write_photos
 from ..world.concept_examples import write_concept_photos
 from .builder import Graph
 from .concepts import concept_person, one_concept, teach_concept, two_concepts
+from .hyperlora import hyperlora_portrait
 from .identities import blend, fade_in, invented, pose, prompt_grid
 from .library import compress_lora, library
 from .people import edit_face, portrait, quickstart, several_photos, two_people
@@ -53,6 +55,10 @@ WORKFLOWS: dict[str, Callable[[Graph, Target], None]] = {
     "concept_person": concept_person,
 }
 """In the order in which an artist may want to meet them."""
+FULL_SIZE_ALONE: dict[str, tuple[Callable[[Graph, Target], None], str]] = {
+    "hyperlora_portrait": (hyperlora_portrait, "quickstart"),
+}
+"""Workflows that the demo world has no model for, each with the workflow whose picture it shows."""
 THUMBNAIL = 384
 
 
@@ -60,12 +66,13 @@ def build(name: str, target: Target, info: Mapping[str, Any]) -> dict[str, Any]:
     """The content of a workflow file.
 
     Args:
-        name: a key of WORKFLOWS.
+        name: a key of WORKFLOWS, or of FULL_SIZE_ALONE for SDXL.
         target: DEMO or SDXL.
         info: ComfyUI's /object_info.
     """
     graph = Graph(target.file(name), info, __version__)
-    WORKFLOWS[name](graph, target)
+    draw = FULL_SIZE_ALONE[name][0] if name in FULL_SIZE_ALONE else WORKFLOWS[name]
+    draw(graph, target)
     return graph.build()
 
 
@@ -103,16 +110,19 @@ def _folded(strip: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line."""
+    known = [*WORKFLOWS, *FULL_SIZE_ALONE]
     parser = argparse.ArgumentParser(description="Write the workflow files.")
-    parser.add_argument("names", nargs="*", choices=[[], *WORKFLOWS], help="only these")
-    names = parser.parse_args(arguments).names or list(WORKFLOWS)
+    parser.add_argument("names", nargs="*", choices=[[], *known], help="only these")
+    names = parser.parse_args(arguments).names or known
     console = Console(highlight=False)
     write_photos(FOLDER)
     write_concept_photos(FOLDER)
     with tempfile.TemporaryDirectory() as folder, ComfyServer(Path(folder)) as server:
         for name in names:
-            seconds = write(name, server)
-            console.print(f"{name}: {seconds:.1f} s")
+            if name in FULL_SIZE_ALONE:
+                write_full_size(name, server)
+            else:
+                console.print(f"{name}: {write(name, server):.1f} s")
     return 0
 
 
@@ -128,6 +138,15 @@ def write(name: str, server: ComfyServer) -> float:
     for target in (SDXL, DEMO):
         picture.save(_thumbnail_path(target.file(name)), quality=88)
     return result.seconds
+
+
+def write_full_size(name: str, server: ComfyServer) -> None:
+    """Write the one file of a workflow of FULL_SIZE_ALONE, with another's picture."""
+    stem = SDXL.file(name)
+    workflow = build(name, SDXL, server.client.object_info())
+    write_text(FOLDER / f"{stem}.json", to_text(workflow))
+    shown = _thumbnail_path(SDXL.file(FULL_SIZE_ALONE[name][1]))
+    shutil.copyfile(shown, _thumbnail_path(stem))
 
 
 def _thumbnail_path(stem: str) -> Path:

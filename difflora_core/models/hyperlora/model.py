@@ -142,9 +142,9 @@ class HyperLoRAModel(IdentityModel):
             raise LayoutError(
                 f"The LoRA latent has size {tuple(z.shape[1:])}; this model decodes {expected}."
             )
-        factors = [
-            torch.einsum("bk,kxy->byx", z[:, t], basis.to(z)) for t, basis in enumerate(self.basis)
-        ]
+        scratch = z.new_empty(max(basis.numel() for basis in self.basis))
+        place = None if z.requires_grad else scratch
+        factors = [_mix(z[:, t], basis, place) for t, basis in enumerate(self.basis)]
         alpha = self.layout.rank / 2
         pairs = zip(self.layout, factors[::2], factors[1::2], strict=True)
         return LoRAWeights({shape.name: LoRALayer(down, up, alpha) for shape, down, up in pairs})
@@ -155,6 +155,20 @@ def basis_shapes(layout: LoRALayout) -> list[tuple[int, int]]:
     rank = layout.rank
     pairs = [((layer.in_features, rank), (rank, layer.out_features)) for layer in layout]
     return [shape for pair in pairs for shape in pair]
+
+
+def _mix(coefficients: Tensor, basis: Tensor, scratch: Tensor | None) -> Tensor:
+    """sum_k c_k M_k, transposed: coefficients (B, K) and basis (K, x, y) to (B, y, x).
+
+    `scratch` holds the basis in float32 for a moment. Its memory serves every layer: fresh memory
+    for each takes ten times as long, and systems give it back late.
+    """
+    flat = basis.flatten(1)
+    if scratch is None:  # what is kept for the way back must not be overwritten
+        values = flat.to(coefficients)
+    else:
+        values = scratch[: flat.numel()].view(flat.shape).copy_(flat)
+    return (coefficients @ values).unflatten(-1, basis.shape[1:]).mT.contiguous()
 
 
 def _gate(face_found: Tensor, override: Tensor | None) -> Tensor:
