@@ -5,7 +5,7 @@ from comfy_api.latest import io, ui
 from ..difflora_core.errors import LoRAFileError
 from ..difflora_core.lora.formats.state_dict import from_state_dict
 from ..difflora_core.storage.lora_file import PRECISIONS, LoRAInfo, base_of, write_lora_state
-from ..difflora_core.training.difflora.latent_fit import fit_latent
+from ..difflora_core.training.difflora.latent_fit import NATIVE, fit_latent
 from . import model_paths, sockets
 from .host import lora as host_lora
 from .host import models
@@ -55,10 +55,16 @@ class EncodeLoRA(io.ComfyNode):
         read = from_state_dict(host_lora.check_lora(lora), network.layout)
         fitted = fit_latent(network, read.weights, refine_steps, models.progress(refine_steps))
         report = f"{read.report.summary()}\nAgreement of the weights: {fitted.agreement:.0%}."
+        if fitted.agreement < NATIVE:
+            report += f" {LOST} {MORE_STEPS if refine_steps < ENOUGH else TRAINED}"
         models.show_text(cls, report)
         return io.NodeOutput(fitted.latent, fitted.agreement, report, ui=ui.PreviewText(report))
 
 
+ENOUGH = 100  # refinement steps after which more change little
+LOST = "The person may be lost: draw a picture before you keep the identity."
+MORE_STEPS = f"Set refine_steps to {ENOUGH} if DiffLoRA made this LoRA."
+TRAINED = "A LoRA that was trained elsewhere agrees little."
 ABOUT = "One or two sentences on who or what it shows."
 TRIGGERS = "Words that a prompt needs for it, with commas between. A DiffLoRA identity needs none."
 AUTO, BASES = "auto", ("sdxl", "sd15", "sd21", "demo")

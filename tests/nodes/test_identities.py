@@ -146,10 +146,18 @@ def test_encoded_lora_is_the_identity_again(comfy, loras):
             "DiffLoRA_EncodeLoRA", difflora_model=DIFFLORA, lora=["a_lora", 0], refine_steps=60
         ),
         kept=node("PreviewAny", source=["encoded", 1]),
+        report=node("PreviewAny", source=["encoded", 2]),
+        hasty=node(
+            "DiffLoRA_EncodeLoRA", difflora_model=DIFFLORA, lora=["a_lora", 0], refine_steps=0
+        ),
+        hasty_report=node("PreviewAny", source=["hasty", 2]),
     )
     original, again = loras(nodes, "a", "encoded")
     shown = comfy.run(nodes).outputs
     assert float(shown["kept"]["text"][0]) > 0.9
+    assert "person may be lost" not in shown["report"]["text"][0]
+    assert "person may be lost" in shown["hasty_report"]["text"][0]
+    assert "Set refine_steps to 100" in shown["hasty_report"]["text"][0]
     difference = sum((original[k] - again[k]).square().sum() for k in original if "up" in k)
     assert difference < 0.25 * sum(original[k].square().sum() for k in original if "up" in k)
 
