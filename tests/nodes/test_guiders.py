@@ -175,6 +175,42 @@ def test_under_other_guidances_too(comfy, parts, name):
     assert difference(shown["ours_p"], shown["cores"]) <= ROUNDING
 
 
+def test_at_cfg_1(comfy, parts):
+    """The negative prompt is never asked for: positive only is the whole LoRA."""
+    nodes = {**parts, "whole": apply()}
+    for name, model, words in (
+        ("base", MODEL, "words"), ("ours_p", ["ours", 0], "words"), ("cores", MODEL, "hooked"),
+        ("patched", ["whole", 0], "words"),
+    ):  # fmt: skip
+        guider = cfg(model, [words, 0])
+        guider["inputs"]["cfg"] = 1.0
+        nodes |= guided(name, guider)
+    shown = comfy.run(nodes).pictures
+    assert difference(shown["ours_p"], shown["base"]) > 8
+    assert difference(shown["ours_p"], shown["cores"]) <= ROUNDING
+    assert difference(shown["ours_p"], shown["patched"]) <= ROUNDING
+
+
+def test_stacked_on_a_loaded_lora_and_before_one(comfy, parts):
+    """As with few-step LoRAs: one in the weights, before or after ours, and neither is lost."""
+
+    def loaded(model):
+        return node(
+            "LoraModelLoader", model=model, lora=["lora", 0], strength_model=-0.6, bypass=False
+        )
+
+    nodes = {**parts, "below": loaded(MODEL), "on_top": apply(["below", 0], positive_only=True)}
+    nodes |= {"above": loaded(["ours", 0])}
+    nodes |= guided("base", cfg(["below", 0], ["words", 0]))
+    nodes |= guided("after", cfg(["on_top", 0], ["words", 0]))
+    nodes |= guided("before", cfg(["above", 0], ["words", 0]))
+    nodes |= guided("cores", cfg(["below", 0], ["hooked", 0]))
+    shown = comfy.run(nodes).pictures
+    assert difference(shown["after"], shown["base"]) > 8
+    assert difference(shown["after"], shown["cores"]) <= ROUNDING
+    assert difference(shown["before"], shown["after"]) <= ROUNDING
+
+
 def test_under_hypertile(comfy, parts):
     """It cuts the samples of self-attention into tiles: the batch of those layers grows."""
     tile = {"tile_size": 32, "swap_size": 1, "max_depth": 2, "scale_depth": False}
