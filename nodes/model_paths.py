@@ -31,6 +31,7 @@ DEMO_PARTS = (paths.BASE, paths.WORDS, paths.CLIP_VISION, paths.DIFFLORA, paths.
 DEMO_FILES = tuple(part.name for part in DEMO_PARTS)
 DEMO_LORAS = paths.LORAS.relative_to(paths.ARTEFACTS)
 DEMO_CONCEPTS = paths.CONCEPTS.relative_to(paths.ARTEFACTS)
+DEMO_STYLES = paths.STYLES.relative_to(paths.ARTEFACTS)
 DEMO_FACES = paths.FACES.relative_to(paths.ARTEFACTS)
 
 WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows"
@@ -163,22 +164,22 @@ def concept_file(name: str) -> str:
 
 
 def style_files() -> list[str]:
-    """The styles that ComfyUI sees."""
-    return list(folder_paths.get_filename_list(STYLES))
+    """The styles that ComfyUI sees, and after them those of the demo world."""
+    return _with_demo(STYLES, DEMO_STYLES)
 
 
 def style_file(name: str) -> str:
     """The full path of a style.
 
     Raises:
-        FileNotFoundError: the file is not there; the message names the folders searched.
+        FileNameError: the file is not there; the message names the folders searched.
     """
-    path = folder_paths.get_full_path(STYLES, name) if name else None
+    path = _mine_or_demo(STYLES, DEMO_STYLES, name)
     if path is None:
         folders = " or ".join(folder_paths.get_folder_paths(STYLES))
-        raise FileNotFoundError(
-            f"The style '{name}' was not found. Train one, or put the file into {folders}, and "
-            "press R."
+        raise FileNameError(
+            f"The style '{shown(name)}' was not found. Train one, or put the file into "
+            f"{folders}, and press R."
         )
     return path
 

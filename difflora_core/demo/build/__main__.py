@@ -26,7 +26,16 @@ from ...config import parse_json
 from ...errors import InterruptedTraining
 from ...storage.atomic import write_text
 from .. import paths
-from . import controlnet, stages, stages_concepts, stages_faces, stages_lora, stages_styles, words
+from . import (
+    controlnet,
+    stages,
+    stages_concepts,
+    stages_faces,
+    stages_lora,
+    stages_shipped_styles,
+    stages_styles,
+    words,
+)
 
 Report = Callable[[int, int, dict[str, float]], None]
 
@@ -55,6 +64,7 @@ STAGES = (
     Stage("style_judge", 1, stages_styles.style_judge),
     Stage("teachers", 12, stages_styles.teachers),
     Stage("chinese", 5, stages_styles.chinese),
+    Stage("styles", 12, stages_shipped_styles.styles),
     Stage("controlnet", 7, controlnet.controlnet),
     Stage("features", 9, stages_lora.features),
     Stage("reader", 4, stages_lora.reader),

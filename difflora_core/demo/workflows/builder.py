@@ -37,6 +37,7 @@ SHOWS_PICTURES = {
     "DiffLoRA_ListLibrary": 230,
     "DiffLoRA_AddToLibrary": 90,
     "DiffLoRA_EncodeLoRA": 100,
+    "DiffLoRA_StyleRouter": 420,
 }
 """Height that a node's picture or answer takes; the front end gives a picture 220 at least."""
 

@@ -50,6 +50,14 @@ SDXL_CONCEPT_NOTE = """
 
 Put your own picture into every **Load Image**; the drawn ones only hold the place."""
 
+SDXL_STYLE_NOTE = """
+**Files**
+- `models/checkpoints/{checkpoints}`, or any SDXL checkpoint
+- `models/difflora_styles`: styles that you trained, with the workflows *few shot style* and *para \
+style*
+
+Put your own picture into every **Load Image**; the drawn ones only hold the place."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -96,6 +104,11 @@ SDXL = Target(
 def concept_target(target: Target) -> Target:
     """The same target for workflows of taught words, which need no DiffLoRA model."""
     return target if target.name == "demo" else replace(target, about=SDXL_CONCEPT_NOTE)
+
+
+def style_target(target: Target) -> Target:
+    """The same target for workflows of styles alone, which need no DiffLoRA model."""
+    return target if target.name == "demo" else replace(target, about=SDXL_STYLE_NOTE)
 
 
 class WorkflowBuilder:

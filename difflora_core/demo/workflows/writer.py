@@ -26,6 +26,7 @@ from ..comfyui.client import PromptResult
 from ..comfyui.server import ComfyServer
 from ..examples import write_photos
 from ..world.concept_examples import write_concept_photos
+from ..world.shipped_styles import write_style_photos
 from .builder import Graph
 from .concepts import concept_person, one_concept, teach_concept, two_concepts
 from .hyperlora import hyperlora_portrait
@@ -33,6 +34,7 @@ from .identities import blend, fade_in, invented, pose, prompt_grid
 from .library import compress_lora, library
 from .people import edit_face, portrait, quickstart, several_photos, two_people
 from .runner import run_workflow
+from .styles import apply_style, few_shot_style, para_style, style_person
 from .targets import DEMO, GRID_SIDE, SDXL, Target
 
 FOLDER = paths.ROOT / "workflows"
@@ -53,6 +55,10 @@ WORKFLOWS: dict[str, Callable[[Graph, Target], None]] = {
     "one_concept": one_concept,
     "two_concepts": two_concepts,
     "concept_person": concept_person,
+    "apply_style": apply_style,
+    "style_person": style_person,
+    "few_shot_style": few_shot_style,
+    "para_style": para_style,
 }
 """In the order in which an artist may want to meet them."""
 FULL_SIZE_ALONE: dict[str, tuple[Callable[[Graph, Target], None], str]] = {
@@ -117,6 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console(highlight=False)
     write_photos(FOLDER)
     write_concept_photos(FOLDER)
+    write_style_photos(FOLDER)
     with tempfile.TemporaryDirectory() as folder, ComfyServer(Path(folder)) as server:
         for name in names:
             if name in FULL_SIZE_ALONE:
