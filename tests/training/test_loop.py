@@ -362,3 +362,31 @@ def test_a_fingerprint_tells_what_differs():
     )
     with pytest.raises(TypeError):
         fingerprint(object())
+
+
+def test_want_of_memory_keeps_the_state(tmp_path):
+    """What was trained before the step that did not fit is on disk, and goes on to the same end."""
+
+    class Greedy(nn.Module):
+        def __init__(self, fails):
+            super().__init__()
+            self.w, self.fails, self.calls = nn.Parameter(torch.ones(3)), fails, 0
+
+        def forward(self, batch):
+            self.calls += 1
+            if self.calls == self.fails:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            return (self.w * batch["x"]).square().mean(), {}
+
+    def draw(generator):
+        return {"x": torch.randn(4, 3, generator=generator)}
+
+    config = LoopConfig(steps=10, warmup=1)
+    whole = Greedy(0)
+    train(whole, draw, config, None)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        train(Greedy(6), draw, config, tmp_path)
+    resumed = Greedy(0)
+    train(resumed, draw, config, tmp_path)
+    assert resumed.calls == 5
+    assert torch.equal(resumed.w, whole.w)
