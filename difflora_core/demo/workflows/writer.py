@@ -36,6 +36,7 @@ from .people import edit_face, portrait, quickstart, several_photos, two_people
 from .runner import run_workflow
 from .styles import apply_style, few_shot_style, para_style, style_person
 from .targets import DEMO, GRID_SIDE, SDXL, Target
+from .training import refine_person, train_person
 
 FOLDER = paths.ROOT / "workflows"
 WORKFLOWS: dict[str, Callable[[Graph, Target], None]] = {
@@ -51,6 +52,8 @@ WORKFLOWS: dict[str, Callable[[Graph, Target], None]] = {
     "prompt_grid": prompt_grid,
     "library": library,
     "compress_lora": compress_lora,
+    "train_person": train_person,
+    "refine_person": refine_person,
     "teach_concept": teach_concept,
     "one_concept": one_concept,
     "two_concepts": two_concepts,
