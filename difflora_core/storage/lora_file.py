@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..errors import LoRAFileError, shown
-from ..lora.formats.change import keys_by_role, weight_change
+from ..lora.formats.change import change_width, keys_by_role
 from ..lora.formats.report import ReadResult
 from ..lora.formats.state_dict import from_state_dict, to_state_dict
 from ..lora.formats.stems import Names, Naming
@@ -137,9 +137,9 @@ def base_of(state: Mapping[str, Tensor]) -> str | None:
     """Base family of a LoRA of any family, by the width of the text that it reads; else None."""
     for stem, keys in keys_by_role(state).items():
         if re.search(r"attn2[._](?:processor[._])?to_[kv]$", stem):
-            change = weight_change({role: state[key] for role, key in _plain_roles(keys).items()})
-            if change is not None and change.ndim > 1 and change.shape[1] in _CONTEXT_WIDTHS:
-                return _CONTEXT_WIDTHS[change.shape[1]]
+            width = change_width({role: state[key] for role, key in _plain_roles(keys).items()})
+            if width in _CONTEXT_WIDTHS:
+                return _CONTEXT_WIDTHS[width]
     return None
 
 

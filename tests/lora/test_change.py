@@ -66,6 +66,19 @@ def test_half_a_layer_is_no_layer(parts):
     assert not is_whole(dict.fromkeys(parts, torch.ones(2, 2)))
 
 
+def test_a_small_file_does_not_become_gigabytes():
+    side = 1_000_000
+    state = {
+        "x.lokr_w1": torch.ones(1, 1), "x.lokr_t2": torch.ones(1, 1, 3, 3),
+        "x.lokr_w2_a": torch.ones(1, side), "x.lokr_w2_b": torch.ones(1, side),
+    }  # fmt: skip
+    with pytest.raises(LoRAFileError, match="too large for any model"):
+        with_known_names(state, {}, {"x"})
+    del state["x.lokr_w2_b"]
+    with pytest.raises(LoRAFileError, match="lacks a tensor"):
+        with_known_names(state, {}, {"x"})
+
+
 def peft(**extra):
     stem = "unet.a.to_q"
     state = {

@@ -231,7 +231,9 @@ def test_base_is_read_off_the_text_width(stem, width, base):
     plain = {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
     peft = {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
     assert base_of(plain) == base_of(peft) == base
-    assert base_of({f"{stem}.lokr_w1": torch.ones(2, 1), f"{stem}.lokr_w2": up[:, :1]}) is None
+    kron = {f"{stem}.lokr_w1": torch.ones(2, width), f"{stem}.lokr_w2": up[:, :1]}
+    assert base_of(kron) == base
+    assert base_of({f"{stem}.diff_b": torch.ones(width)}) is None
 
 
 def test_state_of_any_family_is_kept(tmp_path):

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from ...errors import LoRAFileError
+from ...limits import MATRIX_VALUES
 from .families import split_key
 
 Parts = Mapping[str, Tensor]
@@ -82,8 +84,27 @@ def weight_change(parts: Parts) -> Tensor | None:
     return _scale(parts) * change
 
 
+def change_width(parts: Parts) -> int:
+    """Inputs of the layer that a change is for, off its factors' sizes; 0 where they do not say."""
+    shapes = {role: tensor.shape for role, tensor in parts.items() if tensor.ndim >= 2}
+    for role in ("down", "diff", "hada_w1_b"):
+        if role in shapes:
+            return shapes[role][1]
+    first, second = (shapes.get(n, shapes.get(f"{n}_b", (0, 0))) for n in ("lokr_w1", "lokr_w2"))
+    return first[1] * second[1]
+
+
 def lokr_factors(parts: Parts) -> dict[str, Tensor]:
-    """``lokr_w1`` and ``lokr_w2`` of a LoKr layer, multiplied out and with alpha in the second."""
+    """``lokr_w1`` and ``lokr_w2`` of a LoKr layer, multiplied out and with alpha in the second.
+
+    Raises:
+        LoRAFileError: a tensor is missing, or a small file would become too large.
+    """
+    core, out, width = (parts.get(name) for name in ("lokr_t2", "lokr_w2_a", "lokr_w2_b"))
+    if not is_whole(parts) or core is None or core.ndim != 4 or out is None or width is None:
+        raise LoRAFileError("A LoKr layer in Tucker form lacks a tensor; the file is damaged.")
+    if out.shape[-1] * width.shape[-1] * core[0, 0].numel() > MATRIX_VALUES:
+        raise LoRAFileError("A LoKr layer is too large for any model; the file is broken.")
     fine = {role: _fine(tensor) for role, tensor in parts.items()}
     first, second = (_matrix(fine, name).contiguous() for name in ("lokr_w1", "lokr_w2"))
     return {"lokr_w1": first, "lokr_w2": _scale(parts) * second}
