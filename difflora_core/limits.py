@@ -27,6 +27,9 @@ JSON_DEPTH = 32
 INTEGER_DIGITS = 20
 """Digits of a whole number in JSON: seeds need 20."""
 
+PROMPT_BYTES = 2**24
+"""A text file of prompts. A hundred thousand long ones."""
+
 LAYERS = 4096
 """Layers of a LoRA or an adaptation. SDXL has 794 with weights."""
 

@@ -23,6 +23,8 @@ COVARIANCES = "difflora_covariance"
 """Trained words, and what they share for each pair of text encoders."""
 STYLES = "difflora_styles"
 """What was trained without a word."""
+NO_FILE = "none"
+"""A choice of no prompt file."""
 DEMO = "difflora_demo"
 """Holds the demo world; `extra_model_paths.yaml` can name another folder."""
 
@@ -163,6 +165,28 @@ def concept_file(name: str) -> str:
     return path
 
 
+def prompt_files() -> list[str]:
+    """The text files in ComfyUI's input folder, after the choice of none."""
+    found = Path(folder_paths.get_input_directory()).glob("*.txt")
+    return [NO_FILE, *sorted(path.name for path in found)]
+
+
+def prompt_file(name: str) -> Path | None:
+    """The full path of a text file in the input folder; None for none.
+
+    Raises:
+        FileNameError: it is not there; the message names the folder.
+    """
+    if name in ("", NO_FILE):
+        return None
+    folder = Path(folder_paths.get_input_directory())
+    if name not in prompt_files():  # it is from a prompt
+        raise FileNameError(
+            f"The prompt file '{shown(name)}' was not found. Put it into {folder} and press R."
+        )
+    return folder / name
+
+
 def style_files() -> list[str]:
     """The styles that ComfyUI sees, and after them those of the demo world."""
     return _with_demo(STYLES, DEMO_STYLES)
@@ -205,6 +229,11 @@ def unused_file(folder: str, name: str) -> Path:
 def run_folder(fingerprint: str) -> Path:
     """Where a training run keeps its state until it is done: it outlives a restart of ComfyUI."""
     return Path(folder_paths.get_user_directory()) / "difflora" / "training" / fingerprint
+
+
+def drawn_folder() -> Path:
+    """Where what teachers drew is kept: ComfyUI's temporary folder, gone at its next start."""
+    return Path(folder_paths.get_temp_directory()) / "difflora" / "drawn"
 
 
 def insightface_folders() -> list[Path]:
@@ -294,7 +323,7 @@ def library_state(name: str | None) -> object:
         return float("nan")
 
 
-def problem(find: Callable[[str], str], name: str | None) -> bool | str:
+def problem(find: Callable[[str], object], name: str | None) -> bool | str:
     """True when `find` finds the name, else its message; for a node's validate_inputs."""
     try:
         find(name or "")

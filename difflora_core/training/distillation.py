@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..adapters.attach import attach
 from ..adapters.base import AdapterSet
 from ..base_model.block_outputs import recorded_blocks
-from ..base_model.protocol import BaseModel, TextCondition, compute_dtype
+from ..base_model.protocol import BaseModel, TextCondition, compute_device, compute_dtype
 from ..config import Config, check_ranges
 from ..diffusion.objective import abar_at, add_noise
 from ..errors import ConfigError
@@ -285,20 +285,31 @@ def run_distillation(
     Raises:
         ConfigError: teacher and student draw the same, so there is nothing to learn.
     """
-    check_differs(objective, examples)
+    prompt, size = examples.prompts[0][0], tuple(examples.latents.shape[-2:])
+    check_differs(objective.task, prompt, (size[0], size[1]))
     return run_adaptation(objective, examples, folder, watch, stop, held_out)
 
 
 @torch.no_grad()
-def check_differs(objective: DistillationObjective, examples: ConceptExamples) -> None:
-    """Raises ConfigError when the teacher predicts of one batch what the bare student does."""
-    task = objective.task
+def check_differs(task: DistillationTask, prompt: str, size: tuple[int, int]) -> None:
+    """Refuses a teacher that predicts what the bare student does.
+
+    Args:
+        task: both.
+        prompt: of the student, asked in noise.
+        size: height and width of a latent.
+
+    Raises:
+        ConfigError: they predict the same, or something that is not finite.
+    """
     generator = torch.Generator().manual_seed(0)
-    batch = examples.draw(1, len(task.base.alphas_cumprod))(generator)
-    prompts = [str(prompt) for prompt in batch["prompts"]]  # type: ignore[attr-defined]
-    encoded = task.encode(prompts)
+    noise = torch.randn(2, 1, latent_channels(task.base), *size, generator=generator)
+    device = compute_device(task.base)
+    half = torch.tensor([len(task.base.alphas_cumprod) // 2], device=device)
+    batch = {"latents": noise[0].to(device), "noise": noise[1].to(device), "timesteps": half}
+    encoded = task.encode([prompt])
     mine, _ = _run(task.base, batch, TextCondition(encoded.context, encoded.pooled))
-    theirs, _ = _run(task.teacher.base, batch, task.taught(prompts))
+    theirs, _ = _run(task.teacher.base, batch, task.taught([prompt]))
     distance = float((mine - theirs.to(mine)).norm() / theirs.norm())
     if not math.isfinite(distance):
         raise ConfigError("What teacher or student predict is not finite; the file is damaged.")

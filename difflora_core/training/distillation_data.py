@@ -25,6 +25,8 @@ from .fingerprint import fingerprint, weights_digest
 from .loop_config import MAX_TRAINING_SEED
 from .losses import predict
 
+Drawn = Callable[[int, int, Tensor], None]
+"""Called for every new picture as (drawn, count, latent (1, C, h, w))."""
 ARROW = "=>"
 MAX_PROMPTS = 100_000
 
@@ -110,7 +112,7 @@ def distillation_examples(
     size: tuple[int, int],
     config: DistillationPictures,
     folder: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Drawn | None = None,
 ) -> ConceptExamples:
     """Latents with the student's prompts; what was drawn before is read again.
 
@@ -120,7 +122,7 @@ def distillation_examples(
         size: height and width of a latent.
         config: how.
         folder: where drawn latents are kept, picture by picture; None keeps nothing.
-        progress: told (drawn, count); it may raise InterruptedTraining.
+        progress: see `Drawn`; it may raise InterruptedTraining.
 
     Raises:
         CheckpointError: the folder cannot be written, or holds a damaged file.
@@ -146,7 +148,7 @@ def _drawn(
     shape: tuple[int, int, int],
     config: DistillationPictures,
     path: Path | None,
-    progress: Callable[[int, int], None] | None,
+    progress: Drawn | None,
 ) -> Tensor:
     """Latents (N, C, h, w) of all prompts, the first ones from the file where they are there."""
     done = _kept(path, shape)[: len(pairs)]
@@ -156,7 +158,7 @@ def _drawn(
         if path is not None:
             write_atomic({"latents": done}, {"format": "difflora-drawn-latents-1"}, path)
         if progress is not None:
-            progress(number + 1, len(pairs))
+            progress(number + 1, len(pairs), one)
     return done
 
 

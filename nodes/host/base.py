@@ -129,19 +129,24 @@ class ComfyBase:
 
     Pictures are encoded before `load` brings the UNet in, so that both need not fit at once.
 
+    Args:
+        model, vae: ComfyUI's.
+        apart: give it weights of its own, loaded once more from its file.
+
     Raises:
         ConfigError: see `check_trainable`.
     """
 
-    def __init__(self, model: Any, vae: Any) -> None:
+    def __init__(self, model: Any, vae: Any, apart: bool = False) -> None:
         check_trainable(model)
         sampling = model.get_model_object("model_sampling")
         velocity = isinstance(sampling, comfy.model_sampling.V_PREDICTION)
         self.prediction_type = "v_prediction" if velocity else "epsilon"
         self.alphas_cumprod = (1 / (sampling.sigmas.detach().float() ** 2 + 1)).clone()
-        self.patcher = model.clone(disable_dynamic=True)
+        self.patcher = _of_its_own(model) if apart else model.clone(disable_dynamic=True)
         self.vae, self.unet = vae, self.patcher.model.diffusion_model
         self.device, self.needed = self.patcher.load_device, 0.0
+        self.beside: tuple[ComfyBase, ...] = ()
         self.dtype = _training_dtype(self.patcher)
 
     def load(self, needed: float) -> None:
@@ -152,9 +157,12 @@ class ComfyBase:
         """
         self.needed = needed
         comfy.model_management.load_models_gpu(
-            [self.patcher], memory_required=needed, force_full_load=False
+            [base.patcher for base in (self, *self.beside)],
+            memory_required=needed,
+            force_full_load=False,
         )
-        leave_inference(self.unet)
+        for base in (self, *self.beside):
+            leave_inference(base.unet)
 
     def layout(
         self, base: str, rank: int, targets: tuple[str, ...] = ATTENTION_PROJECTIONS
@@ -210,3 +218,22 @@ def _training_dtype(patcher: Any) -> torch.dtype:
         dtype = torch.bfloat16
         patcher.set_model_compute_dtype(dtype)
     return dtype
+
+
+def keep_together(first: ComfyBase, second: ComfyBase) -> None:
+    """From now on either brings the other to its device too, in parts where memory is short."""
+    first.beside, second.beside = (second,), (first,)
+
+
+def _of_its_own(model: Any) -> Any:
+    """A clone of a model, patches and all, that shares no weights with it.
+
+    Raises:
+        ConfigError: its loader does not say where it came from.
+    """
+    if model.cached_patcher_init is None:
+        raise ConfigError(
+            "Teacher and student are one model with other patches, and its loader cannot load it "
+            "twice. Save one of them as a checkpoint and load that."
+        )
+    return model.clone(disable_dynamic=True, force_deepcopy=True)

@@ -1,6 +1,7 @@
 """What the training nodes of all methods share: inputs, the run with progress, the file."""
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ...difflora_core.methods.base import PreparedAdaptation
 from ...difflora_core.storage.adapter_file import write_adaptation
 from ...difflora_core.training.adaptation_run import (
     AdaptationResult,
+    Watch,
     run_adaptation,
     run_fingerprint,
 )
@@ -198,8 +200,18 @@ def train(
     Raises:
         InterruptProcessingException: ComfyUI's, when the user stopped; the best so far is kept.
     """
-    done = run(recipe, config, request, parts, memory)
-    files, clip = [], parts.clip
+    return kept(run(recipe, config, request, parts, memory), request, parts.clip)
+
+
+def kept(done: Trained, request: Any, own_clip: Any) -> tuple[list[PreparedAdaptation], Any, str]:
+    """Writes what a run left; returns and raises as `train`.
+
+    Args:
+        done: the run.
+        request: has `folder`, `file_name` and `small_file`.
+        own_clip: the CLIP that is connected.
+    """
+    files, clip = [], own_clip
     for adaptation in done.result.adaptations:
         path = model_paths.unused_file(request.folder, request.file_name)
         with torch.inference_mode(False):
@@ -212,7 +224,7 @@ def train(
         )
     report = finished(done, files)
     with torch.inference_mode(False):
-        return [prepare(one, parts.clip) for one in done.result.adaptations], clip, report
+        return [prepare(one, own_clip) for one in done.result.adaptations], clip, report
 
 
 def run(recipe: Any, config: Any, request: Any, parts: Parts, memory: str = FAST) -> Trained:
@@ -229,10 +241,15 @@ def run(recipe: Any, config: Any, request: Any, parts: Parts, memory: str = FAST
         InterruptProcessingException: the user stopped before the first step.
         ConfigError: a step does not fit into memory; the message says what would.
     """
+    return guarded(lambda: _run(recipe, config, request, parts, memory))
+
+
+def guarded(training: Callable[[], Trained]) -> Trained:
+    """What a training does inside a node; raises as `run`."""
     # ComfyUI runs nodes in inference mode, whose tensors cannot take part in training.
     with torch.inference_mode(False), torch.enable_grad():
         try:
-            return _run(recipe, config, request, parts, memory)
+            return training()
         except InterruptedTraining as early:  # before the first step there is nothing to keep
             raise comfy.model_management.InterruptProcessingException from early
 
@@ -269,26 +286,32 @@ def _run(recipe: Any, config: Any, request: Any, parts: Parts, memory: str) -> T
     objective = recipe(task, config)
     base.load(plan.needed + trained_bytes(objective))
     folder = model_paths.run_folder(run_fingerprint(objective, examples, held_out)[:24])
-    bar = comfy.utils.ProgressBar(config.steps)
+    watch = watch_on(comfy.utils.ProgressBar(config.steps))
+    with fits(plan, config):
+        result = run_adaptation(objective, examples, folder, watch, interrupted, held_out)
+    return Trained(result, remarks_of(result, config.steps, request.remarks(examples)), folder)
+
+
+def remarks_of(result: AdaptationResult, steps: int, own: Sequence[str]) -> list[str]:
+    """What a report says of a run of so many steps, with remarks of its own."""
+    best = f"best at step {result.step} of {steps}, evaluation loss {result.loss:.4f}"
+    worse = result.finished and result.step == 0
+    return [best, *own, *([NOTHING] if worse else [])]
+
+
+def watch_on(bar: Any) -> Watch:
+    """What moves a progress bar of ComfyUI and shows previews."""
 
     def watch(step: int, total: int, metrics: dict[str, float], preview: Any) -> None:
         try:
-            bar.update_absolute(step, total, ("JPEG", _picture(preview()), PREVIEW_SIZE))
+            bar.update_absolute(step, total, ("JPEG", as_picture(preview()), PREVIEW_SIZE))
         except comfy.model_management.InterruptProcessingException as stop:
             raise InterruptedTraining(f"stopped after step {step}") from stop
 
-    with fits(plan, config):
-        result = run_adaptation(objective, examples, folder, watch, _interrupted, held_out)
-    remarks = [
-        f"best at step {result.step} of {config.steps}, evaluation loss {result.loss:.4f}",
-        *request.remarks(examples),
-    ]
-    if result.finished and result.step == 0:
-        remarks.append(NOTHING)
-    return Trained(result, remarks, folder)
+    return watch
 
 
-def _interrupted() -> bool:
+def interrupted() -> bool:
     """True when the user asked ComfyUI to stop; the request is used up."""
     try:
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -297,6 +320,6 @@ def _interrupted() -> bool:
     return False
 
 
-def _picture(images: Tensor) -> Image.Image:
+def as_picture(images: Tensor) -> Image.Image:
     """The first of some images (N, H, W, 3) as a picture."""
     return Image.fromarray(np.uint8(images[0].clamp(0, 1).cpu().numpy() * 255))

@@ -332,7 +332,8 @@ def test_latents_are_what_ddim_draws_and_are_drawn_once(teacher, tmp_path):
 
 
 def test_drawing_goes_on_where_it_was_stopped(teacher, tmp_path):
-    def stop(done, count):
+    def stop(done, count, latent):
+        assert latent.shape == (1, 4, 4, 4)
         if done == 2:
             raise InterruptedTraining(f"stopped at {done} of {count}")
 
@@ -340,7 +341,7 @@ def test_drawing_goes_on_where_it_was_stopped(teacher, tmp_path):
     with pytest.raises(InterruptedTraining):
         distillation_examples(*settings, stop)
     seen = []
-    made = distillation_examples(*settings, lambda done, _: seen.append(done))
+    made = distillation_examples(*settings, lambda done, *_: seen.append(done))
     assert seen == [3, 4]
     assert torch.equal(made.latents, distillation_examples(*settings[:-1]).latents)
     (file,) = tmp_path.iterdir()

@@ -1,0 +1,178 @@
+"""Distil Checkpoint in real ComfyUI: on the demo base, in a few steps."""
+
+from importlib import import_module
+
+import pytest
+import torch
+
+from difflora_core.demo.comfyui.client import ComfyPromptError
+
+PROMPTS = "photo of a person\nphoto of a person, smiling\n# a note\ncartoon of a person, red shirt"
+WIDGETS = {
+    "prompts": PROMPTS, "prompt_file": "none", "method": "styleinject", "steps": 4, "rank": 2,
+    "pictures": 2, "width": 64, "height": 64, "batch_size": 2, "seed": 1,
+    "file_name": "taught", "source": "teacher", "sampling_steps": 2, "cfg": 2.0,
+    "output_weight": 1.0, "feature_weight": 0.1, "learning_rate": 0.01, "held_out": 34,
+    "small_file": False,
+}  # fmt: skip
+STUDENT = {"model": ["demo", 0], "clip": ["demo", 1], "vae": ["demo", 2]}
+
+
+def node(class_type, **inputs):
+    return {"class_type": class_type, "inputs": inputs}
+
+
+def graph(**changes):
+    """A teacher that is the student with a LoRA on it."""
+    inputs = {"teacher": ["lora", 0], "teacher_clip": ["demo", 1], **STUDENT, **WIDGETS, **changes}
+    return {
+        "demo": node("DiffLoRA_LoadDemo"),
+        "words": node("DiffLoRA_LoadDemo", word_by_word=True),
+        "file": node("DiffLoRA_LoadLoRAFile", lora_name="difflora_demo_old_lora.safetensors"),
+        "lora": node(
+            "LoraModelLoader", model=["demo", 0], lora=["file", 0], strength_model=2.0, bypass=False
+        ),
+        "distil": node("DiffLoRA_DistilCheckpoint", **inputs),
+        "told": node("PreviewAny", source=["distil", 1]),
+    }
+
+
+@pytest.fixture
+def styles(comfy_server):
+    return comfy_server.base_directory / "models" / "difflora_styles"
+
+
+def test_a_lora_on_the_student_is_learned_as_a_style(comfy, styles, is_shipped):
+    from difflora_core.storage.adapter_file import read_adaptation
+
+    if not is_shipped:
+        pytest.skip("needs the trained demo world")
+    told = comfy.run(graph()).outputs["told"]["text"][0]
+    made = read_adaptation(styles / "taught.safetensors")
+    assert (made.method, made.word, made.facts["pictures"]) == ("styleinject", None, 2)
+    assert made.facts["distilled_by"] == "outputs and features"
+    assert any(name.endswith("in_layers.2") for name in made.layers)  # convolutions too
+    assert "text encoders" not in told
+    with pytest.raises(ComfyPromptError, match="nothing to learn: teacher and student"):
+        comfy.run(graph(teacher=["demo", 0]))
+
+
+def test_a_teacher_that_reads_otherwise_is_compared_by_outputs(comfy, comfy_server, styles):
+    from difflora_core.storage.adapter_file import read_adaptation
+
+    (comfy_server.base_directory / "input" / "told.txt").write_text(
+        "照人 => photo of a person\n笑 => photo of a person, smiling", "utf-8"
+    )
+    told = comfy.run(
+        graph(
+            teacher=["words", 0], teacher_clip=["words", 1], prompts="", prompt_file="told.txt",
+            file_name="foreign", method="para", rank=1, steps=2, held_out=0,
+        )
+    ).outputs["told"]["text"][0]  # fmt: skip
+    made = read_adaptation(styles / "foreign.safetensors")
+    assert (made.method, made.facts["distilled_by"]) == ("para", "outputs")
+    assert "the text encoders differ, so only outputs are compared" in told
+
+
+def test_what_is_missing_is_said(comfy):
+    with pytest.raises(ComfyPromptError, match="no prompts: write some"):
+        comfy.run(graph(prompts="# nothing"))
+    with pytest.raises(ComfyPromptError, match=r"nowhere\.txt"):
+        comfy.run(graph(prompt_file="nowhere.txt"))
+
+
+@pytest.fixture
+def parts(pack):
+    """The pack's own modules, by their names."""
+    return lambda name: import_module(f".{name}", pack.__name__)
+
+
+@pytest.fixture
+def demo(parts):
+    """Makes the demo's model, its CLIP and VAE; and the model with random patches on it."""
+    (base, *_), _ = parts("nodes.model_paths").demo_paths()
+    host = parts("nodes.host.demo")
+    model = host.load_demo_unet(base, disable_dynamic=True)
+    taught, generator = model.clone(), torch.Generator().manual_seed(3)
+    for name, part in model.model.diffusion_model.named_modules():
+        if name.endswith(("to_q", "to_v")):
+            change = 0.02 * torch.randn(part.weight.shape, generator=generator)
+            taught.add_patches({f"diffusion_model.{name}.weight": ("diff", (change,))})
+    return model, taught, host.load_demo_clip(base), host.load_demo_vae(base)
+
+
+def test_an_interrupt_keeps_the_best_and_the_next_run_goes_on(demo, parts, tmp_path, monkeypatch):
+    """Stopped while the teacher draws, then while the student learns."""
+    import comfy.utils
+    import folder_paths
+    from comfy import model_management
+
+    model, taught, clip, vae = demo
+    monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path / "temp"))
+    monkeypatch.setattr(folder_paths, "user_directory", str(tmp_path / "user"))
+    folders = {"difflora_styles": ([str(tmp_path / "styles")], {".safetensors"})}
+    monkeypatch.setattr(
+        folder_paths, "folder_names_and_paths", folder_paths.folder_names_and_paths | folders
+    )
+    (tmp_path / "styles").mkdir()
+    execute = parts("nodes.distillation").DistilCheckpoint.execute
+    widgets = WIDGETS | {"pictures": 3, "steps": 60, "held_out": 0}
+    seen = []
+
+    def run(stop_at=None):
+        seen.clear()
+
+        def hook(value, total, preview, node_id=None):
+            seen.append((value, total))
+            if (value, total) == stop_at:
+                model_management.interrupt_current_processing(True)
+
+        comfy.utils.set_progress_bar_global_hook(hook)
+        try:
+            with torch.inference_mode():
+                return execute(taught, clip, model, clip, vae, **widgets).result
+        finally:
+            comfy.utils.set_progress_bar_global_hook(None)
+            model_management.interrupt_current_processing(False)
+
+    before = {k: v.clone() for k, v in model.model.state_dict().items()}
+    with pytest.raises(model_management.InterruptProcessingException):
+        run(stop_at=(2, 3))
+    assert not list((tmp_path / "styles").iterdir())
+    with pytest.raises(model_management.InterruptProcessingException):
+        run(stop_at=(50, 60))
+    assert (1, 3) not in seen  # drawn before
+    assert (3, 3) in seen
+    assert len(list((tmp_path / "styles").iterdir())) == 1
+    style, report = run()
+    assert (3, 3) not in seen
+    assert seen[0][0] > 50
+    assert "best at step" in report
+    assert style.adaptation.facts["pictures"] == 3
+    assert len(list((tmp_path / "styles").iterdir())) == 2
+    model_management.unload_all_models()
+    after = model.model.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+
+
+def test_a_teacher_that_draws_through_styles_is_refused(demo, parts):
+    adapters = parts("nodes.host.adapters")
+    methods = parts("difflora_core.methods.base")
+    model, _, clip, vae = demo
+    recipe = parts("difflora_core.training.styleinject")
+    layers = parts("difflora_core.adapters.styleinject")
+    name = "middle_block.1.transformer_blocks.0.attn1.to_q"
+    size = parts("difflora_core.lora.layout").module_size(
+        model.model.diffusion_model.get_submodule(name)
+    )
+    layer = layers.new_layer(
+        size, recipe.StyleInjectTraining().plan, True, torch.Generator().manual_seed(0)
+    )
+    made = parts("difflora_core.methods.styleinject").style_adaptation(
+        {name: layer}, layers.StyleInjectConfig(), "demo"
+    )
+    applied = methods.AppliedAdaptation(methods.PreparedAdaptation(made), made.settings)
+    styled = adapters.with_link(model, adapters.Link(applied, 0.0, 1.0, False))
+    execute = parts("nodes.distillation").DistilCheckpoint.execute
+    with pytest.raises(Exception, match="act while a sampler runs and would not be learned"):
+        execute(styled, clip, model, clip, vae, **WIDGETS)
