@@ -53,6 +53,7 @@ class LoRAToHook(io.ComfyNode):
                 ),
             ],
             outputs=[io.Hooks.Output(display_name="hooks")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -60,7 +61,11 @@ class LoRAToHook(io.ComfyNode):
         hooks = prev_hooks or comfy.hooks.HookGroup()
         state = host_lora.check_lora(lora)
         if base_model is not None:
-            state = host_lora.read_lora(state, base_model).state
+            read = host_lora.read_lora(state, base_model)
+            state = read.state
+            if read.note:
+                logger.warning(read.note)
+                models.show_text(cls, read.note)
         if strength_model != 0:
             hooks = hooks.clone_and_combine(host_lora.lora_hook(state, strength_model))
         return io.NodeOutput(hooks)

@@ -97,18 +97,18 @@ class TrainLoRA(io.ComfyNode):
         inputs = {name: value for name, value in locals().items() if name != "cls"}
         given = {name: values[0] for name, values in inputs.items() if values}  # all are lists
         check_trainable(given["model"])
-        start = _start(inputs)
+        start, note = _start(inputs)
         config = _config(given)
         request = _request(inputs, given)
         parts = Parts(given["model"], given["clip"], given["vae"], torch.empty(0), None, None)
-        recipe = partial(LoRAObjective, start=start)
-        began = time.monotonic()
+        recipe, began = partial(LoRAObjective, start=start), time.monotonic()
         done = training.run(recipe, config, request, parts, given["memory"])
         seconds = time.monotonic() - began
         weights = lora_weights(done.result.adaptations[0])
         path = _write(weights, config, request, parts)
         size = path.stat().st_size / 2**20
-        report = training.finished(done, [f"{path.name}: {size:.1f} MiB in {seconds:.0f} s"])
+        facts = [f"{path.name}: {size:.1f} MiB in {seconds:.0f} s", *filter(None, [note])]
+        report = training.finished(done, facts)
         return io.NodeOutput(to_state_dict(weights), report)
 
 
@@ -317,13 +317,13 @@ def _config(given: dict) -> LoRATraining:
 
 
 def _start(inputs: dict):
-    """The LoRA to train on, in the library's form; its text encoders' layers do not count."""
+    """The LoRA to train on, in the library's form, and a note of what it holds beside that."""
     if not inputs.get("start_lora"):
-        return None
+        return None, ""
     state, model = host_lora.check_lora(inputs["start_lora"][0]), inputs["model"][0]
-    record = host_lora.read_lora(state, model).adaptation(1.0, GroupStrengths(), model)
+    read = host_lora.read_lora(state, model)
     try:
-        return lora_weights(record)
+        return lora_weights(read.adaptation(1.0, GroupStrengths(), model)), read.note
     except LayoutError as error:
         raise LayoutError(
             f"Only a LoRA of plain factors can be trained on, not LoHa, LoKr or changed norms; "
@@ -335,6 +335,7 @@ def _request(inputs: dict, given: dict) -> PhotoRequest:
     """Photos, captions and file."""
     texts = inputs["captions"]
     lines = texts[0].split("\n") if len(texts) == 1 else [" ".join(t.split()) for t in texts]
+    captions = tuple(line.strip() for line in lines if line.strip())
     prior = None
     if inputs.get("prior_images"):
         others = _pictures(inputs["prior_images"])
@@ -342,7 +343,7 @@ def _request(inputs: dict, given: dict) -> PhotoRequest:
     return PhotoRequest(
         images=_pictures(inputs["images"]),
         masks=_pictures(inputs["masks"]) if inputs.get("masks") else None,
-        captions=tuple(line.strip() for line in lines if line.strip()),
+        captions=captions,
         trigger=given["trigger"],
         file_name=given["file_name"],
         resolution=given["resolution"] or picture_size(given["model"]),
@@ -353,6 +354,7 @@ def _request(inputs: dict, given: dict) -> PhotoRequest:
             given["face_order"], given["face_index"], on_missing=given["on_missing_face"]
         ),
         prior=prior,
+        left_out=len(lines) - len(captions) if len(texts) > 1 else 0,
     )
 
 

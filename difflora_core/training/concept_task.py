@@ -27,10 +27,8 @@ from ..text.new_words import (
     superclass_token,
     word_encoding,
 )
+from ..vision.training_pictures import EMPTY
 from .losses import NoisedBatch, under_guidance
-
-EMPTY = 1e-3
-"""A mask whose largest value is smaller marks nothing."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ class ConceptExamples:
     def __post_init__(self) -> None:
         shape = tuple(self.latents.shape)
         if len(shape) != 4 or 0 in shape:
-            raise ConfigError(f"A concept needs at least one picture; got latents {shape}.")
+            raise ConfigError(f"Training needs at least one picture; got latents {shape}.")
         if len(self.prompts) != shape[0] or not all(self.prompts):
             raise ConfigError(
                 f"{shape[0]} pictures need prompts each, got {len(self.prompts)} lists of them."
@@ -165,7 +163,7 @@ def concept_examples(
             prompts without the words.
     """
     if images.ndim != 4 or not len(images) or images.shape[-1] != 3:
-        raise ConfigError(f"A concept needs pictures (N, H, W, 3), got {tuple(images.shape)}.")
+        raise ConfigError(f"Training needs pictures (N, H, W, 3), got {tuple(images.shape)}.")
     lists = _prompts(len(images), [word.word for word in words], prompts)
     shaped = None if masks is None else _masks(masks, images)
     if flip:
@@ -204,7 +202,7 @@ def _masks(masks: Tensor, images: Tensor) -> Tensor | None:
     if empty:
         raise ConfigError(
             f"Mask {empty[0] + 1} of {len(masks)} is empty, others are not: it marks no part of "
-            "its picture. Mark what the word stands for, or fill the mask where the whole picture "
+            "its picture. Mark what is to be learned, or fill the mask where the whole picture "
             "counts; connect no masks, and all whole pictures count."
         )
     return (resized / largest[:, None, None]).expand(len(images), -1, -1)

@@ -22,6 +22,8 @@ LONGEST = 2.0
 """Longest side over the shorter one of a training picture; the rest of a strip is cut off."""
 ALREADY = 0.8
 """A square around the face that is larger than this share of a photo is the photo."""
+EMPTY = 1e-3
+"""A mask whose largest value lies below this marks nothing: what a resized black picture holds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +58,7 @@ def training_pictures(
     pictures = as_pictures(images)
     marks = masks_like(masks, pictures)
     return [
-        TrainingPicture(picture, k, mask=mask if mask is not None and bool(mask.any()) else None)
+        TrainingPicture(picture, k, mask=mask if mask is not None and mask.max() >= EMPTY else None)
         for k, (picture, mask) in enumerate(zip(pictures, marks, strict=True))
     ]
 
@@ -149,24 +151,39 @@ def bucket_size(height: int, width: int, resolution: int, step: int) -> tuple[in
 
 
 def fitted(picture: TrainingPicture, height: int, width: int) -> TrainingPicture:
-    """The middle of a picture at exactly this size, with its mask; enlarged where it is smaller."""
-    pixels = _cover(picture.image.movedim(-1, 0), height, width)
-    mask = picture.mask
-    if mask is not None:
-        mask = _cover(mask[None], height, width)[0]
-    return replace(picture, image=pixels.movedim(0, -1), mask=mask)
+    """A picture at exactly this size, with its mask; enlarged where it is smaller.
 
-
-def _cover(pixels: Tensor, height: int, width: int) -> Tensor:
-    """(C, H, W) to (C, height, width): scaled until it covers that, the overhang cut off.
-
-    The cut comes first, so that a strip thousands of pixels long is never made larger.
+    Scaled until it covers the size; the overhang is cut off, evenly, or so that most of the mask
+    stays. The cut comes first, so that a strip thousands of pixels long is never made larger.
     """
-    scale = max(height / pixels.shape[1], width / pixels.shape[2])
-    tall = min(pixels.shape[1], max(1, round(height / scale)))
-    wide = min(pixels.shape[2], max(1, round(width / scale)))
-    top, left = (pixels.shape[1] - tall) // 2, (pixels.shape[2] - wide) // 2
-    cut = pixels[:, top : top + tall, left : left + wide][None]
+    scale = max(height / picture.image.shape[0], width / picture.image.shape[1])
+    tall = min(picture.image.shape[0], max(1, round(height / scale)))
+    wide = min(picture.image.shape[1], max(1, round(width / scale)))
+    mask = picture.mask
+    if mask is None:
+        mask = picture.image.new_ones(picture.image.shape[:2])
+    top, left = _most(mask.sum(1), tall), _most(mask.sum(0), wide)
+    rows, columns = slice(top, top + tall), slice(left, left + wide)
+    pixels = _resized(picture.image[rows, columns].movedim(-1, 0), height, width).movedim(0, -1)
+    if picture.mask is None:
+        return replace(picture, image=pixels)
+    return replace(
+        picture, image=pixels, mask=_resized(mask[rows, columns][None], height, width)[0]
+    )
+
+
+def _most(weights: Tensor, length: int) -> int:
+    """Where a cut of this length through weights (n,) begins that holds the most of them; of
+    equally good cuts the one nearest to the middle."""
+    sums = F.pad(weights.double().cumsum(0), (1, 0))
+    held = sums[length:] - sums[: len(sums) - length]
+    best = (held >= held.max() * (1 - 1e-6)).nonzero().flatten()
+    return int(best[(best - (len(weights) - length) // 2).abs().argmin()])
+
+
+def _resized(pixels: Tensor, height: int, width: int) -> Tensor:
+    """(C, H, W) to (C, height, width) of about the same shape."""
+    cut = pixels[None]
     if cut.shape[2:] == (height, width):
         return cut[0]
     scaled = F.interpolate(cut, size=(height, width), mode="bicubic", antialias=True)

@@ -1,5 +1,6 @@
 """What an artist asks of a training of one person: photos, captions, class pictures."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -51,6 +52,7 @@ class PhotoRequest:
         faces: face analysis, or None to train on whole photos.
         options: which face, and what becomes of a photo without one.
         prior: class pictures, or None.
+        left_out: empty captions beside those, to be told.
     """
 
     folder: ClassVar[str] = "loras"
@@ -65,6 +67,7 @@ class PhotoRequest:
     faces: Any = None
     options: FaceOptions = field(default_factory=lambda: FaceOptions(on_missing="skip"))
     prior: ClassPictures | None = None
+    left_out: int = 0
 
     @cached_property
     def notes(self) -> list[str]:
@@ -75,7 +78,10 @@ class PhotoRequest:
     def prompts(self) -> list[str]:
         """The captions, each with the trigger word in it."""
         word = self.trigger.strip()
-        return [c if not word or word in c.split() else f"{word}, {c}" for c in self.captions]
+        if not word:
+            return list(self.captions)
+        there = re.compile(rf"(?<!\w){re.escape(word)}(?!\w)")
+        return [c if there.search(c) else f"{word}, {c}" for c in self.captions]
 
     def check(self) -> None:
         """Refuses what can be refused before a model is loaded.
@@ -141,6 +147,17 @@ class PhotoRequest:
 
     def _describe(self, photos: list[TrainingPicture]) -> None:
         """Notes on what the artist may not have meant."""
+        unmarked = [p for p in photos if p.mask is None] if self.masks is not None else []
+        if unmarked:
+            self.notes.append(
+                f"The masks of {len(unmarked)} of {len(photos)} photos mark nothing (first: photo "
+                f"{unmarked[0].number + 1}): those photos counted whole."
+            )
+        if self.left_out:
+            self.notes.append(
+                f"{self.left_out} empty captions were left out; each photo was trained with any "
+                "of the others."
+            )
         if 1 < len(self.captions) != len(photos):
             self.notes.append(
                 f"{len(self.captions)} captions for {len(photos)} photos: each photo was trained "

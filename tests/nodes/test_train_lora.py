@@ -169,6 +169,21 @@ def test_stopping_keeps_the_best_and_queueing_goes_on(comfy, comfy_server, inter
         torch.testing.assert_close(a[key], b[key], rtol=2e-2, atol=2e-3)
 
 
+@pytest.mark.parametrize(
+    ("trigger", "caption", "expected"),
+    [
+        ("ohwx", "a person", "ohwx, a person"),
+        ("ohwx", "photo of ohwx, smiling", "photo of ohwx, smiling"),
+        ("ohwx woman", "photo of ohwx woman smiling", "photo of ohwx woman smiling"),
+        ("ohw", "photo of ohwx", "ohw, photo of ohwx"),
+        ("", "a person", "a person"),
+    ],
+)
+def test_the_trigger_is_added_where_it_lacks(node_module, trigger, caption, expected):
+    request = node_module("host.photo_request").PhotoRequest
+    assert request([], None, (caption,), trigger, "file", 64).prompts == [expected]
+
+
 def test_faces_captions_and_class_pictures(comfy, face, plain):
     nodes = training(
         "mixed", ["both", 0], face_analysis=FACES, captions="photo of a person\nphoto of a woman",

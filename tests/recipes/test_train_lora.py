@@ -26,7 +26,6 @@ from difflora_core.training.lora.objective import (
     LoRAObjective,
     LoRATraining,
     check_start,
-    refinement,
 )
 from difflora_core.training.picture_buckets import BucketedExamples
 
@@ -176,6 +175,23 @@ def test_a_start_is_where_it_starts(setting, examples, batch, tmp_path, up_alone
         assert not torch.equal(made[name].up[:, :1], layer.up * 0.5)
     with pytest.raises(ConfigError, match="connect one, or train both"):
         LoRAObjective(setting, replace(config, train_down=False))
+
+
+def refinement(rank: int) -> LoRATraining:
+    """Settings of a refinement on one to a few photos: those of `difflora.refine`."""
+    config = refinement_config(rank)
+    return LoRATraining(
+        steps=config.steps,
+        batch=config.samples_per_step,
+        weighting=config.loss_weighting,
+        evaluate_every=config.steps,
+        learning_rate=config.learning_rate,
+        schedule=config.decay,
+        warmup=config.warmup,
+        rank=rank,
+        train_down=config.train_down,
+        normalise_gradient=config.normalise_gradient,
+    )
 
 
 def test_refinement_is_the_librarys_refine(base, text, setting, batch):

@@ -11,6 +11,7 @@ from difflora_core.vision.face_encoder import DetectedFace
 from difflora_core.vision.training_pictures import (
     FACE,
     WHOLE,
+    TrainingPicture,
     bucket_size,
     fitted,
     framed,
@@ -89,6 +90,22 @@ def test_the_middle_is_kept_and_nothing_is_squeezed():
     assert (len(rows.unique()), len(columns.unique())) == (10, 10)
     assert abs(float(rows.float().mean()) - 24.5) < 1
     assert abs(float(columns.float().mean()) - 24.5) < 1
+
+
+@pytest.mark.parametrize("left", [0, 100, 300, 480])
+def test_a_long_photo_is_cut_where_its_mask_is(left):
+    image, mask = torch.zeros(150, 600, 3), torch.zeros(150, 600)
+    image[:, left : left + 120], mask[40:110, left : left + 120] = 1.0, 1.0
+    made = fitted(TrainingPicture(image, 0, mask=mask), 96, 160)
+    whole = mask.sum() / 150**2 * 96**2  # nothing of the mask is lost
+    assert float(made.mask.sum()) == pytest.approx(float(whole), rel=0.02)
+    assert float(made.image[made.mask > 0.9].min()) > 0.9
+
+
+def test_masks_that_mark_nothing_are_none():
+    faint = torch.full((8, 8), 0.0005)  # what a resized black picture may hold
+    made = training_pictures(torch.zeros(2, 8, 8, 3), [faint, faint * 3])
+    assert [picture.mask is None for picture in made] == [True, False]
 
 
 def test_a_small_face_gives_a_square_inside_the_photo():

@@ -1,8 +1,8 @@
 """The LoRA recipe: low-rank factors of one person, or thing, are trained on pictures with prompts.
 
 DreamBooth (arXiv:2208.12242) on LoRA factors (arXiv:2106.09685); text encoders stay as they are. It
-starts from nothing, or from any LoRA: with the settings of `refinement` that is HyperDreamBooth's
-fast fine-tuning (arXiv:2307.06949, section 4.3) of a predicted one.
+starts from nothing, or from any LoRA: with the settings of `difflora.refine` that is
+HyperDreamBooth's fast fine-tuning (arXiv:2307.06949, section 4.3) of a predicted one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from ...methods.lora import LoRA, lora_adaptation
 from ...text.encoders import EncodedPrompts
 from ..adaptation_run import AdaptationTraining, masked_loss
 from ..concept_task import PictureTask
-from ..difflora.refine import refinement_config
 from ..loop_config import LoopConfig, Schedule
 from .dreambooth_start import mixed_generator
 
@@ -84,23 +83,6 @@ class LoRATraining(AdaptationTraining):
         """The run."""
         course = self.course(self.learning_rate)
         return replace(course, schedule=self.schedule, warmup=self.warmup, betas=(0.9, 0.99))
-
-
-def refinement(rank: int) -> LoRATraining:
-    """Settings of a refinement on one to a few photos: those of `difflora.refine`."""
-    config = refinement_config(rank)
-    return LoRATraining(
-        steps=config.steps,
-        batch=config.samples_per_step,
-        weighting=config.loss_weighting,
-        evaluate_every=config.steps,
-        learning_rate=config.learning_rate,
-        schedule=config.decay,
-        warmup=config.warmup,
-        rank=rank,
-        train_down=config.train_down,
-        normalise_gradient=config.normalise_gradient,
-    )
 
 
 class LoRAObjective(nn.Module):
