@@ -147,7 +147,7 @@ class IdentityModel(nn.Module):
             )
         if latent.space not in ("", self.latent_space):
             raise LayoutError(
-                "This LoRA latent was made by another DiffLoRA model, where the same numbers are "
+                "This LoRA latent was made by another identity model, where the same numbers are "
                 "another person; use the model that made it."
             )
 

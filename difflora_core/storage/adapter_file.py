@@ -32,7 +32,7 @@ from .safetensors_io import Header, open_tensors, write_atomic
 FORMAT = "difflora-concept"  # named after what it held first
 VERSIONS = (1, 2)
 METADATA_KEY = "difflora_concept"
-KIND = "concept file"
+KIND = "concept or style file"
 SUFFIX = ".attn2.to_v"  # of every layer in version 1, left out there
 VECTOR = "values"  # the only tensor of a layer in version 1
 MAX_VALUES = 2**28
@@ -72,7 +72,7 @@ def write_adaptation(
     """
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise CheckpointError(f"A concept file must end in .safetensors, got {path.name}.")
+        raise CheckpointError(f"A concept or style file must end in .safetensors, got {path.name}.")
     try:
         method(adaptation.method).check(adaptation)
     except (LayoutError, ConfigError) as refusal:
@@ -101,7 +101,7 @@ def write_adaptation(
         )
     text = json.dumps(_description(adaptation, table, scales), separators=(",", ":"))
     kinds = {name: (KINDS[t.dtype], tuple(t.shape)) for name, t in stored.items()}
-    _described(path, Header(kinds, {METADATA_KEY: text}))  # what is written can be read
+    _checked(path, Header(kinds, {METADATA_KEY: text}))  # what is written can be read
     write_atomic({k: t.contiguous() for k, t in stored.items()}, {METADATA_KEY: text}, path)
     return Written(path, path.stat().st_size, math.sqrt(error / max(exact, 1e-30)))
 
@@ -118,7 +118,7 @@ def read_adaptation(path: str | Path) -> TrainedAdaptation:
     """
     path = Path(path)
     with open_tensors(path, KIND) as file:
-        document, table = _described(path, file.header)
+        document, table = _checked(path, file.header)
         tensors = file.read_all()
     try:
         return _adaptation(document, table, tensors)
@@ -126,7 +126,7 @@ def read_adaptation(path: str | Path) -> TrainedAdaptation:
         raise CheckpointError(f"{path.name}: {error}") from error
 
 
-def _described(path: Path, header: Header) -> tuple[dict[str, Any], Table]:
+def _checked(path: Path, header: Header) -> tuple[dict[str, Any], Table]:
     """Description and table of a file, both checked against its tensors."""
     document = _document(path, header)
     table = _table(path, document)
@@ -272,7 +272,7 @@ def _document(path: Path, header: Header) -> dict[str, Any]:
     """The description in the metadata, every field checked."""
     text = header.metadata.get(METADATA_KEY)
     if text is None:
-        raise CheckpointError(f"{path.name} is a .safetensors file, but it holds no concept.")
+        raise CheckpointError(f"{path.name} is a .safetensors file, but holds no concept or style.")
     what = f"{path.name}: its description"
     document: dict[str, Any] = parse_json(text, what, CheckpointError)
     try:
@@ -340,7 +340,9 @@ def _check_tensors(path: Path, header: Header, document: Mapping[str, Any], tabl
     """Compare names, kinds and shapes with the description before anything is read."""
     found = dict(header.tensors)
     if len(found) > 4 * MAX_TENSORS:  # names, their scales, and what is shared
-        raise CheckpointError(f"{path.name} holds {len(found)} tensors, more than any concept.")
+        raise CheckpointError(
+            f"{path.name} holds {len(found)} tensors, more than any concept or style."
+        )
     packed = _names(table)
     count = _encoders(found)
     expected = {*packed, *_shared_names(found, table)}
@@ -350,7 +352,7 @@ def _check_tensors(path: Path, header: Header, document: Mapping[str, Any], tabl
     if set(found) != expected or (document["word"] and not 0 < count <= MAX_ENCODERS):
         wrong = sorted(set(found) ^ expected)[:3]
         raise CheckpointError(
-            f"{path.name} does not hold the parts of a concept: {described(wrong)}."
+            f"{path.name} does not hold the parts of a concept or style: {described(wrong)}."
         )
     fits = True
     for name, (kind, shape) in found.items():

@@ -47,7 +47,7 @@ def read_covariance(path: str | Path) -> Covariance:
     """
     path = Path(path)
     with open_tensors(path, KIND) as file:
-        tokens, ridge = _described(path, file.header)
+        tokens, ridge = _checked(path, file.header)
         tensors = file.read_all()
     try:
         return Covariance(tensors["matrix"], tokens, ridge, tensors["probe"])
@@ -55,7 +55,7 @@ def read_covariance(path: str | Path) -> Covariance:
         raise CheckpointError(f"{path.name}: {error}") from error
 
 
-def _described(path: Path, header: Header) -> tuple[int, float]:
+def _checked(path: Path, header: Header) -> tuple[int, float]:
     """Tokens and ridge of the description; the tensors' sizes are checked too."""
     shapes = {name: shape for name, (kind, shape) in header.tensors.items() if kind == "F32"}
     if set(shapes) != {"matrix", "probe"} or len(header.tensors) != 2:

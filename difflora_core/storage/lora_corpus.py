@@ -132,7 +132,7 @@ def load_corpus(path: Path) -> LoRACorpus:
 def _load(path: Path) -> LoRACorpus:
     """The corpus of a file; the message of an error says nothing of the file yet."""
     with open_tensors(path, KIND) as file:
-        layout = _described(file.header)
+        layout = _checked(file.header)
         tensors, facts = file.read_all(), file.header.metadata
     identities = tuple(tensors["identities"].tolist())
     if min(identities, default=0) < 0:
@@ -151,7 +151,7 @@ def _load(path: Path) -> LoRACorpus:
     return LoRACorpus(layout, identities, LoRAWeights(layers), source)
 
 
-def _described(header: Header) -> LoRALayout:
+def _checked(header: Header) -> LoRALayout:
     """The layout of a corpus, after a check of its tensors against it."""
     if header.metadata.get("format") != FORMAT:
         raise CheckpointError(f"it is not a LoRA corpus of format {FORMAT}.")

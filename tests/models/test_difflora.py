@@ -104,7 +104,7 @@ def test_latent_of_another_model_of_this_layout_is_refused(model, person) -> Non
     model.fit_latent_statistics(torch.randn(20, 3, 4))
     assert model.latent_space != own
     for use in (model.decode, lambda x: model.sample_latent(None, [1], initial=x)):
-        with pytest.raises(LayoutError, match="another DiffLoRA model"):
+        with pytest.raises(LayoutError, match="another identity model"):
             use(latent)
     model.decode(replace(latent, space=""))  # from before the digest: taken on trust
 

@@ -218,7 +218,7 @@ def test_what_it_cannot_do_it_says(model):
 def test_latents_of_others_are_refused(model, write_hyperlora, tmp_path):
     latent = person(model)
     other = load_hyperlora(write_hyperlora(tmp_path, seed=1))
-    with pytest.raises(LayoutError, match="another DiffLoRA model"):
+    with pytest.raises(LayoutError, match="another identity model"):
         other.decode(latent)
     with pytest.raises(LayoutError, match="this model decodes"):
         model.decode(LoRALatent(torch.zeros(1, 3, 4), model.layout.hash))

@@ -243,24 +243,27 @@ def test_latents_of_two_models_do_not_mix(comfy, comfy_server, random_difflora, 
     )
     refused(comfy, nodes, "blend", "different DiffLoRA models")
     nodes["lora"] = decode("c")
-    refused(comfy, nodes, "lora", "another DiffLoRA model")
+    refused(comfy, nodes, "lora", "another identity model")
     nodes["lora"] = decode("blend")
     ends = {"identity_a": ["a", 0], "identity_b": ["c", 0]}
     three = {"identity": ["a", 0], "plus": ["b", 0], "minus": ["c", 0]}
     own = {"difflora_model": DIFFLORA, "identity": ["c", 0]}
     vary = {"strength": 0.3, "seed": 1, "count": 1, "steps": 2}
     users = {
-        "DiffLoRA_InterpolateIdentities": ({**ends, "steps": 3, "method": "slerp"}, "different"),
-        "DiffLoRA_AddDifference": ({**three, "amount": 1.0}, "different"),
-        "DiffLoRA_VaryIdentity": ({**own, **vary}, "another"),
+        "DiffLoRA_InterpolateIdentities": (
+            {**ends, "steps": 3, "method": "slerp"},
+            "different DiffLoRA models",
+        ),
+        "DiffLoRA_AddDifference": ({**three, "amount": 1.0}, "different DiffLoRA models"),
+        "DiffLoRA_VaryIdentity": ({**own, **vary}, "another identity model"),
     }
     for kind, (inputs, complaint) in users.items():
         nodes["blend"] = node(kind, **inputs)
-        refused(comfy, nodes, "blend", f"{complaint} DiffLoRA model")
+        refused(comfy, nodes, "blend", complaint)
     keep = {"library": "strangers", "name": "Mallory", "same_name": "number"}
     nodes = {key: nodes[key] for key in ("demo", "stranger", "c")}
     nodes["keep"] = node("DiffLoRA_AddToLibrary", **own, **keep)
-    refused(comfy, nodes, "keep", "another DiffLoRA model")
+    refused(comfy, nodes, "keep", "another identity model")
     assert not (models / "difflora_library" / "strangers.safetensors").exists()
 
 

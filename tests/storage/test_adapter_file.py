@@ -196,13 +196,13 @@ def test_hostile_concepts(tmp_path, name):
 
 def test_files_that_are_something_else(tmp_path):
     path = tmp_path / "one.safetensors"
-    with pytest.raises(CheckpointError, match="no concept file"):
+    with pytest.raises(CheckpointError, match="no concept or style file"):
         read_adaptation(path)
     path.write_bytes(b"\x80\x04\x95" + b"x" * 100)
     with pytest.raises(CheckpointError, match="pickle"):
         read_adaptation(path)
     save_file({"a": torch.zeros(3)}, path)
-    with pytest.raises(CheckpointError, match="holds no concept"):
+    with pytest.raises(CheckpointError, match="holds no concept or style"):
         read_adaptation(path)
     with pytest.raises(CheckpointError, match="holds no covariance"):
         read_covariance(path)
@@ -374,6 +374,6 @@ def test_thousands_of_tensors_are_refused_at_once(tmp_path, kind):
     path = tmp_path / "many.safetensors"
     write_atomic(tensors, {"difflora_concept": json.dumps(document)}, path)
     began = time.process_time()
-    with pytest.raises(CheckpointError, match=r"makes no sense|more than any concept"):
+    with pytest.raises(CheckpointError, match=r"makes no sense|more than any concept or style"):
         read_adaptation(path)
     assert time.process_time() - began < 3
