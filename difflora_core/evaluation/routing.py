@@ -8,6 +8,7 @@ eight more packages to install for one picture.
 from __future__ import annotations
 
 import colorsys
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +21,8 @@ from ..errors import ConfigError
 
 PANEL, GAP, LEFT, LINE, FONT_SIZE = (84, 44), 6, 132, 20, 12
 """Pixels: (width, height) of a panel, between panels, for names at the left, a line of text."""
+LEGEND_WIDTH, LEGEND_LEAST = 76, 8
+"""Pixels of an entry of the legend, and how many entries a line of it holds at least."""
 LARGEST_SIDE = 4096
 BLOCKS = ("input_blocks", "middle_block", "output_blocks")
 
@@ -100,21 +103,25 @@ def routing_picture(shares: Mapping[str, Tensor]) -> Tensor:
     columns = sorted({block for block, _ in panels}, key=_block_order)
     rows = sorted({kind for _, kind in panels})
     colours = _colours(max(table.shape[1] for table in shares.values()))
-    width = LEFT + len(columns) * (PANEL[0] + GAP)
-    height = 2 * LINE + len(rows) * (PANEL[1] + GAP) + LINE
+    panels_width = len(columns) * (PANEL[0] + GAP)
+    across = min(len(colours), max(LEGEND_LEAST, panels_width // LEGEND_WIDTH))
+    head = LINE * (1 + math.ceil(len(colours) / across))  # the legend, and the names of columns
+    width = LEFT + max(panels_width, across * LEGEND_WIDTH)
+    height = head + len(rows) * (PANEL[1] + GAP) + LINE
     if max(width, height) > LARGEST_SIDE:
         raise ConfigError(
             f"A picture of {width} x {height} pixels is too large. Apply fewer styles."
         )
-    sheet = Image.new("RGB", (max(width, LEFT + 76 * len(colours)), height), "white")
+    sheet = Image.new("RGB", (width, height), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT_SIZE)
     for k, colour in enumerate(colours):
-        pen.rectangle((LEFT + 76 * k, 4, LEFT + 76 * k + 10, 14), fill=colour)
-        pen.text((LEFT + 76 * k + 14, 2), f"style {k + 1}", fill="black", font=font)
+        left, top = LEFT + k % across * LEGEND_WIDTH, k // across * LINE
+        pen.rectangle((left, top + 4, left + 10, top + 14), fill=colour)
+        pen.text((left + 14, top + 2), f"style {k + 1}", fill="black", font=font)
     for x, block in enumerate(columns):
-        pen.text((LEFT + x * (PANEL[0] + GAP), LINE + 2), block, fill="black", font=font)
+        pen.text((LEFT + x * (PANEL[0] + GAP), head - LINE + 2), block, fill="black", font=font)
     for y, kind in enumerate(rows):
-        top = 2 * LINE + y * (PANEL[1] + GAP)
+        top = head + y * (PANEL[1] + GAP)
         pen.text((4, top + PANEL[1] // 2 - 8), kind, fill="black", font=font)
         for x, block in enumerate(columns):
             if (block, kind) in panels:

@@ -7,6 +7,7 @@ import torch
 from difflora_core.errors import ConfigError
 from difflora_core.evaluation.routing import (
     GAP,
+    LARGEST_SIDE,
     LEFT,
     LINE,
     PANEL,
@@ -58,6 +59,28 @@ def test_the_heights_of_the_colours_are_the_shares():
             assert np.allclose(found, sorted(wanted.tolist()), atol=1.01 / PANEL[1])
         blank = picture[top : top + PANEL[1], LEFT + (1 - k) * (PANEL[0] + GAP) :][:, : PANEL[0]]
         assert (blank == 255).all()
+
+
+def test_the_legend_of_many_styles_is_wrapped():
+    table = RoutingTable()
+    table.add("middle_block.1.attn1.to_q", 1.0, torch.eye(64)[:1])  # its panel has one colour
+    picture = (routing_picture(table.shares()) * 255).round().byte().numpy()
+    assert picture.shape[1] <= 1000
+    marks = picture[5:14, LEFT + 5 :: 76], picture[7 * LINE + 5 : 7 * LINE + 14, LEFT + 5 :: 76]
+    for line in marks:  # the first and the last of eight lines hold eight marks each
+        assert [len(np.unique(mark, axis=0)) for mark in line.swapaxes(0, 1)] == [1] * 8
+        assert len(np.unique(line[0], axis=0)) == 8
+    assert (picture[LINE * 9 : LINE * 9 + PANEL[1], LEFT : LEFT + PANEL[0]] == marks[0][0, 0]).all()
+
+
+def test_a_picture_beyond_the_promised_size_is_refused():
+    table, fitting = RoutingTable(), (LARGEST_SIDE - LEFT) // (PANEL[0] + GAP)
+    for block in range(fitting):
+        table.add(f"input_blocks.{block}.attn1.to_q", 1.0, torch.ones(1, 64) / 64)
+    assert max(routing_picture(table.shares()).shape) <= LARGEST_SIDE
+    table.add(f"input_blocks.{fitting}.attn1.to_q", 1.0, torch.ones(1, 64) / 64)
+    with pytest.raises(ConfigError, match="too large"):
+        routing_picture(table.shares())
 
 
 def test_the_report_says_shares_and_where_it_decides():
