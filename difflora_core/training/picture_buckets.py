@@ -1,8 +1,9 @@
 """Training pictures of several shapes and framings: every batch is of one of these groups.
 
 Class pictures for prior preservation (arXiv:2208.12242, Eq. 2) are one more group. There a step
-holds pictures of both kinds; here it holds one kind, as often as its weight says (ours), which has
-the same mean and costs no time.
+holds pictures of both kinds, with the loss L + w L'; here it holds one kind, as often as its weight
+says (ours), which costs no time. The mean is (L + w L') / (1 + w): the same direction at another
+scale.
 """
 
 from __future__ import annotations
