@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..difflora_core.training.distillation import DistillationLoss
 from ..difflora_core.training.distillation_data import DistillationPictures
 from ..difflora_core.training.loop_config import MAX_TRAINING_SEED
-from ..difflora_core.training.recipes import distillation_recipes
+from ..difflora_core.training.recipes import default_distillation, distillation_recipes
 from . import model_paths, sockets
 from .host.distillation import DistillationParts, DistillationRequest, distil
 
@@ -149,7 +149,7 @@ def _subject() -> list[io.Input]:
         io.Combo.Input(
             "method",
             options=list(RECIPES),
-            default=list(RECIPES)[-1],
+            default=default_distillation(),
             tooltip="What the style is made of; each has a training node of its own.",
         ),
         io.Int.Input("steps", default=2000, min=1, max=100_000, tooltip="At most."),

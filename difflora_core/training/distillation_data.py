@@ -133,12 +133,9 @@ def distillation_examples(
         seeds = range(config.seed, config.seed + config.count)
         latents = initial_noise(seeded_generators(seeds), shape)
     else:
-        path = (
-            None
-            if folder is None
-            else folder / f"{_digest(teacher, pairs, size, config)}.safetensors"
-        )
-        latents = _drawn(teacher, pairs, shape, config, path, progress)
+        if folder is not None:
+            folder = folder / _digest(teacher, prompts, size, config)
+        latents = _drawn(teacher, pairs, shape, config, folder, progress)
     return ConceptExamples(latents, [[pair.student] for pair in pairs])
 
 
@@ -147,29 +144,32 @@ def _drawn(
     pairs: Sequence[PromptPair],
     shape: tuple[int, int, int],
     config: DistillationPictures,
-    path: Path | None,
+    folder: Path | None,
     progress: Drawn | None,
 ) -> Tensor:
-    """Latents (N, C, h, w) of all prompts, the first ones from the file where they are there."""
-    done = _kept(path, shape)[: len(pairs)]
-    for number in range(len(done), len(pairs)):
-        one = _draw(teacher, pairs[number].teacher, shape, config, config.seed + number)
-        done = torch.cat([done, one.cpu()])
-        if path is not None:
-            write_atomic({"latents": done}, {"format": "difflora-drawn-latents-1"}, path)
-        if progress is not None:
-            progress(number + 1, len(pairs), one)
-    return done
+    """Latents (N, C, h, w) of all prompts, each from its file where it is there."""
+    latents = []
+    for number, pair in enumerate(pairs):
+        path = folder / f"{number:06}.safetensors" if folder is not None else None
+        one = _kept(path, shape)
+        if one is None:
+            one = _draw(teacher, pair.teacher, shape, config, config.seed + number).cpu()
+            if path is not None:
+                write_atomic({"latents": one}, {"format": "difflora-drawn-latents-1"}, path)
+            if progress is not None:
+                progress(number + 1, len(pairs), one)
+        latents.append(one)
+    return torch.cat(latents)
 
 
-def _kept(path: Path | None, shape: tuple[int, int, int]) -> Tensor:
-    """Latents that a stopped run has left."""
+def _kept(path: Path | None, shape: tuple[int, int, int]) -> Tensor | None:
+    """The latent (1, C, h, w) that an earlier run has drawn, None where there is none."""
     if path is None or not path.exists():
-        return torch.zeros(0, *shape)
-    latents = read_file(path, "file of drawn latents")[0].get("latents")
-    if latents is None or latents.shape[1:] != shape:
-        raise CheckpointError(f"{path} is damaged; delete it to draw the pictures anew.")
-    return latents
+        return None
+    latent = read_file(path, "file of a drawn latent")[0].get("latents")
+    if latent is None or latent.shape != (1, *shape):
+        raise CheckpointError(f"{path} is damaged; delete it to draw the picture anew.")
+    return latent
 
 
 @torch.no_grad()
@@ -210,10 +210,11 @@ def _scheduler(base: BaseModel) -> object:
 
 def _digest(
     teacher: PictureTask,
-    pairs: Sequence[PromptPair],
+    prompts: Sequence[PromptPair],
     size: tuple[int, int],
     config: DistillationPictures,
 ) -> str:
-    """Name of the file of what this teacher draws."""
-    told = [pair.teacher for pair in pairs]
-    return fingerprint(weights_digest(teacher.base.unet), teacher.facts, told, size, config)[:24]
+    """Name of the folder of what this teacher draws; how many pictures does not matter."""
+    told = [pair.teacher for pair in prompts]
+    how = (config.steps, config.guidance, config.seed)
+    return fingerprint(weights_digest(teacher.base.unet), teacher.facts, told, size, how)[:24]

@@ -19,3 +19,12 @@ def distillation_recipes() -> dict[str, Any]:
         if hasattr(getattr(recipe, "Config", None), "for_distillation"):
             found[name] = recipe
     return found
+
+
+def default_distillation() -> str:
+    """The recipe whose `Config` says `default_for_distillation`, wherever it is registered."""
+    return next(
+        name
+        for name, recipe in distillation_recipes().items()
+        if getattr(recipe.Config, "default_for_distillation", False)
+    )

@@ -41,6 +41,8 @@ class StyleInjectTraining(AdaptationTraining):
     the plain loss. The rest: see `AdaptationTraining`.
     """
 
+    default_for_distillation: ClassVar[bool] = True
+
     steps: int = 2000
     evaluate_every: int = 50
     learning_rate: float = 1e-4

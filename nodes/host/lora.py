@@ -124,8 +124,7 @@ class FittingLoRA:
             if factor == 0 or strength == 0:
                 continue
             own = {key: patch for key, patch in self.patches.items() if factors[key] == factor}
-            replaced = [key for key, patch in own.items() if isinstance(patch, tuple)
-                        and patch[0] == "set"]  # fmt: skip
+            replaced = [key for key, patch in own.items() if _replaces(patch)]
             if replaced and factor != 1:
                 raise LoRAFileError(
                     f"This LoRA replaces whole weights (for example {layer_of(replaced[0])}): it "
@@ -172,14 +171,20 @@ class FittingLoRA:
             record = _record(own, linear=len(module_size(modules.get(layer))) == 2)
             if record:
                 records[layer] = record
-        return TrainedAdaptation(LoRA.name, "another base model", LoRASettings(), {}, records) \
-            if records else None  # fmt: skip
+        if not records:
+            return None
+        return TrainedAdaptation(LoRA.name, "another base model", LoRASettings(), {}, records)
 
     def _factor(self, strength: float, groups: GroupStrengths) -> Callable[[str], float]:
         """Factor of a stem: its layer's; of what is no layer of the model the strength alone."""
         return lambda stem: (
             strength * (groups.of(self.layers[stem]) if stem in self.layers else 1.0)
         )
+
+
+def _replaces(patch: object) -> bool:
+    """Whether a patch of ComfyUI's sets a weight rather than changes it."""
+    return isinstance(patch, tuple) and patch[0] == "set"
 
 
 def _record(parts: dict[str, Tensor], linear: bool) -> dict[str, Tensor]:

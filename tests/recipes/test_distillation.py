@@ -1,6 +1,6 @@
 """Distillation on tiny bases: the losses, the run, and what does not fit."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -9,11 +9,10 @@ from torch import nn
 
 from difflora_core.base_model.block_outputs import recorded_blocks, unet_blocks
 from difflora_core.base_model.diffusers_base import DiffusersBase, time_ids
-from difflora_core.errors import CheckpointError, ConfigError, InterruptedTraining
-from difflora_core.methods.para import PaRa
-from difflora_core.methods.styleinject import StyleInject
+from difflora_core.errors import ConfigError
+from difflora_core.methods.registry import METHODS
 from difflora_core.models.layers import DrawnFrom
-from difflora_core.training.adaptation_run import run_fingerprint
+from difflora_core.training.adaptation_run import AdaptationTraining, run_fingerprint
 from difflora_core.training.concept_task import PictureTask
 from difflora_core.training.distillation import (
     OTHER_LAYERS,
@@ -28,15 +27,40 @@ from difflora_core.training.distillation_data import (
     DistillationPictures,
     PromptPair,
     distillation_examples,
-    held_out_prompts,
     read_prompts,
 )
 from difflora_core.training.para import PaRaObjective, PaRaTraining
 from difflora_core.training.processes import split
+from difflora_core.training.recipes import distillation_recipes
 from difflora_core.training.styleinject import StyleInjectObjective, StyleInjectTraining
 
 PAIRS = [PromptPair(p, p) for p in ("photo of a hat", "the red hat", "a blue cup", "a cat")]
 QUICK = DistillationPictures(count=8, steps=3, guidance=2.0)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A recipe and its settings on the small network; `left`: most of the loss after training."""
+
+    recipe: type[nn.Module]
+    config: AdaptationTraining
+    left: float
+
+
+COURSE = {"steps": 40, "batch": 2}
+EXAMPLES = {
+    "styleinject": Example(
+        StyleInjectObjective,
+        StyleInjectTraining.for_distillation(rank=2, learning_rate=0.02, **COURSE),
+        left=0.9,
+    ),
+    "para": Example(
+        PaRaObjective,
+        replace(PaRaTraining.for_distillation(rank=1, learning_rate=0.05, **COURSE), bound=0.5),
+        left=0.999,
+    ),
+}
+"""One for each method that can be distilled."""
 
 
 def changed(base, seed=5, amount=0.15):
@@ -71,8 +95,8 @@ def task(student, teacher):
 
 def styleinject(task, **changes):
     """StyleInject on all layers, to be distilled."""
-    config = StyleInjectTraining.for_distillation(rank=2, learning_rate=0.02, steps=40, batch=2)
-    return DistillationObjective(StyleInjectObjective(task, replace(config, **changes)))
+    example = EXAMPLES["styleinject"]
+    return DistillationObjective(example.recipe(task, replace(example.config, **changes)))
 
 
 def examples(teacher, pairs=PAIRS, **changes):
@@ -161,14 +185,10 @@ def test_a_larger_feature_of_one_block_counts_no_more_than_a_small_one():
     assert float(feature_loss(wanted, wanted)) == 0
 
 
-@pytest.mark.parametrize("method", ["styleinject", "para"])
+@pytest.mark.parametrize("method", distillation_recipes())
 def test_every_style_learns_from_the_teacher(task, teacher, tmp_path, method):
-    if method == "para":
-        config = PaRaTraining.for_distillation(rank=1, learning_rate=0.05, steps=40, batch=2)
-        recipe, kind, config = PaRaObjective, PaRa, replace(config, bound=0.5)
-        objective = DistillationObjective(recipe(task, config))
-    else:
-        objective, kind = styleinject(task), StyleInject
+    example = EXAMPLES[method]
+    objective = DistillationObjective(example.recipe(task, example.config))
     trained, apart = (
         examples(teacher, PAIRS[:3]),
         examples(teacher, PAIRS[3:], count=2, seed=50),
@@ -178,7 +198,7 @@ def test_every_style_learns_from_the_teacher(task, teacher, tmp_path, method):
         objective, trained, tmp_path, lambda *seen: looks.append(seen), held_out=apart
     )
     (style,) = result.adaptations
-    kind.check(style)
+    METHODS[method].check(style)
     assert (style.method, style.base, style.word) == (method, "tiny", None)
     assert style.facts["distilled_by"] == "outputs and features"
     assert result.finished
@@ -190,7 +210,7 @@ def test_every_style_learns_from_the_teacher(task, teacher, tmp_path, method):
         fresh = type(objective)(type(objective.style)(task, objective.config))
         before = sum(float(fresh(batch)[0]) for batch in batches) / 6
     assert result.loss == pytest.approx(after, rel=1e-5)  # on prompts that it was not trained on
-    assert after < (0.9 if method == "styleinject" else 0.999) * before
+    assert after < example.left * before
 
 
 def test_a_stopped_run_goes_on_to_the_same_numbers(task, teacher, tmp_path):
@@ -297,90 +317,6 @@ def test_another_teacher_or_loss_is_another_run(student, teacher, base, text):
         )
     }
     assert len(prints) == 4
-
-
-def test_latents_are_what_ddim_draws_and_are_drawn_once(teacher, tmp_path):
-    """Against diffusers' own loop, one picture by one."""
-    data = distillation_examples(teacher, PAIRS[:2], (4, 4), replace(QUICK, count=3), tmp_path)
-    assert data.prompts == [[PAIRS[0].student], [PAIRS[1].student], [PAIRS[0].student]]
-    scheduler = DDIMScheduler.from_config(
-        teacher.base.scheduler.config,
-        timestep_spacing="trailing",
-        set_alpha_to_one=False,
-        clip_sample=False,
-    )
-    for number, prompt in enumerate((PAIRS[0], PAIRS[1], PAIRS[0])):
-        z = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(number))
-        both = teacher.text.encode(["", prompt.teacher], {})
-        scheduler.set_timesteps(3)
-        for step in scheduler.timesteps:
-            added = {"text_embeds": both.pooled, "time_ids": time_ids(z.expand(2, -1, -1, -1))}
-            with torch.no_grad():
-                null, made = teacher.base.unet(
-                    z.expand(2, -1, -1, -1), step, both.context, added_cond_kwargs=added
-                ).sample.chunk(2)
-            z = scheduler.step(null + 2.0 * (made - null), step, z).prev_sample
-        torch.testing.assert_close(data.latents[number], z[0], rtol=1e-3, atol=1e-4)
-
-    def forbidden(*_):
-        raise AssertionError("drawn again")
-
-    again = distillation_examples(
-        teacher, PAIRS[:2], (4, 4), replace(QUICK, count=3), tmp_path, forbidden
-    )
-    assert torch.equal(again.latents, data.latents)
-
-
-def test_drawing_goes_on_where_it_was_stopped(teacher, tmp_path):
-    def stop(done, count, latent):
-        assert latent.shape == (1, 4, 4, 4)
-        if done == 2:
-            raise InterruptedTraining(f"stopped at {done} of {count}")
-
-    settings = (teacher, PAIRS, (4, 4), replace(QUICK, count=4), tmp_path)
-    with pytest.raises(InterruptedTraining):
-        distillation_examples(*settings, stop)
-    seen = []
-    made = distillation_examples(*settings, lambda done, *_: seen.append(done))
-    assert seen == [3, 4]
-    assert torch.equal(made.latents, distillation_examples(*settings[:-1]).latents)
-    (file,) = tmp_path.iterdir()
-    file.write_bytes(b"no file of ours")
-    with pytest.raises(CheckpointError):
-        distillation_examples(*settings)
-
-
-def test_noise_in_place_of_pictures(teacher):
-    data = examples(teacher, source="noise", count=64)
-    assert float(data.latents.std()) == pytest.approx(1, abs=0.05)
-
-
-def test_prompts_are_read_line_by_line():
-    text = "\ufeff# styles\n a hat \n\n红帽 => a red hat\na hat\nb=>c\r\n"
-    assert read_prompts(text) == [
-        PromptPair("a hat", "a hat"), PromptPair("红帽", "a red hat"), PromptPair("b", "c"),
-    ]  # fmt: skip
-    for bad, match in (
-        ("", "no prompts"),
-        ("\n # only this\n", "no prompts"),
-        ("a hat\n => b", "Line 2"),
-        ("a =>", "Line 1"),
-    ):
-        with pytest.raises(ConfigError, match=match):
-            read_prompts(bad)
-    with pytest.raises(ConfigError, match="at most 100000"):
-        read_prompts("\n".join(map(str, range(100_001))))
-
-
-def test_held_out_prompts_are_evenly_apart_and_never_all():
-    pairs = [PromptPair(str(k), str(k)) for k in range(20)]
-    trained, apart = held_out_prompts(pairs, 10)
-    assert [pair.student for pair in apart] == ["0", "10"]
-    assert [pair for pair in pairs if pair not in apart] == trained
-    assert held_out_prompts(pairs[:1], 50) == (pairs[:1], [])
-    assert held_out_prompts(pairs, 0) == (pairs, [])
-    two = held_out_prompts(pairs[:2], 1)
-    assert (len(two[0]), len(two[1])) == (1, 1)
 
 
 def test_blocks_of_ldm_are_heard_though_they_are_never_called():
