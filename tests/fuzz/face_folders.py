@@ -10,8 +10,8 @@ from onnx import TensorProto, helper
 
 from difflora_core.vision.face_folder import FaceFolder, find_face_folder
 
+from .byte_edits import BYTE_EDITS
 from .reader import JSON_FILE_EDITS, Reader
-from .safetensors_edits import BYTE_EDITS
 
 MANIFEST = {
     "manifest_version": 2,

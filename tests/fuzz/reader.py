@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from .byte_edits import BYTE_EDITS, Edit
 from .json_edits import JSON_EDITS
-from .safetensors_edits import BYTE_EDITS, SAFETENSORS_EDITS, Edit
+from .safetensors_edits import SAFETENSORS_EDITS
 
 JSON_FILE_EDITS: dict[str, Edit] = {**JSON_EDITS, **BYTE_EDITS}
 

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+from .byte_edits import BYTE_EDITS, Edit
 from .json_edits import HOSTILE_KEYS, JSON_EDITS, dump
-
-Edit = Callable[[bytes, Random], bytes]
 
 ITEM_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
@@ -342,50 +341,11 @@ def _entry(content: bytes, rng: Random) -> bytes:
     return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
-def _flip(content: bytes, rng: Random) -> bytes:
-    """A few bits."""
-    flipped = bytearray(content)
-    for _ in range(rng.choice([1, 1, 3, 20])):
-        if flipped:
-            at = rng.randrange(len(flipped))
-            flipped[at] ^= 1 << rng.randrange(8)
-    return bytes(flipped)
-
-
-def _cut(content: bytes, rng: Random) -> bytes:
-    """Cut short, or longer."""
-    at = rng.choice([0, 1, 7, 8, 9, len(content) - 1, rng.randrange(len(content) + 1)])
-    return content[:at] if rng.random() < 0.8 else content + rng.randbytes(at % 64 + 1)
-
-
-def _overwrite(content: bytes, rng: Random) -> bytes:
-    """A stretch of random bytes, zeros or ones."""
-    at, size = rng.randrange(len(content) + 1), rng.choice([1, 8, 64])
-    stretch = rng.choice(
-        [bytes(size), b"\xff" * size, rng.randbytes(size), b"9" * size, b"\ud7\xa0"]
-    )
-    return content[:at] + stretch + content[at + len(stretch) :]
-
-
 def _length(content: bytes, rng: Random) -> bytes:
     """Another length of the header."""
     length = rng.choice([0, 1, 2, 2**20, 2**31, 2**63, 2**64 - 1, rng.randrange(2**16)])
     return length.to_bytes(8, "little") + content[8:]
 
-
-def _stranger(content: bytes, rng: Random) -> bytes:
-    """Something else altogether."""
-    return rng.choice(
-        [b"", b"PK\x03\x04" + content, b"\x80\x04N.", b"<html>", rng.randbytes(100), bytes(64)]
-    )
-
-
-BYTE_EDITS: dict[str, Edit] = {
-    "flip": _flip,
-    "cut": _cut,
-    "overwrite": _overwrite,
-    "stranger": _stranger,
-}
 
 SAFETENSORS_EDITS: dict[str, Edit] = {
     "nan": _values(NAN, False),

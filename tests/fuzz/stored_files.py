@@ -24,8 +24,8 @@ from difflora_core.text.covariance import Covariance
 from difflora_core.text.new_words import LearnedWord
 from tests.contracts import contract_files
 
+from .byte_edits import BYTE_EDITS
 from .reader import JSON_FILE_EDITS, Reader, as_text, same, sound, written
-from .safetensors_edits import BYTE_EDITS
 
 LAYERS = ("input_blocks.1.attn2.to_v", "middle_block.attn2.to_v")
 OTHER_LAYERS = ("a.to_v", "b.attn1.to_v")

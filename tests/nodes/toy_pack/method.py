@@ -12,14 +12,25 @@ import torch
 from torch import nn
 
 NAME = "gain"
+Part = Callable[[str], ModuleType]
+"""`part("adapters.base")` gives that module of the library."""
 
 
-def make(part: Callable[[str], ModuleType]) -> SimpleNamespace:
-    """Method, settings, training settings and recipe; `part("adapters.base")` gives a module."""
-    adapters, methods, config = part("adapters.base"), part("methods.base"), part("config")
-    errors = part("errors")
+def make(part: Part) -> SimpleNamespace:
+    """Method, settings, training settings and recipe."""
+    adapter, settings, training = _adapter(part), _settings(part), _training(part)
+    return SimpleNamespace(
+        method=_method(part, adapter, settings),
+        settings=settings,
+        training=training,
+        objective=_objective(part, adapter, settings, training),
+    )
 
-    class GainAdapter(adapters.LayerAdapter):
+
+def _adapter(part: Part) -> type:
+    """What changes a layer's outputs."""
+
+    class GainAdapter(part("adapters.base").LayerAdapter):
         """y + gain * y."""
 
         def __init__(self, gain):
@@ -27,6 +38,13 @@ def make(part: Callable[[str], ModuleType]) -> SimpleNamespace:
 
         def edit(self, x, y):
             return y + self.gain.to(y) * y
+
+    return GainAdapter
+
+
+def _settings(part: Part) -> type:
+    """Settings of the method."""
+    config = part("config")
 
     @dataclass(frozen=True)
     class GainConfig(config.Config):
@@ -37,11 +55,18 @@ def make(part: Callable[[str], ModuleType]) -> SimpleNamespace:
         def __post_init__(self):
             config.check_range("Gain", "limit", self.limit, 0, 100)
 
+    return GainConfig
+
+
+def _method(part: Part, adapter: type, settings: type) -> type:
+    """What reads, checks and applies what was trained."""
+    adapters, methods, errors = part("adapters.base"), part("methods.base"), part("errors")
+
     class Gain(methods.Method):
         """Tensors of a layer: gain (out,), and width (1,), that of its input."""
 
         name: ClassVar[str] = NAME
-        Config: ClassVar[type] = GainConfig
+        Config: ClassVar[type] = settings
 
         @classmethod
         def check(cls, adaptation):
@@ -57,11 +82,17 @@ def make(part: Callable[[str], ModuleType]) -> SimpleNamespace:
         def adapters(cls, applied):
             entries = []
             for one in applied:
-                limit = methods.settings_as(GainConfig, one.settings).limit
+                limit = methods.settings_as(settings, one.settings).limit
                 for layer, tensors in one.adaptation.layers.items():
                     gain = tensors["gain"].clamp(-limit, limit)
-                    entries.append(adapters.AdapterEntry(layer, GainAdapter(gain), one.strength))
+                    entries.append(adapters.AdapterEntry(layer, adapter(gain), one.strength))
             return adapters.AdapterSet(tuple(entries))
+
+    return Gain
+
+
+def _training(part: Part) -> type:
+    """Settings of the recipe."""
 
     @dataclass(frozen=True)
     class GainTraining(part("training.adaptation_run").AdaptationTraining):
@@ -76,11 +107,18 @@ def make(part: Callable[[str], ModuleType]) -> SimpleNamespace:
         def loop(self):
             return self.course(self.rate)
 
+    return GainTraining
+
+
+def _objective(part: Part, adapter: type, settings: type, training: type) -> type:
+    """The recipe."""
+    adapters, methods = part("adapters.base"), part("methods.base")
+
     class GainObjective(nn.Module):
         """Gains of the attention projections of a base; they start at zero."""
 
         name: ClassVar[str] = NAME
-        Config: ClassVar[type] = GainTraining
+        Config: ClassVar[type] = training
 
         def __init__(self, task, config):
             super().__init__()
@@ -95,10 +133,8 @@ def make(part: Callable[[str], ModuleType]) -> SimpleNamespace:
         def prepare(self, prompts):
             with torch.no_grad():
                 encoded = self.task.text.encode(prompts, {})
-            entries = [
-                adapters.AdapterEntry(shape.name, GainAdapter(gain))
-                for shape, gain in zip(self.layout, self.gains, strict=True)
-            ]
+            pairs = zip(self.layout, self.gains, strict=True)
+            entries = [adapters.AdapterEntry(shape.name, adapter(gain)) for shape, gain in pairs]
             return encoded, adapters.AdapterSet(tuple(entries))
 
         def forward(self, batch):
@@ -112,8 +148,6 @@ def make(part: Callable[[str], ModuleType]) -> SimpleNamespace:
                 }
                 for shape, gain in zip(self.layout, self.gains, strict=True)
             }
-            return [methods.TrainedAdaptation(NAME, "demo", GainConfig(), {}, layers, None, facts)]
+            return [methods.TrainedAdaptation(NAME, "demo", settings(), {}, layers, None, facts)]
 
-    return SimpleNamespace(
-        method=Gain, settings=GainConfig, training=GainTraining, objective=GainObjective
-    )
+    return GainObjective
