@@ -16,6 +16,7 @@ BENCHMARKS = {
     "perfusion": ("concepts.perfusion", "new words by Perfusion and by other methods"),
     "covariance": ("concepts.covariance", "how many captions the covariance C needs"),
     "choose_rates": ("concepts.choose_rates", "learning rates, chosen on validation concepts"),
+    "styles": ("styles.styles", "styles by StyleInject, PaRa and LoRA, from teachers and pictures"),
     "overhead": ("cost.overhead", "what a LoRA or a concept costs while sampling"),
     "processes": ("cost.processes", "the loop under 1, 2 and 4 processes, and a stop on one"),
     "faults": ("reliability.faults", "kill -9 at any moment, and disks that fail"),

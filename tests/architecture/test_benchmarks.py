@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.__main__ import BENCHMARKS, main
 
-SUBJECTS = {"identity", "concepts", "cost", "files", "reliability"}
+SUBJECTS = {"identity", "concepts", "styles", "cost", "files", "reliability"}
 
 
 def imported_benchmarks(path: Path, root: Path) -> list[tuple[int, str]]:

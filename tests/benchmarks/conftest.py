@@ -12,10 +12,20 @@ from benchmarks.prompts import QUICK
 from difflora_core.base_model.diffusers_base import DiffusersBase
 from difflora_core.demo.networks.base import SCHEDULER_CONFIG, UNET_CONFIG, new_base
 from difflora_core.demo.networks.judges import RECIPES, JudgeNetwork, Judges
+from difflora_core.demo.networks.text import (
+    END,
+    LENGTH,
+    PAD,
+    START,
+    UNKNOWN,
+    new_text_encoders,
+    word_numbers,
+)
 from difflora_core.demo.networks.vae import new_vae
 from difflora_core.demo.networks.views import initialise
 from difflora_core.lora.layout import layout_from_unet_config
 from difflora_core.models.difflora import DiffLoRAConfig, DiffLoRAModel
+from difflora_core.text.clip_pair import ClipPairText, SpecialTokens
 from difflora_core.vision.face_encoder import DetectedFace
 from difflora_core.vision.features import FeatureSizes
 
@@ -102,3 +112,16 @@ def artefacts(tmp_path_factory: pytest.TempPathFactory) -> Artefacts:
 def plan() -> Plan:
     """Two prompts, one of them with two seeds, two steps."""
     return Plan((QUICK[0], QUICK[5]), repeats=1, steps=2, batch=4, noises=1, half=False)
+
+
+@pytest.fixture(scope="session")
+def text():
+    """Random text encoders that can learn words."""
+    encoders = new_text_encoders()
+    for number, encoder in enumerate(encoders):
+        initialise(encoder, 3 + number)
+        encoder.get_input_embeddings().weight.data.mul_(20)
+        encoder.requires_grad_(False).eval()
+    return ClipPairText(
+        encoders, word_numbers, SpecialTokens(START, END, (END, PAD), UNKNOWN, LENGTH)
+    )

@@ -21,36 +21,14 @@ from difflora_core.demo import paths
 from difflora_core.demo.networks import concept_judge
 from difflora_core.demo.networks.base import load_base
 from difflora_core.demo.networks.judges import Judges, load_judge
-from difflora_core.demo.networks.text import (
-    END,
-    LENGTH,
-    PAD,
-    START,
-    UNKNOWN,
-    new_text_encoders,
-    word_numbers,
-)
 from difflora_core.demo.networks.views import initialise
 from difflora_core.demo.world.concepts import CONCEPTS, KNOWN, render_concept, render_items
 from difflora_core.demo.world.scenes import render_portraits
 from difflora_core.text.captions import captions
-from difflora_core.text.clip_pair import ClipPairText, SpecialTokens
 from difflora_core.text.covariance import build_covariance
 
 HAT, CAT = CONCEPTS[0], CONCEPTS[4]
 TINY = Size((0, 4), SCENES[:2], 1, ((0, 4),), 1, TrainingSettings(steps=2, batch=1))
-
-
-@pytest.fixture(scope="module")
-def text():
-    encoders = new_text_encoders()
-    for number, encoder in enumerate(encoders):
-        initialise(encoder, 3 + number)
-        encoder.get_input_embeddings().weight.data.mul_(20)
-        encoder.requires_grad_(False).eval()
-    return ClipPairText(
-        encoders, word_numbers, SpecialTokens(START, END, (END, PAD), UNKNOWN, LENGTH)
-    )
 
 
 @pytest.fixture(scope="module")

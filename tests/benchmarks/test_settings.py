@@ -15,6 +15,7 @@ from benchmarks.identity.drawing import Plan
 from benchmarks.identity.identity import FULL_PLAN, QUICK_PLAN
 from benchmarks.identity.rows import DreamBoothRuns
 from benchmarks.prompts import QUICK
+from benchmarks.styles import styles
 from difflora_core.errors import ConfigError
 
 SETTINGS = [
@@ -26,6 +27,8 @@ SETTINGS = [
     *ABLATIONS.values(),
     DreamBoothRuns((), (300,)),
     TrainingSettings(steps=7),
+    styles.Size(),
+    styles.QUICK,
     YardstickConfig(steps=3, rate=0.01),
 ]
 

@@ -1,0 +1,127 @@
+"""`make bench name=styles args='--quick --json FILE'`: StyleInject and PaRa beside LoRA.
+
+Every row learns the art styles of the demo world's teachers, by distillation (scenario 1 of arXiv
+2401.13942) and from a few pictures, with the same pictures, steps, batches and seeds; then it draws
+the same prompts from the same noise as the teacher. Base and teacher are the two ends.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from difflora_core.config import Config
+from difflora_core.demo import paths
+from difflora_core.demo.world.art_styles import ART_STYLES
+from difflora_core.evaluation.report import Report
+
+from ..command import benchmark_console, command_parser, commit, machine, set_threads, write_report
+from ..prompts import QUICK as QUICK_SCENES
+from .conclusions import intervals, ordering, over_prompts
+from .pictures import Columns, DrawingPlan, StyleEvaluator
+from .rows import CLAIMS, ROWS, Course
+from .tasks import TASKS, TaskSize
+from .trainer import StyleTrainer
+from .world import StyleWorld, demo_world
+
+BASE, TEACHER = "base", "teacher"
+DIGITS = {"parameters": 0, "file_kb": 1, "best_step": 0, "seconds": 1}
+
+
+@dataclass(frozen=True)
+class Size(Config):
+    """How much is measured: art styles, training seeds, the course, and the pictures."""
+
+    styles: tuple[str, ...] = tuple(ART_STYLES)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    course: Course = field(default_factory=Course)
+    tasks: TaskSize = field(default_factory=TaskSize)
+    plan: DrawingPlan = field(default_factory=DrawingPlan)
+
+
+QUICK = Size(("ink",), (0,), Course(100), TaskSize(24, held_out=8), DrawingPlan(QUICK_SCENES))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = command_parser("StyleInject and PaRa beside LoRA.", threads=1)
+    parser.add_argument(
+        "--quick", action="store_true", help="1 style, 1 seed, 100 steps, 6 prompts"
+    )
+    about = "folder with teachers/ and judges/ of make demo-world"
+    parser.add_argument("--teachers", type=Path, default=paths.ARTEFACTS, help=about)
+    options = parser.parse_args(arguments)
+    set_threads(options.threads)
+    console, started = benchmark_console(), time.perf_counter()
+    size = QUICK if options.quick else Size()
+    report = measure(demo_world(size.styles, options.teachers, console.print), size)
+    minutes = (time.perf_counter() - started) / 60
+    facts = {"quick": options.quick, "minutes": minutes, "machine": machine(), "commit": commit()}
+    report = Report(report.rows, {**report.facts, **facts})
+    print_results(report, console)
+    write_report(report, options.json, console)
+    return 0
+
+
+def measure(world: StyleWorld, size: Size) -> Report:
+    """All rows and conclusions."""
+    evaluator = StyleEvaluator(world, size.plan)
+    ends = {
+        BASE: [evaluator.base(style) for style in size.styles],
+        TEACHER: [evaluator.teacher(style) for style in size.styles],
+    }
+    rows, confidence = _means(ends), intervals(ends)
+    held: dict[str, object] = {}
+    for task in TASKS:
+        runs, costs = learned(world, evaluator, task, size)
+        for name, row in _means(runs).items():
+            rows[f"{task}: {name}"] = {**row, **costs[name]}
+        confidence |= {f"{task}: {name}": found for name, found in intervals(runs).items()}
+        held[task] = ordering(runs, CLAIMS)
+    protocol = {"tasks": list(TASKS), **size.to_dict()}
+    return Report(rows, {"ci95": confidence, "ordering_holds": held, "protocol": protocol})
+
+
+def learned(
+    world: StyleWorld, evaluator: StyleEvaluator, task: str, size: Size
+) -> tuple[dict[str, list[Columns]], dict[str, dict[str, float]]]:
+    """Of every row the columns of its runs on a task, and the means of what they cost."""
+    trainer = StyleTrainer(world.cache / "learned", world.log)
+    runs: dict[str, list[Columns]] = {name: [] for name in ROWS}
+    costs: dict[str, list[dict[str, float]]] = {name: [] for name in ROWS}
+    for style in size.styles:
+        given = TASKS[task](world, style, size.tasks)
+        for seed in size.seeds:
+            for name, row in ROWS.items():
+                trained = trainer.train(given, row, replace(size.course, seed=seed))
+                runs[name].append(evaluator.columns(style, trained))
+                costs[name].append(trained.costs)
+    means = {
+        name: {column: sum(one[column] for one in each) / len(each) for column in each[0]}
+        for name, each in costs.items()
+    }
+    return runs, means
+
+
+def _means(runs: dict[str, list[Columns]]) -> dict[str, dict[str, float]]:
+    """Row to column to its mean over runs and prompts."""
+    return {
+        name: {column: float(values.mean()) for column, values in over_prompts(each).items()}
+        for name, each in runs.items()
+    }
+
+
+def print_results(report: Report, console: Console) -> None:
+    """Print the table and which claims hold."""
+    console.print(report.to_markdown(DIGITS))
+    facts = report.facts
+    console.print(f"{facts['machine']}, {facts['commit'][:12]}, {facts['minutes']:.1f} minutes")
+    for task, claims in facts["ordering_holds"].items():
+        for claim, found in claims.items():
+            low, high = found["ci95"]
+            line = f"{found['holds']} ({found['difference']:+.3f} [{low:+.3f}, {high:+.3f}])"
+            console.print(f"{task}, {claim}: {line}")

@@ -1,0 +1,93 @@
+"""What a style is learned from: one entry for each task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from difflora_core.config import Config
+from difflora_core.demo.world.art_styles import ART_STYLES
+from difflora_core.demo.world.identities import split_seeds
+from difflora_core.demo.world.scenes import Pictures, render_portraits
+from difflora_core.training.concept_task import ConceptExamples, PictureTask, concept_examples
+from difflora_core.training.distillation import (
+    DistillationLoss,
+    DistillationObjective,
+    distillation_task,
+)
+from difflora_core.training.distillation_data import (
+    DistillationPictures,
+    PromptPair,
+    distillation_examples,
+)
+
+from .world import StyleWorld
+
+FIRST_PERSON = 8_000
+"""Of splits, behind the people whom teachers and their judge see."""
+
+
+@dataclass(frozen=True)
+class TaskSize(Config):
+    """How much there is to learn from.
+
+    `prompts`: of distillation; `shots`: pictures of the few; `held_out`: of either, which choose
+    the best state; `sampling_steps`: of the teacher.
+    """
+
+    prompts: int = 64
+    shots: int = 6
+    held_out: int = 12
+    sampling_steps: int = 15
+
+
+@dataclass(frozen=True, eq=False)
+class StyleTask:
+    """A task with its pictures; `objective` makes of a row's layers what is trained."""
+
+    task: PictureTask
+    examples: ConceptExamples
+    held_out: ConceptExamples
+    objective: Callable[[Any], Any]
+
+
+def scenario_1(world: StyleWorld, style: str, size: TaskSize) -> StyleTask:
+    """Distillation from a teacher that reads by the student's text encoders; no pictures."""
+    teacher = world.teachers[style]
+    latent = world.student.base.unet.config.sample_size
+
+    def drawn(split: str, count: int, seed: int) -> ConceptExamples:
+        captions = _portraits(split, count).captions
+        config = DistillationPictures("teacher", count, size.sampling_steps, 2.0, seed)
+        pairs = [PromptPair(caption, caption) for caption in captions]
+        folder = world.cache / "drawn"
+        return distillation_examples(teacher, pairs, (latent, latent), config, folder)
+
+    task = distillation_task(world.student, teacher, DistillationLoss())
+    own, other = drawn("train", size.prompts, 0), drawn("validation", size.held_out, 10**6)
+    return StyleTask(task, own, other, DistillationObjective)
+
+
+def few_shots(world: StyleWorld, style: str, size: TaskSize) -> StyleTask:
+    """The denoising loss on a few painted pictures with their captions."""
+
+    def painted(split: str, count: int) -> ConceptExamples:
+        made = _portraits(split, count)
+        prompts = [[caption] for caption in made.captions]
+        images = ART_STYLES[style](made.images)
+        return concept_examples(world.student.base, images, prompts=prompts)
+
+    own, other = painted("train", size.shots), painted("validation", size.held_out)
+    return StyleTask(world.student, own, other, lambda style: style)
+
+
+def _portraits(split: str, count: int) -> Pictures:
+    """A picture of each of so many people of a split."""
+    return render_portraits(split_seeds(split, count, FIRST_PERSON), range(count))
+
+
+TASKS: Mapping[str, Callable[[StyleWorld, str, TaskSize], StyleTask]] = {
+    "scenario 1": scenario_1,
+    "few shots": few_shots,
+}
