@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -105,6 +106,26 @@ class StyleEvaluator:
         if plan.noises > 1:
             columns["diversity"] = seed_diversity(images.unflatten(0, (-1, plan.noises)))
         return columns
+
+    @torch.no_grad()
+    def step_milliseconds(self, trained: TrainedStyle, rounds: int) -> float:
+        """Median extra processor time of a UNet step (batch 2) over the bare base."""
+        task = self.world.student
+        base, encoded = task.base, task.encode(self.plan.prompts[:1] * 2)
+        text = TextCondition(encoded.context, encoded.pooled)
+        side, channels = base.unet.config.sample_size, base.unet.config.in_channels
+        z = initial_noise(seeded_generators(range(2)), (channels, side, side))
+        when = torch.full((2,), 500)
+
+        def seconds(changes: AdapterSet) -> float:
+            with attach(base.unet, changes, names=self.names):
+                started = time.process_time()
+                base.predict(z, when, text)
+                return time.process_time() - started
+
+        own = trained.adapters
+        pairs = [(seconds(AdapterSet(())), seconds(own)) for _ in range(rounds + 1)]
+        return 1000 * float(torch.tensor([with_it - bare for bare, with_it in pairs[1:]]).median())
 
 
 @torch.no_grad()

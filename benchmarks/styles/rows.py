@@ -14,6 +14,8 @@ from difflora_core.training.lora.objective import LoRAObjective, LoRATraining
 from difflora_core.training.para import PaRaObjective, PaRaTraining
 from difflora_core.training.styleinject import StyleInjectObjective, StyleInjectTraining
 
+from .objectives import FullObjective, FullTraining, SpreadObjective
+
 LOOKS = 10
 """Times that a run is judged on held-out pictures."""
 RANK = 4
@@ -49,16 +51,6 @@ class StyleRow:
         return replace(self.settings, **course.to_dict(), evaluate_every=looks, patience=0)
 
 
-class SpreadObjective(StyleInjectObjective):
-    """STA alone: the spread is learned, and the low-rank change stays at nothing."""
-
-    def __init__(self, task: PictureTask, config: StyleInjectTraining) -> None:
-        super().__init__(task, config)
-        for part in self.parts:
-            for name in ("downs", "up"):
-                part[name].requires_grad_(False)
-
-
 def _lora(name: str, rank: int) -> StyleRow:
     """A LoRA of attention and convolutions, at a constant rate as the paper's."""
     settings = LoRATraining(
@@ -81,19 +73,24 @@ def _styleinject(
 PLAN = PRESETS["distillation"].of_size(4, RANK)
 SPREAD_PLAN = replace(PLAN, rank=1, targets=PLAN.spread_targets)
 
-LORA, LORA_4 = "LoRA, equal", "LoRA, 4 x the parameters"
+FULL, LORA = "full fine-tune", "LoRA, equal"
+LORA_4, LORA_16 = "LoRA, 4 x the parameters", "LoRA, 16 x the parameters"
 DMA, STA = "DMA alone, n = 4", "STA alone, n = 4"
-ONE, FOUR, PARA = "StyleInject, n = 1", "StyleInject, n = 4", "PaRa"
+ONE, FOUR, SIXTEEN = "StyleInject, n = 1", "StyleInject, n = 4", "StyleInject, n = 16"
+PARA = "PaRa"
 
 ROWS: Mapping[str, StyleRow] = {
     row.name: row
     for row in (
+        StyleRow(FULL, FullObjective, FullTraining()),
         _lora(LORA, rank=11),
         _lora(LORA_4, rank=45),
+        _lora(LORA_16, rank=180),
         _styleinject(DMA, replace(PLAN, spread_targets=())),
         _styleinject(STA, SPREAD_PLAN, SpreadObjective),
         _styleinject(ONE, PLAN.of_size(1, RANK)),
         _styleinject(FOUR, PLAN),
+        _styleinject(SIXTEEN, PLAN.of_size(16, RANK)),
         StyleRow(
             PARA,
             PaRaObjective,
@@ -102,5 +99,9 @@ ROWS: Mapping[str, StyleRow] = {
     )
 }
 
-CLAIMS = ((FOUR, LORA), (FOUR, LORA_4), (FOUR, DMA), (FOUR, STA), (FOUR, ONE), (ONE, LORA))
+CLAIMS = (
+    *((FOUR, other) for other in (FULL, LORA, LORA_4, LORA_16, DMA, STA, ONE)),
+    (SIXTEEN, FOUR),
+    (ONE, LORA),
+)
 """What the paper of StyleInject finds: the first row of a pair is more like the teacher."""

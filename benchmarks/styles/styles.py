@@ -29,29 +29,32 @@ from .trainer import StyleTrainer
 from .world import StyleWorld, demo_world
 
 BASE, TEACHER = "base", "teacher"
-DIGITS = {"parameters": 0, "file_kb": 1, "best_step": 0, "seconds": 1}
+DIGITS = {"parameters": 0, "file_kb": 1, "best_step": 0, "seconds": 1, "step_ms": 2}
 
 
 @dataclass(frozen=True)
 class Size(Config):
-    """How much is measured: art styles, training seeds, the course, and the pictures."""
+    """How much is measured.
+
+    `styles`: of art; `seeds`: of training; `course`: of every run; `tasks`: what is learned from;
+    `plan`: pictures to judge; `step_rounds`: timed UNet steps.
+    """
 
     styles: tuple[str, ...] = tuple(ART_STYLES)
     seeds: tuple[int, ...] = (0, 1, 2)
     course: Course = field(default_factory=Course)
     tasks: TaskSize = field(default_factory=TaskSize)
     plan: DrawingPlan = field(default_factory=DrawingPlan)
+    step_rounds: int = 15
 
 
-QUICK = Size(("ink",), (0,), Course(100), TaskSize(24, held_out=8), DrawingPlan(QUICK_SCENES))
+QUICK = Size(("ink",), (0,), Course(60), TaskSize(24, held_out=8), DrawingPlan(QUICK_SCENES))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = command_parser("StyleInject and PaRa beside LoRA.", threads=1)
-    parser.add_argument(
-        "--quick", action="store_true", help="1 style, 1 seed, 100 steps, 6 prompts"
-    )
+    parser.add_argument("--quick", action="store_true", help="1 style, 1 seed, 60 steps, 6 prompts")
     about = "folder with teachers/ and judges/ of make demo-world"
     parser.add_argument("--teachers", type=Path, default=paths.ARTEFACTS, help=about)
     options = parser.parse_args(arguments)
@@ -99,7 +102,8 @@ def learned(
             for name, row in ROWS.items():
                 trained = trainer.train(given, row, replace(size.course, seed=seed))
                 runs[name].append(evaluator.columns(style, trained))
-                costs[name].append(trained.costs)
+                step_ms = evaluator.step_milliseconds(trained, size.step_rounds)
+                costs[name].append({**trained.costs, "step_ms": step_ms})
     means = {
         name: {column: sum(one[column] for one in each) / len(each) for column in each[0]}
         for name, each in costs.items()
