@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ from difflora_core.training.concept_task import PictureTask
 from difflora_core.training.fingerprint import weights_digest
 
 from ..prompts import PROMPTS, asked
+from .tasks import StyleTask
 from .trainer import TrainedStyle
 from .world import StyleWorld
 
@@ -70,18 +72,18 @@ class StyleEvaluator:
         """Columns (P,) of the teacher itself: nothing can agree with it more."""
         return self.judged(self.wanted(style), style)
 
-    def base(self, style: str) -> Columns:
-        """Columns (P,) of the student without any style."""
-        return self.judged(draw(self.world.student, self.plan), style)
+    def base(self, style: str, given: StyleTask) -> Columns:
+        """Columns (P,) of a task's student without any style."""
+        return self.judged(draw(given.task, self.plan, said=given.said), style)
 
-    def columns(self, style: str, trained: TrainedStyle) -> Columns:
-        """Columns (P,) of a learned style."""
+    def columns(self, style: str, given: StyleTask, trained: TrainedStyle) -> Columns:
+        """Columns (P,) of a style that was learned on a task."""
         teacher = weights_digest(self.world.teachers[style].base.unet)
         facts = repr((PROTOCOL, self.plan, style, teacher, trained.fingerprint))
         name = hashlib.sha256(facts.encode()).hexdigest()[:32]
         path = self.world.cache / "trials" / f"{name}.safetensors"
         if not path.exists():
-            images = draw(self.world.student, self.plan, trained.adapters, self.names)
+            images = draw(given.task, self.plan, trained.adapters, self.names, given.said)
             write_atomic(self.judged(images, style), {}, path)
         return load_file(path)
 
@@ -134,6 +136,7 @@ def draw(
     plan: DrawingPlan,
     adapters: AdapterSet | None = None,
     names: dict[str, str] | None = None,
+    said: Callable[[str], str] = str,
 ) -> Tensor:
     """Pictures (N, H, W, 3) of a plan's prompts, by noises that depend on the plan alone.
 
@@ -142,8 +145,9 @@ def draw(
         plan: what to draw.
         adapters: to put on the base.
         names: layer name to module path.
+        said: how the base is told a prompt.
     """
-    base, prompts = task.base, plan.prompts
+    base, prompts = task.base, [said(prompt) for prompt in plan.prompts]
     encoded = task.encode(prompts)
     text = TextCondition(encoded.context, encoded.pooled)
     nothing = task.nothing.select(torch.zeros(len(prompts), dtype=torch.long))

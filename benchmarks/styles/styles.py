@@ -1,8 +1,9 @@
 """`make bench name=styles args='--quick --json FILE'`: StyleInject and PaRa beside LoRA.
 
-Every row learns the art styles of the demo world's teachers, by distillation (scenario 1 of arXiv
-2401.13942) and from a few pictures, with the same pictures, steps, batches and seeds; then it draws
-the same prompts from the same noise as the teacher. Base and teacher are the two ends.
+Every row learns the art styles of the demo world's teachers, by distillation (scenarios 1
+and 2 of arXiv 2401.13942) and from a few pictures, with the same pictures, steps, batches and
+seeds; then it draws the same prompts from the same noise as the teacher. Base and teacher are the
+two ends.
 """
 
 from __future__ import annotations
@@ -73,16 +74,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(world: StyleWorld, size: Size) -> Report:
     """All rows and conclusions."""
     evaluator = StyleEvaluator(world, size.plan)
-    ends = {
-        BASE: [evaluator.base(style) for style in size.styles],
-        TEACHER: [evaluator.teacher(style) for style in size.styles],
-    }
-    rows, confidence = _means(ends), intervals(ends)
+    end = {TEACHER: [evaluator.teacher(style) for style in size.styles]}
+    rows, confidence = _means(end), intervals(end)
     held: dict[str, object] = {}
     for task in TASKS:
         runs, costs = learned(world, evaluator, task, size)
         for name, row in _means(runs).items():
-            rows[f"{task}: {name}"] = {**row, **costs[name]}
+            rows[f"{task}: {name}"] = {**row, **costs.get(name, {})}
         confidence |= {f"{task}: {name}": found for name, found in intervals(runs).items()}
         held[task] = ordering(runs, CLAIMS)
     protocol = {"tasks": list(TASKS), **size.to_dict()}
@@ -92,16 +90,20 @@ def measure(world: StyleWorld, size: Size) -> Report:
 def learned(
     world: StyleWorld, evaluator: StyleEvaluator, task: str, size: Size
 ) -> tuple[dict[str, list[Columns]], dict[str, dict[str, float]]]:
-    """Of every row the columns of its runs on a task, and the means of what they cost."""
+    """Of every row the columns of its runs on a task, and the means of what they cost.
+
+    The base, which learns nothing, is among the rows.
+    """
     trainer = StyleTrainer(world.cache / "learned", world.log)
-    runs: dict[str, list[Columns]] = {name: [] for name in ROWS}
+    runs: dict[str, list[Columns]] = {name: [] for name in (BASE, *ROWS)}
     costs: dict[str, list[dict[str, float]]] = {name: [] for name in ROWS}
     for style in size.styles:
         given = TASKS[task](world, style, size.tasks)
+        runs[BASE].append(evaluator.base(style, given))
         for seed in size.seeds:
             for name, row in ROWS.items():
                 trained = trainer.train(given, row, replace(size.course, seed=seed))
-                runs[name].append(evaluator.columns(style, trained))
+                runs[name].append(evaluator.columns(style, given, trained))
                 step_ms = evaluator.step_milliseconds(trained, size.step_rounds)
                 costs[name].append({**trained.costs, "step_ms": step_ms})
     means = {

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from difflora_core.config import Config
+from difflora_core.demo.networks.chinese import translate
 from difflora_core.demo.world.art_styles import ART_STYLES
 from difflora_core.demo.world.identities import split_seeds
 from difflora_core.demo.world.scenes import Pictures, render_portraits
@@ -44,29 +45,46 @@ class TaskSize(Config):
 
 @dataclass(frozen=True, eq=False)
 class StyleTask:
-    """A task with its pictures; `objective` makes of a row's layers what is trained."""
+    """A task with its pictures.
+
+    `objective` makes of a row's layers what is trained; `said`: how the student is told a caption.
+    """
 
     task: PictureTask
     examples: ConceptExamples
     held_out: ConceptExamples
     objective: Callable[[Any], Any]
+    said: Callable[[str], str] = str
 
 
 def scenario_1(world: StyleWorld, style: str, size: TaskSize) -> StyleTask:
     """Distillation from a teacher that reads by the student's text encoders; no pictures."""
+    return _distilled(world, world.student, style, size, str)
+
+
+def scenario_2(world: StyleWorld, style: str, size: TaskSize) -> StyleTask:
+    """Distillation to a student that reads Chinese: outputs alone are compared."""
+    return _distilled(world, world.chinese, style, size, translate)
+
+
+def _distilled(
+    world: StyleWorld, student: PictureTask, style: str, size: TaskSize, said: Callable[[str], str]
+) -> StyleTask:
+    """Distillation to a student that is told captions so."""
     teacher = world.teachers[style]
-    latent = world.student.base.unet.config.sample_size
+    latent = student.base.unet.config.sample_size
+    spoken: dict[str, str] = {}
 
     def drawn(split: str, count: int, seed: int) -> ConceptExamples:
-        captions = _portraits(split, count).captions
         config = DistillationPictures("teacher", count, size.sampling_steps, 2.0, seed)
-        pairs = [PromptPair(caption, caption) for caption in captions]
+        pairs = [PromptPair(said(c), c) for c in _portraits(split, count).captions]
+        spoken.update((pair.student, pair.teacher) for pair in pairs)
         folder = world.cache / "drawn"
         return distillation_examples(teacher, pairs, (latent, latent), config, folder)
 
-    task = distillation_task(world.student, teacher, DistillationLoss())
     own, other = drawn("train", size.prompts, 0), drawn("validation", size.held_out, 10**6)
-    return StyleTask(task, own, other, DistillationObjective)
+    task = distillation_task(student, teacher, DistillationLoss(), spoken)
+    return StyleTask(task, own, other, DistillationObjective, said)
 
 
 def few_shots(world: StyleWorld, style: str, size: TaskSize) -> StyleTask:
@@ -89,5 +107,6 @@ def _portraits(split: str, count: int) -> Pictures:
 
 TASKS: Mapping[str, Callable[[StyleWorld, str, TaskSize], StyleTask]] = {
     "scenario 1": scenario_1,
+    "scenario 2": scenario_2,
     "few shots": few_shots,
 }

@@ -8,28 +8,31 @@ from pathlib import Path
 
 from difflora_core.demo import paths
 from difflora_core.demo.networks.base import load_base
-from difflora_core.demo.networks.concept_text import demo_concept_text
+from difflora_core.demo.networks.chinese import load_chinese
+from difflora_core.demo.networks.concept_text import chinese_text, demo_concept_text
 from difflora_core.demo.networks.judges import Judges, load_judge
 from difflora_core.demo.networks.style_judge import StyleJudge, load_style_judge
 from difflora_core.training.concept_task import PictureTask
 
 from ..command import CACHE, Log, silent
 
-TEACHERS, STYLE_JUDGE = (
-    p.relative_to(paths.ARTEFACTS) for p in (paths.TEACHERS, paths.STYLE_JUDGE)
+TEACHERS, STYLE_JUDGE, CHINESE = (
+    path.relative_to(paths.ARTEFACTS) for path in (paths.TEACHERS, paths.STYLE_JUDGE, paths.CHINESE)
 )
 """Below the folder of artefacts."""
-HOW = "make demo-world makes them (its stages style_judge and teachers); or name another folder"
+HOW = "make demo-world makes it (stages style_judge, teachers, chinese); or name another folder"
 
 
 @dataclass(frozen=True, eq=False)
 class StyleWorld:
     """A student and a teacher for each style, all frozen, with judges of styles and prompts.
 
-    `cache`: folder of everything that is drawn or trained; `log`: prints a line.
+    `chinese`: the student with text encoders that read Chinese. `cache`: folder of everything that
+    is drawn or trained; `log`: prints a line.
     """
 
     student: PictureTask
+    chinese: PictureTask
     teachers: Mapping[str, PictureTask]
     judge: StyleJudge
     prompts: Judges
@@ -49,12 +52,13 @@ def demo_world(styles: Sequence[str], folder: Path, log: Log = silent) -> StyleW
         SystemExit: a file is missing; the message says how it is made.
     """
     files = {style: folder / TEACHERS / f"{style}.safetensors" for style in styles}
-    for path in (folder / STYLE_JUDGE, *files.values()):
+    for path in (folder / STYLE_JUDGE, folder / CHINESE, *files.values()):
         if not path.exists():
             raise SystemExit(f"There is no {path}. {HOW} by --teachers.")
-    text = demo_concept_text(paths.BASE)
+    base, text = load_base(paths.BASE), demo_concept_text(paths.BASE)
     return StyleWorld(
-        PictureTask(load_base(paths.BASE), text, "demo"),
+        PictureTask(base, text, "demo"),
+        PictureTask(base, chinese_text(load_chinese(folder / CHINESE)), "demo"),
         {s: PictureTask(load_base(paths.BASE, path), text, "demo") for s, path in files.items()},
         load_style_judge(folder / STYLE_JUDGE),
         Judges({"attributes": load_judge(paths.PROMPT_JUDGE)}),

@@ -18,7 +18,10 @@ from benchmarks.styles.world import StyleWorld
 from difflora_core.base_model.diffusers_base import DiffusersBase
 from difflora_core.demo import paths
 from difflora_core.demo.networks.base import load_base
+from difflora_core.demo.networks.chinese import ChineseText, translate
+from difflora_core.demo.networks.concept_text import chinese_text
 from difflora_core.demo.networks.style_judge import StyleJudge
+from difflora_core.models.layers import DrawnFrom
 from difflora_core.training.concept_task import PictureTask
 
 TINY = Size(
@@ -50,8 +53,11 @@ def world(artefacts, text, tmp_path_factory):
     base, generator = artefacts.base, torch.Generator().manual_seed(2)
     judge = StyleJudge(("plain", "ink"), torch.randn(19, 2, generator=generator), torch.zeros(2))
     student, teacher = (PictureTask(b, text, "demo") for b in (base, random_teacher(base)))
+    with DrawnFrom(torch.Generator().manual_seed(9)):
+        reads = chinese_text(ChineseText().requires_grad_(False).eval())
     cache = tmp_path_factory.mktemp("styles")
-    return StyleWorld(student, {"ink": teacher}, judge, artefacts.judges, cache)
+    chinese = PictureTask(base, reads, "demo")
+    return StyleWorld(student, chinese, {"ink": teacher}, judge, artefacts.judges, cache)
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +66,14 @@ def report(world):
 
 
 def test_every_row_and_conclusion_is_there(report):
-    for end in (BASE, TEACHER):
-        assert set(report.rows[end]) == JUDGED
+    assert set(report.rows[TEACHER]) == JUDGED
     for task in TASKS:
+        assert set(report.rows[f"{task}: {BASE}"]) == JUDGED
         for name in ROWS:
             assert set(report.rows[f"{task}: {name}"]) == JUDGED | COSTS
             # the best state is the lowest on held-out pictures, so the last one is no lower
             assert report.rows[f"{task}: {name}"]["late_loss"] >= 1 - 1e-6
-    assert len(report.rows) == 2 + len(TASKS) * len(ROWS)
+    assert len(report.rows) == 1 + len(TASKS) * (1 + len(ROWS))
     written = json.loads(report.to_json())
     for name, row in written["rows"].items():
         for column in JUDGED:
@@ -79,12 +85,13 @@ def test_every_row_and_conclusion_is_there(report):
 
 def test_the_teacher_is_its_own_pattern(report):
     assert report.rows[TEACHER]["teacher_distance"] == 0
-    assert report.rows[BASE]["teacher_distance"] > 0.01
+    assert report.rows[f"scenario 1: {BASE}"]["teacher_distance"] > 0.01
 
 
 def test_every_row_changes_the_pictures(report):
-    """Two steps at these rates move every method, in both tasks, to a place of its own."""
-    distances = {name: row["teacher_distance"] for name, row in report.rows.items()}
+    """Two steps at these rates move every method, in every task, to a place of its own."""
+    bare = f"few shots: {BASE}"  # the student of scenario 1
+    distances = {n: row["teacher_distance"] for n, row in report.rows.items() if n != bare}
     assert len(set(distances.values())) == len(distances)
 
 
@@ -96,6 +103,15 @@ def test_a_second_table_takes_everything_from_disk(report, world, monkeypatch):
         kept = {k: v for k, v in row.items() if k != "step_ms"}  # which is measured anew
         assert kept == {k: report.rows[name][k] for k in kept}
     assert again.facts == report.facts
+
+
+def test_the_teacher_is_told_in_its_own_language_what_the_student_is(world):
+    given = TASKS["scenario 2"](world, "ink", TINY.tasks)
+    pairs = [*given.examples.prompts, *given.held_out.prompts]
+    for (prompt,) in pairs:
+        assert translate(given.task.spoken[prompt]) == prompt != given.task.spoken[prompt]
+        assert world.chinese.text.special.unknown not in world.chinese.text.tokens(prompt)
+    assert given.task.loss.features == 0  # the languages differ, so outputs alone are compared
 
 
 def test_sta_alone_is_a_spread_and_nothing_else(world, tmp_path):

@@ -91,14 +91,18 @@ def vocabulary() -> list[int]:
     return [*special, *sorted(pieces)]
 
 
+def word_numbers(text: str) -> list[int]:
+    """Our row number of each piece of a Chinese text."""
+    rows = {number: row for row, number in enumerate(vocabulary())}
+    return [rows.get(number, UNKNOWN) for number in clip_tokens(text)]
+
+
 def tokenize(captions: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Chinese captions as row numbers for both encoders: two (B, 77) int64 tensors, cut there."""
-    rows = {number: row for row, number in enumerate(vocabulary())}
     first = torch.full((len(captions), LENGTH), END)
     second = torch.full((len(captions), LENGTH), PAD)
     for row, caption in enumerate(captions):
-        numbers = [rows.get(number, UNKNOWN) for number in clip_tokens(caption)]
-        tokens = torch.tensor([START, *numbers[: LENGTH - 2], END])
+        tokens = torch.tensor([START, *word_numbers(caption)[: LENGTH - 2], END])
         first[row, : len(tokens)] = tokens
         second[row, : len(tokens)] = tokens
     return first, second
