@@ -55,7 +55,7 @@ def test_what_is_cached_is_named_as_ever():
         config = METHODS[name].config(TrainingSettings())
         assert repr(config) == (
             "YardstickConfig(steps=400, batch=4, weighting='uniform', evaluate_every=50, "
-            "precision='no', seed=0, accumulate=1, checkpointing=False, "
+            "precision='no', seed=0, accumulate=1, checkpointing=False, patience=0, "
             f"rate={METHODS[name].rates[0]}, rank=4)"
         )
 
