@@ -329,8 +329,7 @@ def test_what_is_missing_is_named(comfy, variants, packages, photos, changes, wo
 def test_the_licence_is_shown(comfy, variants, photos):
     shown = []
     nodes = loaded(photos) | {"shown": node("PreviewAny", source=["hyper", 0])}
-    comfy.free()
-    comfy.run(nodes, shown=shown)
+    comfy.run_fresh(nodes, shown=shown)
     assert any(str(line).startswith("hyper: ") and "CC-BY-NC" in str(line) for line in shown)
 
 
@@ -349,19 +348,19 @@ def test_the_licence_is_in_the_file(comfy, comfy_server, variants, packages, pho
         "lora": personalize(),
         "ours": personalize(difflora_model=["demo", 5]),
         "scaled": node("DiffLoRA_ApplyLoRA", model=MODEL, lora=["lora", 0], **whole),
-        "keep": kept(["lora", 0], "licensed"),
-        "keep_scaled": kept(["scaled", 1], "scaled"),
-        "keep_ours": kept(["ours", 0], "ours"),
+        "keep": kept(["lora", 0], "hyper_licensed"),
+        "keep_scaled": kept(["scaled", 1], "hyper_scaled"),
+        "keep_ours": kept(["ours", 0], "hyper_ours"),
         "core": node("SaveLoRA", lora=["lora", 0], prefix="loras/by_core", steps=0),
     }
     comfy.run(nodes, shown=shown)
-    again = {"again": node("DiffLoRA_LoadLoRAFile", lora_name="licensed.safetensors")}
-    comfy.run(again | {"keep": kept(["again", 0], "again")})
-    names = ("licensed", "scaled", "again", "ours")
+    again = {"again": node("DiffLoRA_LoadLoRAFile", lora_name="hyper_licensed.safetensors")}
+    comfy.run(again | {"keep": kept(["again", 0], "hyper_again")})
+    names = ("hyper_licensed", "hyper_scaled", "hyper_again", "hyper_ours")
     files = {name: read_lora_file(folder / f"{name}.safetensors") for name in names}
     for name in names[:3]:
         assert "CC-BY-NC 4.0" in files[name].metadata["modelspec.license"]
-    assert "modelspec.license" not in files["ours"].metadata
+    assert "modelspec.license" not in files["hyper_ours"].metadata
     by_core = load_file(max((comfy_server.output_directory / "loras").glob("by_core*")))
-    assert same(dict(files["licensed"].tensors), by_core)
+    assert same(dict(files["hyper_licensed"].tensors), by_core)
     assert any(str(line).startswith("keep: ") and "CC-BY-NC" in str(line) for line in shown)

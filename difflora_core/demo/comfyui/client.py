@@ -130,15 +130,20 @@ class ComfyClient:
             events.close()
         return self.result(prompt_id, cached, time.monotonic() - begun)
 
-    def run_fresh(self, prompt: Prompt, timeout: float = 600.0) -> PromptResult:
+    def run_fresh(
+        self,
+        prompt: Prompt,
+        timeout: float = 600.0,
+        shown: list[Image.Image | str] | None = None,
+    ) -> PromptResult:
         """Runs a prompt with nothing taken from the cache, see `run`.
 
         ComfyUI empties its cache when its worker wakes, which may be after this prompt; then it is
         empty for the next.
         """
         self.free()
-        result = self.run(prompt, timeout=timeout)
-        return self.run(prompt, timeout=timeout) if result.cached else result
+        result = self.run(prompt, timeout=timeout, shown=shown)
+        return self.run(prompt, timeout=timeout, shown=shown) if result.cached else result
 
     def result(
         self, prompt_id: str, cached: frozenset[str] = frozenset(), seconds: float = 0.0
