@@ -35,7 +35,7 @@ RECIPES: dict[str, tuple[Any, AdaptationTraining]] = {
     "demo_sepia": (
         PaRaObjective,
         PaRaTraining(
-            steps=600, batch=8, learning_rate=3e-3, rank=8, targets="all", bound=0.5,
+            steps=300, batch=8, learning_rate=3e-3, rank=8, targets="all", bound=0.5,
             evaluate_every=50,
         ),
     ),
