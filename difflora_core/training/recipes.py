@@ -6,6 +6,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+from ..errors import ConfigError
 from ..methods.registry import METHODS
 
 
@@ -22,9 +23,13 @@ def distillation_recipes() -> dict[str, Any]:
 
 
 def default_distillation() -> str:
-    """The recipe whose `Config` says `default_for_distillation`, wherever it is registered."""
-    return next(
-        name
-        for name, recipe in distillation_recipes().items()
-        if getattr(recipe.Config, "default_for_distillation", False)
-    )
+    """The recipe whose `Config` says `default_for_distillation`, else the first one.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    recipes = distillation_recipes()
+    wanted = [n for n, r in recipes.items() if getattr(r.Config, "default_for_distillation", False)]
+    for name in (*wanted, *recipes):
+        return name
+    raise ConfigError("No method that is registered can be distilled.")

@@ -58,7 +58,7 @@ def training_pictures(
     pictures = as_pictures(images)
     marks = masks_like(masks, pictures)
     return [
-        TrainingPicture(picture, k, mask=mask if mask is not None and mask.max() >= EMPTY else None)
+        TrainingPicture(picture, k, mask=None if mask is None or mask.max() < EMPTY else mask)
         for k, (picture, mask) in enumerate(zip(pictures, marks, strict=True))
     ]
 

@@ -4,6 +4,7 @@ One file, though a long one: all tests use the same training run and the same bu
 """
 
 import itertools
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -33,6 +34,11 @@ def covariance(**changes):
     )
 
 
+def example(kind):
+    """What the tests of a method know of it."""
+    return import_module(f"tests.methods.examples.{kind.lower()}")
+
+
 def training(pictures, kind="Perfusion", **changes):
     inputs = {
         "model": MODEL, "clip": CLIP, "vae": VAE, "images": ["p0", 0], "covariance": ["c", 0],
@@ -40,10 +46,7 @@ def training(pictures, kind="Perfusion", **changes):
         "steps": 3, "batch_size": 2, "seed": 0, "file_name": "hat", "mirror": False,
         "small_file": False,
     }  # fmt: skip
-    rates = (
-        {"value_rate": 0.03, "word_rate": 0.006} if kind == "Perfusion" else {"learning_rate": 0.01}
-    )
-    inputs |= rates | changes
+    inputs |= example(kind).RATES | changes
     inputs["prompts"] = inputs["prompts"] or f"photo of a person, wearing a {inputs['word']}"
     return {
         "demo": node("DiffLoRA_LoadDemo"),
@@ -206,7 +209,7 @@ def test_two_concepts_chain_with_a_person(comfy, comfy_server, trained, pictures
         superclass="cup",
         file_name="cup",
         steps=3,
-        learning_rate=1.0,
+        **dict.fromkeys(example(KINDS[-1]).RATES, 1.0),
     )
     nodes |= {
         "load": loaded(),
@@ -326,7 +329,6 @@ def test_reach_decides_through_which_tokens_a_word_learns(comfy, trained, pictur
 @pytest.mark.parametrize("kind", KINDS)
 def test_guidance_changes_what_is_learned(comfy, trained, pictures, kind):
     """1 is the recipe as it was, as a workflow without the input runs it."""
-    least = 0.01 if kind == "Perfusion" else 0.003
     folder, learned = trained[0], {}
     settings = {"plain": {}, "unguided": {"guidance": 1.0}, "guided": {"guidance": 1.5}}
     for name, changes in settings.items():
@@ -334,7 +336,7 @@ def test_guidance_changes_what_is_learned(comfy, trained, pictures, kind):
         comfy.run({**nodes, "show": node("PreviewAny", source=["train", 2])})
         learned[name] = values(folder / f"{kind}_{name}.safetensors")
     np.testing.assert_allclose(learned["unguided"], learned["plain"], atol=1e-3)
-    assert np.abs(learned["guided"] - learned["plain"]).max() > least
+    assert np.abs(learned["guided"] - learned["plain"]).max() > example(kind).LEAST_CHANGE
 
 
 def test_masks_as_segmentation_nodes_give_them(comfy, comfy_server, pictures):

@@ -108,6 +108,11 @@ def test_masks_that_mark_nothing_are_none():
     assert [picture.mask is None for picture in made] == [True, False]
 
 
+def test_a_broken_mask_is_not_an_empty_one():
+    made = training_pictures(torch.zeros(1, 8, 8, 3), [torch.full((8, 8), torch.nan)])
+    assert made[0].mask is not None  # training refuses it, see test_bad_pictures of the recipes
+
+
 def test_a_small_face_gives_a_square_inside_the_photo():
     photos = training_pictures([photo(400, 300, (10, 5, 50, 45)), photo(100, 90, (10, 10, 80, 80))])
     pictures, notes = framed(photos, Marks())

@@ -1,5 +1,10 @@
 """What Perfusion could have trained on the small network."""
 
+RATES = {"value_rate": 0.03, "word_rate": 0.006}
+"""Of a training of a few steps in ComfyUI."""
+LEAST_CHANGE = 0.01
+"""Of its values by another guidance."""
+
 
 def example(prepared, encodings):
     """A concept, and encodings in which it stands once."""
