@@ -53,10 +53,7 @@ class TrainPaRa(io.ComfyNode):
                 training.training_guidance(),
                 *training.memory_widgets(),
             ],
-            outputs=[
-                sockets.Style.Output(display_name="style", tooltip="For Apply Style."),
-                io.String.Output(display_name="report", tooltip="File, size, steps and loss."),
-            ],
+            outputs=training.style_outputs(),
         )
 
     @classmethod

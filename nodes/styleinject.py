@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..difflora_core.adapters.styleinject import PRESETS
 from ..difflora_core.training.styleinject import StyleInjectObjective, StyleInjectTraining
-from . import model_paths, sockets
+from . import model_paths
 from .host import training
 from .host.memory import AUTO
 from .host.training_request import HeldOutRequest, Parts
@@ -54,10 +54,7 @@ class TrainStyleInject(io.ComfyNode):
                 training.training_guidance(),
                 *training.memory_widgets(),
             ],
-            outputs=[
-                sockets.Style.Output(display_name="style", tooltip="For Apply Style."),
-                io.String.Output(display_name="report", tooltip="File, size, steps and loss."),
-            ],
+            outputs=training.style_outputs(),
         )
 
     @classmethod

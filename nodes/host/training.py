@@ -185,6 +185,14 @@ class Trained:
     folder: Path
 
 
+def style_outputs() -> list[io.Output]:
+    """The style, and a report."""
+    return [
+        sockets.Style.Output(display_name="style", tooltip="For Apply Style."),
+        io.String.Output(display_name="report", tooltip="File, size, steps and loss."),
+    ]
+
+
 def train(
     recipe: Any, config: Any, request: PictureRequest, parts: Parts, memory: str = FAST
 ) -> tuple[list[PreparedAdaptation], Any, str]:
