@@ -191,6 +191,23 @@ def comfy_server(
     assert not asked, f"the network was asked:\n{asked}"
 
 
+@pytest.fixture(autouse=True)
+def own_files(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Removes the models that a test made, so that no other test finds them by their names.
+
+    All tests share one ComfyUI, and a file name of it is a name of all of them.
+    """
+    if "comfy_server" not in request.fixturenames:
+        yield
+        return
+    models = request.getfixturevalue("comfy_server").base_directory / "models"
+    before = set(models.rglob("*"))
+    yield
+    for path in set(models.rglob("*")) - before:
+        if not path.is_dir():
+            path.unlink()
+
+
 @pytest.fixture(scope="session")
 def comfy(comfy_server: ComfyServer) -> ComfyClient:
     """Its client: `run(prompt)`, `object_info()`, `upload_picture(path)`."""
