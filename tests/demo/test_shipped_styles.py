@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from difflora_core.demo import paths
-from difflora_core.demo.build.stages_shipped_styles import RECIPES
+from difflora_core.demo.build.stages_shipped_styles import shipped_styles
 from difflora_core.demo.world.art_styles import LUMA
 from difflora_core.demo.world.shipped_styles import (
     BROWN,
@@ -52,12 +52,13 @@ def test_sepia_has_more_contrast():
 
 
 def test_the_files_that_ship_are_small_and_of_their_recipes():
-    assert {path.stem for path in paths.STYLES.iterdir()} == set(SHIPPED) == set(RECIPES)
-    for name, (recipe, config) in RECIPES.items():
+    styles = {style.name: style for style in shipped_styles()}
+    assert {path.stem for path in paths.STYLES.iterdir()} == set(SHIPPED) == set(styles)
+    for name, style in styles.items():
         path = paths.STYLES / f"{name}.safetensors"
         made = read_adaptation(path)
-        assert made.method == recipe.name
+        assert made.method == style.recipe.name
         assert issubclass(method(made.method), StyleMethod)
         assert path.stat().st_size < 300 * 1024
-        assert 0 < int(made.facts["steps"]) <= config.steps
+        assert 0 < int(made.facts["steps"]) <= style.config.steps
         assert photo_name(name, 0) == f"difflora_{name}_1.png"

@@ -9,8 +9,10 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
+from runpy import run_path
 from types import ModuleType
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -37,10 +39,6 @@ PARTS = (
     *("difflora.safetensors", "controlnet.safetensors"),
     "insightface/demo_faces",
 )
-
-STYLED = ("attn1.to_q", "attn1.to_v", "attn2.to_q", "attn2.to_v", "in_layers.2")
-SPREADING = ("attn1.to_q", "attn2.to_v", "in_layers.2")
-"""Layers of random styles, and those that get another spread."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -253,57 +251,52 @@ def unet(parts):
 
 
 @pytest.fixture
-def random_style(parts, unet):
-    """Makes a random style of attention and convolutions of the demo base."""
-    adapters, method = (
-        parts("difflora_core.adapters.styleinject"),
-        parts("difflora_core.methods.styleinject"),
-    )
-    module_size = parts("difflora_core.lora.layout").module_size
-    prepared = parts("difflora_core.methods.base").PreparedAdaptation
-    model = unet()
+def random_adaptation(parts, unet):
+    """Gives a maker of random adaptations of a method: make(seed).
 
-    def make(seed=1, styles=3, spread=True):
-        generator, layers = torch.Generator().manual_seed(seed), {}
-        plan = adapters.StyleInjectPlan(
-            styles=styles, rank=2, targets=STYLED, spread_targets=SPREADING
-        )
-        for shape in parts("nodes.host.base").unet_layout(model, "demo", 1, STYLED):
-            size = module_size(model.model.diffusion_model.get_submodule(shape.name))
-            layer = adapters.new_layer(
-                size, plan, spread and shape.name.endswith(SPREADING), generator
-            )
-            layer.up.normal_(0, 0.3, generator=generator)
-            layer.router.normal_(0, 0.5, generator=generator)
-            if layer.spread is not None:
-                layer.spread.normal_(0, 0.3, generator=generator)
-                layer.spread_bias.normal_(0, 0.3, generator=generator)
-            layers[shape.name] = layer
-        made = method.style_adaptation(layers, adapters.StyleInjectConfig(), "demo")
-        return prepared(made)
-
-    return make
+    It is `maker` of the file with the method's name in random_adaptations/.
+    """
+    folder, model = Path(__file__).parent / "random_adaptations", unet()
+    return lambda method: run_path(str(folder / f"{method}.py"))["maker"](parts, model)
 
 
 @pytest.fixture
-def random_para(parts, unet):
-    """Makes random directions of all target layers of the demo base, at bound 1."""
-    para, recipe = parts("difflora_core.methods.para"), parts("difflora_core.training.para")
-    methods, layout = parts("difflora_core.methods.base"), parts("difflora_core.lora.layout")
-    orthonormal = parts("difflora_core.adapters.para").orthonormal
-    model, base = unet(), parts("nodes.host.base")
+def draw_models(comfy):
+    """Draws with several models of one graph: name to (model, positive, negative), to pictures.
 
-    def make(seed=1, rank=2):
-        generator, layers = torch.Generator().manual_seed(seed), {}
-        for shape in base.unet_layout(model, "demo", 1, recipe.TARGETS["no_cross_attention"]):
-            module = model.model.diffusion_model.get_submodule(shape.name)
-            width, out, *kernel = layout.module_size(module)
-            directions = orthonormal(torch.randn(out, rank, generator=generator))
-            layers[shape.name] = {"directions": directions, "width": torch.tensor([float(width)])}
-            if kernel:
-                layers[shape.name]["kernel"] = torch.tensor([float(k) for k in kernel])
-        assert {len(tensors) for tensors in layers.values()} == {2, 3}  # linear and convolutions
-        made = methods.TrainedAdaptation("para", "demo", para.PaRaConfig(1.0), {}, layers)
-        return methods.PreparedAdaptation(made)
+    The graph has the demo, a person's LoRA, ordinary prompts and an empty latent beside what is
+    given.
+    """
+    vae, difflora = ["demo", 2], ["demo", 5]
 
-    return make
+    def node(class_type, **inputs):
+        return {"class_type": class_type, "inputs": inputs}
+
+    def run(nodes, models, demo=None):
+        graph = {
+            "demo": node("DiffLoRA_LoadDemo", **(demo or {})),
+            "identity": node(
+                "DiffLoRA_InventIdentity", difflora_model=difflora, seed=3, count=1, steps=4,
+                guidance=1.0,
+            ),
+            "lora": node(
+                "DiffLoRA_DecodeLoRA", difflora_model=difflora, lora_latent=["identity", 0]
+            ),
+            "words": node("CLIPTextEncode", clip=["demo", 1], text="photo of a person, smiling"),
+            "none": node("CLIPTextEncode", clip=["demo", 1], text=""),
+            "empty": node("EmptyLatentImage", width=64, height=64, batch_size=2),
+        } | nodes  # fmt: skip
+        for name, (model, positive, negative) in models.items():
+            graph |= {
+                f"{name} latent": node(
+                    "KSampler", model=model, positive=positive, negative=negative,
+                    latent_image=["empty", 0], seed=3, steps=4, cfg=2.0, sampler_name="euler",
+                    scheduler="normal", denoise=1.0,
+                ),
+                f"{name} picture": node("VAEDecode", samples=[f"{name} latent", 0], vae=vae),
+                f"{name} shown": node("PreviewImage", images=[f"{name} picture", 0]),
+            }  # fmt: skip
+        shown = comfy.run(graph).pictures
+        return {name: np.stack(shown[f"{name} shown"]).astype(int) for name in models}
+
+    return run

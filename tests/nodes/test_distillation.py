@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from difflora_core.demo.comfyui.client import ComfyPromptError
+from difflora_core.training.recipes import default_distillation, distillation_recipes
 
+METHOD = default_distillation()
 PROMPTS = "photo of a person\nphoto of a person, smiling\n# a note\ncartoon of a person, red shirt"
 WIDGETS = {
-    "prompts": PROMPTS, "prompt_file": "none", "method": "styleinject", "steps": 4, "rank": 2,
+    "prompts": PROMPTS, "prompt_file": "none", "method": METHOD, "steps": 4, "rank": 2,
     "pictures": 2, "width": 64, "height": 64, "batch_size": 2, "seed": 1,
     "file_name": "taught", "source": "teacher", "sampling_steps": 2, "cfg": 2.0,
     "output_weight": 1.0, "feature_weight": 0.1, "learning_rate": 0.01, "held_out": 34,
@@ -49,7 +51,7 @@ def test_a_lora_on_the_student_is_learned_as_a_style(comfy, styles, is_shipped):
         pytest.skip("needs the trained demo world")
     told = comfy.run(graph()).outputs["told"]["text"][0]
     made = read_adaptation(styles / "taught.safetensors")
-    assert (made.method, made.word, made.facts["pictures"]) == ("styleinject", None, 2)
+    assert (made.method, made.word, made.facts["pictures"]) == (METHOD, None, 2)
     assert made.facts["distilled_by"] == "outputs and features"
     assert any(name.endswith("in_layers.2") for name in made.layers)  # convolutions too
     assert "text encoders" not in told
@@ -60,17 +62,18 @@ def test_a_lora_on_the_student_is_learned_as_a_style(comfy, styles, is_shipped):
 def test_a_teacher_that_reads_otherwise_is_compared_by_outputs(comfy, comfy_server, styles):
     from difflora_core.storage.adapter_file import read_adaptation
 
+    other = next(name for name in distillation_recipes() if name != METHOD)
     (comfy_server.base_directory / "input" / "told.txt").write_text(
         "照人 => photo of a person\n笑 => photo of a person, smiling", "utf-8"
     )
     told = comfy.run(
         graph(
             teacher=["words", 0], teacher_clip=["words", 1], prompts="", prompt_file="told.txt",
-            file_name="foreign", method="para", rank=1, steps=2, held_out=0,
+            file_name="foreign", method=other, rank=1, steps=2, held_out=0,
         )
     ).outputs["told"]["text"][0]  # fmt: skip
     made = read_adaptation(styles / "foreign.safetensors")
-    assert (made.method, made.facts["distilled_by"]) == ("para", "outputs")
+    assert (made.method, made.facts["distilled_by"]) == (other, "outputs")
     assert "the text encoders differ, so only outputs are compared" in told
 
 
@@ -155,23 +158,12 @@ def test_an_interrupt_keeps_the_best_and_the_next_run_goes_on(demo, parts, tmp_p
     assert all(torch.equal(after[k], v) for k, v in before.items())
 
 
-def test_a_teacher_that_draws_through_styles_is_refused(demo, parts):
+def test_a_teacher_that_draws_through_styles_is_refused(demo, parts, random_adaptation):
     adapters = parts("nodes.host.adapters")
-    methods = parts("difflora_core.methods.base")
+    applied_adaptation = parts("difflora_core.methods.base").AppliedAdaptation
     model, _, clip, vae = demo
-    recipe = parts("difflora_core.training.styleinject")
-    layers = parts("difflora_core.adapters.styleinject")
-    name = "middle_block.1.transformer_blocks.0.attn1.to_q"
-    size = parts("difflora_core.lora.layout").module_size(
-        model.model.diffusion_model.get_submodule(name)
-    )
-    layer = layers.new_layer(
-        size, recipe.StyleInjectTraining().plan, True, torch.Generator().manual_seed(0)
-    )
-    made = parts("difflora_core.methods.styleinject").style_adaptation(
-        {name: layer}, layers.StyleInjectConfig(), "demo"
-    )
-    applied = methods.AppliedAdaptation(methods.PreparedAdaptation(made), made.settings)
+    style = random_adaptation(METHOD)(1)
+    applied = applied_adaptation(style, style.adaptation.settings)
     styled = adapters.with_link(model, adapters.Link(applied, 0.0, 1.0, False))
     execute = parts("nodes.distillation").DistilCheckpoint.execute
     with pytest.raises(Exception, match="act while a sampler runs and would not be learned"):

@@ -11,6 +11,12 @@ LAYER = KEY.removeprefix("diffusion_model.").removesuffix(".weight")
 
 
 @pytest.fixture
+def random_para(random_adaptation):
+    """Makes random directions."""
+    return random_adaptation("para")
+
+
+@pytest.fixture
 def on(parts):
     """A clone of a model with an adaptation on it."""
     host, methods = parts("nodes.host.adapters"), parts("difflora_core.methods.base")

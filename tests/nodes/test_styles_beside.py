@@ -1,22 +1,21 @@
-"""Styles of both methods beside people, concepts and ControlNets, in ComfyUI's own graphs.
+"""Styles of every method beside people, concepts and ControlNets, in ComfyUI's own graphs.
 
 Each part acts, at strength 0 it is gone to the pixel, and the order of the nodes is the order that
 their help pages say.
 """
 
-import shutil
-
 import numpy as np
 import pytest
 
-from difflora_core.demo.comfyui.client import ComfyPromptError
+from difflora_core.methods.base import StyleMethod
+from difflora_core.methods.registry import METHODS as REGISTRY
 
-MODEL, CLIP, VAE, DIFFLORA, CONTROL = (["demo", k] for k in (0, 1, 2, 5, 6))
+MODEL, CLIP, CONTROL = (["demo", k] for k in (0, 1, 6))
 WIDGETS = {
     "start_percent": 0.0, "end_percent": 1.0, "positive_only": False, "input_blocks": 1.0,
     "middle_block": 1.0, "output_blocks": 1.0, "self_attention": 1.0, "cross_attention": 1.0,
 }  # fmt: skip
-METHODS = ("styleinject", "para")
+METHODS = {name: kind for name, kind in REGISTRY.items() if issubclass(kind, StyleMethod)}
 
 
 def node(class_type, **inputs):
@@ -35,46 +34,12 @@ def person(model=MODEL, strength=1.0):
 
 
 @pytest.fixture
-def files(comfy_server, parts, random_style, random_para):
+def files(comfy_server, parts, random_adaptation):
     """A random style file of each method."""
     write = parts("difflora_core.storage.adapter_file").write_adaptation
     folder = comfy_server.base_directory / "models/difflora_styles"
-    for name, make in zip(METHODS, (random_style, random_para), strict=True):
-        write(folder / f"random_{name}.safetensors", make(1).adaptation)
-
-
-@pytest.fixture
-def draw(comfy):
-    """The pictures of several models, each with its prompts, from one prompt of ComfyUI."""
-
-    def run(nodes, models, demo=None):
-        graph = {
-            "demo": node("DiffLoRA_LoadDemo", **(demo or {})),
-            "identity": node(
-                "DiffLoRA_InventIdentity", difflora_model=DIFFLORA, seed=3, count=1, steps=4,
-                guidance=1.0,
-            ),
-            "lora": node(
-                "DiffLoRA_DecodeLoRA", difflora_model=DIFFLORA, lora_latent=["identity", 0]
-            ),
-            "words": node("CLIPTextEncode", clip=CLIP, text="photo of a person, smiling"),
-            "none": node("CLIPTextEncode", clip=CLIP, text=""),
-            "empty": node("EmptyLatentImage", width=64, height=64, batch_size=2),
-        } | nodes  # fmt: skip
-        for name, (model, positive, negative) in models.items():
-            graph |= {
-                f"{name} latent": node(
-                    "KSampler", model=model, positive=positive, negative=negative,
-                    latent_image=["empty", 0], seed=3, steps=4, cfg=2.0, sampler_name="euler",
-                    scheduler="normal", denoise=1.0,
-                ),
-                f"{name} picture": node("VAEDecode", samples=[f"{name} latent", 0], vae=VAE),
-                f"{name} shown": node("PreviewImage", images=[f"{name} picture", 0]),
-            }  # fmt: skip
-        shown = comfy.run(graph).pictures
-        return {name: np.stack(shown[f"{name} shown"]).astype(int) for name in models}
-
-    return run
+    for name in METHODS:
+        write(folder / f"random_{name}.safetensors", random_adaptation(name)(1).adaptation)
 
 
 def plain(*names):
@@ -92,8 +57,8 @@ def loaded(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_beside_a_person_in_either_order_of_the_nodes(draw, files, method):
-    """A LoRA is in what StyleInject sees, and whole beside PaRa, wherever it is loaded."""
+def test_beside_a_person_in_either_order_of_the_nodes(draw_models, files, method):
+    """The same pictures: a LoRA is in what a style sees, or whole beside one of the base."""
     nodes = loaded(method) | {
         "style": styled(),
         "person": person(),
@@ -103,7 +68,7 @@ def test_beside_a_person_in_either_order_of_the_nodes(draw, files, method):
         "style off": person(["style", 0], strength=0.0),
     }
     names = ("demo", "style", "person", "person style", "style person", "person off", "style off")
-    shown = draw(nodes, plain(*names))
+    shown = draw_models(nodes, plain(*names))
     np.testing.assert_array_equal(shown["person off"], shown["person"])
     np.testing.assert_array_equal(shown["style off"], shown["style"])
     np.testing.assert_array_equal(shown["person style"], shown["style person"])
@@ -111,7 +76,7 @@ def test_beside_a_person_in_either_order_of_the_nodes(draw, files, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_beside_a_concept(draw, files, is_shipped, method):
+def test_beside_a_concept(draw_models, files, is_shipped, method):
     if not is_shipped:
         pytest.skip("the demo world has no concepts")
     worn = {
@@ -133,7 +98,7 @@ def test_beside_a_concept(draw, files, is_shipped, method):
         "concept off": styled(["concept", 0], strength=0.0),
         "style off": concept(["style", 0], 0.0),
     }
-    shown = draw(
+    shown = draw_models(
         nodes,
         plain("style", "concept", "concept style", "concept off", "style off"),
         {"word_by_word": True},
@@ -144,7 +109,7 @@ def test_beside_a_concept(draw, files, is_shipped, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_beside_a_control_net(comfy, draw, files, method, face_picture):
+def test_beside_a_control_net(comfy, draw_models, files, method, face_picture):
     nodes = loaded(method) | {
         "photo": node("LoadImage", image=comfy.upload_picture(face_picture)),
         "steer": node(
@@ -156,7 +121,7 @@ def test_beside_a_control_net(comfy, draw, files, method, face_picture):
         "off": styled(strength=0.0),
     }  # fmt: skip
     steered = (["steer", 0], ["steer", 1])
-    shown = draw(
+    shown = draw_models(
         nodes,
         plain("style") | {
             "steered": (MODEL, *steered),
@@ -168,100 +133,30 @@ def test_beside_a_control_net(comfy, draw, files, method, face_picture):
     differ(shown, ("both", "steered"), ("both", "style"))
 
 
-def test_both_methods_in_one_chain(draw, files):
-    """PaRa reads the base, so it is the first wherever its node stands."""
+@pytest.mark.parametrize("of_base", [name for name, kind in METHODS.items() if kind.of_base])
+@pytest.mark.parametrize("other", [name for name, kind in METHODS.items() if not kind.of_base])
+def test_one_of_the_base_is_the_first_wherever_its_node_stands(draw_models, files, of_base, other):
     nodes = {
         f"file {m}": node("DiffLoRA_LoadStyle", style_name=f"random_{m}.safetensors")
-        for m in METHODS
+        for m in (of_base, other)
     } | {
-        "inject": styled(style="file styleinject"),
-        "inject para": styled(["inject", 0], "file para"),
-        "para": styled(style="file para"),
-        "para inject": styled(["para", 0], "file styleinject"),
+        "other": styled(style=f"file {other}"),
+        "other then base": styled(["other", 0], f"file {of_base}"),
+        "base": styled(style=f"file {of_base}"),
+        "base then other": styled(["base", 0], f"file {other}"),
     }  # fmt: skip
-    shown = draw(nodes, plain("inject", "para", "inject para", "para inject"))
-    np.testing.assert_array_equal(shown["inject para"], shown["para inject"])
-    differ(shown, ("inject para", "inject"), ("inject para", "para"))
+    shown = draw_models(nodes, plain("other", "base", "other then base", "base then other"))
+    np.testing.assert_array_equal(shown["other then base"], shown["base then other"])
+    differ(shown, ("other then base", "other"), ("other then base", "base"))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_below_zero_leads_away(draw, files, method):
+def test_below_zero_leads_away(draw_models, files, method):
     nodes = loaded(method) | {
         "away": styled(strength=-0.3), "on": styled(strength=0.3), "off": styled(strength=0.0),
     }  # fmt: skip
-    shown = draw(nodes, plain("demo", "away", "on", "off"))
+    shown = draw_models(nodes, plain("demo", "away", "on", "off"))
     np.testing.assert_array_equal(shown["off"], shown["demo"])
     away, on = shown["away"] - shown["demo"], shown["on"] - shown["demo"]
     differ(shown, ("away", "demo"), ("on", "demo"))
     assert (away * on).sum() < 0  # the other way, on the whole
-
-
-@pytest.fixture
-def trained_para(comfy, comfy_server):
-    """A PaRa that was trained for a few steps, as a file."""
-    nodes = {
-        "demo": node("DiffLoRA_LoadDemo"),
-        "images": node("EmptyImage", width=64, height=64, batch_size=2, color=0xFF8800),
-        "train": node(
-            "DiffLoRA_TrainPaRa", model=MODEL, clip=CLIP, vae=VAE, images=["images", 0],
-            prompts="photo of a person", steps=4, rank=2, batch_size=2, seed=1,
-            file_name="peach", mirror=True, small_file=False, learning_rate=0.05,
-            layers="all", start="least_used", bound=0.2,
-        ),
-        "told": node("PreviewAny", source=["train", 1]),
-    }  # fmt: skip
-    path = comfy_server.base_directory / "models/difflora_styles/peach.safetensors"
-    if not path.exists():
-        comfy.run(nodes)
-    return path
-
-
-def test_a_trained_para_is_loaded_and_its_lora_draws_the_same(
-    comfy, comfy_server, draw, trained_para
-):
-    file = node("DiffLoRA_LoadStyle", style_name=trained_para.name)
-    exported = {
-        "demo": node("DiffLoRA_LoadDemo"),
-        "file": file,
-        "export": node("DiffLoRA_ExportStyleLoRA", model=MODEL, style=["file", 0]),
-        "told": node("PreviewAny", source=["export", 1]),
-        "save": node("SaveLoRA", lora=["export", 0], prefix="loras/peach", steps=0),
-    }
-    answer = comfy.run(exported)
-    assert answer.outputs["told"]["text"] == ["The LoRA is the whole style."]
-    (saved,) = comfy_server.base_directory.glob("output/loras/peach*.safetensors")
-    folder = comfy_server.base_directory / "models/loras"
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.move(saved, folder / "peach_lora.safetensors")
-    nodes = {
-        "file": file,
-        "on": styled(),
-        "off": styled(strength=0.0),
-        "core": node(
-            "LoraLoaderModelOnly", model=MODEL, lora_name="peach_lora.safetensors",
-            strength_model=1.0,
-        ),
-    }  # fmt: skip
-    shown = draw(nodes, plain("demo", "on", "off", "core"))
-    np.testing.assert_array_equal(shown["off"], shown["demo"])
-    differ(shown, ("on", "demo"))
-    assert np.abs(shown["on"] - shown["core"]).max() <= 2  # the file's numbers are rounded
-
-
-def test_a_para_of_another_base_is_refused(comfy, comfy_server, parts, random_para):
-    from dataclasses import replace
-
-    made = random_para(1).adaptation
-    layers = {f"input_blocks.99.{name}": tensors for name, tensors in made.layers.items()}
-    folder = comfy_server.base_directory / "models/difflora_styles"
-    write = parts("difflora_core.storage.adapter_file").write_adaptation
-    write(folder / "foreign.safetensors", replace(made, base="sd9", layers=layers))
-    nodes = {
-        "demo": node("DiffLoRA_LoadDemo"),
-        "file": node("DiffLoRA_LoadStyle", style_name="foreign.safetensors"),
-        "on": styled(),
-        "lora": node("DiffLoRA_ExportStyleLoRA", model=MODEL, style=["file", 0]),
-        "told": node("PreviewAny", source=["lora", 1]),
-    }
-    with pytest.raises(ComfyPromptError, match=r"made for sd9.*do not fit the model"):
-        comfy.run(nodes)

@@ -1,6 +1,9 @@
 """Distillation on tiny bases: the losses, the run, and what does not fit."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
+from runpy import run_path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from difflora_core.base_model.diffusers_base import DiffusersBase, time_ids
 from difflora_core.errors import ConfigError
 from difflora_core.methods.registry import METHODS
 from difflora_core.models.layers import DrawnFrom
-from difflora_core.training.adaptation_run import AdaptationTraining, run_fingerprint
+from difflora_core.training.adaptation_run import run_fingerprint
 from difflora_core.training.concept_task import PictureTask
 from difflora_core.training.distillation import (
     OTHER_LAYERS,
@@ -29,38 +32,18 @@ from difflora_core.training.distillation_data import (
     distillation_examples,
     read_prompts,
 )
-from difflora_core.training.para import PaRaObjective, PaRaTraining
 from difflora_core.training.processes import split
-from difflora_core.training.recipes import distillation_recipes
-from difflora_core.training.styleinject import StyleInjectObjective, StyleInjectTraining
+from difflora_core.training.recipes import default_distillation, distillation_recipes
 
 PAIRS = [PromptPair(p, p) for p in ("photo of a hat", "the red hat", "a blue cup", "a cat")]
 QUICK = DistillationPictures(count=8, steps=3, guidance=2.0)
 
 
-@dataclass(frozen=True)
-class Example:
-    """A recipe and its settings on the small network; `left`: most of the loss after training."""
-
-    recipe: type[nn.Module]
-    config: AdaptationTraining
-    left: float
-
-
-COURSE = {"steps": 40, "batch": 2}
 EXAMPLES = {
-    "styleinject": Example(
-        StyleInjectObjective,
-        StyleInjectTraining.for_distillation(rank=2, learning_rate=0.02, **COURSE),
-        left=0.9,
-    ),
-    "para": Example(
-        PaRaObjective,
-        replace(PaRaTraining.for_distillation(rank=1, learning_rate=0.05, **COURSE), bound=0.5),
-        left=0.999,
-    ),
+    name: SimpleNamespace(**run_path(str(Path(__file__).parent / "distillation" / f"{name}.py")))
+    for name in distillation_recipes()
 }
-"""One for each method that can be distilled."""
+"""Of each method that can be distilled: the file of its name in distillation/."""
 
 
 def changed(base, seed=5, amount=0.15):
@@ -93,10 +76,11 @@ def task(student, teacher):
     return distillation_task(student, teacher, DistillationLoss())
 
 
-def styleinject(task, **changes):
-    """StyleInject on all layers, to be distilled."""
-    example = EXAMPLES["styleinject"]
-    return DistillationObjective(example.recipe(task, replace(example.config, **changes)))
+def style_objective(task, **changes):
+    """What is trained: a style by the method that Distil Checkpoint takes unless told otherwise."""
+    example = EXAMPLES[default_distillation()]
+    recipe = distillation_recipes()[default_distillation()]
+    return DistillationObjective(recipe(task, replace(example.CONFIG, **changes)))
 
 
 def examples(teacher, pairs=PAIRS, **changes):
@@ -127,7 +111,7 @@ def double(base):
 
 def test_losses_are_those_written_out_in_float64(student, teacher):
     task = distillation_task(student, teacher, DistillationLoss(0.7, 0.3))
-    objective = styleinject(task)
+    objective = style_objective(task)
     batch = examples(teacher).draw(3, 1000)(torch.Generator().manual_seed(1))
     loss, metrics = objective(batch)  # untrained: the student is its base
     encoded = task.text.encode(batch["prompts"], {})
@@ -152,7 +136,7 @@ def test_losses_are_those_written_out_in_float64(student, teacher):
 def test_gradients_of_both_losses_reach_the_style_and_nothing_else(student, teacher):
     seen = {}
     for name, loss in (("output", DistillationLoss(1, 0)), ("features", DistillationLoss(0, 1))):
-        objective = styleinject(distillation_task(student, teacher, loss))
+        objective = style_objective(distillation_task(student, teacher, loss))
         batch = examples(teacher).draw(2, 1000)(torch.Generator().manual_seed(1))
         objective(batch)[0].backward()
         seen[name] = [p.grad for p in objective.parameters() if p.requires_grad]
@@ -166,7 +150,7 @@ def test_gradients_of_both_losses_reach_the_style_and_nothing_else(student, teac
 
 def test_a_batch_in_parts_has_the_loss_of_the_whole(task, teacher):
     """Each sample counts by itself, so processes can share a batch."""
-    objective = styleinject(task)
+    objective = style_objective(task)
     batch = examples(teacher).draw(4, 1000)(torch.Generator().manual_seed(2))
     whole = float(objective(batch)[0])
     parts = [float(objective(part)[0]) for part in split(batch, 2)]
@@ -188,7 +172,7 @@ def test_a_larger_feature_of_one_block_counts_no_more_than_a_small_one():
 @pytest.mark.parametrize("method", distillation_recipes())
 def test_every_style_learns_from_the_teacher(task, teacher, tmp_path, method):
     example = EXAMPLES[method]
-    objective = DistillationObjective(example.recipe(task, example.config))
+    objective = DistillationObjective(distillation_recipes()[method](task, example.CONFIG))
     trained, apart = (
         examples(teacher, PAIRS[:3]),
         examples(teacher, PAIRS[3:], count=2, seed=50),
@@ -210,12 +194,12 @@ def test_every_style_learns_from_the_teacher(task, teacher, tmp_path, method):
         fresh = type(objective)(type(objective.style)(task, objective.config))
         before = sum(float(fresh(batch)[0]) for batch in batches) / 6
     assert result.loss == pytest.approx(after, rel=1e-5)  # on prompts that it was not trained on
-    assert after < example.left * before
+    assert after < example.LEFT * before
 
 
 def test_a_stopped_run_goes_on_to_the_same_numbers(task, teacher, tmp_path):
     def run(folder, stop=None):
-        objective = styleinject(task, steps=12, evaluate_every=4)
+        objective = style_objective(task, steps=12, evaluate_every=4)
         return run_distillation(objective, examples(teacher), folder, stop=stop)
 
     whole = run(tmp_path / "whole")
@@ -228,7 +212,7 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(task, teacher, tmp_path):
 
 
 def test_prompts_that_were_held_out_end_a_run_that_does_not_help_them(task, teacher, tmp_path):
-    objective = styleinject(task, steps=400, learning_rate=1.0, evaluate_every=2, patience=2)
+    objective = style_objective(task, steps=400, learning_rate=1.0, evaluate_every=2, patience=2)
     steps = []
     result = run_distillation(
         objective,
@@ -243,7 +227,7 @@ def test_prompts_that_were_held_out_end_a_run_that_does_not_help_them(task, teac
 
 def test_an_equal_teacher_has_nothing_to_teach(student, base, text, tmp_path):
     twin = PictureTask(changed(base, amount=0.0), text, "tiny")
-    objective = styleinject(distillation_task(student, twin, DistillationLoss()))
+    objective = style_objective(distillation_task(student, twin, DistillationLoss()))
     with pytest.raises(ConfigError, match="nothing to learn: teacher and student draw the same"):
         run_distillation(objective, examples(twin), tmp_path)
     assert not list(tmp_path.iterdir())
@@ -257,7 +241,7 @@ def test_other_text_encoders_leave_the_outputs(student, teacher, make_text, tmp_
     task = distillation_task(foreign, teacher, DistillationLoss(), spoken)
     assert task.remarks == (OTHER_TEXT,)
     assert task.loss == DistillationLoss(1.0, 0.0)
-    objective = styleinject(task)
+    objective = style_objective(task)
     data = examples(teacher, pairs)
     assert {p for own in data.prompts for p in own} == {"photo of a hat", "a cat"}
     told = task.taught(["a cat", "unknown"])
@@ -266,7 +250,7 @@ def test_other_text_encoders_leave_the_outputs(student, teacher, make_text, tmp_
     loss, metrics = objective(data.draw(2, 1000)(torch.Generator().manual_seed(1)))
     assert set(metrics) == {"output"}
     assert float(loss) == float(metrics["output"])
-    made = run_distillation(styleinject(task, steps=2), data, tmp_path).adaptations[0]
+    made = run_distillation(style_objective(task, steps=2), data, tmp_path).adaptations[0]
     assert made.facts["distilled_by"] == "outputs"
     with pytest.raises(ConfigError, match="no loss left: the text encoders differ"):
         distillation_task(foreign, teacher, DistillationLoss(0.0, 1.0))
@@ -292,7 +276,7 @@ def test_what_does_not_fit_is_refused(student, teacher, base, text):
     with pytest.raises(ConfigError, match="cannot both weigh 0"):
         DistillationLoss(0, 0)
     with pytest.raises(ConfigError, match="needs a task with a teacher"):
-        DistillationObjective(StyleInjectObjective(student, StyleInjectTraining()))
+        style_objective(student)
 
 
 def test_a_teacher_with_other_layers_is_compared_by_outputs(student, base, text):
@@ -308,7 +292,7 @@ def test_another_teacher_or_loss_is_another_run(student, teacher, base, text):
     other = PictureTask(changed(base, seed=6), text, "tiny")
     data = examples(teacher)
     prints = {
-        run_fingerprint(styleinject(distillation_task(student, one, loss, said)), data)
+        run_fingerprint(style_objective(distillation_task(student, one, loss, said)), data)
         for one, loss, said in (
             (teacher, DistillationLoss(), None),
             (other, DistillationLoss(), None),

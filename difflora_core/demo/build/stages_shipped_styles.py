@@ -3,60 +3,49 @@
 from __future__ import annotations
 
 import shutil
-from typing import Any
+from importlib import import_module
+from importlib.util import find_spec
 
-from ...adapters.styleinject import ATTENTION, StyleInjectPlan
+from ...methods.base import StyleMethod
+from ...methods.registry import METHODS
 from ...storage.adapter_file import write_adaptation
-from ...training.adaptation_run import AdaptationTraining, run_adaptation
+from ...training.adaptation_run import run_adaptation
 from ...training.concept_task import PictureTask, concept_examples
 from ...training.loop import Progress
-from ...training.para import PaRaObjective, PaRaTraining
-from ...training.styleinject import StyleInjectObjective, StyleInjectTraining
 from .. import paths
 from ..networks.base import load_base
 from ..networks.concept_text import demo_concept_text
 from ..world.shipped_styles import SHIPPED, style_pictures
+from .shipped_styles.base import ShippedStyle
 from .stages import Figures
 
 PICTURES = 200
-PLAN = StyleInjectPlan(
-    styles=4,
-    rank=2,
-    targets=(*ATTENTION, "out_layers.3"),
-    spread_targets=("attn1.to_q", "attn2.to_q", "out_layers.3"),
-)
-"""As for distillation, with one convolution of a block: the other one doubles the file."""
-RECIPES: dict[str, tuple[Any, AdaptationTraining]] = {
-    "demo_cyanotype": (
-        StyleInjectObjective,
-        StyleInjectTraining(steps=400, batch=6, learning_rate=6e-3, plan=PLAN, patience=0),
-    ),
-    # The demo's layers are narrow: 8 of 64 directions are more than the paper's share of 1280.
-    "demo_sepia": (
-        PaRaObjective,
-        PaRaTraining(
-            steps=300, batch=8, learning_rate=3e-3, rank=8, targets="all", bound=0.5,
-            evaluate_every=50,
-        ),
-    ),
-}  # fmt: skip
-"""File name without suffix to recipe and settings; rates are high because the base is tiny."""
+
+
+def shipped_styles() -> list[ShippedStyle]:
+    """Those of the registered methods, each from the method's file in `shipped_styles/`."""
+    learn = [name for name, kind in METHODS.items() if issubclass(kind, StyleMethod)]
+    files = [f".shipped_styles.{name}" for name in learn]
+    return [
+        import_module(file, __package__).STYLE for file in files if find_spec(file, __package__)
+    ]
 
 
 def styles(progress: Progress) -> Figures:
     """Learn the styles that ship."""
     base, text = load_base(paths.BASE), demo_concept_text(paths.BASE)
     figures: Figures = {}
-    for name, (recipe, config) in RECIPES.items():
-        images, captions = style_pictures(SHIPPED[name], PICTURES)
+    for style in shipped_styles():
+        images, captions = style_pictures(SHIPPED[style.name], PICTURES)
         examples = concept_examples(base, images, prompts=[[line] for line in captions])
         result = run_adaptation(
-            recipe(PictureTask(base, text, "demo"), config),
+            style.recipe(PictureTask(base, text, "demo"), style.config),
             examples,
-            paths.BUILD / "styles" / name,
+            paths.BUILD / "styles" / style.name,
             lambda step, of, seen, _: progress(step, of, seen),
         )
-        written = write_adaptation(paths.STYLES / f"{name}.safetensors", result.adaptations[0])
-        figures[name] = {"loss": result.loss, "step": result.step, "bytes": written.size}
+        path = paths.STYLES / f"{style.name}.safetensors"
+        written = write_adaptation(path, result.adaptations[0])
+        figures[style.name] = {"loss": result.loss, "step": result.step, "bytes": written.size}
     shutil.rmtree(paths.BUILD / "styles")
     return figures

@@ -1,4 +1,4 @@
-"""Styles on ComfyUI's models: on outputs, in their order, by part and time; files and exports."""
+"""StyleInject on ComfyUI's models: on outputs, in order, by part and time; files and exports."""
 
 from contextlib import contextmanager
 from dataclasses import replace
@@ -6,6 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+
+
+@pytest.fixture
+def random_style(random_adaptation):
+    """Makes random styles."""
+    return random_adaptation("styleinject")
 
 
 @pytest.fixture

@@ -1,9 +1,15 @@
-"""Styles in graphs: chains of them, training and its file, and the router that is watched."""
+"""StyleInject in graphs: chains of them, training and its file, and the router that is watched."""
 
 import numpy as np
 import pytest
 
 from difflora_core.demo.comfyui.client import ComfyPromptError
+
+
+@pytest.fixture
+def random_style(random_adaptation):
+    """Makes random styles."""
+    return random_adaptation("styleinject")
 
 
 def node(class_type, **inputs):
