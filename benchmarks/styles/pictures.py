@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +20,7 @@ from difflora_core.demo.world.scenes import Scene
 from difflora_core.diffusion.sampler import SampleSettings, initial_noise, sample, seeded_generators
 from difflora_core.evaluation.metrics import attribute_agreement, seed_diversity
 from difflora_core.lora.layout import unet_name_map
+from difflora_core.methods.registry import method
 from difflora_core.storage.safetensors_io import write_atomic
 from difflora_core.training.concept_task import PictureTask
 from difflora_core.training.fingerprint import weights_digest
@@ -30,20 +30,27 @@ from .tasks import StyleTask
 from .trainer import TrainedStyle
 from .world import StyleWorld
 
-PROTOCOL = 1
+PROTOCOL = 2
 """To be raised with every change of drawing or judging: it makes cached columns invalid."""
 FIRST_SEED = 5 * 10**8
 """Of the pictures' noise."""
+
+NOBODY = AdapterSet(())
 
 Columns = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class DrawingPlan(Config):
-    """Which pictures: every scene in so many noises, by DDIM of `steps` under `guidance`."""
+    """Which pictures, by DDIM of `steps` under `guidance`.
+
+    `noises`: pictures of every scene; `people`: further ones of every scene, each of a person whom
+    DiffLoRA knows.
+    """
 
     scenes: tuple[Scene, ...] = PROMPTS
     noises: int = 2
+    people: int = 2
     steps: int = 10
     guidance: float = 2.0
 
@@ -51,6 +58,11 @@ class DrawingPlan(Config):
     def prompts(self) -> list[str]:
         """One for each picture: all noises of the first scene come first."""
         return [scene.caption() for scene in self.scenes for _ in range(self.noises)]
+
+    @property
+    def portraits(self) -> list[tuple[str, int]]:
+        """Prompt and number of the person of each further picture."""
+        return [(s.caption(), k) for s in self.scenes for k in range(self.people)]
 
 
 class StyleEvaluator:
@@ -65,16 +77,20 @@ class StyleEvaluator:
     def wanted(self, style: str) -> Tensor:
         """The teacher's pictures (N, H, W, 3), drawn once."""
         if style not in self._wanted:
-            self._wanted[style] = draw(self.world.teachers[style], self.plan)
+            teacher = Drawing(self.world.teachers[style], self.names)
+            self._wanted[style] = teacher.pictures(self.plan.prompts, self.plan)
         return self._wanted[style]
 
     def teacher(self, style: str) -> Columns:
         """Columns (P,) of the teacher itself: nothing can agree with it more."""
-        return self.judged(self.wanted(style), style)
+        teacher = Drawing(self.world.teachers[style], self.names)
+        return self.judged(self.wanted(style), style) | self.faces(teacher)
 
     def base(self, style: str, given: StyleTask) -> Columns:
         """Columns (P,) of a task's student without any style."""
-        return self.judged(draw(given.task, self.plan, said=given.said), style)
+        student = Drawing(given.task, self.names, given.said)
+        images = student.pictures(self.plan.prompts, self.plan)
+        return self.judged(images, style) | self.faces(student)
 
     def columns(self, style: str, given: StyleTask, trained: TrainedStyle) -> Columns:
         """Columns (P,) of a style that was learned on a task."""
@@ -83,9 +99,17 @@ class StyleEvaluator:
         name = hashlib.sha256(facts.encode()).hexdigest()[:32]
         path = self.world.cache / "trials" / f"{name}.safetensors"
         if not path.exists():
-            images = draw(given.task, self.plan, trained.adapters, self.names, given.said)
-            write_atomic(self.judged(images, style), {}, path)
+            student = Drawing(given.task, self.names, given.said, trained)
+            images = student.pictures(self.plan.prompts, self.plan)
+            write_atomic(self.judged(images, style) | self.faces(student), {}, path)
         return load_file(path)
+
+    def faces(self, model: Drawing) -> Columns:
+        """`face` (P,): likeness of people whose LoRA is on the model too, a mean over them."""
+        prompts, owners = zip(*self.plan.portraits, strict=True)
+        images = model.pictures(prompts, self.plan, self.world.people.adapters(owners))
+        likeness = self.world.people.likeness(self.world.prompts, images, owners)
+        return {"face": likeness.unflatten(0, (-1, self.plan.people)).mean(1)}
 
     def judged(self, images: Tensor, style: str) -> Columns:
         """What the judges see in pictures (N, H, W, 3): a mean over the noises of each prompt.
@@ -126,39 +150,52 @@ class StyleEvaluator:
                 return time.process_time() - started
 
         own = trained.adapters
-        pairs = [(seconds(AdapterSet(())), seconds(own)) for _ in range(rounds + 1)]
+        pairs = [(seconds(NOBODY), seconds(own)) for _ in range(rounds + 1)]
         return 1000 * float(torch.tensor([with_it - bare for bare, with_it in pairs[1:]]).median())
 
 
-@torch.no_grad()
-def draw(
-    task: PictureTask,
-    plan: DrawingPlan,
-    adapters: AdapterSet | None = None,
-    names: dict[str, str] | None = None,
-    said: Callable[[str], str] = str,
-) -> Tensor:
-    """Pictures (N, H, W, 3) of a plan's prompts, by noises that depend on the plan alone.
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """A model that draws: a base, and a style on it where there is one.
 
-    Args:
-        task: the base model and its text encoders.
-        plan: what to draw.
-        adapters: to put on the base.
-        names: layer name to module path.
-        said: how the base is told a prompt.
+    `names`: layer name to module path; `said`: how the base is told a prompt.
     """
-    base, prompts = task.base, [said(prompt) for prompt in plan.prompts]
-    encoded = task.encode(prompts)
-    text = TextCondition(encoded.context, encoded.pooled)
-    nothing = task.nothing.select(torch.zeros(len(prompts), dtype=torch.long))
-    side, channels = base.unet.config.sample_size, base.unet.config.in_channels
-    seeds = range(FIRST_SEED, FIRST_SEED + len(prompts))
-    noise = initial_noise(seeded_generators(seeds), (channels, side, side))
 
-    def denoise(z: Tensor, timestep: Tensor, conditional: bool) -> Tensor:
-        return base.predict(z, timestep, text if conditional else nothing).float()
+    task: PictureTask
+    names: Mapping[str, str]
+    said: Callable[[str], str] = str
+    style: TrainedStyle | None = None
 
-    scheduler = DDIMScheduler.from_config(base.scheduler.config, timestep_spacing="trailing")
-    with nullcontext() if adapters is None else attach(base.unet, adapters, names=names):
-        z = sample(denoise, noise, scheduler, SampleSettings(plan.steps, plan.guidance))
-    return base.decode_latents(z)
+    @torch.no_grad()
+    def pictures(
+        self, prompts: Sequence[str], plan: DrawingPlan, people: AdapterSet = NOBODY
+    ) -> Tensor:
+        """Pictures (N, H, W, 3) of prompts, from noises that depend on their number alone.
+
+        Args:
+            prompts: in the words of the teachers.
+            plan: how to draw.
+            people: adapters of LoRAs.
+        """
+        base = self.task.base
+        encoded = self.task.encode([self.said(prompt) for prompt in prompts])
+        text = TextCondition(encoded.context, encoded.pooled)
+        nothing = self.task.nothing.select(torch.zeros(len(prompts), dtype=torch.long))
+        side, channels = base.unet.config.sample_size, base.unet.config.in_channels
+        seeds = range(FIRST_SEED, FIRST_SEED + len(prompts))
+        noise = initial_noise(seeded_generators(seeds), (channels, side, side))
+
+        def denoise(z: Tensor, timestep: Tensor, conditional: bool) -> Tensor:
+            return base.predict(z, timestep, text if conditional else nothing).float()
+
+        scheduler = DDIMScheduler.from_config(base.scheduler.config, timestep_spacing="trailing")
+        with attach(base.unet, self._together(people), names=self.names):
+            z = sample(denoise, noise, scheduler, SampleSettings(plan.steps, plan.guidance))
+        return base.decode_latents(z)
+
+    def _together(self, people: AdapterSet) -> AdapterSet:
+        """LoRAs are in what a style sees, unless it takes something from the base alone."""
+        if self.style is None:
+            return people
+        of_base, own = method(self.style.adaptation.method).of_base, self.style.adapters
+        return own + people if of_base else people + own

@@ -1,9 +1,9 @@
-"""`make bench name=styles args='--quick --json FILE'`: StyleInject and PaRa beside LoRA.
+"""`make bench name=styles args='--quick --json FILE'`: every method that learns a look.
 
 Every row learns the art styles of the demo world's teachers, by distillation (scenarios 1
 and 2 of arXiv 2401.13942) and from a few pictures, with the same pictures, steps, batches and
 seeds; then it draws the same prompts from the same noise as the teacher. Base and teacher are the
-two ends.
+two ends. What is compared stands in `methods/`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from difflora_core.evaluation.report import Report
 from ..command import benchmark_console, command_parser, commit, machine, set_threads, write_report
 from ..prompts import QUICK as QUICK_SCENES
 from .conclusions import intervals, ordering, over_prompts
+from .methods import CLAIMS, ROWS
+from .methods.base import Course
 from .pictures import Columns, DrawingPlan, StyleEvaluator
-from .rows import CLAIMS, ROWS, Course
 from .tasks import TASKS, TaskSize
 from .trainer import StyleTrainer
 from .world import StyleWorld, demo_world
@@ -54,7 +55,7 @@ QUICK = Size(("ink",), (0,), Course(60), TaskSize(24, held_out=8), DrawingPlan(Q
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = command_parser("StyleInject and PaRa beside LoRA.", threads=1)
+    parser = command_parser("Styles, learned from teachers and from pictures.", threads=1)
     parser.add_argument("--quick", action="store_true", help="1 style, 1 seed, 60 steps, 6 prompts")
     about = "folder with teachers/ and judges/ of make demo-world"
     parser.add_argument("--teachers", type=Path, default=paths.ARTEFACTS, help=about)
@@ -62,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     set_threads(options.threads)
     console, started = benchmark_console(), time.perf_counter()
     size = QUICK if options.quick else Size()
-    report = measure(demo_world(size.styles, options.teachers, console.print), size)
+    world = demo_world(size.styles, options.teachers, size.plan.people, console.print)
+    report = measure(world, size)
     minutes = (time.perf_counter() - started) / 60
     facts = {"quick": options.quick, "minutes": minutes, "machine": machine(), "commit": commit()}
     report = Report(report.rows, {**report.facts, **facts})

@@ -18,18 +18,20 @@ from difflora_core.storage.adapter_file import read_adaptation, write_adaptation
 from difflora_core.training.adaptation_run import run_adaptation, run_fingerprint
 
 from ..command import Log, silent
-from .rows import Course, StyleRow
+from .methods.base import Course, StyleRow
 from .tasks import StyleTask
 
-VERSION = 1
+VERSION = 2
 """To be raised with every change of a recipe: it makes cached styles invalid."""
 
 
 @dataclass(frozen=True, eq=False)
 class TrainedStyle:
-    """A style by one row. Its facts hold `parameters`, `seconds`, `steps` to the best, `late`.
+    """A style by one row.
 
-    `size`: bytes of its file; `fingerprint`: of all it depends on.
+    Its facts hold `parameters`, `seconds`, `steps` to the best state, `loss` of that on held-out
+    pictures, and `late`: how many times as much the last state has. `size`: bytes of its file;
+    `fingerprint`: of all it depends on.
     """
 
     adaptation: TrainedAdaptation
@@ -87,6 +89,7 @@ class StyleTrainer:
         facts = {
             "parameters": parameters,
             "seconds": time.process_time() - started,
+            "loss": result.loss,
             "late": losses[-1] / result.loss,
         }
         shutil.rmtree(run)

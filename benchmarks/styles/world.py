@@ -15,6 +15,7 @@ from difflora_core.demo.networks.style_judge import StyleJudge, load_style_judge
 from difflora_core.training.concept_task import PictureTask
 
 from ..command import CACHE, Log, silent
+from .people import KnownPeople, demo_people
 
 TEACHERS, STYLE_JUDGE, CHINESE = (
     path.relative_to(paths.ARTEFACTS) for path in (paths.TEACHERS, paths.STYLE_JUDGE, paths.CHINESE)
@@ -27,8 +28,9 @@ HOW = "make demo-world makes it (stages style_judge, teachers, chinese); or name
 class StyleWorld:
     """A student and a teacher for each style, all frozen, with judges of styles and prompts.
 
-    `chinese`: the student with text encoders that read Chinese. `cache`: folder of everything that
-    is drawn or trained; `log`: prints a line.
+    `chinese`: the student with text encoders that read Chinese. `prompts`: judges of what a prompt
+    named, and of faces; `people`: those whose faces are to be kept. `cache`: folder of everything
+    that is drawn or trained; `log`: prints a line.
     """
 
     student: PictureTask
@@ -36,16 +38,18 @@ class StyleWorld:
     teachers: Mapping[str, PictureTask]
     judge: StyleJudge
     prompts: Judges
+    people: KnownPeople
     cache: Path
     log: Log = silent
 
 
-def demo_world(styles: Sequence[str], folder: Path, log: Log = silent) -> StyleWorld:
+def demo_world(styles: Sequence[str], folder: Path, people: int, log: Log = silent) -> StyleWorld:
     """The demo world's models.
 
     Args:
         styles: names of art styles.
         folder: of artefacts, which holds teachers and the judge of styles.
+        people: so many of them.
         log: prints a line.
 
     Raises:
@@ -56,12 +60,15 @@ def demo_world(styles: Sequence[str], folder: Path, log: Log = silent) -> StyleW
         if not path.exists():
             raise SystemExit(f"There is no {path}. {HOW} by --teachers.")
     base, text = load_base(paths.BASE), demo_concept_text(paths.BASE)
+    asked = {"attributes": paths.PROMPT_JUDGE, "embedder": paths.JUDGES / "embedder.safetensors"}
+    judges = Judges({name: load_judge(path) for name, path in asked.items()})
     return StyleWorld(
         PictureTask(base, text, "demo"),
         PictureTask(base, chinese_text(load_chinese(folder / CHINESE)), "demo"),
         {s: PictureTask(load_base(paths.BASE, path), text, "demo") for s, path in files.items()},
         load_style_judge(folder / STYLE_JUDGE),
-        Judges({"attributes": load_judge(paths.PROMPT_JUDGE)}),
+        judges,
+        demo_people(people, judges),
         CACHE / "styles",
         log,
     )

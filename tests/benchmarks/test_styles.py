@@ -9,8 +9,13 @@ from diffusers import UNet2DConditionModel
 
 from benchmarks.prompts import QUICK
 from benchmarks.styles.conclusions import ordering
+from benchmarks.styles.methods import CLAIMS, ROWS
+from benchmarks.styles.methods.base import Course
+from benchmarks.styles.methods.deft import DEFT
+from benchmarks.styles.methods.lora import EQUAL, TIMES_4, TIMES_16
+from benchmarks.styles.methods.styleinject import FOUR, STA
+from benchmarks.styles.people import KnownPeople
 from benchmarks.styles.pictures import DrawingPlan
-from benchmarks.styles.rows import CLAIMS, FOUR, LORA, LORA_4, LORA_16, ROWS, STA, Course
 from benchmarks.styles.styles import BASE, TEACHER, Size, main, measure
 from benchmarks.styles.tasks import TASKS, TaskSize
 from benchmarks.styles.trainer import StyleTrainer
@@ -21,6 +26,7 @@ from difflora_core.demo.networks.base import load_base
 from difflora_core.demo.networks.chinese import ChineseText, translate
 from difflora_core.demo.networks.concept_text import chinese_text
 from difflora_core.demo.networks.style_judge import StyleJudge
+from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.models.layers import DrawnFrom
 from difflora_core.training.concept_task import PictureTask
 
@@ -32,7 +38,7 @@ TINY = Size(
     DrawingPlan(QUICK[:2], noises=2, steps=2),
     step_rounds=1,
 )
-JUDGED = {"style_agreement", "teacher_distance", "prompt_agreement", "diversity"}
+JUDGED = {"style_agreement", "teacher_distance", "prompt_agreement", "diversity", "face"}
 COSTS = {"parameters", "file_kb", "best_step", "late_loss", "seconds", "step_ms"}
 
 
@@ -48,6 +54,16 @@ def random_teacher(base):
     return DiffusersBase(unet, base.vae, base.encode_prompts, base.scheduler)
 
 
+def known_people(artefacts):
+    """Two people with random LoRAs."""
+    generator, layers = torch.Generator().manual_seed(3), {}
+    for shape in artefacts.layout:
+        down = torch.randn(2, 2, shape.in_features, generator=generator)
+        up = 0.02 * torch.randn(2, shape.out_features, 2, generator=generator)
+        layers[shape.name] = LoRALayer(down, up, 2.0)
+    return KnownPeople(LoRAWeights(layers), torch.randn(2, 96, generator=generator))
+
+
 @pytest.fixture(scope="module")
 def world(artefacts, text, tmp_path_factory):
     base, generator = artefacts.base, torch.Generator().manual_seed(2)
@@ -57,7 +73,8 @@ def world(artefacts, text, tmp_path_factory):
         reads = chinese_text(ChineseText().requires_grad_(False).eval())
     cache = tmp_path_factory.mktemp("styles")
     chinese = PictureTask(base, reads, "demo")
-    return StyleWorld(student, chinese, {"ink": teacher}, judge, artefacts.judges, cache)
+    people = known_people(artefacts)
+    return StyleWorld(student, chinese, {"ink": teacher}, judge, artefacts.judges, people, cache)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +159,7 @@ def test_parameters_of_the_loras_are_what_their_names_say(text):
         objective = ROWS[name].recipe(task, ROWS[name].at(Course()))
         return sum(p.numel() for p in objective.parameters() if p.requires_grad)
 
-    for name, times in ((LORA, 1), (LORA_4, 4), (LORA_16, 16)):
+    for name, times in ((EQUAL, 1), (TIMES_4, 4), (TIMES_16, 16), (DEFT, 1)):
         assert count(name) == pytest.approx(times * count(FOUR), rel=0.05)
 
 

@@ -1,4 +1,4 @@
-"""What StyleInject and PaRa are compared with, as recipes: a full fine-tune, and STA alone."""
+"""A full fine-tune in the styles benchmark: the upper end of what can be learned."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from difflora_core.text.encoders import EncodedPrompts
 from difflora_core.training.adaptation_run import AdaptationTraining, masked_loss
 from difflora_core.training.concept_task import PictureTask
 from difflora_core.training.loop import LoopConfig
-from difflora_core.training.styleinject import StyleInjectObjective, StyleInjectTraining
+
+from .base import StyleRow
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,5 @@ class FullObjective(nn.Module):
         return [TrainedAdaptation(LoRA.name, base, LoRASettings(), {}, layers, facts=facts)]
 
 
-class SpreadObjective(StyleInjectObjective):
-    """STA alone: the spread is learned, and the low-rank change stays at nothing."""
-
-    def __init__(self, task: PictureTask, config: StyleInjectTraining) -> None:
-        super().__init__(task, config)
-        for part in self.parts:
-            for name in ("downs", "up"):
-                part[name].requires_grad_(False)
+FULL = "full fine-tune"
+ROWS = (StyleRow(FULL, FullObjective, FullTraining(), rates=(2e-4, 6e-4, 2e-3)),)
