@@ -155,9 +155,15 @@ def _seldom_needed() -> list[io.Input]:
 
 def _calibration(name: str, tooltip: str) -> io.Input:
     return io.Float.Input(
-        name, default=CALIBRATION, min=0.0, max=10.0, step=0.001,
-        optional=True, advanced=True, tooltip=tooltip,
-    )  # fmt: skip
+        name,
+        default=CALIBRATION,
+        min=0.0,
+        max=10.0,
+        step=0.001,
+        optional=True,
+        advanced=True,
+        tooltip=tooltip,
+    )
 
 
 NODES = [TrainPerfusionConcept]

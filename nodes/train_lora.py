@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import io
 
 from ..difflora_core.diffusion.objective import LossWeight
-from ..difflora_core.errors import LayoutError
+from ..difflora_core.errors import LayoutError, LoRAFileError
 from ..difflora_core.lora.block_groups import GroupStrengths
 from ..difflora_core.lora.formats.state_dict import to_state_dict
 from ..difflora_core.methods.lora import lora_weights
@@ -322,8 +322,11 @@ def _start(inputs: dict):
         return None, ""
     state, model = host_lora.check_lora(inputs["start_lora"][0]), inputs["model"][0]
     read = host_lora.read_lora(state, model)
+    adaptation = read.adaptation(1.0, GroupStrengths(), model)
+    if adaptation is None:
+        raise LoRAFileError("start_lora changes no layer of this model. Connect another, or none.")
     try:
-        return lora_weights(read.adaptation(1.0, GroupStrengths(), model)), read.note
+        return lora_weights(adaptation), read.note
     except LayoutError as error:
         raise LayoutError(
             f"Only a LoRA of plain factors can be trained on, not LoHa, LoKr or changed norms; "
@@ -334,14 +337,16 @@ def _start(inputs: dict):
 def _request(inputs: dict, given: dict) -> PhotoRequest:
     """Photos, captions and file."""
     texts = inputs["captions"]
-    lines = texts[0].split("\n") if len(texts) == 1 else [" ".join(t.split()) for t in texts]
-    captions = tuple(line.strip() for line in lines if line.strip())
-    prior = None
+    lines = texts[0].split("\n") if len(texts) == 1 else texts
+    captions = tuple(" ".join(line.split()) for line in lines)
+    images, prior = _pictures(inputs["images"]), None
+    if len(texts) == 1 or len(texts) != len(images):  # they are not one each
+        captions = tuple(filter(None, captions))
     if inputs.get("prior_images"):
         others = _pictures(inputs["prior_images"])
         prior = ClassPictures(others, given["prior_prompt"], given["prior_weight"])
     return PhotoRequest(
-        images=_pictures(inputs["images"]),
+        images=images,
         masks=_pictures(inputs["masks"]) if inputs.get("masks") else None,
         captions=captions,
         trigger=given["trigger"],
@@ -354,7 +359,6 @@ def _request(inputs: dict, given: dict) -> PhotoRequest:
             given["face_order"], given["face_index"], on_missing=given["on_missing_face"]
         ),
         prior=prior,
-        left_out=len(lines) - len(captions) if len(texts) > 1 else 0,
     )
 
 

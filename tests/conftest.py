@@ -108,6 +108,51 @@ def sd15_config() -> dict[str, object]:
     }
 
 
+def basis_shapes(
+    modules: dict[str, tuple[int, int | None]], s: dict[str, int]
+) -> dict[str, tuple[int, ...]]:
+    """Tensors of a HyperLoRA's basis."""
+    basis: dict[str, tuple[int, ...]] = {}
+    for i, (width, context) in enumerate(modules.values()):
+        for part in ("to_q", "to_k", "to_v", "to_out"):
+            inner = (context or width) if part in ("to_k", "to_v") else width
+            basis[f"{i}.{part}.id_down_basis"] = (s["basis"], inner, s["rank"])
+            basis[f"{i}.{part}.id_up_basis"] = (s["basis"], s["rank"], width)
+    return basis
+
+
+def resampler_shapes(modules: int, s: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    """Tensors of a HyperLoRA's resampler for so many modules."""
+    d, inner, tokens = s["width"], s["heads"] * 64, 8 * modules
+    resampler: dict[str, tuple[int, ...]] = {"latents": (1, tokens, d)}
+    ends = {"proj_in": (d, s["image"]), "proj_in_2": (d, s["image"]), "proj_out": (s["basis"], d)}
+    for name, (out, width) in ends.items():
+        resampler |= {f"{name}.weight": (out, width), f"{name}.bias": (out,)}
+    for k in range(s["depth"]):
+        for name in ("attn1", "attn2_l", "attn2_x", "attn3_l", "attn3_y", "ff"):
+            resampler |= {f"layers.{k}.norm_{name}.{p}": (d,) for p in ("weight", "bias")}
+        for attention in ("attn1", "attn2", "attn3"):
+            for part in ("to_q", "to_k", "to_v"):
+                resampler[f"layers.{k}.{attention}.{part}.weight"] = (inner, d)
+            resampler[f"layers.{k}.{attention}.to_out.0.weight"] = (d, inner)
+        resampler |= {
+            f"layers.{k}.ff.net.0.proj.weight": (4 * d, d),
+            f"layers.{k}.ff.net.0.proj.bias": (4 * d,),
+            f"layers.{k}.ff.net.2.weight": (d, 4 * d),
+            f"layers.{k}.ff.net.2.bias": (d,),
+        }
+    return resampler
+
+
+def projector_shapes(s: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    """Tensors of a HyperLoRA's projector of the face embedding."""
+    features = s["face_tokens"] * s["image"]
+    return {
+        "0.weight": (features, s["face"]), "0.bias": (features,),
+        "2.weight": (s["image"],), "2.bias": (s["image"],),
+    }  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def write_hyperlora() -> Callable[..., Path]:
     """Writes a HyperLoRA folder with random weights, by the names of the public format alone."""
@@ -128,38 +173,10 @@ def write_hyperlora() -> Callable[..., Path]:
             draw = {n: torch.randn(shape, generator=generator) for n, shape in shapes.items()}
             return {n: (x * 0.5 if x.ndim > 1 else 1 + x * 0.2).to(dtype) for n, x in draw.items()}
 
-        basis = {}
-        for i, (width, context) in enumerate(modules.values()):
-            for part in ("to_q", "to_k", "to_v", "to_out"):
-                inner = (context or width) if part in ("to_k", "to_v") else width
-                basis[f"{i}.{part}.id_down_basis"] = (s["basis"], inner, s["rank"])
-                basis[f"{i}.{part}.id_up_basis"] = (s["basis"], s["rank"], width)
-        d, inner, tokens = s["width"], s["heads"] * 64, 8 * len(modules)
-        resampler = {"latents": (1, tokens, d)}
-        for name, (out, width) in {
-            "proj_in": (d, s["image"]), "proj_in_2": (d, s["image"]), "proj_out": (s["basis"], d),
-        }.items():  # fmt: skip
-            resampler |= {f"{name}.weight": (out, width), f"{name}.bias": (out,)}
-        for k in range(s["depth"]):
-            for name in ("attn1", "attn2_l", "attn2_x", "attn3_l", "attn3_y", "ff"):
-                resampler |= {f"layers.{k}.norm_{name}.{p}": (d,) for p in ("weight", "bias")}
-            for attention in ("attn1", "attn2", "attn3"):
-                for part in ("to_q", "to_k", "to_v"):
-                    resampler[f"layers.{k}.{attention}.{part}.weight"] = (inner, d)
-                resampler[f"layers.{k}.{attention}.to_out.0.weight"] = (d, inner)
-            resampler |= {
-                f"layers.{k}.ff.net.0.proj.weight": (4 * d, d),
-                f"layers.{k}.ff.net.0.proj.bias": (4 * d,),
-                f"layers.{k}.ff.net.2.weight": (d, 4 * d),
-                f"layers.{k}.ff.net.2.bias": (d,),
-            }
-        features = s["face_tokens"] * s["image"]
-        projector = {"0.weight": (features, s["face"]), "0.bias": (features,)}
-        projector |= {"2.weight": (s["image"],), "2.bias": (s["image"],)}
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(files(basis), folder / "hyper_lora_modules.safetensors")
-        save_file(files(resampler), folder / "resampler.safetensors")
-        save_file(files(projector), folder / "id_projector.safetensors")
+        save_file(files(basis_shapes(modules, s)), folder / "hyper_lora_modules.safetensors")
+        save_file(files(resampler_shapes(len(modules), s)), folder / "resampler.safetensors")
+        save_file(files(projector_shapes(s)), folder / "id_projector.safetensors")
         table = {
             name: {"hidden_size": width, "cross_attention_dim": context}
             for name, (width, context) in modules.items()

@@ -13,7 +13,8 @@ from difflora_core.demo.build.concept_training import concept_training_set, word
 from difflora_core.demo.world.concepts import ConceptPictures, DemoConcept, render_concept
 from difflora_core.demo.world.identities import split_seeds
 from difflora_core.training.adaptation_run import run_adaptation
-from difflora_core.training.concept_task import ConceptExamples, ConceptTask
+from difflora_core.training.concept_task import ConceptTask
+from difflora_core.training.picture_examples import PictureExamples
 
 from ..command import Log, silent
 from .methods.base import ComparedMethod, ConceptModels, TrainedConcept, TrainingSettings
@@ -61,7 +62,7 @@ class ConceptTrainer:
 
     def training_set(
         self, concept: DemoConcept, photos: ConceptPictures
-    ) -> tuple[ConceptTask, ConceptExamples]:
+    ) -> tuple[ConceptTask, PictureExamples]:
         """The task and its pictures."""
         models = self.models
         return concept_training_set(models.base, models.text, models.covariance, concept, photos)

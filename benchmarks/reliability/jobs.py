@@ -42,7 +42,7 @@ from difflora_core.text.clip_pair import ClipPairText, SpecialTokens
 from difflora_core.text.covariance import build_covariance
 from difflora_core.text.encoders import TextEncoders
 from difflora_core.training.adaptation_run import run_adaptation
-from difflora_core.training.concept_task import ConceptExamples, NewWord, prepare_task
+from difflora_core.training.concept_task import NewWord, prepare_task
 from difflora_core.training.difflora.lora_corpus import CorpusConfig, build_corpus
 from difflora_core.training.fingerprint import fingerprint
 from difflora_core.training.loop import ByStep, Hooks, LoopConfig, train
@@ -52,6 +52,7 @@ from difflora_core.training.lora.dreambooth import (
     train_dreambooth,
 )
 from difflora_core.training.perfusion import PerfusionObjective, PerfusionTraining
+from difflora_core.training.picture_examples import PictureExamples
 from difflora_core.training.state_file import STATE
 
 Acknowledge = Callable[[int], None]
@@ -140,7 +141,7 @@ def concept(folder: Path, acknowledge: Acknowledge) -> str:
     covariance = build_covariance(text, captions(60, "demo"), ridge=1e-2)
     task = prepare_task(base, text, covariance, [NewWord("<h1>", "hat")], ("a {}",), "tiny")
     noise = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(4))
-    pictures = ConceptExamples(noise, [["a <h1>", "the red <h1>"]] * 3)
+    pictures = PictureExamples(noise, [["a <h1>", "the red <h1>"]] * 3)
 
     def watch(step: int, *_: object) -> None:
         acknowledge(step - 2)

@@ -22,8 +22,8 @@ from difflora_core.evaluation.metrics import attribute_agreement, seed_diversity
 from difflora_core.lora.layout import unet_name_map
 from difflora_core.methods.registry import method
 from difflora_core.storage.safetensors_io import write_atomic
-from difflora_core.training.concept_task import PictureTask
 from difflora_core.training.fingerprint import weights_digest
+from difflora_core.training.picture_task import PictureTask
 
 from ..prompts import PROMPTS, asked
 from .tasks import StyleTask

@@ -11,7 +11,6 @@ from difflora_core.demo.networks.chinese import translate
 from difflora_core.demo.world.art_styles import ART_STYLES
 from difflora_core.demo.world.identities import split_seeds
 from difflora_core.demo.world.scenes import Pictures, render_portraits
-from difflora_core.training.concept_task import ConceptExamples, PictureTask, concept_examples
 from difflora_core.training.distillation import (
     DistillationLoss,
     DistillationObjective,
@@ -22,6 +21,8 @@ from difflora_core.training.distillation_data import (
     PromptPair,
     distillation_examples,
 )
+from difflora_core.training.picture_examples import PictureExamples, picture_examples
+from difflora_core.training.picture_task import PictureTask
 
 from .world import StyleWorld
 
@@ -51,8 +52,8 @@ class StyleTask:
     """
 
     task: PictureTask
-    examples: ConceptExamples
-    held_out: ConceptExamples
+    examples: PictureExamples
+    held_out: PictureExamples
     objective: Callable[[Any], Any]
     said: Callable[[str], str] = str
 
@@ -75,7 +76,7 @@ def _distilled(
     latent = student.base.unet.config.sample_size
     spoken: dict[str, str] = {}
 
-    def drawn(split: str, count: int, seed: int) -> ConceptExamples:
+    def drawn(split: str, count: int, seed: int) -> PictureExamples:
         config = DistillationPictures("teacher", count, size.sampling_steps, 2.0, seed)
         pairs = [PromptPair(said(c), c) for c in _portraits(split, count).captions]
         spoken.update((pair.student, pair.teacher) for pair in pairs)
@@ -90,11 +91,11 @@ def _distilled(
 def few_shots(world: StyleWorld, style: str, size: TaskSize) -> StyleTask:
     """The denoising loss on a few painted pictures with their captions."""
 
-    def painted(split: str, count: int) -> ConceptExamples:
+    def painted(split: str, count: int) -> PictureExamples:
         made = _portraits(split, count)
         prompts = [[caption] for caption in made.captions]
         images = ART_STYLES[style](made.images)
-        return concept_examples(world.student.base, images, prompts=prompts)
+        return picture_examples(world.student.base, images, prompts=prompts)
 
     own, other = painted("train", size.shots), painted("validation", size.held_out)
     return StyleTask(world.student, own, other, lambda style: style)

@@ -12,7 +12,7 @@ from difflora_core.demo.networks.chinese import load_chinese
 from difflora_core.demo.networks.concept_text import chinese_text, demo_concept_text
 from difflora_core.demo.networks.judges import Judges, load_judge
 from difflora_core.demo.networks.style_judge import StyleJudge, load_style_judge
-from difflora_core.training.concept_task import PictureTask
+from difflora_core.training.picture_task import PictureTask
 
 from ..command import CACHE, Log, silent
 from .people import KnownPeople, demo_people

@@ -27,42 +27,62 @@ orange lemon banana strawberry mushroom carrot egg dress coat shirt boot glove s
 glasses face hand eye city village skyline landscape logo letter flag map machine engine gear
 """
 
+
+def any_of(words: str) -> tuple[str, ...]:
+    """Choices for one place, written with | between them: spaces count, one may be empty."""
+    return tuple(words.split("|"))
+
+
 _GENERAL = (
-    ("a photo of", "a painting of", "a drawing of", "a close view of", "an old picture of",
-     "a bright photo of", "a poster of", "a sketch of", "a film still of", "a postcard of"),
-    ("a", "the", "one", "my", "a small", "a large", "an old", "a new", "a broken", "a shiny",
-     "a dark", "a wooden", "a colourful", "a quiet", "a happy", "a strange"),
-    ("red", "green", "blue", "yellow", "white", "black", "orange", "purple", "brown", "grey",
-     "pink", "golden"),
+    any_of(
+        "a photo of|a painting of|a drawing of|a close view of|an old picture of"
+        "|a bright photo of|a poster of|a sketch of|a film still of|a postcard of"
+    ),
+    any_of(
+        "a|the|one|my|a small|a large|an old|a new|a broken|a shiny|a dark|a wooden|a colourful"
+        "|a quiet|a happy|a strange"
+    ),
+    any_of("red|green|blue|yellow|white|black|orange|purple|brown|grey|pink|golden"),
     tuple(_THINGS.split()),
-    ("on a beach", "in a forest", "at night", "in the snow", "under a bridge", "on a shelf",
-     "in a museum", "by the sea", "in the rain", "on a plate", "in front of a mountain",
-     "at a market", "in an empty room", "beside a lake", "on the grass", "in a city", "at sunset",
-     "behind glass", "in the desert", "on a rooftop", "in space", "underwater", "by a window",
-     "with people around"),
-    ("", ", soft light", ", wide angle", ", high detail", ", in watercolour", ", black and white",
-     ", seen from above", ", out of focus", ", with long shadows", ", in the style of a cartoon"),
-)  # fmt: skip
+    any_of(
+        "on a beach|in a forest|at night|in the snow|under a bridge|on a shelf|in a museum"
+        "|by the sea|in the rain|on a plate|in front of a mountain|at a market|in an empty room"
+        "|beside a lake|on the grass|in a city|at sunset|behind glass|in the desert"
+        "|on a rooftop|in space|underwater|by a window|with people around"
+    ),
+    any_of(
+        "|, soft light|, wide angle|, high detail|, in watercolour|, black and white"
+        "|, seen from above|, out of focus|, with long shadows|, in the style of a cartoon"
+    ),
+)
 
 _PORTRAITS = (
-    ("photo", "cartoon", "painting", "picture", "portrait"),
-    ("of a", "of the", "of one", "of an old", "of a young"),
-    ("person", "man", "woman", "cat", "flower", "cup", "hat", "face", "head", "person with glasses",
-     "person with a beard", "person with long hair", "person with short hair",
-     "person with blonde hair", "person with dark hair", "person with red hair"),
-    (", smiling", ", sad", ", surprised", ", neutral", ""),
-    (", blue", ", green", ", pink", ", grey", ", yellow", ", dark", ", striped blue",
-     ", striped green", ", striped pink", ", plain grey", ", striped yellow", ", striped dark"),
-    (" background, red shirt", " background, green shirt", " background, blue shirt",
-     " background, yellow shirt", " background, white shirt", " background, black shirt",
-     " background, purple shirt", " background, orange shirt", " background"),
-    ("", ", wearing a red hat", ", wearing a blue hat", ", wearing a white hat",
-     ", wearing a black hat", ", wearing a green hat", ", wearing a yellow hat",
-     ", holding a red cup", ", holding a blue cup", ", holding a white cup",
-     ", holding a green cup", ", holding an orange cup", ", with a black cat", ", with a white cat",
-     ", with an orange cat", ", with a purple cat", ", holding a red flower",
-     ", holding a yellow flower", ", holding a purple flower", ", holding a blue flower"),
-)  # fmt: skip
+    any_of("photo|cartoon|painting|picture|portrait"),
+    any_of("of a|of the|of one|of an old|of a young"),
+    any_of(
+        "person|man|woman|cat|flower|cup|hat|face|head|person with glasses|person with a beard"
+        "|person with long hair|person with short hair|person with blonde hair"
+        "|person with dark hair|person with red hair"
+    ),
+    any_of(", smiling|, sad|, surprised|, neutral|"),
+    any_of(
+        ", blue|, green|, pink|, grey|, yellow|, dark|, striped blue|, striped green"
+        "|, striped pink|, plain grey|, striped yellow|, striped dark"
+    ),
+    any_of(
+        " background, red shirt| background, green shirt| background, blue shirt"
+        "| background, yellow shirt| background, white shirt| background, black shirt"
+        "| background, purple shirt| background, orange shirt| background"
+    ),
+    any_of(
+        "|, wearing a red hat|, wearing a blue hat|, wearing a white hat|, wearing a black hat"
+        "|, wearing a green hat|, wearing a yellow hat|, holding a red cup|, holding a blue cup"
+        "|, holding a white cup|, holding a green cup|, holding an orange cup"
+        "|, with a black cat|, with a white cat|, with an orange cat|, with a purple cat"
+        "|, holding a red flower|, holding a yellow flower|, holding a purple flower"
+        "|, holding a blue flower"
+    ),
+)
 
 
 @dataclass(frozen=True)

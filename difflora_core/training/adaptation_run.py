@@ -22,11 +22,12 @@ from ..diffusion.objective import LossWeight, abar_at, add_noise, to_x0
 from ..errors import ConfigError, InterruptedTraining
 from ..methods.base import Facts
 from ..text.encoders import EncodedPrompts
-from .concept_task import Examples, PictureTask
 from .fingerprint import SAME_COURSE, fingerprint, weights_digest
 from .loop import Batch, Hooks, LoopConfig, Stopped, train
 from .loop_config import MAX_TRAINING_SEED, Precision
 from .losses import denoising_error
+from .picture_examples import Examples
+from .picture_task import PictureTask
 
 EVALUATION_BATCHES = 6
 """Enough that the state that is kept was better, not luckier."""
@@ -138,7 +139,7 @@ class Objective(AdapterObjective, Protocol[Trained]):
     """
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """A batch of `ConceptExamples.draw` to (loss, metrics)."""
+        """A batch of `PictureExamples.draw` to (loss, metrics)."""
 
     def adaptations(self, facts: Facts) -> list[Trained]:
         """What was trained so far, one record for each word, with facts for its file."""
@@ -279,7 +280,7 @@ def masked_loss(
 
     Args:
         objective: prepares prompts and adapters.
-        batch: of `ConceptExamples.draw`.
+        batch: of `PictureExamples.draw`.
         guidance: see `losses.under_guidance`.
     """
     encoded, adapters = objective.prepare(batch["prompts"])

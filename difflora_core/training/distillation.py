@@ -38,9 +38,10 @@ from .adaptation_run import (
     Watch,
     run_adaptation,
 )
-from .concept_task import ConceptExamples, PictureTask
 from .fingerprint import weights_digest
 from .losses import predict
+from .picture_examples import PictureExamples
+from .picture_task import PictureTask
 
 SAME = 1e-6
 """Relative distance of predictions below which a teacher has nothing to teach."""
@@ -216,7 +217,7 @@ class DistillationObjective(nn.Module):
         return made
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss () of a batch of `ConceptExamples.draw`, with its parts, unweighted, as metrics."""
+        """Loss () of a batch of `PictureExamples.draw`, with its parts, unweighted, as metrics."""
         task = self.task
         with torch.no_grad():
             wanted, theirs = _run(task.teacher.base, batch, task.taught(batch["prompts"]))
@@ -274,11 +275,11 @@ def _run(
 
 def run_distillation(
     objective: DistillationObjective,
-    examples: ConceptExamples,
+    examples: PictureExamples,
     folder: Path,
     watch: Watch | None = None,
     stop: Callable[[], bool] | None = None,
-    held_out: ConceptExamples | None = None,
+    held_out: PictureExamples | None = None,
 ) -> AdaptationResult[TrainedAdaptation]:
     """Train a style by its teacher; arguments and errors as `adaptation_run.run_adaptation`.
 

@@ -19,11 +19,12 @@ from ..config import Config, check_range, check_ranges
 from ..diffusion.sampler import SampleSettings, initial_noise, sample, seeded_generators
 from ..errors import CheckpointError, ConfigError
 from ..storage.safetensors_io import read_file, write_atomic
-from .concept_task import ConceptExamples, PictureTask
 from .distillation import latent_channels
 from .fingerprint import fingerprint, weights_digest
 from .loop_config import MAX_TRAINING_SEED
 from .losses import predict
+from .picture_examples import PictureExamples
+from .picture_task import PictureTask
 
 Drawn = Callable[[int, int, Tensor], None]
 """Called for every new picture as (drawn, count, latent (1, C, h, w))."""
@@ -113,7 +114,7 @@ def distillation_examples(
     config: DistillationPictures,
     folder: Path | None = None,
     progress: Drawn | None = None,
-) -> ConceptExamples:
+) -> PictureExamples:
     """Latents with the student's prompts; what was drawn before is read again.
 
     Args:
@@ -136,7 +137,7 @@ def distillation_examples(
         if folder is not None:
             folder = folder / _digest(teacher, prompts, size, config)
         latents = _drawn(teacher, pairs, shape, config, folder, progress)
-    return ConceptExamples(latents, [[pair.student] for pair in pairs])
+    return PictureExamples(latents, [[pair.student] for pair in pairs])
 
 
 def _drawn(

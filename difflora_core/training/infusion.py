@@ -81,7 +81,7 @@ class InfusionObjective(nn.Module):
         return encoded, value_adapters(matcher, values)
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Masked denoising loss () of a batch of `ConceptExamples.draw`."""
+        """Masked denoising loss () of a batch of `PictureExamples.draw`."""
         return masked_loss(self, batch, self.config.guidance), {}
 
     @property

@@ -24,9 +24,9 @@ from ..methods.base import Facts, TrainedAdaptation
 from ..methods.para import BOUND, KERNEL, PaRa, PaRaConfig, check_rank
 from ..text.encoders import EncodedPrompts
 from .adaptation_run import AdaptationTraining, masked_loss
-from .concept_task import PictureTask
 from .loop import LoopConfig
 from .losses import check_guidance
+from .picture_task import PictureTask
 
 SELF_ATTENTION = tuple(name for name in ATTENTION_PROJECTIONS if name.startswith("attn1."))
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")

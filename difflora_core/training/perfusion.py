@@ -162,7 +162,7 @@ class PerfusionObjective(nn.Module):
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Masked denoising loss () (perfusion.md 3), plus the losses that are on.
 
-        The batch is one of `ConceptExamples.draw`. i* is a mean over the whole of it, so every part
+        The batch is one of `PictureExamples.draw`. i* is a mean over the whole of it, so every part
         encodes all its prompts.
         """
         own = tuple(batch["prompts"])

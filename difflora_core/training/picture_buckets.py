@@ -17,7 +17,7 @@ from torch import Tensor
 from ..base_model.protocol import BaseModel
 from ..errors import ConfigError
 from ..vision.training_pictures import TrainingPicture, bucket_size, fitted
-from .concept_task import ConceptExamples, concept_examples
+from .picture_examples import PictureExamples, picture_examples
 
 SIZE_STEPS = 16
 """Steps of a bucket's sides in the base's own side: 64 pixels of 1024."""
@@ -36,7 +36,7 @@ class BucketedExamples:
         ConfigError: there is no group, or not one share for each.
     """
 
-    buckets: tuple[ConceptExamples, ...]
+    buckets: tuple[PictureExamples, ...]
     shares: tuple[float, ...]
 
     def __post_init__(self) -> None:
@@ -66,7 +66,7 @@ class BucketedExamples:
         return list(dict.fromkeys(found))
 
     def draw(self, count: int, steps: int) -> Callable[[torch.Generator], dict[str, object]]:
-        """A function that draws a batch from a generator, see `ConceptExamples.draw`."""
+        """A function that draws a batch from a generator, see `PictureExamples.draw`."""
         draws = [bucket.draw(count, steps) for bucket in self.buckets]
         shares = torch.tensor(self.shares, dtype=torch.float64)
 
@@ -107,14 +107,15 @@ def bucketed(
     for picture in pictures:
         height, width = picture.image.shape[:2]
         size = bucket_size(height, width, resolution, step)
-        key = (picture.framing, *size, picture.mask is not None)
-        groups.setdefault(key, []).append(picture)
+        sized = fitted(picture, *size)
+        key = (sized.framing, *size, sized.mask is not None)
+        groups.setdefault(key, []).append(sized)
     counts: dict[str, int] = {}
     for picture in pictures:
         counts[picture.framing] = counts.get(picture.framing, 0) + 1
     buckets, shares = [], []
-    for (framing, height, width, _), own in groups.items():
-        buckets.append(_encoded(base, [fitted(p, height, width) for p in own], prompts, flip))
+    for (framing, *_), own in groups.items():
+        buckets.append(_encoded(base, own, prompts, flip))
         shares.append(len(own) / counts[framing])
     return BucketedExamples(tuple(buckets), tuple(shares))
 
@@ -124,10 +125,10 @@ def _encoded(
     pictures: Sequence[TrainingPicture],
     prompts: Mapping[int, Sequence[str]],
     flip: bool,
-) -> ConceptExamples:
+) -> PictureExamples:
     """Pictures of one size as latents."""
     masks = [picture.mask for picture in pictures if picture.mask is not None]
-    return concept_examples(
+    return picture_examples(
         base,
         torch.stack([picture.image for picture in pictures]),
         (),

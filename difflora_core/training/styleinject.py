@@ -27,9 +27,9 @@ from ..methods.base import Facts, TrainedAdaptation
 from ..methods.styleinject import StyleInject, style_adaptation, style_adapters
 from ..text.encoders import EncodedPrompts
 from .adaptation_run import AdaptationTraining, masked_loss
-from .concept_task import PictureTask
 from .loop import LoopConfig
 from .losses import check_guidance
+from .picture_task import PictureTask
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ..config import Config
 from ..errors import ConfigError, ImageError
 from .face_encoder import DetectedFace
-from .preprocess import box_mask
+from .preprocess import box_mask, marks_nothing
 
 ORDERS = ("largest", "left_to_right")
 MISSING_POLICIES = ("error", "skip", "image_only")
@@ -69,7 +69,7 @@ def choose_face(
     Returns:
         The face, or None when there are not enough faces or the mask meets none.
     """
-    if mask is not None and bool((mask > 0).any()):
+    if mask is not None and not marks_nothing(mask):
         shares = [_marked_share(face, mask) for face in faces]
         best = max(shares, default=0.0)
         return faces[shares.index(best)] if best > 0 else None
@@ -87,7 +87,7 @@ def choose_faces(
     if not options.every:
         face = choose_face(faces, options, mask)
         return [] if face is None else [face]
-    if mask is not None and bool((mask > 0).any()):
+    if mask is not None and not marks_nothing(mask):
         faces = [face for face in faces if _marked_share(face, mask) > 0]
     return _ordered(faces, options.order)
 
@@ -142,7 +142,7 @@ def missing_note(number: int, count: int, options: FaceOptions, mask: Tensor | N
     """Why photo `number`, with `count` faces and a mask (H, W) or none, has no chosen face."""
     if count == 0:
         return f"Picture {number} shows no face that could be found."
-    if mask is not None and bool((mask > 0).any()):
+    if mask is not None and not marks_nothing(mask):
         return f"Picture {number}: none of its {count} face(s) lies under the mask."
     return (
         f"Picture {number} shows {count} face(s), so there is no face number {options.index} "

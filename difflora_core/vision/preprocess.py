@@ -31,6 +31,8 @@ ARCFACE_SIZE = 112
 # Resizing the short side of a 1 x 8000 strip to 224 would need a picture 1.8 million pixels long.
 LONGEST_RATIO = 16
 
+EMPTY_MASK = 1e-3
+
 
 def as_picture(image: Tensor, label: str = "The picture") -> Tensor:
     """Bring any usual image tensor to (H, W, 3) float32 in [0, 1].
@@ -255,6 +257,14 @@ def align_face(image: Tensor, keypoints: Tensor, size: int = ARCFACE_SIZE) -> Te
     grid = grid.to(pixels)
     aligned = F.grid_sample(pixels, grid, mode="bilinear", align_corners=False)
     return aligned[0].movedim(0, -1)
+
+
+def marks_nothing(mask: Tensor) -> bool:
+    """True where no number of a mask (of any shape, in [0, 1]) reaches EMPTY_MASK.
+
+    ComfyUI gives such masks for pictures nobody painted on, resized ones not quite black.
+    """
+    return float(mask.max()) < EMPTY_MASK
 
 
 def box_mask(box: Tensor, height: int, width: int) -> Tensor:

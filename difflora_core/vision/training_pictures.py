@@ -15,15 +15,13 @@ from torch.nn import functional as F
 from ..errors import NoFaceError
 from .face_choice import FaceOptions, choose_face, masks_like, missing_note
 from .face_encoder import DetectedFace, FaceEncoder
-from .preprocess import as_pictures, square_around
+from .preprocess import as_pictures, marks_nothing, square_around
 
 WHOLE, FACE = "whole", "face"
 LONGEST = 2.0
 """Longest side over the shorter one of a training picture; the rest of a strip is cut off."""
 ALREADY = 0.8
 """A square around the face that is larger than this share of a photo is the photo."""
-EMPTY = 1e-3
-"""A mask whose largest value lies below this marks nothing: what a resized black picture holds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +56,14 @@ def training_pictures(
     pictures = as_pictures(images)
     marks = masks_like(masks, pictures)
     return [
-        TrainingPicture(picture, k, mask=None if mask is None or mask.max() < EMPTY else mask)
+        TrainingPicture(picture, k, mask=_marked(mask))
         for k, (picture, mask) in enumerate(zip(pictures, marks, strict=True))
     ]
+
+
+def _marked(mask: Tensor | None) -> Tensor | None:
+    """A mask; None where it marks nothing."""
+    return None if mask is None or marks_nothing(mask) else mask
 
 
 def framed(
@@ -154,7 +157,8 @@ def fitted(picture: TrainingPicture, height: int, width: int) -> TrainingPicture
     """A picture at exactly this size, with its mask; enlarged where it is smaller.
 
     Scaled until it covers the size; the overhang is cut off, evenly, or so that most of the mask
-    stays. The cut comes first, so that a strip thousands of pixels long is never made larger.
+    stays; a mask that marks nothing any more is gone. The cut comes first, so that a strip
+    thousands of pixels long is never made larger.
     """
     scale = max(height / picture.image.shape[0], width / picture.image.shape[1])
     tall = min(picture.image.shape[0], max(1, round(height / scale)))
@@ -167,9 +171,8 @@ def fitted(picture: TrainingPicture, height: int, width: int) -> TrainingPicture
     pixels = _resized(picture.image[rows, columns].movedim(-1, 0), height, width).movedim(0, -1)
     if picture.mask is None:
         return replace(picture, image=pixels)
-    return replace(
-        picture, image=pixels, mask=_resized(mask[rows, columns][None], height, width)[0]
-    )
+    small = _resized(mask[rows, columns][None], height, width)[0]
+    return replace(picture, image=pixels, mask=_marked(small))
 
 
 def _most(weights: Tensor, length: int) -> int:

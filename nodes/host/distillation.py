@@ -11,7 +11,6 @@ from ...difflora_core.errors import ConfigError
 from ...difflora_core.methods.base import PreparedAdaptation
 from ...difflora_core.storage.prompt_file import read_prompt_file
 from ...difflora_core.training.adaptation_run import run_fingerprint
-from ...difflora_core.training.concept_task import ConceptExamples, PictureTask
 from ...difflora_core.training.distillation import (
     DistillationLoss,
     DistillationObjective,
@@ -28,6 +27,8 @@ from ...difflora_core.training.distillation_data import (
     read_prompts,
 )
 from ...difflora_core.training.loop_config import MAX_TRAINING_SEED
+from ...difflora_core.training.picture_examples import PictureExamples
+from ...difflora_core.training.picture_task import PictureTask
 from .. import model_paths
 from . import training
 from .adapters import chain_of
@@ -185,7 +186,7 @@ def _draw(
     pairs: list[PromptPair],
     size: tuple[int, int],
     config: DistillationPictures,
-) -> ConceptExamples:
+) -> PictureExamples:
     """The teacher's pictures of prompts, with previews."""
     bar = comfy.utils.ProgressBar(config.count)
 

@@ -139,7 +139,9 @@ class FittingLoRA:
         """Its tensors with strengths in them, and the stems of layers that cannot hold any."""
         return scaled_state(self.state, self._factor(strength, groups))
 
-    def adaptation(self, strength: float, groups: GroupStrengths, model: Any) -> Any:
+    def adaptation(
+        self, strength: float, groups: GroupStrengths, model: Any
+    ) -> TrainedAdaptation | None:
         """It as a record, to act for a part of the steps or prompts; None where nothing is left.
 
         Raises:

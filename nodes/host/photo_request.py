@@ -11,8 +11,8 @@ from torch import Tensor
 from ...difflora_core.base_model.protocol import BaseModel
 from ...difflora_core.errors import ConfigError
 from ...difflora_core.text.encoders import TextEncoders
-from ...difflora_core.training.concept_task import PictureTask
 from ...difflora_core.training.picture_buckets import BucketedExamples, bucketed
+from ...difflora_core.training.picture_task import PictureTask
 from ...difflora_core.vision.face_choice import FaceOptions
 from ...difflora_core.vision.training_pictures import TrainingPicture, framed, training_pictures
 from .encoders import watched_faces
@@ -43,7 +43,8 @@ class PhotoRequest:
 
     Args:
         images: of any sizes. masks: of the person, one for all, one each, or None.
-        captions: one for each photo, or some for all.
+        captions: one for each photo, where an empty one stands for the trigger alone; or some
+            for all.
         trigger: a word that every caption begins with unless it holds it; empty for none.
         file_name: of the LoRA.
         resolution: side in pixels of the square that the base was made for.
@@ -52,7 +53,6 @@ class PhotoRequest:
         faces: face analysis, or None to train on whole photos.
         options: which face, and what becomes of a photo without one.
         prior: class pictures, or None.
-        left_out: empty captions beside those, to be told.
     """
 
     folder: ClassVar[str] = "loras"
@@ -67,7 +67,6 @@ class PhotoRequest:
     faces: Any = None
     options: FaceOptions = field(default_factory=lambda: FaceOptions(on_missing="skip"))
     prior: ClassPictures | None = None
-    left_out: int = 0
 
     @cached_property
     def notes(self) -> list[str]:
@@ -81,16 +80,22 @@ class PhotoRequest:
         if not word:
             return list(self.captions)
         there = re.compile(rf"(?<!\w){re.escape(word)}(?!\w)")
-        return [c if there.search(c) else f"{word}, {c}" for c in self.captions]
+        return [c if there.search(c) else f"{word}, {c}" if c else word for c in self.captions]
 
     def check(self) -> None:
         """Refuses what can be refused before a model is loaded.
 
         Raises:
-            ConfigError: there is no caption, or no prompt for class pictures.
+            ConfigError: there is no caption, one is empty and no trigger word can stand for it, or
+                there is no prompt for class pictures.
         """
         if not self.captions:
             raise ConfigError("Write in captions what the photos show: photo of a person.")
+        if "" in self.captions and not self.trigger.strip():
+            raise ConfigError(
+                f"Caption {self.captions.index('') + 1} of {len(self.captions)} is empty. Write "
+                "what that photo shows, or a trigger word, which then stands alone."
+            )
         if self.prior is not None and not self.prior.prompt.strip():
             raise ConfigError("Write in prior_prompt what the class pictures show.")
 
@@ -152,11 +157,6 @@ class PhotoRequest:
             self.notes.append(
                 f"The masks of {len(unmarked)} of {len(photos)} photos mark nothing (first: photo "
                 f"{unmarked[0].number + 1}): those photos counted whole."
-            )
-        if self.left_out:
-            self.notes.append(
-                f"{self.left_out} empty captions were left out; each photo was trained with any "
-                "of the others."
             )
         if 1 < len(self.captions) != len(photos):
             self.notes.append(

@@ -32,9 +32,16 @@ class RoutingWatcher:
         return clone
 
     def __call__(
-        self, executor: Any, x: Tensor, t: Tensor, concat: Any, cross: Any, control: Any,
-        options: dict[str, Any], **kwargs: Any,
-    ) -> Any:  # fmt: skip
+        self,
+        executor: Any,
+        x: Tensor,
+        t: Tensor,
+        concat: Any,
+        cross: Any,
+        control: Any,
+        options: dict[str, Any],
+        **kwargs: Any,
+    ) -> Any:
         """One call of the network on x (B, ...) at noise t."""
         prompts = options.get("cond_or_uncond") or [POSITIVE]
         each = len(x) // len(prompts)

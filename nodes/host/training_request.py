@@ -1,5 +1,6 @@
 """What an artist asks of a training node: pictures, prompts, and words with their kinds."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,13 +11,9 @@ from ...difflora_core.errors import ConfigError
 from ...difflora_core.text.covariance import Covariance
 from ...difflora_core.text.encoders import TextEncoders
 from ...difflora_core.text.new_words import SLOT, TEMPLATES, find_words
-from ...difflora_core.training.concept_task import (
-    ConceptExamples,
-    NewWord,
-    PictureTask,
-    concept_examples,
-    prepare_task,
-)
+from ...difflora_core.training.concept_task import NewWord, prepare_task
+from ...difflora_core.training.picture_examples import PictureExamples, picture_examples
+from ...difflora_core.training.picture_task import PictureTask
 from .. import model_paths
 
 NO_MASKS = "no masks: the whole pictures counted"
@@ -66,26 +63,24 @@ class PictureRequest:
 
     def setting(
         self, base: BaseModel, text: TextEncoders, parts: Parts
-    ) -> tuple[PictureTask, ConceptExamples]:
+    ) -> tuple[PictureTask, PictureExamples]:
         """What a recipe is trained in, and on."""
         return PictureTask(base, text, parts.base_name), self.examples(base, parts)
 
-    def held_out_examples(self, base: BaseModel, parts: Parts) -> ConceptExamples | None:
+    def held_out_examples(self, base: BaseModel, parts: Parts) -> PictureExamples | None:
         """Pictures that are not trained on; None where all of them are."""
         del base, parts
         return None
 
-    def remarks(self, examples: ConceptExamples) -> list[str]:
+    def remarks(self, examples: PictureExamples) -> list[str]:
         """What the report says of the pictures."""
         return [NO_MASKS] if self.takes_masks and examples.masks is None else []
 
-    def examples(
-        self, base: BaseModel, parts: Parts, words: list[NewWord] | None = None
-    ) -> ConceptExamples:
+    def examples(self, base: BaseModel, parts: Parts, words: Sequence[str] = ()) -> PictureExamples:
         """The pictures, each with any of the prompts."""
         images, prompts = parts.images.clone()[..., :3], [self.lines] * len(parts.images)
         masks = None if parts.masks is None else parts.masks.clone()
-        return concept_examples(base, images, words or (), masks, prompts, self.mirror)
+        return picture_examples(base, images, words, masks, prompts, self.mirror)
 
 
 @dataclass(frozen=True)
@@ -98,14 +93,12 @@ class HeldOutRequest(PictureRequest):
     takes_masks: ClassVar[bool] = False
     held_out: int
 
-    def held_out_examples(self, base: BaseModel, parts: Parts) -> ConceptExamples | None:
+    def held_out_examples(self, base: BaseModel, parts: Parts) -> PictureExamples | None:
         """Every so many of the pictures; None where that is none, or there is one picture."""
         numbers = self._numbers(len(parts.images))
         return self._chosen(base, parts, numbers) if numbers else None
 
-    def examples(
-        self, base: BaseModel, parts: Parts, words: list[NewWord] | None = None
-    ) -> ConceptExamples:
+    def examples(self, base: BaseModel, parts: Parts, words: Sequence[str] = ()) -> PictureExamples:
         """The other pictures."""
         del words
         apart = self._numbers(len(parts.images))
@@ -115,11 +108,11 @@ class HeldOutRequest(PictureRequest):
         kept = max(1, round(count * self.held_out / 100)) if self.held_out and count > 1 else 0
         return [k * count // kept for k in range(kept)]
 
-    def _chosen(self, base: BaseModel, parts: Parts, numbers: list[int]) -> ConceptExamples:
+    def _chosen(self, base: BaseModel, parts: Parts, numbers: list[int]) -> PictureExamples:
         lines, images = self.lines, parts.images[numbers].clone()[..., :3]
         each = len(lines) == len(parts.images)
         prompts = [[lines[k]] if each else lines for k in numbers]
-        return concept_examples(base, images, (), None, prompts, self.mirror)
+        return picture_examples(base, images, (), None, prompts, self.mirror)
 
 
 @dataclass(frozen=True)
@@ -196,7 +189,7 @@ class TrainingRequest(PictureRequest):
 
     def setting(
         self, base: BaseModel, text: TextEncoders, parts: Parts
-    ) -> tuple[PictureTask, ConceptExamples]:
+    ) -> tuple[PictureTask, PictureExamples]:
         """What a recipe of words is trained in, and on.
 
         Raises:
@@ -206,4 +199,4 @@ class TrainingRequest(PictureRequest):
         if parts.covariance is None:
             raise ConfigError("A new word needs a covariance: connect Build Covariance.")
         task = prepare_task(base, text, parts.covariance, words, base_name=parts.base_name)
-        return task, self.examples(base, parts, words)
+        return task, self.examples(base, parts, [word.word for word in words])

@@ -28,7 +28,7 @@ from difflora_core.demo.networks.concept_text import chinese_text
 from difflora_core.demo.networks.style_judge import StyleJudge
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.models.layers import DrawnFrom
-from difflora_core.training.concept_task import PictureTask
+from difflora_core.training.picture_task import PictureTask
 
 TINY = Size(
     ("ink",),

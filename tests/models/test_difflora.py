@@ -139,10 +139,8 @@ def test_gradients_reach_every_network_through_the_lora(model, person) -> None:
         assert silent == []
 
 
-def test_overfits_eight_people_and_retrieves_each_from_its_photo(config, layout, person) -> None:
-    """Two stages, as in the paper: LAE on eight LoRAs, then MIF and DiT on its latents."""
-    g = torch.Generator().manual_seed(1)
-    model = DiffLoRAModel(config, layout, generator=g)
+def fit_lae(model, layout, g):
+    """The first stage: the LAE on eight random LoRAs; they, and their latents (8, K, C)."""
     down = model.lae.down_factors()
     ups = {s.name: torch.randn(8, s.out_features, 2, generator=g) for s in layout}
     corpus = LoRAWeights(
@@ -154,11 +152,12 @@ def test_overfits_eight_people_and_retrieves_each_from_its_photo(config, layout,
         optimiser.zero_grad()
         (model.lae.decode(model.lae.encode(tokens)) - tokens).square().mean().backward()
         optimiser.step()
-    z = model.lae.encode(tokens).detach()
-    model.fit_latent_statistics(z)
-    clean = model.latent(z).z
-    people = [person(seed) for seed in range(8)]
-    abars = config.schedule.scheduler().alphas_cumprod
+    return corpus, model.lae.encode(tokens).detach()
+
+
+def fit_predictor(model, clean, people, g):
+    """The second stage: MIF and DiT on latents (8, K, C) of eight people."""
+    abars = model.config.schedule.scheduler().alphas_cumprod
     optimiser = torch.optim.Adam([*model.mif.parameters(), *model.dit.parameters()], lr=3e-3)
     rows = torch.arange(8).repeat(4)
     for _ in range(200):
@@ -171,6 +170,17 @@ def test_overfits_eight_people_and_retrieves_each_from_its_photo(config, layout,
         (model.dit(noisy, step, condition, drop) - clean[rows]).square().mean().backward()
         optimiser.step()
     model.eval()
+
+
+def test_overfits_eight_people_and_retrieves_each_from_its_photo(config, layout, person) -> None:
+    """Two stages, as in the paper: LAE on eight LoRAs, then MIF and DiT on its latents."""
+    g = torch.Generator().manual_seed(1)
+    model = DiffLoRAModel(config, layout, generator=g)
+    corpus, z = fit_lae(model, layout, g)
+    model.fit_latent_statistics(z)
+    clean = model.latent(z).z
+    people = [person(seed) for seed in range(8)]
+    fit_predictor(model, clean, people, g)
     with torch.no_grad():
         sampled = model.sample_latent(model.condition(people), list(range(8)))
         found = model.decode(sampled)

@@ -50,6 +50,38 @@ def test_comfyui_computes_what_was_trained(demo_world, node_module):
         assert mine.abs().max() > 0
 
 
+def node(class_type, **inputs):
+    return {"class_type": class_type, "inputs": inputs}
+
+
+def drawing(points, source, strength):
+    """Draws one seed: steered by the demo's ControlNet or a file of it; not at all at None."""
+    wanted = ["text", "empty"] if strength is None else ["steer", "steer"]
+    nodes = {
+        "demo": node("DiffLoRA_LoadDemo"),
+        "points": node("LoadImage", image=points),
+        "text": node("CLIPTextEncode", clip=["demo", 1], text=PROMPT),
+        "empty": node("CLIPTextEncode", clip=["demo", 1], text=""),
+        "canvas": node("EmptyLatentImage", width=64, height=64, batch_size=1),
+        "draw": node(
+            "KSampler", model=["demo", 0], positive=[wanted[0], 0],
+            negative=[wanted[1], 0 if strength is None else 1], latent_image=["canvas", 0],
+            seed=3, steps=8, cfg=2.0, sampler_name="euler", scheduler="normal", denoise=1.0,
+        ),
+        "decode": node("VAEDecode", samples=["draw", 0], vae=["demo", 2]),
+        "show": node("PreviewImage", images=["decode", 0]),
+    }  # fmt: skip
+    if source:
+        nodes["loader"] = node("ControlNetLoader", control_net_name=source)
+    if strength is not None:
+        nodes["steer"] = node(
+            "ControlNetApplyAdvanced", positive=["text", 0], negative=["empty", 0],
+            control_net=["loader", 0] if source else ["demo", 6], image=["points", 0],
+            strength=strength, start_percent=0.0, end_percent=1.0,
+        )  # fmt: skip
+    return nodes
+
+
 @pytest.fixture(scope="module")
 def pictures(comfy, comfy_server, demo_world, tmp_path_factory):
     """The same seed: without, at strength 0, with the demo's output and with core's loader."""
@@ -64,57 +96,7 @@ def pictures(comfy, comfy_server, demo_world, tmp_path_factory):
     points = comfy.upload_picture(path)
 
     def run(source, strength):
-        loader = {"class_type": "ControlNetLoader", "inputs": {"control_net_name": source}}
-        nodes = {
-            "demo": {"class_type": "DiffLoRA_LoadDemo", "inputs": {}},
-            "points": {"class_type": "LoadImage", "inputs": {"image": points}},
-            "text": {
-                "class_type": "CLIPTextEncode",
-                "inputs": {"clip": ["demo", 1], "text": PROMPT},
-            },
-            "empty": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["demo", 1], "text": ""}},
-            "canvas": {
-                "class_type": "EmptyLatentImage",
-                "inputs": {"width": 64, "height": 64, "batch_size": 1},
-            },
-            "steer": {
-                "class_type": "ControlNetApplyAdvanced",
-                "inputs": {
-                    "positive": ["text", 0],
-                    "negative": ["empty", 0],
-                    "control_net": ["loader", 0] if source else ["demo", 6],
-                    "image": ["points", 0],
-                    "strength": strength,
-                    "start_percent": 0.0,
-                    "end_percent": 1.0,
-                },
-            },
-            "draw": {
-                "class_type": "KSampler",
-                "inputs": {
-                    "model": ["demo", 0],
-                    "positive": ["steer", 0] if strength is not None else ["text", 0],
-                    "negative": ["steer", 1] if strength is not None else ["empty", 0],
-                    "latent_image": ["canvas", 0],
-                    "seed": 3,
-                    "steps": 8,
-                    "cfg": 2.0,
-                    "sampler_name": "euler",
-                    "scheduler": "normal",
-                    "denoise": 1.0,
-                },
-            },
-            "decode": {
-                "class_type": "VAEDecode",
-                "inputs": {"samples": ["draw", 0], "vae": ["demo", 2]},
-            },
-            "show": {"class_type": "PreviewImage", "inputs": {"images": ["decode", 0]}},
-        }
-        if source:
-            nodes["loader"] = loader
-        if strength is None:
-            del nodes["steer"]
-        return comfy.run(nodes).picture("show").astype(int)
+        return comfy.run(drawing(points, source, strength)).picture("show").astype(int)
 
     return {
         "without": run("", None),

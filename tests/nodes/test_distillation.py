@@ -104,13 +104,11 @@ def demo(parts):
     return model, taught, host.load_demo_clip(base), host.load_demo_vae(base)
 
 
-def test_an_interrupt_keeps_the_best_and_the_next_run_goes_on(demo, parts, tmp_path, monkeypatch):
-    """Stopped while the teacher draws, then while the student learns."""
-    import comfy.utils
+@pytest.fixture
+def own_styles(tmp_path, monkeypatch):
+    """The folder of styles, and those of states, of a ComfyUI of its own."""
     import folder_paths
-    from comfy import model_management
 
-    model, taught, clip, vae = demo
     monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path / "temp"))
     monkeypatch.setattr(folder_paths, "user_directory", str(tmp_path / "user"))
     folders = {"difflora_styles": ([str(tmp_path / "styles")], {".safetensors"})}
@@ -118,6 +116,15 @@ def test_an_interrupt_keeps_the_best_and_the_next_run_goes_on(demo, parts, tmp_p
         folder_paths, "folder_names_and_paths", folder_paths.folder_names_and_paths | folders
     )
     (tmp_path / "styles").mkdir()
+    return tmp_path / "styles"
+
+
+def test_an_interrupt_keeps_the_best_and_the_next_run_goes_on(demo, parts, own_styles):
+    """Stopped while the teacher draws, then while the student learns."""
+    import comfy.utils
+    from comfy import model_management
+
+    model, taught, clip, vae = demo
     execute = parts("nodes.distillation").DistilCheckpoint.execute
     widgets = WIDGETS | {"pictures": 3, "steps": 60, "held_out": 0}
     seen = []
@@ -141,18 +148,18 @@ def test_an_interrupt_keeps_the_best_and_the_next_run_goes_on(demo, parts, tmp_p
     before = {k: v.clone() for k, v in model.model.state_dict().items()}
     with pytest.raises(model_management.InterruptProcessingException):
         run(stop_at=(2, 3))
-    assert not list((tmp_path / "styles").iterdir())
+    assert not list(own_styles.iterdir())
     with pytest.raises(model_management.InterruptProcessingException):
         run(stop_at=(50, 60))
     assert (1, 3) not in seen  # drawn before
     assert (3, 3) in seen
-    assert len(list((tmp_path / "styles").iterdir())) == 1
+    assert len(list(own_styles.iterdir())) == 1
     style, report = run()
     assert (3, 3) not in seen
     assert seen[0][0] > 50
     assert "best at step" in report
     assert style.adaptation.facts["pictures"] == 3
-    assert len(list((tmp_path / "styles").iterdir())) == 2
+    assert len(list(own_styles.iterdir())) == 2
     model_management.unload_all_models()
     after = model.model.state_dict()
     assert all(torch.equal(after[k], v) for k, v in before.items())

@@ -24,7 +24,8 @@ from difflora_core.methods.registry import METHODS
 from difflora_core.storage.adapter_file import read_adaptation, write_adaptation
 from difflora_core.text.covariance import Covariance
 from difflora_core.training.adaptation_run import run_adaptation
-from difflora_core.training.concept_task import ConceptExamples, NewWord, prepare_task
+from difflora_core.training.concept_task import NewWord, prepare_task
+from difflora_core.training.picture_examples import PictureExamples
 
 MODEL, CLIP, VAE = (["demo", k] for k in range(3))
 ROUNDING = 2  # grey levels between the same arithmetic in another order
@@ -63,7 +64,7 @@ def trained(toy, base, tmp_path_factory):
     task = prepare_task(base, text, Covariance(torch.eye(width), 1), [NewWord("<w>", "hat")])
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(3, 8, 16, 16, generator=generator)
-    examples = ConceptExamples(latents, [["photo of a person"]] * 3)
+    examples = PictureExamples(latents, [["photo of a person"]] * 3)
     config, losses = toy.training(), []
     result = run_adaptation(
         toy.objective(task, config),

@@ -178,6 +178,7 @@ def test_stopping_keeps_the_best_and_queueing_goes_on(comfy, comfy_server, inter
         ("ohwx woman", "photo of ohwx woman smiling", "photo of ohwx woman smiling"),
         ("ohw", "photo of ohwx", "ohw, photo of ohwx"),
         ("", "a person", "a person"),
+        ("ohwx", "", "ohwx"),
     ],
 )
 def test_the_trigger_is_added_where_it_lacks(node_module, trigger, caption, expected):
@@ -219,6 +220,51 @@ def test_a_list_of_photos_of_many_sizes(comfy):
     told = report(comfy.run(nodes))
     assert "in 2 sizes" in told
     assert "1 of 3 photos are small (photo 1 has 8 x 8 pixels)" in told
+
+
+def test_an_empty_caption_leaves_the_others_with_their_photos(comfy):
+    """As from a folder loader: a list of captions, one for each photo, or of another number."""
+    texts = ["photo of a person", " ", "photo of a woman"]
+    nodes = training("captioned", captions=["list", 0], trigger="ohwx")
+    nodes["photo"]["inputs"]["batch_size"] = 3
+    for k, text in enumerate(texts):
+        nodes[f"t{k}"] = node("PrimitiveString", value=text)
+    nodes["list"] = node("CreateList", **{f"inputs.input{k}": [f"t{k}", 0] for k in range(3)})
+    assert "any of them" not in report(comfy.run(nodes))
+    nodes["train"]["inputs"]["trigger"] = ""
+    with pytest.raises(ComfyPromptError, match="Caption 2 of 3 is empty"):
+        comfy.run(nodes)
+    nodes["photo"]["inputs"]["batch_size"] = 4
+    assert "2 captions for 4 photos: each photo was trained" in report(comfy.run(nodes))
+
+
+def test_masks_that_mark_nothing_are_told(comfy):
+    nodes = training("unmarked", masks=["masks", 0])
+    nodes["photo"]["inputs"]["batch_size"] = 2
+    nodes |= {
+        "mask": node("SolidMask", value=1.0, width=64, height=64),
+        "none": node("SolidMask", value=0.0, width=64, height=64),
+        "masks": node("CreateList", **{"inputs.input0": ["mask", 0], "inputs.input1": ["none", 0]}),
+    }
+    assert "The masks of 1 of 2 photos mark nothing (first: photo 2)" in report(comfy.run(nodes))
+
+
+def test_what_a_start_lora_cannot_do_is_told(comfy, loras):
+    comfy.run(training("begun", steps=1))
+    state = load_file(loras / "begun.safetensors")
+    stem = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"
+    text = {
+        f"{stem}.lora_down.weight": torch.ones(2, 64),
+        f"{stem}.lora_up.weight": torch.ones(64, 2),
+    }
+    save_file(state | text, loras / "worded.safetensors")
+    save_file({k: t for k, t in state.items() if k.endswith("alpha")}, loras / "alphas.safetensors")
+    nodes = training("on", steps=1, start_lora=["lora", 0])
+    nodes["lora"] = node("DiffLoRA_LoadLoRAFile", lora_name="worded.safetensors")
+    assert "text encoder" in report(comfy.run(nodes))
+    nodes["lora"]["inputs"]["lora_name"] = "alphas.safetensors"
+    with pytest.raises(ComfyPromptError, match="changes no layer"):
+        comfy.run(nodes)
 
 
 def test_a_thousand_photos(comfy):
@@ -314,8 +360,8 @@ def test_gradients_reach_the_factors(parts, unet, monkeypatch, kind):
     attach = parts("difflora_core.adapters.attach").attach
     adapters = parts("difflora_core.adapters.lora").lora_adapter_set
     text = parts("difflora_core.base_model.protocol").TextCondition
-    concept = parts("difflora_core.training.concept_task")
-    task = concept.PictureTask(base, None, "sdxl")
+    tasks = parts("difflora_core.training.picture_task")
+    task = tasks.PictureTask(base, None, "sdxl")
     objective = recipe.LoRAObjective(task, recipe.LoRATraining(rank=2, targets="all"))
     g = torch.Generator().manual_seed(1)
     latents, noise = (torch.randn(2, 8, 16, 16, generator=g) for _ in range(2))

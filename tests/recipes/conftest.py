@@ -21,8 +21,9 @@ from difflora_core.models.layers import DrawnFrom
 from difflora_core.text.captions import captions
 from difflora_core.text.clip_pair import ClipPairText, SpecialTokens
 from difflora_core.text.covariance import build_covariance
-from difflora_core.training.concept_task import ConceptExamples, NewWord, prepare_task
+from difflora_core.training.concept_task import NewWord, prepare_task
 from difflora_core.training.lora.dreambooth import DreamBoothExamples
+from difflora_core.training.picture_examples import PictureExamples
 
 UNET = {
     "sample_size": 4,
@@ -153,7 +154,7 @@ def pictures():
         noise = [torch.randn(n, 4, 4, 4, generator=g) for n in (1, count)]
         masks = torch.ones(count, 4, 4)
         masks[:, :, 2:] = 0
-        return ConceptExamples(
+        return PictureExamples(
             noise[0] + 0.1 * noise[1], [PROMPTS] * count, masks if masked else None
         )
 

@@ -16,7 +16,6 @@ from difflora_core.errors import ConfigError
 from difflora_core.methods.registry import METHODS
 from difflora_core.models.layers import DrawnFrom
 from difflora_core.training.adaptation_run import run_fingerprint
-from difflora_core.training.concept_task import PictureTask
 from difflora_core.training.distillation import (
     OTHER_LAYERS,
     OTHER_TEXT,
@@ -32,6 +31,7 @@ from difflora_core.training.distillation_data import (
     distillation_examples,
     read_prompts,
 )
+from difflora_core.training.picture_task import PictureTask
 from difflora_core.training.processes import split
 from difflora_core.training.recipes import default_distillation, distillation_recipes
 

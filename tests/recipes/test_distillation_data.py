@@ -9,7 +9,6 @@ from safetensors.torch import save_file
 
 from difflora_core.base_model.diffusers_base import time_ids
 from difflora_core.errors import CheckpointError, ConfigError, InterruptedTraining
-from difflora_core.training.concept_task import PictureTask
 from difflora_core.training.distillation_data import (
     DistillationPictures,
     PromptPair,
@@ -17,6 +16,7 @@ from difflora_core.training.distillation_data import (
     held_out_prompts,
     read_prompts,
 )
+from difflora_core.training.picture_task import PictureTask
 
 PAIRS = [PromptPair(p, p) for p in ("photo of a hat", "the red hat", "a blue cup", "a cat")]
 QUICK = DistillationPictures(count=8, steps=3, guidance=2.0)

@@ -12,8 +12,9 @@ from difflora_core.methods.base import AppliedAdaptation, PreparedAdaptation
 from difflora_core.methods.para import PaRa
 from difflora_core.storage.adapter_file import read_adaptation, write_adaptation
 from difflora_core.training.adaptation_run import run_adaptation
-from difflora_core.training.concept_task import ConceptExamples, PictureTask, concept_examples
 from difflora_core.training.para import TARGETS, PaRaObjective, PaRaTraining
+from difflora_core.training.picture_examples import PictureExamples, picture_examples
+from difflora_core.training.picture_task import PictureTask
 
 SETTINGS = {"rank": 1, "bound": 0.25, "batch": 4, "evaluate_every": 20, "learning_rate": 0.03}
 PROMPTS = ["photo of a hat", "the red hat"]
@@ -26,7 +27,7 @@ def setting(base, text):
 
 @pytest.fixture
 def examples(pictures):
-    return ConceptExamples(pictures().latents, [PROMPTS] * 3)
+    return PictureExamples(pictures().latents, [PROMPTS] * 3)
 
 
 def predicted(setting, adapters, names):
@@ -134,4 +135,4 @@ def test_what_is_refused(setting, base):
         with pytest.raises(ConfigError):
             PaRaTraining(**bad)
     with pytest.raises(ConfigError, match="Say in a prompt"):
-        concept_examples(base, torch.zeros(1, 8, 8, 3))
+        picture_examples(base, torch.zeros(1, 8, 8, 3))

@@ -14,13 +14,9 @@ from difflora_core.text.covariance import Covariance
 from difflora_core.text.encoders import text_probe
 from difflora_core.text.new_words import TEMPLATES, superclass_token, word_encoding
 from difflora_core.training.adaptation_run import run_adaptation
-from difflora_core.training.concept_task import (
-    ConceptExamples,
-    NewWord,
-    concept_examples,
-    prepare_task,
-)
+from difflora_core.training.concept_task import NewWord, prepare_task
 from difflora_core.training.perfusion import PerfusionObjective, PerfusionTraining
+from difflora_core.training.picture_examples import PictureExamples, picture_examples
 
 WORD = NewWord("<h1>", "hat")
 PROMPTS = ["photo of a <h1>", "a person wearing a <h1>, blue background", "the red <h1>"]
@@ -250,7 +246,7 @@ def test_disendiff_losses_take_part(base, text, covariance, tmp_path, pictures):
     contexts = ["photo of a {}", "photo of a hat and a {}"]
     task = prepare_task(base, text, covariance, words, contexts, "tiny")
     g = torch.Generator().manual_seed(1)
-    examples = ConceptExamples(torch.randn(1, 4, 4, 4, generator=g), [prompts])
+    examples = PictureExamples(torch.randn(1, 4, 4, 4, generator=g), [prompts])
     config = PerfusionTraining(steps=3, batch=2, evaluate_every=1, binding=0.01, separation=0.01)
     seen = []
     result = train_perfusion(
@@ -307,7 +303,7 @@ def test_examples_from_pictures():
     images = torch.rand(2, 16, 16, 3)
     masks = torch.ones(2, 32, 32)  # another size than the pictures, and the first one is full
     masks[1, :, 16:], masks[1, :, :16] = 0.0, 0.5
-    examples = concept_examples(Flat(), images, [WORD], masks)
+    examples = picture_examples(Flat(), images, [WORD.word], masks)
     assert len(examples) == 4  # mirrored too
     torch.testing.assert_close(examples.latents[2], examples.latents[0].flip(-1))
     torch.testing.assert_close(examples.masks[3], examples.masks[1].flip(-1))
@@ -315,32 +311,32 @@ def test_examples_from_pictures():
     assert float(examples.masks[1].max()) == 1.0  # normalised over the picture, not a row
     assert float(examples.masks[1][:, 3].max()) < 0.05
     assert all("<h1>" in prompt for prompt in examples.prompts[0])
-    single = concept_examples(Flat(), images[:1], [WORD], flip=False)
+    single = picture_examples(Flat(), images[:1], [WORD.word], flip=False)
     assert len(single) == 1
     assert single.masks is None
-    both = concept_examples(Flat(), images, [WORD, NewWord("<c1>", "cup")])
+    both = picture_examples(Flat(), images, [WORD.word, "<c1>"])
     assert "<h1> and a <c1>" in both.prompts[0][0]
 
 
 def test_bad_pictures():
     images = torch.rand(2, 16, 16, 3)
     with pytest.raises(ConfigError, match="pictures"):
-        concept_examples(Flat(), images[:0], [WORD])
+        picture_examples(Flat(), images[:0], [WORD.word])
     with pytest.raises(ConfigError, match="one mask for all"):
-        concept_examples(Flat(), images, [WORD], torch.ones(3, 16, 16))
+        picture_examples(Flat(), images, [WORD.word], torch.ones(3, 16, 16))
     masks = torch.ones(2, 16, 16)
     masks[1] = 0.0005  # what a resized black picture may hold
     with pytest.raises(ConfigError, match=r"Mask 2 of 2 is empty.* connect no masks"):
-        concept_examples(Flat(), images, [WORD], masks)
-    assert concept_examples(Flat(), images, [WORD], masks[1]).masks is None  # nobody painted
+        picture_examples(Flat(), images, [WORD.word], masks)
+    assert picture_examples(Flat(), images, [WORD.word], masks[1]).masks is None  # nobody painted
     masks[1, 3, 4] = 0.01  # faint, but somewhere
-    assert float(concept_examples(Flat(), images, [WORD], masks).masks[1].max()) == 1.0
+    assert float(picture_examples(Flat(), images, [WORD.word], masks).masks[1].max()) == 1.0
     with pytest.raises(ConfigError, match="not finite"):
-        concept_examples(Flat(), images, [WORD], torch.full((2, 16, 16), torch.nan))
+        picture_examples(Flat(), images, [WORD.word], torch.full((2, 16, 16), torch.nan))
     with pytest.raises(ConfigError, match="does not name"):
-        concept_examples(Flat(), images, [WORD], prompts=[["a hat"], ["a <h1>"]])
+        picture_examples(Flat(), images, [WORD.word], prompts=[["a hat"], ["a <h1>"]])
     with pytest.raises(ConfigError, match="at least one picture"):
-        ConceptExamples(torch.zeros(0, 4, 4, 4), [])
+        PictureExamples(torch.zeros(0, 4, 4, 4), [])
 
 
 def test_bad_settings():

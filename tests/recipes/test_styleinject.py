@@ -12,7 +12,8 @@ from difflora_core.errors import ConfigError
 from difflora_core.methods.base import AppliedAdaptation, PreparedAdaptation
 from difflora_core.methods.styleinject import StyleInject, style_layers
 from difflora_core.training.adaptation_run import run_adaptation
-from difflora_core.training.concept_task import ConceptExamples, PictureTask
+from difflora_core.training.picture_examples import PictureExamples
+from difflora_core.training.picture_task import PictureTask
 from difflora_core.training.styleinject import StyleInjectObjective, StyleInjectTraining
 
 PLAN = StyleInjectPlan(
@@ -33,7 +34,7 @@ def setting(base, text):
 def examples(count=4, seed=4):
     g = torch.Generator().manual_seed(seed)
     noise = [torch.randn(n, 4, 4, 4, generator=torch.Generator().manual_seed(9)) for n in (1,)]
-    return ConceptExamples(
+    return PictureExamples(
         noise[0] + 0.1 * torch.randn(count, 4, 4, 4, generator=g), [PROMPTS] * count
     )
 
@@ -118,7 +119,7 @@ def test_a_stopped_run_is_taken_up_again_to_the_same_numbers(setting, tmp_path):
 def test_pictures_that_were_held_out_end_a_run_that_only_learns_by_heart(setting, tmp_path):
     """The held-out pictures are of something else: training never helps them."""
     config = training(steps=500, evaluate_every=2, learning_rate=0.05, patience=3)
-    other = ConceptExamples(-3 * torch.ones(2, 4, 4, 4), [PROMPTS] * 2)
+    other = PictureExamples(-3 * torch.ones(2, 4, 4, 4), [PROMPTS] * 2)
     steps = []
     result = run_adaptation(
         StyleInjectObjective(setting, config),

@@ -18,7 +18,6 @@ from difflora_core.methods.base import AppliedAdaptation, PreparedAdaptation
 from difflora_core.methods.lora import LoRA, lora_weights
 from difflora_core.storage.adapter_file import read_adaptation, write_adaptation
 from difflora_core.training.adaptation_run import run_adaptation
-from difflora_core.training.concept_task import ConceptExamples, PictureTask
 from difflora_core.training.difflora.refine import refinement_config
 from difflora_core.training.lora.dreambooth import DreamBoothObjective
 from difflora_core.training.lora.objective import (
@@ -28,6 +27,8 @@ from difflora_core.training.lora.objective import (
     check_start,
 )
 from difflora_core.training.picture_buckets import BucketedExamples
+from difflora_core.training.picture_examples import PictureExamples
+from difflora_core.training.picture_task import PictureTask
 
 SETTINGS = {"rank": 2, "batch": 4, "evaluate_every": 20, "learning_rate": 0.01, "warmup": 0}
 PROMPTS = ["photo of a hat", "the red hat"]
@@ -40,7 +41,7 @@ def setting(base, text):
 
 @pytest.fixture
 def examples(pictures):
-    return ConceptExamples(pictures().latents, [PROMPTS] * 3)
+    return PictureExamples(pictures().latents, [PROMPTS] * 3)
 
 
 @pytest.fixture
@@ -237,7 +238,7 @@ def test_refinement_is_the_librarys_refine(base, text, setting, batch):
 
 
 def test_buckets_are_drawn_as_their_shares_say(examples):
-    wide = ConceptExamples(torch.randn(1, 4, 2, 8), [["a prompt"]])
+    wide = PictureExamples(torch.randn(1, 4, 2, 8), [["a prompt"]])
     one, two = BucketedExamples((examples,), (1.0,)), BucketedExamples((wide,), (1.0,))
     draw = one.beside(two, 0.25).draw(2, 1000)
     count = 2000
@@ -255,7 +256,7 @@ def test_buckets_are_drawn_as_their_shares_say(examples):
 def test_prior_preservation_holds_the_class(setting, examples, tmp_path):
     """Trained beside class pictures, the LoRA does less harm to them than without."""
     g = torch.Generator().manual_seed(9)
-    others = ConceptExamples(torch.randn(6, 4, 4, 4, generator=g), [["a cup"]] * 6)
+    others = PictureExamples(torch.randn(6, 4, 4, 4, generator=g), [["a cup"]] * 6)
     config = LoRATraining(steps=80, **SETTINGS | {"rank": 1})
     harm = []
     for weight in (0.0, 4.0):

@@ -73,6 +73,13 @@ def run(folder, loop=LOOP, draws=draw, **hooks):
 def cases(folder, rank, count):
     """Every case by name; where one alone fails or stops, it is the last, or main for the disk."""
     last = rank == count - 1
+    yield from ends(folder, last)
+    yield from failures(folder, last)
+    yield from validations(folder, rank, last)
+
+
+def ends(folder, last):
+    """Runs that end, in parts too, stop and go on."""
     asked = iter([False] * 12 + [last] + [False] * 100)
     yield "finish", lambda: run(folder / "finish")
     yield "parts", lambda: run(folder / "parts", replace(LOOP, accumulate=2))
@@ -80,6 +87,11 @@ def cases(folder, rank, count):
     yield "stop", lambda: run(folder / "stop", stop=lambda: next(asked))
     yield "resume", lambda: run(folder / "stop")
     yield "stop for one", lambda: run(folder / "stop for one", progress=stop_at(15))
+    yield "uneven", lambda: run(folder / "uneven", replace(LOOP, accumulate=3))
+
+
+def failures(folder, last):
+    """What goes wrong in a step."""
 
     def broken(step):
         batch = draw(torch.Generator().manual_seed(step))
@@ -103,6 +115,10 @@ def cases(folder, rank, count):
     yield "failure", lambda: run(folder / "failure", draws=ByStep(failing))
     yield "keyboard", lambda: run(folder / "keyboard", draws=ByStep(key))
     yield "disk", lambda: run(folder / "disk", progress=full_disk)
+
+
+def validations(folder, rank, last):
+    """What goes wrong in validation, and when it ends the run."""
 
     def judged(error):
         """Validation that fails on one process, the second time it is asked."""
@@ -129,7 +145,6 @@ def cases(folder, rank, count):
             folder / "patience", replace(LOOP, patience=2, validate_every=5), validate=judged(None)
         ),
     )
-    yield "uneven", lambda: run(folder / "uneven", replace(LOOP, accumulate=3))
 
 
 def stop_at(step):

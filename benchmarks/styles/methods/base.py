@@ -8,7 +8,7 @@ from typing import Any
 
 from difflora_core.config import Config
 from difflora_core.training.adaptation_run import AdaptationTraining
-from difflora_core.training.concept_task import PictureTask
+from difflora_core.training.picture_task import PictureTask
 
 LOOKS = 6
 """Times that a run is judged on held-out pictures."""

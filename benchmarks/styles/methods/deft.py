@@ -24,8 +24,8 @@ from difflora_core.methods.lora import lora_adaptation
 from difflora_core.models.layers import DrawnFrom
 from difflora_core.text.encoders import EncodedPrompts
 from difflora_core.training.adaptation_run import AdaptationTraining, masked_loss
-from difflora_core.training.concept_task import PictureTask
 from difflora_core.training.loop import LoopConfig
+from difflora_core.training.picture_task import PictureTask
 
 from .base import StyleRow
 

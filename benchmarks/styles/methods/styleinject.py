@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from difflora_core.adapters.styleinject import PRESETS, StyleInjectPlan
-from difflora_core.training.concept_task import PictureTask
+from difflora_core.training.picture_task import PictureTask
 from difflora_core.training.styleinject import StyleInjectObjective, StyleInjectTraining
 
 from . import full, lora

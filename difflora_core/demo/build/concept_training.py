@@ -8,14 +8,9 @@ from ...text.covariance import Covariance
 from ...text.encoders import TextEncoders
 from ...text.new_words import SLOT
 from ...training.adaptation_run import Objective
-from ...training.concept_task import (
-    ConceptExamples,
-    ConceptTask,
-    NewWord,
-    concept_examples,
-    prepare_task,
-)
+from ...training.concept_task import ConceptTask, NewWord, prepare_task
 from ...training.perfusion import PerfusionObjective, PerfusionTraining
+from ...training.picture_examples import PictureExamples, picture_examples
 from ..world.concepts import ConceptPictures, DemoConcept
 
 TRAINING = PerfusionTraining(steps=400, value_rate=0.1, word_rate=0.001, reach=0, guidance=1.5)
@@ -33,7 +28,7 @@ def concept_training_set(
     covariance: Covariance,
     concept: DemoConcept,
     photos: ConceptPictures,
-) -> tuple[ConceptTask, ConceptExamples]:
+) -> tuple[ConceptTask, PictureExamples]:
     """The task of training one word, and its pictures.
 
     Args:
@@ -47,7 +42,9 @@ def concept_training_set(
     prompts = [wordings(prompt) for prompt in photos.prompts]
     contexts = [prompt.replace(concept.word, SLOT) for several in prompts for prompt in several]
     task = prepare_task(base, text, covariance, words, contexts, "demo")
-    return task, concept_examples(base, photos.images, words, photos.masks, prompts, flip=False)
+    return task, picture_examples(
+        base, photos.images, [concept.word], photos.masks, prompts, flip=False
+    )
 
 
 def wordings(prompt: str) -> list[str]:

@@ -10,8 +10,9 @@ from ...methods.base import StyleMethod
 from ...methods.registry import METHODS
 from ...storage.adapter_file import write_adaptation
 from ...training.adaptation_run import run_adaptation
-from ...training.concept_task import PictureTask, concept_examples
 from ...training.loop import Progress
+from ...training.picture_examples import picture_examples
+from ...training.picture_task import PictureTask
 from .. import paths
 from ..networks.base import load_base
 from ..networks.concept_text import demo_concept_text
@@ -37,7 +38,7 @@ def styles(progress: Progress) -> Figures:
     figures: Figures = {}
     for style in shipped_styles():
         images, captions = style_pictures(SHIPPED[style.name], PICTURES)
-        examples = concept_examples(base, images, prompts=[[line] for line in captions])
+        examples = picture_examples(base, images, prompts=[[line] for line in captions])
         result = run_adaptation(
             style.recipe(PictureTask(base, text, "demo"), style.config),
             examples,

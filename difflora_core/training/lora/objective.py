@@ -27,8 +27,8 @@ from ...methods.base import Facts, TrainedAdaptation
 from ...methods.lora import LoRA, lora_adaptation
 from ...text.encoders import EncodedPrompts
 from ..adaptation_run import AdaptationTraining, masked_loss
-from ..concept_task import PictureTask
 from ..loop_config import LoopConfig, Schedule
+from ..picture_task import PictureTask
 from .dreambooth_start import mixed_generator
 
 CONVOLUTIONS = ("in_layers.2", "out_layers.3", "skip_connection", "op", "conv")
