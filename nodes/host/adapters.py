@@ -16,6 +16,7 @@ from typing import Any
 import comfy.conds
 import comfy.patcher_extension
 import torch
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...difflora_core.adapters.attach import attach
@@ -92,7 +93,7 @@ class AdapterChain:
         self._moved: dict[tuple[int, str], AppliedAdaptation] = {}
         self._built: dict[Any, AdapterSet] = {}
 
-    def on(self, model: Any) -> Any:
+    def on(self, model: ModelPatcher) -> ModelPatcher:
         """A clone of a model with this chain instead of the one that it may have."""
         clone = model.clone()
         for kind, wrapper in ((PREPARE, self.prepare), (CALL, self)):
@@ -104,7 +105,13 @@ class AdapterChain:
         return clone
 
     def prepare(
-        self, executor: Any, model: Any, noise_shape: Any, conds: Any, *args: Any, **kwargs: Any
+        self,
+        executor: Any,
+        model: ModelPatcher,
+        noise_shape: Any,
+        conds: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """Marks every prompt of a sampling run by the name that its guider gave it.
 
@@ -118,7 +125,7 @@ class AdapterChain:
         self.prepared = True
         return executor(model, noise_shape, conds, *args, **kwargs)
 
-    def begin(self, patcher: Any) -> None:
+    def begin(self, patcher: ModelPatcher) -> None:
         """ComfyUI starts to sample with a model.
 
         Raises:
@@ -134,7 +141,7 @@ class AdapterChain:
                 "that is sampled with, or as a plain LoRA with Load LoRA Model."
             )
 
-    def end(self, patcher: Any) -> None:
+    def end(self, patcher: ModelPatcher) -> None:
         """The run is over: what was moved to its device may go."""
         del patcher
         self.prepared = False
@@ -215,13 +222,13 @@ def _eager() -> AbstractContextManager[None]:
     return torch.compiler.set_stance("force_eager")
 
 
-def chain_of(model: Any) -> tuple[Link, ...]:
+def chain_of(model: ModelPatcher) -> tuple[Link, ...]:
     """The links that a model has."""
     chains = [c for c in model.get_wrappers(CALL, KEY) if isinstance(c, AdapterChain)]
     return tuple(link for chain in chains for link in chain.links)
 
 
-def with_link(model: Any, link: Link) -> Any:
+def with_link(model: ModelPatcher, link: Link) -> ModelPatcher:
     """A clone of a model with one link more.
 
     What always acts and is a new weight is put into the weights; else it acts on outputs.

@@ -7,6 +7,8 @@ import comfy.model_base
 import comfy.model_management
 import comfy.model_sampling
 import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import VAE
 from torch import Tensor
 
 from ...difflora_core.base_model.protocol import TextCondition
@@ -33,7 +35,7 @@ class ModelLayers:
         LayoutError: the adaptation is for another base model.
     """
 
-    def __init__(self, model: Any, adaptation: TrainedAdaptation) -> None:
+    def __init__(self, model: ModelPatcher, adaptation: TrainedAdaptation) -> None:
         check_fits(model, adaptation)
         comfy.model_management.load_models_gpu([model])
         self.model = model
@@ -50,7 +52,7 @@ class ModelLayers:
         return live_weight(self.model, layer).cpu()
 
 
-def check_fits(model: Any, adaptation: TrainedAdaptation) -> None:
+def check_fits(model: ModelPatcher, adaptation: TrainedAdaptation) -> None:
     """Compares an adaptation with the UNet it is meant for.
 
     Raises:
@@ -77,7 +79,7 @@ def _linear(size: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def unet_layout(
-    model: Any, base: str, rank: int, targets: tuple[str, ...] = ATTENTION_PROJECTIONS
+    model: ModelPatcher, base: str, rank: int, targets: tuple[str, ...] = ATTENTION_PROJECTIONS
 ) -> LoRALayout:
     """The layers of ComfyUI's UNet whose names end so, attention projections unless given."""
     endings = tuple(f".{target}" for target in targets)
@@ -89,12 +91,12 @@ def unet_layout(
     return LoRALayout(base, rank, tuple(layers))
 
 
-def picture_size(model: Any) -> int:
+def picture_size(model: ModelPatcher) -> int:
     """Side in pixels of the square pictures that a model was made for."""
     return int(getattr(model.model.model_config, "picture_size", DRAWN_SIZE))
 
 
-def check_trainable(model: Any) -> None:
+def check_trainable(model: ModelPatcher) -> None:
     """Refuses a model that recipes cannot be trained on.
 
     Raises:
@@ -137,7 +139,7 @@ class ComfyBase:
         ConfigError: see `check_trainable`.
     """
 
-    def __init__(self, model: Any, vae: Any, apart: bool = False) -> None:
+    def __init__(self, model: ModelPatcher, vae: VAE, apart: bool = False) -> None:
         check_trainable(model)
         sampling = model.get_model_object("model_sampling")
         velocity = isinstance(sampling, comfy.model_sampling.V_PREDICTION)
@@ -208,7 +210,7 @@ class ComfyBase:
             )
 
 
-def _training_dtype(patcher: Any) -> torch.dtype:
+def _training_dtype(patcher: ModelPatcher) -> torch.dtype:
     """What a patcher's model is trained in: bfloat16 instead of float16 where the device has it.
 
     In float16 gradients below 6e-8 vanish; a card that lacks bfloat16 gets a scaled loss instead.
@@ -225,7 +227,7 @@ def keep_together(first: ComfyBase, second: ComfyBase) -> None:
     first.beside, second.beside = (second,), (first,)
 
 
-def _of_its_own(model: Any) -> Any:
+def _of_its_own(model: ModelPatcher) -> Any:
     """A clone of a model, patches and all, that shares no weights with it.
 
     Raises:

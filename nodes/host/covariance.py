@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from comfy.sd import CLIP
 from torch import Tensor
 
 from ...difflora_core.storage.covariance_file import read_covariance, write_covariance
@@ -27,7 +27,7 @@ class CovarianceRequest:
     rebuild: bool
 
 
-def covariance_for(clip: Any, path: Path, request: CovarianceRequest) -> Covariance:
+def covariance_for(clip: CLIP, path: Path, request: CovarianceRequest) -> Covariance:
     """C of a CLIP: read from its file, or built with progress and written.
 
     Raises:

@@ -149,7 +149,9 @@ def vae_ratio(config: Mapping[str, Any]) -> int:
     return 2 ** (len(config["block_out_channels"]) - 1)
 
 
-def load_demo_unet(path: Path, words: Path | None = None, disable_dynamic: bool = False) -> Any:
+def load_demo_unet(
+    path: Path, words: Path | None = None, disable_dynamic: bool = False
+) -> comfy.model_patcher.ModelPatcher:
     """The UNet in a ModelPatcher, as ComfyUI's checkpoint loader makes one.
 
     Raises:
@@ -179,7 +181,7 @@ def load_demo_unet(path: Path, words: Path | None = None, disable_dynamic: bool 
     return patcher
 
 
-def load_demo_vae(path: Path) -> Any:
+def load_demo_vae(path: Path) -> comfy.sd.VAE:
     """The VAE.
 
     Raises:
@@ -232,7 +234,7 @@ def vae_state(state: Mapping[str, Tensor], levels: int) -> dict[str, Tensor]:
     return renamed
 
 
-def load_demo_clip(path: Path, words: Path | None = None) -> Any:
+def load_demo_clip(path: Path, words: Path | None = None) -> comfy.sd.CLIP:
     """Both text encoders behind ComfyUI's SDXL tokenizer and CLIP class.
 
     Raises:
@@ -282,7 +284,7 @@ def clip_state(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return weights
 
 
-def load_demo_clip_vision(path: Path) -> Any:
+def load_demo_clip_vision(path: Path) -> comfy.clip_vision.ClipVisionModel:
     """CLIP vision, which ComfyUI's loader would not recognise by its size.
 
     Raises:
@@ -296,7 +298,7 @@ def load_demo_clip_vision(path: Path) -> Any:
     return vision
 
 
-def load_demo_controlnet(path: Path) -> Any:
+def load_demo_controlnet(path: Path) -> comfy.controlnet.ControlBase:
     """The ControlNet of five face points, read by core's own loader.
 
     It is a Control-LoRA: core builds the network from the base model that is sampled with.

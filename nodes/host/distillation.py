@@ -5,6 +5,8 @@ from typing import Any, ClassVar
 
 import comfy.model_management
 import comfy.utils
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP, VAE
 from torch import Tensor
 
 from ...difflora_core.errors import ConfigError
@@ -41,11 +43,11 @@ from .text import ComfyText
 class DistillationParts:
     """What is connected: teacher and student, each with its CLIP, and the student's VAE."""
 
-    teacher: Any
-    teacher_clip: Any
-    model: Any
-    clip: Any
-    vae: Any
+    teacher: ModelPatcher
+    teacher_clip: CLIP
+    model: ModelPatcher
+    clip: CLIP
+    vae: VAE
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ def _check_teacher(parts: DistillationParts) -> None:
         )
 
 
-def _latent_size(request: DistillationRequest, vae: Any) -> tuple[int, int]:
+def _latent_size(request: DistillationRequest, vae: VAE) -> tuple[int, int]:
     """Height and width of the latents of a picture."""
     ratio = int(vae.spacial_compression_encode())
     return request.height // ratio, request.width // ratio

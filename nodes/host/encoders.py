@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from comfy.clip_vision import ClipVisionModel
 from torch import Tensor
 
 from ...difflora_core.errors import EncoderError
@@ -19,7 +20,7 @@ WHAT_THEN = {"skip": "Left out.", "image_only": "Used by the look alone."}
 class ComfyImageEncoder:
     """ImageEncoder over ComfyUI's CLIP_VISION."""
 
-    def __init__(self, clip_vision: Any) -> None:
+    def __init__(self, clip_vision: ClipVisionModel) -> None:
         if not callable(getattr(clip_vision, "encode_image", None)):
             raise EncoderError(
                 f"A {type(clip_vision).__name__} is not a CLIP vision. Connect Load CLIP Vision."
@@ -97,7 +98,7 @@ def watched_faces(face_analysis: Any, count: int) -> FaceEncoder:
 def read_photos(
     node: Any,
     images: Tensor,
-    clip_vision: Any,
+    clip_vision: ClipVisionModel,
     face_analysis: Any,
     mask: Tensor | None,
     options: FaceOptions,

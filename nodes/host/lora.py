@@ -14,6 +14,7 @@ import comfy.lora
 import comfy.lora_convert
 import comfy.utils
 import torch
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...difflora_core.errors import LayoutError, LoRAFileError, shown
@@ -70,7 +71,7 @@ def check_lora(lora: Any) -> dict[str, Tensor]:
     return lora
 
 
-def check_lora_fits(model: Any, weights: LoRAWeights, made_for: str) -> None:
+def check_lora_fits(model: ModelPatcher, weights: LoRAWeights, made_for: str) -> None:
     """Compares every layer with the model it is meant for; ComfyUI itself only logs what is lost.
 
     Raises:
@@ -112,7 +113,7 @@ class FittingLoRA:
     layers: Mapping[str, str]
     note: str
 
-    def on(self, model: Any, strength: float, groups: GroupStrengths) -> Any:
+    def on(self, model: ModelPatcher, strength: float, groups: GroupStrengths) -> ModelPatcher:
         """A clone of a model with it as weight patches, as ComfyUI's own loader makes them.
 
         Raises:
@@ -140,7 +141,7 @@ class FittingLoRA:
         return scaled_state(self.state, self._factor(strength, groups))
 
     def adaptation(
-        self, strength: float, groups: GroupStrengths, model: Any
+        self, strength: float, groups: GroupStrengths, model: ModelPatcher
     ) -> TrainedAdaptation | None:
         """It as a record, to act for a part of the steps or prompts; None where nothing is left.
 
@@ -204,7 +205,7 @@ def _record(parts: dict[str, Tensor], linear: bool) -> dict[str, Tensor]:
     return own
 
 
-def read_lora(state: dict[str, Tensor], model: Any) -> FittingLoRA:
+def read_lora(state: dict[str, Tensor], model: ModelPatcher) -> FittingLoRA:
     """A LoRA for a model, whatever its family.
 
     Raises:
@@ -292,7 +293,7 @@ def _note(state: Mapping[str, Tensor], rest: Iterable[str], lost: list[str]) -> 
 
 
 def known_names(
-    state: dict[str, Tensor], model: Any, names: Mapping[str, Any]
+    state: dict[str, Tensor], model: ModelPatcher, names: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """A LoRA under names that ComfyUI knows for a model; it drops PEFT's names in silence.
 
@@ -324,7 +325,7 @@ class _LoRAHook(comfy.hooks.WeightHook):
     """A LoRA hook that is refused where it has no layer, or one of another size."""
 
     def add_hook_patches(
-        self, model: Any, model_options: Any, target_dict: Any, registered: Any
+        self, model: ModelPatcher, model_options: Any, target_dict: Any, registered: Any
     ) -> Any:
         """As ComfyUI's, which drops what does not fit; what belongs to no layer is logged.
 

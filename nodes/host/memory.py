@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
+from comfy.model_patcher import ModelPatcher
 
 from ...difflora_core.errors import ConfigError
 
@@ -37,7 +38,7 @@ class MemoryPlan:
     weights: float
 
 
-def activation_bytes(model: Any, area: int, samples: int, checkpointing: bool) -> float:
+def activation_bytes(model: ModelPatcher, area: int, samples: int, checkpointing: bool) -> float:
     """Estimate of what is remembered between the forward and the backward pass.
 
     Args:
@@ -52,7 +53,7 @@ def activation_bytes(model: Any, area: int, samples: int, checkpointing: bool) -
     return each * size * area * samples * width / CHANNELS
 
 
-def plan_memory(model: Any, area: int, config: Any, choice: str) -> MemoryPlan:
+def plan_memory(model: ModelPatcher, area: int, config: Any, choice: str) -> MemoryPlan:
     """How to run a recipe's `config` on pictures of so many latent pixels; by one of CHOICES."""
     samples = -(-config.batch // config.accumulate)
     there = comfy.model_management.get_total_memory(model.load_device)

@@ -11,6 +11,7 @@ import comfy.model_patcher
 import comfy.ops
 import comfy.utils
 import torch
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from ...difflora_core.diffusion.sampler import MAX_SEED, SampleSettings
@@ -46,7 +47,7 @@ class HostedModel:
         name: Name of the file or folder, for messages.
     """
 
-    patcher: Any = field(repr=False)
+    patcher: ModelPatcher = field(repr=False)
     name: str
 
     @property

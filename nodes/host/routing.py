@@ -8,6 +8,7 @@ import comfy.sample
 import comfy.utils
 import latent_preview
 import torch
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...difflora_core.adapters.routing import watched_routing
@@ -25,7 +26,7 @@ class RoutingWatcher:
     def __init__(self) -> None:
         self.table = RoutingTable()
 
-    def on(self, model: Any) -> Any:
+    def on(self, model: ModelPatcher) -> ModelPatcher:
         """A clone of a model that is watched; what is on the model is on it before this."""
         clone = model.clone()
         clone.add_wrapper_with_key(CALL, KEY, self)
@@ -58,7 +59,12 @@ class RoutingWatcher:
 
 
 def draw(
-    model: Any, positive: Any, negative: Any, latent: Any, seed: int, settings: tuple[Any, ...]
+    model: ModelPatcher,
+    positive: Any,
+    negative: Any,
+    latent: Any,
+    seed: int,
+    settings: tuple[Any, ...],
 ) -> dict[str, Any]:
     """What KSampler makes of a latent; settings are steps, cfg, sampler, scheduler and denoise."""
     *course, denoise = settings

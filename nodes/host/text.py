@@ -7,6 +7,7 @@ from typing import Any
 
 import comfy.model_management
 import torch
+from comfy.sd import CLIP
 from torch import Tensor, nn
 
 from ...difflora_core.errors import ConfigError, InterruptedTraining, LayoutError
@@ -86,7 +87,7 @@ class ComfyText:
         ConfigError: the CLIP is of another kind.
     """
 
-    def __init__(self, clip: Any) -> None:
+    def __init__(self, clip: CLIP) -> None:
         if not all(hasattr(clip.tokenizer, name) for name in ENCODERS):
             raise ConfigError("Concepts need the two text encoders of SDXL; connect an SDXL CLIP.")
         self.clip = clip
@@ -146,7 +147,7 @@ class ComfyText:
         return EncodedPrompts(context, pooled, (index >= 1) & (index <= lengths), places)
 
 
-def table(clip: Any, name: str) -> Any:
+def table(clip: CLIP, name: str) -> Any:
     """Token embedding of one of a CLIP's encoders."""
     return getattr(clip.cond_stage_model, name).transformer.get_input_embeddings()
 
@@ -158,12 +159,12 @@ def _row(tokenizer: Any, piece: Sequence[int | str], words: Mapping[str, Tensor]
     return row + [tokenizer.pad_token] * (tokenizer.max_length - len(row))
 
 
-def learned_words(clip: Any) -> tuple[str, ...]:
+def learned_words(clip: CLIP) -> tuple[str, ...]:
     """New words that a CLIP knows through `teach`."""
     return tuple(getattr(clip.tokenizer, "difflora_words", ()))
 
 
-def teach(clip: Any, adaptation: TrainedAdaptation) -> Any:
+def teach(clip: CLIP, adaptation: TrainedAdaptation) -> CLIP:
     """A clone of a CLIP whose prompts may hold the adaptation's word; the CLIP where it has none.
 
     Raises:
@@ -223,7 +224,7 @@ class WordTokenizer:
         return reader.tokenize_with_weights("".join(pieces) + text[end:], *args, **kwargs)
 
 
-def prepare(adaptation: TrainedAdaptation, clip: Any) -> PreparedAdaptation:
+def prepare(adaptation: TrainedAdaptation, clip: CLIP) -> PreparedAdaptation:
     """An adaptation with what this CLIP says of its word's super-class.
 
     Raises:

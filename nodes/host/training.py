@@ -10,6 +10,7 @@ import comfy.model_management
 import comfy.utils
 import numpy as np
 import torch
+from comfy.sd import CLIP
 from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
@@ -211,7 +212,7 @@ def train(
     return kept(run(recipe, config, request, parts, memory), request, parts.clip)
 
 
-def kept(done: Trained, request: Any, own_clip: Any) -> tuple[list[PreparedAdaptation], Any, str]:
+def kept(done: Trained, request: Any, own_clip: CLIP) -> tuple[list[PreparedAdaptation], Any, str]:
     """Writes what a run left; returns and raises as `train`.
 
     Args:

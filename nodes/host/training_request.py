@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP, VAE
 from torch import Tensor
 
 from ...difflora_core.base_model.protocol import BaseModel
@@ -23,9 +25,9 @@ NO_MASKS = "no masks: the whole pictures counted"
 class Parts:
     """What is connected to a training node; words need the covariance."""
 
-    model: Any
-    clip: Any
-    vae: Any
+    model: ModelPatcher
+    clip: CLIP
+    vae: VAE
     images: Tensor
     covariance: Covariance | None
     masks: Tensor | None

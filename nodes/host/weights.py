@@ -13,6 +13,7 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.weight_adapter
 import torch
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...difflora_core.errors import LayoutError
@@ -61,12 +62,12 @@ class WeightEditPatch(comfy.weight_adapter.WeightAdapterBase):
         return weight
 
 
-def weights_of(model: Any) -> tuple[AppliedAdaptation, ...]:
+def weights_of(model: ModelPatcher) -> tuple[AppliedAdaptation, ...]:
     """The adaptations that are in a model's weights."""
     return tuple(model.attachments.get(KEY, ()))
 
 
-def with_weights(model: Any, applied: AppliedAdaptation) -> Any:
+def with_weights(model: ModelPatcher, applied: AppliedAdaptation) -> ModelPatcher:
     """A clone of a model whose weights are edited by an adaptation, after those that are there.
 
     Its patches come before all that only add to a weight: a LoRA stays whole, whether it was loaded
@@ -94,12 +95,12 @@ def with_weights(model: Any, applied: AppliedAdaptation) -> Any:
     return patched
 
 
-def has_additions(model: Any) -> bool:
+def has_additions(model: ModelPatcher) -> bool:
     """Whether something else than our edits and merges is in a model's weights, such as a LoRA."""
     return any(_place(patches) < len(patches) for patches in model.patches.values())
 
 
-def live_weight(model: Any, layer: str) -> Tensor:
+def live_weight(model: ModelPatcher, layer: str) -> Tensor:
     """The weight of a layer of the UNet, float32, where the model computes.
 
     Of what is on the model it has merges and earlier edits of the whole weight, and no LoRA: it is

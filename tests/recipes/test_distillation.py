@@ -83,6 +83,19 @@ def style_objective(task, **changes):
     return DistillationObjective(recipe(task, replace(example.CONFIG, **changes)))
 
 
+def test_without_the_method_that_is_the_default_another_is(monkeypatch):
+    first = default_distillation()
+    for name in list(METHODS):
+        if name == first or name not in distillation_recipes():
+            monkeypatch.delitem(METHODS, name)
+    assert distillation_recipes()
+    assert default_distillation() == next(iter(distillation_recipes())) != first
+    for name in distillation_recipes():
+        monkeypatch.delitem(METHODS, name)
+    with pytest.raises(ConfigError, match="can be distilled"):
+        default_distillation()
+
+
 def examples(teacher, pairs=PAIRS, **changes):
     """What the teacher draws."""
     return distillation_examples(teacher, pairs, (4, 4), replace(QUICK, **changes))
