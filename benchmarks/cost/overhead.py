@@ -5,7 +5,8 @@ model of its own, take single steps in turn (interleaving/), so that a machine t
 slows both; half-way they swap their models. `ratio` is wall time and `cpu_ratio` processor time,
 each the median of the ratios of neighbouring steps. Only steps are timed; loading and patching come
 before them. `base_again` is the base against itself: the noise of the measurement.
---perfusion measures concepts instead, on a full-size SDXL UNet (concept_price.py).
+--perfusion measures concepts instead, and --styles styles, on a full-size SDXL UNet
+(concept_price.py, style_price.py).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from difflora_core.storage.image_files import write_image
 from ..command import benchmark_console, command_parser, commit, machine, set_threads, write_report
 from .concept_price import concept_prices
 from .interleaving.pairs import BASE, WARM_UP, mean_price, price
+from .style_price import style_prices
 
 NODES = Path(__file__).parent / "interleaving"
 BATCH = 2
@@ -52,12 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--perfusion", action="store_true", help="concepts on full-size SDXL instead"
     )
+    parser.add_argument("--styles", action="store_true", help="styles on full-size SDXL instead")
     options = parser.parse_args(arguments)
     console, facts = benchmark_console(), {"quick": options.quick}
-    if options.perfusion:
+    if options.perfusion or options.styles:
         set_threads(1)
         pairs = QUICK_CONCEPT_PAIRS if options.quick else CONCEPT_PAIRS
-        rows = concept_prices(pairs)
+        rows = concept_prices(pairs) if options.perfusion else style_prices(pairs)
     else:
         pairs = QUICK_PAIRS if options.quick else PAIRS
         with tempfile.TemporaryDirectory() as folder:

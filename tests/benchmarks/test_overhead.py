@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from benchmarks.concepts.methods import REGISTERED
-from benchmarks.cost import concept_price
+from benchmarks.cost import concept_price, sdxl_step, style_price
 from benchmarks.cost.interleaving.pairs import WARM_UP, interleave, mean_price, price
 from benchmarks.cost.overhead import ROWS, graph
+from difflora_core.adapters.lora import lora_adapter_set
+from difflora_core.lora.weights import LoRALayer, LoRAWeights
 
 NARROW = {
     **concept_price.SDXL_UNET_CONFIG,
@@ -114,19 +116,19 @@ def test_price_on_a_narrow_unet():
 
 def test_concepts_change_what_a_step_computes():
     """Else the price would be that of hooks that do nothing."""
-    unet = concept_price.small_memory_unet(NARROW)
-    step = concept_price.one_step(unet, NARROW, 8)
+    unet = sdxl_step.small_memory_unet(NARROW)
+    step = concept_price.concept_step(unet, NARROW, 8)
     bare = step()
     torch.testing.assert_close(step(), bare, atol=0, rtol=0)
     names = concept_price.module_names(NARROW)
     for adapters in concept_price.concept_adapters(NARROW).values():
-        with concept_price.attached(unet, adapters, names):
+        with sdxl_step.attached(unet, adapters, names):
             changed = step()
         assert torch.equal(changed, bare) is (adapters is None)
 
 
 def test_equal_shapes_share_their_memory():
-    unet = concept_price.small_memory_unet(NARROW)
+    unet = sdxl_step.small_memory_unet(NARROW)
     parameters = [p for m in unet.modules() for p in m.parameters(recurse=False)]
     shapes = {tuple(p.shape) for p in parameters}
     assert len({p.data_ptr() for p in parameters}) == len(shapes) < len(parameters) / 10
@@ -138,3 +140,35 @@ def test_price_at_full_size():
     rows = concept_price.concept_prices(6)
     assert rows["perfusion"]["projections"] == 140
     assert rows["perfusion"]["cpu_ratio"] <= 1.03
+
+
+def test_price_of_styles_on_a_narrow_unet():
+    rows = style_price.style_prices(1, NARROW, side=8, counted_side=8)
+    acting = set(rows) - {"base", "base_again"}
+    assert acting
+    assert rows["base"]["operations_ratio"] == rows["base_again"]["operations_ratio"] == 1.0
+    for name in acting:
+        assert rows[name]["projections"] == 280  # queries and values of both attentions, 70 blocks
+        assert 1.0 < rows[name]["operations_ratio"] < 1.5
+
+
+def test_operations_are_those_of_the_products():
+    """A low-rank change of one layer on 2 x 16 tokens, written out."""
+    unet = sdxl_step.small_memory_unet(NARROW)
+    shape = next(iter(concept_price.layout_from_unet_config("sdxl", NARROW, 1)))
+    down, up = torch.ones(3, shape.in_features), torch.ones(shape.out_features, 3)
+    change = lora_adapter_set(LoRAWeights({shape.name: LoRALayer(down, up, 3.0)}))
+    names = concept_price.module_names(NARROW)
+    bare, own = (
+        style_price.operations(unet, NARROW, adapters, names, 8) for adapters in (None, change)
+    )
+    assert own - bare == 2 * 2 * 16 * 3 * (shape.in_features + shape.out_features)
+
+
+@pytest.mark.slow
+def test_operations_of_styles_at_full_size():
+    """Styles on queries and values, as the recipes have them, take at most 8 % of a step."""
+    rows = style_price.style_prices(1)
+    for name in set(rows) - {"base", "base_again"}:
+        assert rows[name]["projections"] == 280
+        assert 1 < rows[name]["operations_ratio"] <= 1.08

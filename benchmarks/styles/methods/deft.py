@@ -90,7 +90,7 @@ class DeftObjective(nn.Module):
 
 DEFT = "DEFT by peft, equal"
 ROWS = (
-    (StyleRow(DEFT, DeftObjective, DeftTraining(rank=18), rates=(2e-3, 6e-3, 2e-2)),)
+    (StyleRow(DEFT, DeftObjective, DeftTraining(rank=18), rates=(6e-4, 2e-3, 6e-3)),)
     if hasattr(peft, "DeftConfig")
     else ()
 )

@@ -10,11 +10,10 @@ from difflora_core.training.lora.objective import LoRAObjective, LoRATraining
 
 from .base import StyleRow
 
-RATES = (2e-3, 6e-3, 2e-2)
 EQUAL, TIMES_4, TIMES_16 = "LoRA, equal", "LoRA, 4 x the parameters", "LoRA, 16 x the parameters"
 
 
-def _row(name: str, rank: int, rate: float) -> StyleRow:
+def _row(name: str, rank: int, rate: float, *others: float) -> StyleRow:
     settings = LoRATraining(
         rank=rank,
         learning_rate=rate,
@@ -22,7 +21,11 @@ def _row(name: str, rank: int, rate: float) -> StyleRow:
         schedule="constant",
         weighting="uniform",
     )
-    return StyleRow(name, LoRAObjective, settings, RATES)
+    return StyleRow(name, LoRAObjective, settings, (rate, *others))
 
 
-ROWS = (_row(EQUAL, 11, 6e-3), _row(TIMES_4, 45, 6e-3), _row(TIMES_16, 180, 6e-3))
+ROWS = (
+    _row(EQUAL, 11, 6e-3, 2e-3, 2e-2),
+    _row(TIMES_4, 45, 6e-3, 2e-3, 2e-2),
+    _row(TIMES_16, 180, 2e-3, 6e-4, 6e-3),
+)

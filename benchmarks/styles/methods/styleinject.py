@@ -12,7 +12,7 @@ from . import full, lora
 from .base import StyleRow
 
 RANK = 4
-RATES = (2e-3, 6e-3, 2e-2)
+RATES = (6e-3, 2e-2, 6e-2)
 PLAN = PRESETS["distillation"].of_size(4, RANK)
 SPREAD_PLAN = replace(PLAN, rank=1, targets=PLAN.spread_targets)
 
