@@ -27,6 +27,13 @@ class CompareIdentities(io.ComfyNode):
                 io.Image.Input("references", tooltip="Pictures of one person."),
                 io.Image.Input("pictures", tooltip="Pictures to compare with that person."),
                 sockets.face_analysis(),
+                io.Image.Input(
+                    "other_photos",
+                    optional=True,
+                    tooltip="Photos of the same person that the LoRA was not made from: then the "
+                    "report also says whether the pictures repeat the references (copy-paste) "
+                    "rather than show the person.",
+                ),
             ],
             outputs=[
                 io.Image.Output(
@@ -41,9 +48,10 @@ class CompareIdentities(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, references, pictures, face_analysis):
-        faces = encoders.watched_faces(face_analysis, len(references) + len(pictures))
-        likeness = compare_people(references, pictures, faces)
+    def execute(cls, references, pictures, face_analysis, other_photos=None):
+        more = 0 if other_photos is None else len(other_photos)
+        faces = encoders.watched_faces(face_analysis, len(references) + len(pictures) + more)
+        likeness = compare_people(references, pictures, faces, other_photos)
         picture = likeness_picture(references, pictures, likeness)[None]
         shown = ui.PreviewImage(picture, cls=cls)
         return io.NodeOutput(picture, likeness.mean, likeness.report(), ui=shown)

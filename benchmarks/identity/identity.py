@@ -145,12 +145,14 @@ def make_report(
 def conclusions(trials: Sequence[Trial]) -> dict[str, object]:
     """Recovered shares, share of people that improve, gaps of the controls."""
     base = next(trial for trial in trials if trial.row == BASE)
+    copying = {label(t): t.means()["copy_paste"] for t in trials if "copy_paste" in t.columns}
     result: dict[str, object] = {
         "recovered_share": None,
         "recovered_share_ci95": [None, None],
         "recovered_share_parameters": None,
         "recovered_share_parameters_ci95": [None, None],
         "control_gaps": control_gaps(trials, base),
+        "copy_paste": copying,
     }
     predicted = last(trials, HEADLINE)
     best = {

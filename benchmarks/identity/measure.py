@@ -10,6 +10,7 @@ from difflora_core.demo.networks.judges import PLAIN_LOOKS, Judges
 from difflora_core.evaluation.metrics import (
     attribute_agreement,
     centroid,
+    copy_paste,
     face_similarity,
     parameter_error,
     recognition_rate,
@@ -29,6 +30,7 @@ COLUMNS = (
     "parameter_error",
     "parameter_error_read",
     "rank1",
+    "copy_paste",
     "prompt_agreement",
     "seed_diversity",
     "seconds",
@@ -38,7 +40,8 @@ COLUMNS = (
 
 `parameter_error` is against the true parameters, `parameter_error_read` against what the same
 regressor reads off other real pictures of the person. Likeness is judged on photo and cartoon
-prompts alone, because a painting veils the hues.
+prompts alone, because a painting veils the hues. `copy_paste` compares with the first photo, which
+every row is made from, and with the real pictures that no row has seen.
 """
 
 
@@ -56,7 +59,9 @@ class Evaluator:
         others = people.others.images
         count = others.shape[1]
         flat = others.flatten(0, 1)
-        self.centroids = centroid(judges.embed(flat).unflatten(0, (-1, count)))
+        self.others = judges.embed(flat).unflatten(0, (-1, count))
+        self.centroids = centroid(self.others)
+        self.photo = judges.embed(people.photos.images[:, 0])[:, None]
         self.read = judges.parameters(flat).unflatten(0, (-1, count)).mean(1)
         plain = [k for k, scene in enumerate(plan.scenes) if scene.look in PLAIN_LOOKS]
         self.plain = torch.tensor(plain or range(len(plan.scenes)))
@@ -79,6 +84,7 @@ class Evaluator:
             "parameter_error": parameter_error(parameters, truth).mean(1),
             "parameter_error_read": parameter_error(parameters, self.read[:, None]).mean(1),
             "rank1": hits.unflatten(0, (people, count)).mean(1),
+            "copy_paste": copy_paste(embeddings, self.photo[:, None], self.others[:, None]).mean(1),
             "prompt_agreement": attribute_agreement(answers, wanted)
             .unflatten(0, (people, prompts))
             .mean(1),

@@ -13,7 +13,7 @@ from ..vision.face_choice import FaceOptions, choose_face
 from ..vision.face_encoder import FaceEncoder
 from ..vision.preprocess import as_pictures
 from .grid import LABEL_HEIGHT, LARGEST_SIDE, GridRow, draw_grid
-from .metrics import centroid, face_similarity
+from .metrics import centroid, copy_paste, face_similarity
 
 _LARGEST = FaceOptions(on_missing="skip")
 _COLUMNS, _SIDE = 4, 192
@@ -24,12 +24,14 @@ class Likeness:
     """How much pictures look like a person.
 
     `similarity`: (N,) cosine of each picture's largest face to the references' mean direction, 0
-    without a face; `face_found`: (N,) bool; `reference_found`: (R,) bool.
+    without a face; `face_found`: (N,) bool; `reference_found`: (R,) bool; `copying`: (N,) see
+    `metrics.copy_paste`, None unless other photos of the person are known.
     """
 
     similarity: Tensor
     face_found: Tensor
     reference_found: Tensor
+    copying: Tensor | None = None
 
     @property
     def mean(self) -> float:
@@ -48,36 +50,52 @@ class Likeness:
         missing = [str(k) for k, f in enumerate(self.reference_found.tolist(), start=1) if not f]
         if missing:
             lines.append(f"no face in reference {', '.join(missing)}, left out")
+        if self.copying is not None:
+            copying = float(self.copying[self.face_found].mean())
+            lines.append(
+                f"copy-paste {copying:+.2f} (1: the references again, 0: as near to other photos)"
+            )
         lines += [f"picture {k}: {text}" for k, text in enumerate(self.captions(), start=1)]
         return "\n".join(lines)
 
 
-def compare_people(references: Tensor, pictures: Tensor, faces: FaceEncoder) -> Likeness:
+def compare_people(
+    references: Tensor, pictures: Tensor, faces: FaceEncoder, others: Tensor | None = None
+) -> Likeness:
     """Compare the largest face of each picture with a person.
 
     Args:
         references: (R, H, W, 3) in [0, 1], pictures of one person.
         pictures: (N, H, W, 3) in [0, 1].
         faces: finds and recognises faces.
+        others: (T, H, W, 3), photos of the person that were not used, for `copying`.
 
     Raises:
-        NoFaceError: one of the two sides shows no face at all.
+        NoFaceError: one of the sides shows no face at all.
         ImageError: a picture cannot be used, or there is none.
     """
-    for name, images in (("reference", references), ("compared", pictures)):
-        if not len(images):
-            raise ImageError(f"The batch of {name} pictures is empty. Connect at least one.")
-    known, reference_found = _embeddings(references, faces)
-    shown, face_found = _embeddings(pictures, faces)
-    for name, found in (("reference", reference_found), ("compared", face_found)):
-        if not found.any():
-            raise NoFaceError(
-                f"There is no face in any of the {len(found)} {name} pictures, so nothing can be "
-                "compared. Use pictures with a clear face, or another face analysis."
-            )
+    known, reference_found = _seen("reference", references, faces)
+    shown, face_found = _seen("compared", pictures, faces)
     person = centroid(known[reference_found])
     similarity = face_similarity(shown, person[None], face_found)
-    return Likeness(similarity, face_found, reference_found)
+    if others is None:
+        return Likeness(similarity, face_found, reference_found)
+    more, more_found = _seen("other", others, faces)
+    copying = copy_paste(shown, known[reference_found], more[more_found])
+    return Likeness(similarity, face_found, reference_found, copying)
+
+
+def _seen(name: str, images: Tensor, faces: FaceEncoder) -> tuple[Tensor, Tensor]:
+    """Embeddings (N, E) of the largest faces, and (N,) where there is one; raises without any."""
+    if not len(images):
+        raise ImageError(f"The batch of {name} pictures is empty. Connect at least one.")
+    rows, found = _embeddings(images, faces)
+    if not found.any():
+        raise NoFaceError(
+            f"There is no face in any of the {len(found)} {name} pictures, so nothing can be "
+            "compared. Use pictures with a clear face, or another face analysis."
+        )
+    return rows, found
 
 
 def likeness_picture(references: Tensor, pictures: Tensor, likeness: Likeness) -> Tensor:

@@ -57,6 +57,31 @@ def face_similarity(
     return cosine if face_found is None else torch.where(face_found, cosine, 0.0)
 
 
+def copy_paste(embeddings: Tensor, references: Tensor, others: Tensor) -> Tensor:
+    """Whether pictures repeat the reference photos rather than show the person (arXiv:2510.14975).
+
+    (angle to other photos - angle to the references) / angle between the two, all as means over
+    pairs: about 0 for a new photo of the person, 1 for the reference itself, -1 for another photo.
+
+    Args:
+        embeddings: (..., E) of the pictures.
+        references: (..., R, E) of the photos that the likeness was made from, broadcast.
+        others: (..., T, E) of photos of the person that were not used, broadcast.
+
+    Returns:
+        (...), in [-1, 1] where R = T = 1.
+    """
+    pictures = embeddings[..., None, :]
+    apart = _angle(references[..., :, None, :], others[..., None, :, :]).mean((-2, -1))
+    nearer = _angle(pictures, others).mean(-1) - _angle(pictures, references).mean(-1)
+    return nearer / apart.clamp_min(torch.finfo(apart.dtype).eps)
+
+
+def _angle(one: Tensor, other: Tensor) -> Tensor:
+    """Angle in radians between (..., E) and (..., E), of any length."""
+    return F.cosine_similarity(one, other, dim=-1).clamp(-1, 1).acos()
+
+
 def parameter_error(estimates: Tensor, truth: Tensor) -> Tensor:
     """Mean absolute error over a person's parameters (ours).
 

@@ -45,6 +45,15 @@ def test_largest_face_against_the_mean_of_the_references():
     ]
 
 
+def test_copying_is_told_where_other_photos_are_known():
+    others = flat(GREEN, BLACK)
+    found = compare_people(flat(RED), flat(RED, GREEN, [1.0, 1.0, 0.0]), ColourFaces(), others)
+    torch.testing.assert_close(found.copying, torch.tensor([1.0, -1.0, 0.0]), atol=1e-3, rtol=0)
+    assert found.report().split("\n")[1].startswith("copy-paste +0.00 ")
+    with pytest.raises(NoFaceError, match="1 other pictures"):
+        compare_people(flat(RED), flat(RED), ColourFaces(), flat(BLACK))
+
+
 @pytest.mark.parametrize(
     ("references", "pictures", "which"),
     [([BLACK], [RED], "reference"), ([RED], [BLACK, BLACK], "2 compared")],

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -37,6 +38,32 @@ def test_face_similarity_ignores_lengths(seed):
     scaled = metrics.face_similarity(pictures * 3.5, people * 0.2)
     torch.testing.assert_close(plain, scaled)
     assert float(plain.abs().max()) <= 1 + 1e-12
+
+
+def test_copy_paste_is_a_share_of_the_angle_between_photos():
+    """Against float64 numbers by numpy's arctan2, over several references and other photos."""
+    generator = torch.Generator().manual_seed(0)
+    pictures, references, others = (
+        torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (5, 2, 3)
+    )
+
+    def angle(a, b):
+        a, b = a / np.linalg.norm(a), b / np.linalg.norm(b)
+        return 2 * np.arctan2(np.linalg.norm(a - b), np.linalg.norm(a + b))
+
+    def mean(one, other):
+        return np.mean([angle(a, b) for a in one.numpy() for b in other.numpy()])
+
+    wanted = [
+        (mean(p[None], others) - mean(p[None], references)) / mean(references, others)
+        for p in pictures
+    ]
+    found = metrics.copy_paste(pictures, references[None], others[None])
+    np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-9)
+    people = metrics.copy_paste(
+        pictures[None] * 3, references[None, None], others[None, None] * 0.1
+    )
+    torch.testing.assert_close(people, found[None])
 
 
 def test_a_missing_face_counts_as_zero():

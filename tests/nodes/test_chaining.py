@@ -132,6 +132,14 @@ def compare(references, pictures):
     )  # fmt: skip
 
 
+def test_copying_is_told_beside_other_photos(comfy, photos):
+    nodes = {**photos, "out": compare("photo0", "photo0"), "told": node("PreviewAny")}
+    nodes["told"]["inputs"]["source"] = ["out", 2]
+    assert "copy-paste" not in comfy.run(nodes).outputs["told"]["text"][0]
+    nodes["out"]["inputs"]["other_photos"] = ["photo1", 0]
+    assert "copy-paste +1.00 " in comfy.run(nodes).outputs["told"]["text"][0]
+
+
 def refused(comfy, nodes, pattern):
     with pytest.raises(ComfyPromptError, match=pattern) as caught:
         comfy.run(nodes)
