@@ -1,7 +1,7 @@
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 RUN := .venv/bin/python
 export OMP_NUM_THREADS ?= 1
-.PHONY: setup browser test test-slow test-floors fuzz demo demo-world comfyui bench contracts workflows pictures
+.PHONY: setup browser test test-slow test-floors fuzz demo demo-world comfyui bench full-size contracts workflows pictures
 
 setup:  # private environment, real ComfyUI, this pack linked into it; instant the second time
 	@$(PYTHON) .ci/setup.py
@@ -28,6 +28,9 @@ comfyui: setup  # the same ComfyUI for a browser
 
 bench: setup  # make bench name=identity args='--quick'
 	@$(RUN) -m benchmarks $(name) $(args)
+
+full-size: setup  # every SDXL workflow with random weights of full size; 15 GB, args='--remove'
+	@$(RUN) -m benchmarks workflows $(args)
 
 contracts: setup  # record new nodes, inputs and file fields; refuses what would break old ones
 	@PYTHONPATH=. $(RUN) tests/contracts/contract.py

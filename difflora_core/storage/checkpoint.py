@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ EXACT_PREFIXES = (
     *("latent_mean", "latent_scale", "lae.mean_", "lae.scale_"),
     *(f"mif.{source}_{what}" for source in SOURCES for what in ("mean", "scale")),
 )
+BASIS = "lae.decoder.basis."
+"""Of the structured decoder, which casts it to the type of the latent."""
 
 
 def save_model(
@@ -82,6 +85,7 @@ def load_model(
     operations: Any = nn,
     dtype: torch.dtype = torch.float32,
     base: str | None = None,
+    as_stored: bool = False,
 ) -> DiffLoRAModel:
     """Rebuilds a model on the CPU, in evaluation mode.
 
@@ -90,16 +94,21 @@ def load_model(
         operations: namespace of layer classes for the networks.
         dtype: floating type of the loaded weights; statistics stay float32.
         base: base family that is needed (for example `sdxl`); any, unless given.
+        as_stored: layers keep the type of the file, which takes half the memory for a file in half
+            precision. For `operations` that cast weights when they compute: the results are those
+            of `dtype` bit for bit.
 
     Raises:
         CheckpointError: the file is missing, damaged, for another base, or its tensors do not fit.
     """
     path = Path(path)
     with open_tensors(path, KIND) as file:
-        return _load(file, operations, dtype, base)
+        return _load(file, operations, dtype, base, as_stored)
 
 
-def _load(file: TensorFile, operations: Any, dtype: torch.dtype, base: str | None) -> DiffLoRAModel:
+def _load(
+    file: TensorFile, operations: Any, dtype: torch.dtype, base: str | None, as_stored: bool
+) -> DiffLoRAModel:
     """The model of an open file."""
     path = file.path
     config, layout = _parse(path, file.header.metadata)
@@ -114,14 +123,29 @@ def _load(file: TensorFile, operations: Any, dtype: torch.dtype, base: str | Non
             model = DiffLoRAModel(config, layout, operations)
     except (RuntimeError, OverflowError, ValueError) as error:
         raise _damaged(path, error) from error
-    model.load_state_dict(_read_tensors(file, shapes, dtype), strict=True, assign=True)
+    kept = _cast_when_used(model) if as_stored else frozenset()
+    model.load_state_dict(_read_tensors(file, shapes, dtype, kept), strict=True, assign=True)
     return model.eval()
 
 
+def _cast_when_used(model: DiffLoRAModel) -> frozenset[str]:
+    """The weights that need not have the type of their input: those of layers, and the basis."""
+    layers = {
+        f"{name}.{own}"
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv1d | nn.ConvTranspose1d)
+        for own, _ in layer.named_parameters(recurse=False)
+    }
+    return frozenset(layers | {n for n, _ in model.named_parameters() if n.startswith(BASIS)})
+
+
 def _read_tensors(
-    file: TensorFile, expected: Mapping[str, Tensor], dtype: torch.dtype
+    file: TensorFile, expected: Mapping[str, Tensor], dtype: torch.dtype, kept: AbstractSet[str]
 ) -> dict[str, Tensor]:
-    """Tensors of the file, checked against the names and shapes the configuration asks for."""
+    """Tensors of the file, checked against the names and shapes the configuration asks for.
+
+    Those in `kept` keep their type, the others get `dtype` or, where they are statistics, float32.
+    """
     found, place = file.header.tensors, shown(file.path.name)
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or extra:
@@ -143,7 +167,7 @@ def _read_tensors(
         value, exact = file.read(name), name.startswith(EXACT_PREFIXES)
         if exact and "scale" in name and not bool((value > 0).all()):
             raise CheckpointError(f"{place}: {name} must be positive everywhere.")
-        tensors[name] = value.to(torch.float32 if exact else dtype)
+        tensors[name] = value if name in kept else value.to(torch.float32 if exact else dtype)
         if not bool(torch.isfinite(tensors[name]).all()):
             raise CheckpointError(f"{place}: {name} holds values too large for {dtype}.")
     return tensors

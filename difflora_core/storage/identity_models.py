@@ -39,19 +39,22 @@ MODEL_FOLDERS = (
 """A kind of folder is known by its line here."""
 
 
-def load_identity_model(path: str | Path, operations: Any = nn) -> IdentityModel:
+def load_identity_model(
+    path: str | Path, operations: Any = nn, as_stored: bool = False
+) -> IdentityModel:
     """Rebuilds a model on the CPU, in evaluation mode.
 
     Args:
         path: a file that `save_model` wrote, or a folder of one of MODEL_FOLDERS.
         operations: namespace of layer classes for the networks.
+        as_stored: see `checkpoint.load_model`; folders of others do as they always do.
 
     Raises:
         CheckpointError: it is missing, incomplete, damaged, or none of these.
     """
     path = Path(path)
     if not path.is_dir():
-        return load_model(path, operations)
+        return load_model(path, operations, as_stored=as_stored)
     for kind in MODEL_FOLDERS:
         if kind.holds(path):
             return kind.load(path, operations)

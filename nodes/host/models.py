@@ -67,7 +67,8 @@ class HostedModel:
 
 def host_model(path: str, name: str) -> HostedModel:
     """Loads a model into ComfyUI's care; strict, see storage.identity_models."""
-    network = load_identity_model(path, operations=comfy.ops.manual_cast).requires_grad_(False)
+    casting = comfy.ops.manual_cast
+    network = load_identity_model(path, casting, as_stored=True).requires_grad_(False)
     patcher = comfy.model_patcher.CoreModelPatcher(
         _Holder(network),
         load_device=comfy.model_management.get_torch_device(),

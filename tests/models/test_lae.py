@@ -12,6 +12,7 @@ from difflora_core.lora.layout import LayerShape, LoRALayout, sdxl_layout
 from difflora_core.lora.tokens import TokenGrid
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.models.difflora_config import DiffLoRAConfig
+from difflora_core.models.lae import structured
 from difflora_core.models.lae.autoencoder import LoRAAutoencoder
 from difflora_core.models.lae.config import LAEConfig
 from difflora_core.models.lae.conv1d import strides
@@ -249,3 +250,14 @@ def test_the_papers_ratio_can_be_asked_for() -> None:
     with torch.device("meta"):
         lae = LoRAAutoencoder(config, sdxl_layout(8))
     assert 290 < ratio(lae) < 305
+
+
+def test_structured_values_do_not_depend_on_how_many_tokens_are_made_at_once(monkeypatch):
+    lae = awake(SMALL)
+    with torch.no_grad():
+        whole = lae.decode_weights(latent())
+        monkeypatch.setattr(structured, "TOKENS_AT_ONCE", 3)
+        parts = lae.decode_weights(latent())
+    for name in whole:
+        assert torch.equal(whole[name].down, parts[name].down)
+        assert torch.equal(whole[name].up, parts[name].up)

@@ -19,6 +19,12 @@ from difflora_core.demo.workflows.writer import WORKFLOWS as GRAPHS
 
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
 
+BROUGHT = (
+    *("CheckpointLoaderSimple", "CLIPVisionLoader", "ControlNetLoader", "DiffLoRA_LoadModel"),
+    *("DiffLoRA_LoadFaceAnalysis", "DiffLoRA_LoadConcept", "DiffLoRA_LoadStyle"),
+    "DiffLoRA_LoadLoRAFile",
+)
+
 
 @pytest.fixture(params=WORKFLOWS, ids=lambda path: path.stem)
 def workflow(request):
@@ -93,6 +99,27 @@ def test_full_size_workflows_name_their_files(workflow):
             assert file["directory"] in ("checkpoints", "clip_vision", "controlnet")
     kinds = {node["type"] for node in workflow["nodes"]}
     assert ("DiffLoRA_LoadDemo" in kinds) != ("CheckpointLoaderSimple" in kinds)
+
+
+def test_full_size_notes_begin_with_what_the_artist_must_bring(workflow):
+    """Every file that a loader names, where it lies and where it comes from, and no other."""
+    (note,) = [node for node in workflow["nodes"] if node["type"] == "MarkdownNote"]
+    _, first, *rest = note["widgets_values"][0].split("\n")
+    loaded = {
+        str(node["widgets_values"][0]).split("/")[-1]
+        for node in workflow["nodes"]
+        if node["type"] in BROUGHT and "demo" not in str(node["widgets_values"][0])
+    }
+    assert (first == "**Bring these files first**") == bool(loaded)
+    if loaded:
+        lines = rest[: rest.index("")]
+        assert len(lines) == len(loaded)
+        for name in loaded:
+            (line,) = [line for line in lines if f"/{name}" in line.split("`")[1]]
+            assert line.startswith("- `models/")
+            assert re.search(
+                r"from https://|workflow \*sdxl_|that you have|has to be trained", line
+            )
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from difflora_core.diffusion.sampler import SampleSettings
 from difflora_core.errors import CheckpointError
 from difflora_core.lora.layout import LayerShape, LoRALayout
 from difflora_core.models.difflora import DiffLoRAConfig, DiffLoRAModel
@@ -20,6 +21,7 @@ from difflora_core.models.mif import MIFConfig
 from difflora_core.models.predictor import PredictorConfig
 from difflora_core.storage.checkpoint import METADATA_KEY, load_model, save_model
 from difflora_core.storage.safetensors_io import write_atomic
+from difflora_core.vision.features import ImageFeatures
 
 LAYOUT = LoRALayout(
     "tiny", 2, tuple(LayerShape(f"middle_block.1.attn1.to_{p}", 8, 6) for p in "qkv")
@@ -109,6 +111,55 @@ def test_half_precision_storage_keeps_statistics_exact(tmp_path: Path, dtype) ->
     half = load_model(path, dtype=torch.float16)
     assert half.dit.latent_in.weight.dtype == torch.float16
     assert half.latent_mean.dtype == torch.float32
+
+
+class Casting:
+    """Layers that cast their weights when they compute, as ComfyUI's do."""
+
+    class Linear(torch.nn.Linear):
+        def forward(self, x):
+            bias = None if self.bias is None else self.bias.to(x)
+            return torch.nn.functional.linear(x, self.weight.to(x), bias)
+
+    class Conv1d(torch.nn.Conv1d):
+        def forward(self, x):
+            return self._conv_forward(x, self.weight.to(x), self.bias.to(x))
+
+    class ConvTranspose1d(torch.nn.ConvTranspose1d):
+        def forward(self, x, output_size=None):
+            weight, bias = self.weight.to(x), self.bias.to(x)
+            return torch.nn.functional.conv_transpose1d(
+                x, weight, bias, self.stride, self.padding, self.output_padding, self.groups
+            )
+
+    LayerNorm = torch.nn.LayerNorm
+
+
+@pytest.mark.parametrize("kind", ["structured", "conv1d"])
+@pytest.mark.parametrize("preset", ["functional", "paper"])
+def test_a_model_as_stored_is_smaller_and_makes_the_same_loras(tmp_path, kind, preset) -> None:
+    path = save_model(build(kind, preset), tmp_path / "half.safetensors", torch.bfloat16)
+    whole = load_model(path, Casting)
+    small = load_model(path, Casting, as_stored=True)
+    bytes_of = lambda m: sum(t.nbytes for t in m.state_dict().values())  # noqa: E731
+    layers = [m for m in small.modules() if isinstance(m, torch.nn.Linear)]
+    assert {m.weight.dtype for m in layers} == {torch.bfloat16}
+    assert bytes_of(small) < 0.75 * bytes_of(whole)
+    g = torch.Generator().manual_seed(3)
+    photo = ImageFeatures(
+        torch.randn(1, 12, generator=g), torch.ones(1, dtype=torch.bool),
+        torch.randn(1, 10, generator=g), torch.randn(1, 5, 8, generator=g),
+    )  # fmt: skip
+    made = []
+    for model in (whole, small):
+        with torch.no_grad():
+            condition = model.condition(photo)
+            drawn = model.sample_latent(condition, [0], SampleSettings(steps=2))
+            made.append([model.decode(drawn), model.decode(model.mean_latent(condition))])
+    for first, second in zip(*made, strict=True):
+        for name in first:
+            assert torch.equal(first[name].down, second[name].down)
+            assert torch.equal(first[name].up, second[name].up)
 
 
 def test_values_that_would_not_survive_are_not_saved(tmp_path: Path) -> None:

@@ -107,10 +107,18 @@ class ComfyServer:
         Raises:
             ComfyServerError: it does not run.
         """
-        if self.pid is None:
-            raise ComfyServerError("ComfyUI does not run.")
-        times = psutil.Process(self.pid).cpu_times()
+        times = psutil.Process(self.running_pid()).cpu_times()
         return float(times.user + times.system)
+
+    def running_pid(self) -> int:
+        """Its process.
+
+        Raises:
+            ComfyServerError: it does not run, or has ended by itself.
+        """
+        if self._process is None or self._process.poll() is not None:
+            raise ComfyServerError("ComfyUI does not run.")
+        return self._process.pid
 
     def start(self, timeout: float = 300.0) -> "ComfyServer":
         """Starts ComfyUI and returns when it answers.

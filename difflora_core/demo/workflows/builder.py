@@ -83,12 +83,19 @@ class Graph:
 
     def note(self, text: str, width: int = 400) -> None:
         """The note at the far left that says what this is and what to change."""
-        lines = sum(1 + len(line) // (width // 6) for line in text.splitlines())
         self._append(
             {"type": "MarkdownNote", "title": "Read me", "pos": [40, 40 + TITLE]},
-            {"size": [width, 60 + 14 * lines], "properties": {}, "widgets_values": [text]},
+            {"size": _note_size(text, width), "properties": {}, "widgets_values": [text]},
         )
         self._left = self._right = 40 + width + GAP
+
+    def note_first(self, text: str) -> None:
+        """Put text into the note, directly below its title."""
+        note = self.nodes[0]
+        title, _, rest = note["widgets_values"][0].partition("\n")
+        whole = f"{title}\n{text}\n\n{rest}"
+        note["widgets_values"] = [whole]
+        note["size"] = _note_size(whole, note["size"][0])
 
     @contextmanager
     def group(self, title: str, below: bool = False, width: int = COLUMN) -> Iterator[None]:
@@ -252,6 +259,12 @@ class Graph:
                 height += 100 if options.get("multiline") else 26
                 height += 26 * (name in ("seed", "noise_seed"))
         return height
+
+
+def _note_size(text: str, width: int) -> list[int]:
+    """A note as high as its text."""
+    lines = sum(1 + len(line) // (width // 6) for line in text.splitlines())
+    return [width, 60 + 14 * lines]
 
 
 def _outputs(schema: Info, sockets: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -8,16 +8,14 @@ from ..world.concept_examples import EXAMPLE, EXAMPLE_PHOTOS, SHIPPED, example_p
 from .builder import Graph, Out
 from .concept_notes import CONCEPT_NOTES
 from .people import PERSON, save_grid
-from .targets import Target, WorkflowBuilder, concept_target
+from .targets import Target, WorkflowBuilder
 
 BIASES = (1.1, 0.95, 0.6)
 
 
 def teach_concept(graph: Graph, target: Target) -> None:
     """Three pictures and their masks become a word."""
-    builder = WorkflowBuilder(
-        graph, concept_target(target), CONCEPT_NOTES["teach_concept"], words=True
-    )
+    builder = WorkflowBuilder(graph, target, CONCEPT_NOTES["teach_concept"], words=True)
     add = graph.add
     pictures, places = _training_photos(builder)
     with graph.group("2 Load and train"):
@@ -66,9 +64,7 @@ def teach_concept(graph: Graph, target: Target) -> None:
 
 def one_concept(graph: Graph, target: Target) -> None:
     """A word from its file, its likeness turned up and down."""
-    builder = WorkflowBuilder(
-        graph, concept_target(target), CONCEPT_NOTES["one_concept"], words=True
-    )
+    builder = WorkflowBuilder(graph, target, CONCEPT_NOTES["one_concept"], words=True)
     with graph.group("1 Load"):
         builder.load_base()
         concept = _load_concept(builder, target, "demo_hat", "my_hat")
@@ -93,9 +89,7 @@ def one_concept(graph: Graph, target: Target) -> None:
 
 def two_concepts(graph: Graph, target: Target) -> None:
     """Two words in one prompt."""
-    builder = WorkflowBuilder(
-        graph, concept_target(target), CONCEPT_NOTES["two_concepts"], words=True
-    )
+    builder = WorkflowBuilder(graph, target, CONCEPT_NOTES["two_concepts"], words=True)
     with graph.group("1 Load two words"):
         builder.load_base()
         hat = _load_concept(builder, target, "demo_hat", "my_hat")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from .builder import Graph
 from .people import PERSON
 from .targets import Target, WorkflowBuilder
@@ -26,19 +24,11 @@ model in *Load DiffLoRA Model*, set *image_region* of Extract Identity Features 
 and put the words into the prompt. Sampled variants and invented people need a DiffLoRA model.
 - **Base models**: RealVisXL 4 and other photographic SDXL checkpoints; a few do not take to it.
 """
-FILES = f"""
-**Files**
-- `models/checkpoints/{{checkpoints}}`, or any SDXL checkpoint
-- `models/clip_vision/{{clip_vision}}` (CLIP ViT-L/14)
-- `models/insightface/models/{{faces}}/` with its `2d106det.onnx` (non-commercial research)
-- `models/hyper_lora/hyper_lora/{VARIANT}/`: the four files as they are published (3 GB)
-
-Put your own picture into **Load Image**; the drawn one only holds the place."""
 
 
 def hyperlora_portrait(graph: Graph, target: Target) -> None:
     """Photo, Personalize with the public weights, apply."""
-    builder = WorkflowBuilder(graph, replace(target, about=FILES), NOTE)
+    builder = WorkflowBuilder(graph, target, NOTE)
     add = graph.add
     with graph.group("1 Load"):
         photo = builder.photo(PERSON, "Photo of the person")

@@ -137,7 +137,7 @@ def fade_in(graph: Graph, target: Target) -> None:
 
 def pose(graph: Graph, target: Target) -> None:
     """Who from one photo, how from another."""
-    builder = WorkflowBuilder(graph, target, NOTES["controlnet_pose"], control=True)
+    builder = WorkflowBuilder(graph, target, NOTES["controlnet_pose"])
     add = graph.add
     with graph.group("1 Load"):
         photo = builder.photo(PERSON, "Photo of the person")

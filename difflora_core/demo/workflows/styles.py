@@ -7,7 +7,7 @@ from .builder import GRID_COLUMN, Graph, Out
 from .identities import POSE
 from .people import PERSON, save_grid
 from .style_notes import STYLE_NOTES
-from .targets import Target, WorkflowBuilder, style_target
+from .targets import Target, WorkflowBuilder
 
 SEED = 10
 STRENGTHS = (0.0, 0.5, 1.0, -0.4)
@@ -27,7 +27,7 @@ OTHER_SCENE = (
 
 def apply_style(graph: Graph, target: Target) -> None:
     """A style from its file at several strengths, and what its router did."""
-    builder = WorkflowBuilder(graph, style_target(target), STYLE_NOTES["apply_style"])
+    builder = WorkflowBuilder(graph, target, STYLE_NOTES["apply_style"])
     with graph.group("1 Load"):
         builder.load_base()
         style = _load_style(builder, "demo_cyanotype")
@@ -60,7 +60,7 @@ def apply_style(graph: Graph, target: Target) -> None:
 
 def style_person(graph: Graph, target: Target) -> None:
     """A person, then the style, then the pose."""
-    builder = WorkflowBuilder(graph, target, STYLE_NOTES["style_person"], control=True)
+    builder = WorkflowBuilder(graph, target, STYLE_NOTES["style_person"])
     with graph.group("1 Load"):
         photo = builder.photo(PERSON, "Photo of the person")
         posed = builder.photo(POSE, "Pose photo")
@@ -106,7 +106,7 @@ def style_person(graph: Graph, target: Target) -> None:
 
 def few_shot_style(graph: Graph, target: Target) -> None:
     """A few pictures become a style that mixes several looks."""
-    builder = WorkflowBuilder(graph, style_target(target), STYLE_NOTES["few_shot_style"])
+    builder = WorkflowBuilder(graph, target, STYLE_NOTES["few_shot_style"])
     pictures, prompts = _training_pictures(builder, "demo_cyanotype")
     with graph.group("2 Load and train"):
         builder.load_base()
@@ -132,7 +132,7 @@ def few_shot_style(graph: Graph, target: Target) -> None:
 
 def para_style(graph: Graph, target: Target) -> None:
     """What a look does not need is taken out of the model."""
-    builder = WorkflowBuilder(graph, style_target(target), STYLE_NOTES["para_style"])
+    builder = WorkflowBuilder(graph, target, STYLE_NOTES["para_style"])
     pictures, prompts = _training_pictures(builder, "demo_sepia")
     with graph.group("2 Load and train"):
         builder.load_base()

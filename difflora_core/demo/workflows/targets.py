@@ -3,28 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from .builder import Graph, Node, Out
+from .needs import SDXL_FILES
 
-_HUB = "https://huggingface.co"
-SDXL_FILES = {
-    "checkpoints": (
-        "sd_xl_base_1.0.safetensors",
-        f"{_HUB}/stabilityai/stable-diffusion-xl-base-1.0/resolve/main/sd_xl_base_1.0.safetensors",
-    ),
-    "clip_vision": (
-        "clip-vit-large-patch14.safetensors",
-        f"{_HUB}/openai/clip-vit-large-patch14/resolve/main/model.safetensors",
-    ),
-    "controlnet": (
-        "instantid_controlnet.safetensors",
-        f"{_HUB}/InstantX/InstantID/resolve/main/ControlNetModel/"
-        "diffusion_pytorch_model.safetensors",
-    ),
-}
-"""Folder to file name and address of what others publish."""
 GRID_SIDE = 192
 SDXL_MODEL = "difflora_sdxl.safetensors"
 SDXL_FACES = "antelopev2"
@@ -33,30 +17,6 @@ DEMO_NOTE = """
 This runs with what the node pack ships: a tiny model of drawn faces, 64 x 64 pixels. Its prompts \
 know *photo, cartoon, painting; neutral, smiling, surprised, sad; hat, cup, cat, flower; plain and \
 striped backgrounds*, and colours."""
-SDXL_NOTE = """
-**Files**
-- `models/checkpoints/{checkpoints}`, or any SDXL checkpoint
-- `models/clip_vision/{clip_vision}` (CLIP ViT-L/14)
-- `models/insightface/models/{faces}/` (its weights are for non-commercial research)
-- `models/difflora/{model}`: a DiffLoRA model for SDXL. None is published with this pack yet; it \
-has to be trained (README, For trainers).
-{more}
-Put your own picture into every **Load Image**; the drawn ones only hold the place."""
-
-SDXL_CONCEPT_NOTE = """
-**Files**
-- `models/checkpoints/{checkpoints}`, or any SDXL checkpoint
-- `models/difflora_concepts`: words that you taught with the workflow *teach a concept*
-
-Put your own picture into every **Load Image**; the drawn ones only hold the place."""
-
-SDXL_STYLE_NOTE = """
-**Files**
-- `models/checkpoints/{checkpoints}`, or any SDXL checkpoint
-- `models/difflora_styles`: styles that you trained, with the workflows *few shot style* and *para \
-style*
-
-Put your own picture into every **Load Image**; the drawn ones only hold the place."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +24,7 @@ class Target:
     """What differs between the two.
 
     `name`: demo or sdxl. `width`, `height`: of a portrait. `sampler`: widgets of KSampler.
-    `zoom`: how much larger pictures are shown. `about`: the last part of every note.
+    `zoom`: how much larger pictures are shown. `about`: the last part of every note, if it has one.
     """
 
     name: str
@@ -97,18 +57,8 @@ SDXL = Target(
     1216,
     {"steps": 30, "cfg": 5.0, "sampler_name": "dpmpp_2m", "scheduler": "karras"},
     1,
-    SDXL_NOTE,
+    "",
 )
-
-
-def concept_target(target: Target) -> Target:
-    """The same target for workflows of taught words, which need no DiffLoRA model."""
-    return target if target.name == "demo" else replace(target, about=SDXL_CONCEPT_NOTE)
-
-
-def style_target(target: Target) -> Target:
-    """The same target for workflows of styles alone, which need no DiffLoRA model."""
-    return target if target.name == "demo" else replace(target, about=SDXL_STYLE_NOTE)
 
 
 class WorkflowBuilder:
@@ -117,15 +67,9 @@ class WorkflowBuilder:
     `words`: the demo base reads word by word, as taught words need.
     """
 
-    def __init__(
-        self, graph: Graph, target: Target, about: str, control: bool = False, words: bool = False
-    ) -> None:
+    def __init__(self, graph: Graph, target: Target, about: str, words: bool = False) -> None:
         self.graph, self.target, self.words = graph, target, words
-        files = {folder: name for folder, (name, _) in SDXL_FILES.items()}
-        more = "- `models/controlnet/{controlnet}`\n" if control else ""
-        facts = {**files, "faces": SDXL_FACES, "model": SDXL_MODEL}
-        tail = target.pick(target.about, target.about.replace("{more}\n", more).format(**facts))
-        graph.note(about.strip() + "\n" + tail)
+        graph.note(f"{about.strip()}\n{target.about}".strip())
 
     def load(self, column: int = 0, control: bool = False, model: str = SDXL_MODEL) -> None:
         """The loaders; afterwards `model`, `clip`, `vae` and the rest are outputs.

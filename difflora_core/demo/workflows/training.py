@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from .builder import GRID_COLUMN, Graph, Node, Out
@@ -29,12 +28,6 @@ it nearer to the person.
 own.
 - **steps**: 25 to 100; more is more of this very photo, its light and clothes too.
 - **factors: up** and **even_steps** keep it near the prediction."""
-TRAIN_FILES = """
-**Files**
-- `models/checkpoints/{checkpoints}`, or any SDXL checkpoint
-- `models/insightface/models/{faces}/` (its weights are for non-commercial research)
-
-Put your own picture into every **Load Image**; the drawn ones only hold the place."""
 SCENE = (
     "photo of a person, smiling, yellow background, blue shirt",
     "portrait photo of a person smiling, blue shirt, yellow background, soft light",
@@ -48,8 +41,7 @@ CAPTIONS = (
 
 def train_person(graph: Graph, target: Target) -> None:
     """Three photos become a LoRA."""
-    needs = target if target.name == "demo" else replace(target, about=TRAIN_FILES)
-    builder = WorkflowBuilder(graph, needs, TRAIN_NOTE)
+    builder = WorkflowBuilder(graph, target, TRAIN_NOTE)
     with graph.group("1 Photos"):
         names = (PERSON, *MORE_PHOTOS)
         photos = [builder.photo(name, f"Photo {k + 1}") for k, name in enumerate(names)]

@@ -32,6 +32,7 @@ from .concepts import concept_person, one_concept, teach_concept, two_concepts
 from .hyperlora import hyperlora_portrait
 from .identities import blend, fade_in, invented, pose, prompt_grid
 from .library import compress_lora, library
+from .needs import files_to_bring
 from .people import edit_face, portrait, quickstart, several_photos, two_people
 from .runner import run_workflow
 from .styles import apply_style, few_shot_style, para_style, style_person
@@ -82,6 +83,8 @@ def build(name: str, target: Target, info: Mapping[str, Any]) -> dict[str, Any]:
     graph = Graph(target.file(name), info, __version__)
     draw = FULL_SIZE_ALONE[name][0] if name in FULL_SIZE_ALONE else WORKFLOWS[name]
     draw(graph, target)
+    if target is SDXL:
+        graph.note_first(files_to_bring(graph.nodes))
     return graph.build()
 
 

@@ -57,6 +57,10 @@ class StructuredEncoder(nn.Module):
         return out
 
 
+TOKENS_AT_ONCE = 64
+"""Tokens whose scaled basis is in memory together: at SDXL's size all of them would take 2.5 GB."""
+
+
 class StructuredDecoder(nn.Module):
     """value = mean + scale * (offset + coefficients(z) @ basis), one basis per token.
 
@@ -99,11 +103,14 @@ class StructuredDecoder(nn.Module):
         out, first = [], 0
         for n, (mean, scale) in zip(self.groups.lengths, statistics, strict=True):
             count = len(self.groups.members[n])
-            basis = scale[..., None] * self.basis[str(n)].to(z)  # T_g Kb L_g
             centre = mean + scale * self.offset[str(n)].to(z)  # T_g L_g
             own = mix[first : first + count]  # T_g B Kb
-            values = torch.baddbmm(centre[:, None], own, basis)  # T_g B L_g
-            out.append(values.transpose(0, 1))  # B T_g L_g
+            values = []
+            for start in range(0, count, TOKENS_AT_ONCE):
+                rows = slice(start, start + TOKENS_AT_ONCE)
+                basis = scale[rows, :, None] * self.basis[str(n)][rows].to(z)  # T Kb L_g
+                values.append(torch.baddbmm(centre[rows, None], own[rows], basis))  # T B L_g
+            out.append(torch.cat(values).transpose(0, 1))  # B T_g L_g
             first += count
         return out
 

@@ -1,0 +1,280 @@
+"""Workflows of SDXL as prompts that a CPU can run: made small, bypassed, cut down."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from difflora_core.demo.comfyui.workflow_api import workflow_to_prompt
+from difflora_core.demo.workflows.runner import FULL_SIZE, read_workflow
+from difflora_core.demo.workflows.writer import FOLDER
+
+Prompt = dict[str, dict[str, Any]]
+Info = Mapping[str, Any]
+
+STEPS = 2
+MOST_PROMPTS = 2
+"""Of a workflow that draws many with one sampler."""
+WITNESS = "witness"
+"""Id of the node that shows the first picture that something was applied to."""
+BASE_PICTURE = "base"
+"""Id of the node that shows what the base model draws."""
+
+
+def pixels(value: int) -> int:
+    """A size for 1024 pixels as one for 256, a multiple of 64 as SDXL needs it."""
+    return max(64, 64 * round(value / 4 / 64))
+
+
+def _fewer(most: int) -> Callable[[float], float]:
+    return lambda value: min(value, most)
+
+
+SMALLER: dict[str, dict[str, Callable[[Any], float]]] = {
+    "EmptyLatentImage": {"width": pixels, "height": pixels, "batch_size": _fewer(1)},
+    "SolidMask": {"width": pixels, "height": pixels},
+    "MaskComposite": {"x": lambda x: pixels(x) if x else 0},
+    "GrowMask": {"expand": _fewer(16)},
+    "KSampler": {"steps": _fewer(STEPS), "cfg": _fewer(1)},  # each step is one pass
+    "DiffLoRA_StyleRouter": {"steps": _fewer(STEPS), "cfg": _fewer(1)},
+    "DiffLoRA_InterpolateIdentities": {"steps": _fewer(2)},
+    "DiffLoRA_EncodeLoRA": {"refine_steps": _fewer(STEPS)},
+    "DiffLoRA_BuildCovariance": {"count": _fewer(200)},
+    "DiffLoRA_TrainLoRA": {
+        "steps": _fewer(STEPS),
+        "batch_size": _fewer(2),
+        "resolution": lambda _: 256,
+    },
+    "DiffLoRA_TrainPerfusionConcept": {"steps": _fewer(STEPS), "batch_size": _fewer(1)},
+    "DiffLoRA_TrainInfusionConcept": {"steps": _fewer(STEPS), "batch_size": _fewer(1)},
+    "DiffLoRA_TrainStyleInject": {"steps": _fewer(STEPS), "batch_size": _fewer(1)},
+    "DiffLoRA_TrainPaRa": {"steps": _fewer(STEPS), "batch_size": _fewer(1)},
+    "DiffLoRA_DistilCheckpoint": {
+        "steps": _fewer(STEPS),
+        "batch_size": _fewer(1),
+        "pictures": _fewer(2),
+        "sampling_steps": _fewer(STEPS),
+        "width": pixels,
+        "height": pixels,
+    },
+}
+"""Node type to input to what becomes of its value; everything else stays as the artist has it."""
+
+MAKERS: dict[str, tuple[str, dict[str, str]]] = {
+    "my_hat": ("sdxl_teach_concept", {}),
+    "my_cat": (
+        "sdxl_teach_concept",
+        {"word": "<my-cat>", "superclass": "cat", "file_name": "my_cat"},
+    ),
+    "my_style": ("sdxl_few_shot_style", {}),
+}
+"""Files that artists train themselves: the workflow that does, and what is changed in it."""
+FOLDERS = {
+    "DiffLoRA_LoadConcept": ("concept_name", "difflora_concepts"),
+    "DiffLoRA_LoadStyle": ("style_name", "difflora_styles"),
+}
+"""Node that loads such a file: its input, and the folder in models."""
+
+
+def workflow_names() -> list[str]:
+    """Every shipped workflow for SDXL, those first that train what others load."""
+    first = list(dict.fromkeys(name for name, _ in MAKERS.values()))
+    names = sorted(path.stem for path in FOLDER.glob(f"{FULL_SIZE}*.json"))
+    return sorted(names, key=lambda name: first.index(name) if name in first else len(first))
+
+
+def all_prompts(info: Info) -> dict[str, Prompt]:
+    """Every shipped workflow for SDXL, and trainings that none of them holds, made small."""
+    workflows = {name: small_prompt(name, info) for name in workflow_names()}
+    return workflows | training_prompts(info)
+
+
+def small_prompt(name: str, info: Info) -> Prompt:
+    """A shipped workflow as a prompt with the values of SMALLER, see `smaller`."""
+    return smaller(workflow_to_prompt(read_workflow(FOLDER / f"{name}.json"), info))
+
+
+def smaller(prompt: Mapping[str, Mapping[str, Any]]) -> Prompt:
+    """The same prompt with smaller pictures and fewer steps; links stay."""
+    made: Prompt = copy.deepcopy({key: dict(node) for key, node in prompt.items()})
+    for node in made.values():
+        inputs = node["inputs"]
+        for name, change in SMALLER.get(node["class_type"], {}).items():
+            if isinstance(inputs.get(name), int | float):
+                inputs[name] = change(inputs[name])
+        if node["class_type"] == "CreateList":
+            node["inputs"] = dict(list(inputs.items())[:MOST_PROMPTS])
+    return made
+
+
+def bypassed(prompt: Mapping[str, Mapping[str, Any]], info: Info) -> Prompt:
+    """The prompt as ComfyUI's front end makes it when everything applied to a model is bypassed.
+
+    A node that takes a model and gives one passes on what it took; hooks are unplugged.
+    """
+    made: Prompt = copy.deepcopy({key: dict(node) for key, node in prompt.items()})
+    through = {key: source for key, node in made.items() if (source := _model_of(node, info))}
+    for key in through:
+        del made[key]
+    for node in made.values():
+        for name, value in list(node["inputs"].items()):
+            if name == "hooks" and _is_link(value):
+                del node["inputs"][name]
+            while _is_link(node["inputs"].get(name)) and node["inputs"][name][0] in through:
+                node["inputs"][name] = through[node["inputs"][name][0]]
+    return made
+
+
+def witnessed(prompt: Mapping[str, Mapping[str, Any]], info: Info) -> Prompt | None:
+    """The prompt with a node that shows the first picture that `bypassed` would change.
+
+    None where it changes none.
+    """
+    plain = bypassed(prompt, info)
+    for key, node in prompt.items():
+        source = node["inputs"].get("samples")
+        if node["class_type"] != "VAEDecode" or not _is_link(source):
+            continue
+        if ancestors(prompt, source[0]) != ancestors(plain, source[0]):
+            shown = {"class_type": "PreviewImage", "inputs": {"images": [key, 0]}}
+            return {**copy.deepcopy(dict(prompt)), WITNESS: shown}  # type: ignore[dict-item]
+    return None
+
+
+def ancestors(prompt: Mapping[str, Mapping[str, Any]], node: str) -> Prompt:
+    """A node with everything that it depends on."""
+    found: Prompt = {}
+    waiting = [node]
+    while waiting:
+        key = waiting.pop()
+        if key not in found:
+            found[key] = dict(prompt[key])
+            links = [v[0] for v in prompt[key]["inputs"].values() if _is_link(v)]
+            waiting += links
+    return found
+
+
+def base_prompt(checkpoint: str) -> Prompt:
+    """One step of the base model alone, which must draw the same whatever ran before."""
+    words = {"clip": ["load", 1], "text": "photo of a person"}
+    sampler = {
+        "model": ["load", 0],
+        "positive": ["words", 0],
+        "negative": ["words", 0],
+        "latent_image": ["empty", 0],
+        "seed": 1,
+        "steps": 1,
+        "cfg": 1.0,
+        "sampler_name": "euler",
+        "scheduler": "normal",
+        "denoise": 1.0,
+    }
+    size = {"width": pixels(1024), "height": pixels(1024), "batch_size": 1}
+    nodes = {
+        "load": ("CheckpointLoaderSimple", {"ckpt_name": checkpoint}),
+        "words": ("CLIPTextEncode", words),
+        "empty": ("EmptyLatentImage", size),
+        "sampler": ("KSampler", sampler),
+        "pixels": ("VAEDecode", {"samples": ["sampler", 0], "vae": ["load", 2]}),
+        BASE_PICTURE: ("PreviewImage", {"images": ["pixels", 0]}),
+    }
+    return {key: {"class_type": kind, "inputs": given} for key, (kind, given) in nodes.items()}
+
+
+def missing_files(prompt: Mapping[str, Mapping[str, Any]], models: Path) -> list[str]:
+    """Names of MAKERS whose files a prompt loads and that are not in ComfyUI's models yet."""
+    found = []
+    for node in prompt.values():
+        name, folder = FOLDERS.get(node["class_type"], ("", ""))
+        if name and not (models / folder / node["inputs"][name]).exists():
+            found.append(Path(node["inputs"][name]).stem)
+    return list(dict.fromkeys(found))
+
+
+def maker_prompt(name: str, info: Info) -> Prompt:
+    """The training alone that makes a file of MAKERS."""
+    workflow, changes = MAKERS[name]
+    prompt = small_prompt(workflow, info)
+    key, node = _training_node(prompt)
+    node["inputs"] |= changes
+    return _reported(prompt, key, info)
+
+
+def training_prompts(info: Info) -> dict[str, Prompt]:
+    """Two steps of the training nodes that no shipped workflow for SDXL holds."""
+    infusion = small_prompt("sdxl_teach_concept", info)
+    key, node = _training_node(infusion)
+    kind = "DiffLoRA_TrainInfusionConcept"
+    inputs = _defaults(info, kind)
+    node["inputs"] = inputs | {k: v for k, v in node["inputs"].items() if k in inputs}
+    node["inputs"] |= {"masks": None, "file_name": "my_infusion"}
+    del node["inputs"]["masks"]
+    node["class_type"] = kind
+
+    distil = base_prompt("sd_xl_base_1.0.safetensors")
+    kind = "DiffLoRA_DistilCheckpoint"
+    lora = {"lora_name": "my_person.safetensors", "strength_model": 1.0, "model": ["load", 0]}
+    inputs = {"teacher": ["teacher", 0], "teacher_clip": ["load", 1], "model": ["load", 0]}
+    inputs |= {"clip": ["load", 1], "vae": ["load", 2], "prompts": "a portrait\na street"}
+    distil |= {
+        "teacher": {"class_type": "LoraLoaderModelOnly", "inputs": lora},
+        "distil": {"class_type": kind, "inputs": _defaults(info, kind) | inputs},
+    }
+    return {
+        "Train Infusion Concept": _reported(smaller(infusion), key, info),
+        "Distil Checkpoint": _reported(smaller(distil), "distil", info),
+    }
+
+
+def training_types(info: Info) -> set[str]:
+    """Every node of ours that trains: those with steps that have a report or a LoRA to give."""
+    return {
+        kind
+        for kind, schema in info.items()
+        if kind.startswith(("DiffLoRA_Train", "DiffLoRA_Distil"))
+        and "steps" in schema["input"]["required"]
+    }
+
+
+def _training_node(prompt: Prompt) -> tuple[str, dict[str, Any]]:
+    (found,) = [
+        (key, node)
+        for key, node in prompt.items()
+        if node["class_type"].startswith("DiffLoRA_Train")
+    ]
+    return found
+
+
+def _reported(prompt: Prompt, key: str, info: Info) -> Prompt:
+    """What leads to a node, and a node that shows its report."""
+    output = info[prompt[key]["class_type"]]["output_name"].index("report")
+    shown = {"class_type": "PreviewAny", "inputs": {"source": [key, output]}}
+    return {**ancestors(prompt, key), "report": shown}
+
+
+def _defaults(info: Info, kind: str) -> dict[str, Any]:
+    """A node's widgets at their defaults, and its other inputs as None."""
+    found: dict[str, Any] = {}
+    for name, spec in info[kind]["input"]["required"].items():
+        options = spec[1] if len(spec) > 1 else {}
+        choices = options.get("options") or (spec[0] if isinstance(spec[0], list) else [None])
+        found[name] = options.get("default", choices[0])
+    return found
+
+
+def _model_of(node: Mapping[str, Any], info: Info) -> list[Any] | None:
+    """Where the model comes from that a node changes; None for a node that changes none."""
+    schema = info[node["class_type"]]
+    if "MODEL" not in schema["output"]:
+        return None
+    for group in ("required", "optional"):
+        for name, spec in (schema["input"].get(group) or {}).items():
+            if spec[0] == "MODEL" and _is_link(node["inputs"].get(name)):
+                return list(node["inputs"][name])
+    return None
+
+
+def _is_link(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
