@@ -26,7 +26,7 @@ from difflora_core.methods.base import (
     StyleMethod,
 )
 from difflora_core.methods.registry import METHODS
-from difflora_core.training.concept_task import PictureTask
+from difflora_core.training.picture_task import PictureTask
 
 from .sdxl_step import SIDE, attached, one_step, small_memory_unet, step_inputs, step_prices
 

@@ -115,7 +115,7 @@ def _run(
     check_differs(task, trained[0].student, size)
     shares = request.shares(trained, apart)
     examples = [_draw(task.teacher, pairs, size, config) for pairs, config in shares if pairs]
-    plan = plan_memory(parts.model, examples[0].area, config, AUTO)
+    plan = plan_memory(parts.model, examples[0].area, config, AUTO, parts.teacher)
     config = replace(config, checkpointing=plan.checkpointing)
     objective = DistillationObjective(recipe(task, config))
     student.load(plan.needed + trained_bytes(objective))
@@ -125,7 +125,8 @@ def _run(
     stop = training.interrupted
     with fits(plan, config):
         result = run_distillation(objective, examples[0], folder, watch, stop, held_out)
-    remarks = training.remarks_of(result, config.steps, task.remarks)
+    told = plan.told(trained_bytes(objective))
+    remarks = training.remarks_of(result, config.steps, [*task.remarks, told])
     return training.Trained(result, remarks, folder)
 
 

@@ -16,6 +16,9 @@ CHOICES = (AUTO, SAVING, FAST)
 PLAIN, CHECKPOINTED = 1.18e6, 1.6e5
 """Bytes of activations for each latent pixel of SDXL in half precision, adapters on its attention:
 all remembered (18 GiB at 1024 x 1024), and with layers computed again (2.4 GiB)."""
+FEATURES = 4.9e4
+"""Bytes of what SDXL's blocks put out for each latent pixel, where a student learns from a teacher:
+4,040 numbers of each, in half precision and again in float32 for the loss."""
 TRAINED = 16
 """Bytes of a trained number in float32: itself, its gradient and two moments."""
 CHANNELS = 320
@@ -29,13 +32,21 @@ class MemoryPlan:
     """How a run is made to fit.
 
     `checkpointing`: compute layers again; `needed`: bytes of activations of a step's part; `there`:
-    bytes of the device; `weights`: of the model.
+    bytes of the device; `weights`: of the model, and of its teacher.
     """
 
     checkpointing: bool
     needed: float
     there: float
     weights: float
+
+    def told(self, trained: float) -> str:
+        """What a step takes, in an artist's words, with so many bytes of what is trained."""
+        return (
+            f"a step takes about {_gib(self.weights + self.needed + trained)} of memory: "
+            f"{_gib(self.weights)} of weights, {_gib(self.needed)} of activations, "
+            f"{_gib(trained)} of what is trained"
+        )
 
 
 def activation_bytes(model: ModelPatcher, area: int, samples: int, checkpointing: bool) -> float:
@@ -47,26 +58,49 @@ def activation_bytes(model: ModelPatcher, area: int, samples: int, checkpointing
         samples: pictures at once.
         checkpointing: layers are computed again.
     """
-    width = model.model.model_config.unet_config.get("model_channels", CHANNELS)
-    size = comfy.model_management.dtype_size(model.model.get_dtype_inference()) / 2
     each = CHECKPOINTED if checkpointing else PLAIN
-    return each * size * area * samples * width / CHANNELS
+    return each * _scale(model) * area * samples
 
 
-def plan_memory(model: ModelPatcher, area: int, config: Any, choice: str) -> MemoryPlan:
-    """How to run a recipe's `config` on pictures of so many latent pixels; by one of CHOICES."""
+def feature_bytes(model: ModelPatcher, area: int, samples: int) -> float:
+    """Estimate of what the blocks of a teacher and its student put out; see `activation_bytes`."""
+    return FEATURES * _scale(model) * area * samples
+
+
+def plan_memory(
+    model: ModelPatcher, area: int, config: Any, choice: str, teacher: ModelPatcher | None = None
+) -> MemoryPlan:
+    """How to run a recipe on a model.
+
+    Args:
+        model: ComfyUI's, which is trained on.
+        area: latent pixels of a picture.
+        config: of the recipe.
+        choice: one of CHOICES.
+        teacher: the model whose outputs are learned, which is on the device too.
+    """
     samples = -(-config.batch // config.accumulate)
     there = comfy.model_management.get_total_memory(model.load_device)
-    weights = float(model.model_size())
-    plain = activation_bytes(model, area, samples, False)
+    weights, features = float(model.model_size()), 0.0
+    if teacher is not None:
+        weights += teacher.model_size()
+        features = feature_bytes(model, area, samples)
+    plain = activation_bytes(model, area, samples, False) + features
     checkpointing = choice == SAVING or (choice == AUTO and plain + weights > SHARE * there)
-    needed = activation_bytes(model, area, samples, True) if checkpointing else plain
-    return MemoryPlan(checkpointing, needed, float(there), weights)
+    saved = activation_bytes(model, area, samples, True) + features
+    return MemoryPlan(checkpointing, saved if checkpointing else plain, float(there), weights)
 
 
 def trained_bytes(objective: Any) -> float:
     """What the trained numbers of an objective need on the device."""
     return float(TRAINED * sum(p.numel() for p in objective.parameters() if p.requires_grad))
+
+
+def _scale(model: ModelPatcher) -> float:
+    """How much larger than those of SDXL in half precision a model's activations are."""
+    width = model.model.model_config.unet_config.get("model_channels", CHANNELS)
+    size = comfy.model_management.dtype_size(model.model.get_dtype_inference()) / 2
+    return float(size * width / CHANNELS)
 
 
 @contextmanager

@@ -5,7 +5,10 @@ from importlib import import_module
 import pytest
 import torch
 
+from difflora_core.base_model.diffusers_base import DiffusersBase
 from difflora_core.demo.comfyui.client import ComfyPromptError
+from difflora_core.lora.layout import SDXL_UNET_CONFIG
+from difflora_core.training.picture_task import PictureTask
 from difflora_core.training.recipes import default_distillation, distillation_recipes
 
 METHOD = default_distillation()
@@ -175,3 +178,44 @@ def test_a_teacher_that_draws_through_styles_is_refused(demo, parts, random_adap
     execute = parts("nodes.distillation").DistilCheckpoint.execute
     with pytest.raises(Exception, match="act while a sampler runs and would not be learned"):
         execute(styled, clip, model, clip, vae, **WIDGETS)
+
+
+@pytest.fixture
+def sdxl():
+    """SDXL by its shapes alone: diffusers' UNet, and core's model in half precision."""
+    import comfy.model_detection
+    import comfy.model_patcher
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SDXL_UNET_CONFIG)
+        config = comfy.model_detection.model_config_from_diffusers_unet(unet.state_dict())
+        config.set_inference_dtype(torch.float16, None)
+        model = config.get_model({}, "", device="meta")
+    cpu = torch.device("cpu")
+    return unet, comfy.model_patcher.ModelPatcher(model, cpu, cpu)
+
+
+def test_a_step_at_full_size_is_counted_and_fits_24_gb(parts, sdxl, monkeypatch):
+    """Teacher and student of SDXL, one picture of 1024 x 1024, a style of rank 16."""
+    import comfy.model_management
+    from diffusers import DDIMScheduler
+
+    unet, model = sdxl
+    monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda *_: 24e9)
+    memory, recipe = parts("nodes.host.memory"), distillation_recipes()[METHOD]
+    config = recipe.Config.for_distillation(16, batch=1)
+    task = PictureTask(DiffusersBase(unet, None, None, DDIMScheduler()), None, "sdxl")
+    trained = memory.trained_bytes(recipe(task, config))
+    alone = memory.plan_memory(model, 128 * 128, config, "saving")
+    plan = memory.plan_memory(model, 128 * 128, config, "auto", model)
+    assert plan.checkpointing
+    assert alone.weights == pytest.approx(2 * sum(p.numel() for p in unet.parameters()), rel=1e-3)
+    assert plan.weights == 2 * alone.weights
+    # channels that blocks put out at the height and width of the latents, a half and a quarter
+    full, half, quarter = 6 * 320 + 640, 320 + 4 * 640 + 1280, 640 + 5 * 1280
+    numbers = 128**2 * full + 64**2 * half + 32**2 * quarter
+    assert plan.needed - alone.needed == pytest.approx(numbers * (2 + 2 + 4 + 4), rel=0.02)
+    total = plan.weights + plan.needed + trained
+    assert 10e9 < total < 24e9
+    assert f"{total / 2**30:.1f} GiB of memory" in plan.told(trained)
