@@ -80,9 +80,11 @@ def test_a_teacher_that_reads_otherwise_is_compared_by_outputs(comfy, comfy_serv
     assert "the text encoders differ, so only outputs are compared" in told
 
 
-def test_what_is_missing_is_said(comfy):
-    with pytest.raises(ComfyPromptError, match="no prompts: write some"):
-        comfy.run(graph(prompts="# nothing"))
+def test_what_is_missing_is_said(comfy, comfy_server):
+    for name, text in (("empty.txt", ""), ("blank.txt", "\n \n# a note\n")):
+        (comfy_server.base_directory / "input" / name).write_text(text, "utf-8")
+        with pytest.raises(ComfyPromptError, match="no prompts: write some"):
+            comfy.run(graph(prompts="# nothing", prompt_file=name))
     with pytest.raises(ComfyPromptError, match=r"nowhere\.txt"):
         comfy.run(graph(prompt_file="nowhere.txt"))
 
@@ -166,6 +168,20 @@ def test_an_interrupt_keeps_the_best_and_the_next_run_goes_on(demo, parts, own_s
     model_management.unload_all_models()
     after = model.model.state_dict()
     assert all(torch.equal(after[k], v) for k, v in before.items())
+
+
+def test_a_teacher_of_another_vae_is_refused(demo, parts):
+    """Its latents would be pictures of other colours to the student's VAE."""
+    import comfy.latent_formats
+
+    model, _, clip, vae = demo
+    (base, *_), _ = parts("nodes.model_paths").demo_paths()
+    teacher = parts("nodes.host.demo").load_demo_unet(base, disable_dynamic=True)
+    execute = parts("nodes.distillation").DistilCheckpoint.execute
+    for other in (comfy.latent_formats.SD15(), comfy.latent_formats.SD3()):
+        teacher.model.latent_format = other
+        with pytest.raises(Exception, match=r"other latents, of \(channels, scale\).*VAEs differ"):
+            execute(teacher, clip, model, clip, vae, **WIDGETS)
 
 
 def test_a_teacher_that_draws_through_styles_is_refused(demo, parts, random_adaptation):

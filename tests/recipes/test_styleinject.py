@@ -12,8 +12,10 @@ from difflora_core.errors import ConfigError
 from difflora_core.methods.base import AppliedAdaptation, PreparedAdaptation
 from difflora_core.methods.styleinject import StyleInject, style_layers
 from difflora_core.training.adaptation_run import run_adaptation
+from difflora_core.training.picture_buckets import BucketedExamples
 from difflora_core.training.picture_examples import PictureExamples
 from difflora_core.training.picture_task import PictureTask
+from difflora_core.training.processes import split
 from difflora_core.training.styleinject import StyleInjectObjective, StyleInjectTraining
 
 PLAN = StyleInjectPlan(
@@ -97,6 +99,37 @@ def test_it_learns_and_what_it_leaves_draws_as_it_was_trained(setting, tmp_path)
     torch.testing.assert_close(drawn, trained)
     assert all(bool((layer.up != 0).any()) for layer in style_layers(style).values())
     assert all(float(layer.alpha) == 2.0 for layer in style_layers(style).values())
+
+
+def test_one_style_learns_and_its_router_has_nothing_to_choose(setting, tmp_path):
+    config = training(plan=PLAN.of_size(1, 2))
+    untrained = StyleInjectObjective(setting, config).layers()
+    result = run_adaptation(StyleInjectObjective(setting, config), examples(), tmp_path)
+    assert result.step > 0
+    for name, layer in style_layers(result.adaptations[0]).items():
+        assert bool((layer.up != 0).any())
+        assert torch.equal(layer.router, untrained[name].router)
+
+
+def test_pictures_of_several_sizes_under_prompts_of_several_lengths(setting):
+    """Every batch has one size, and each of its samples the loss that it has alone."""
+    g = torch.Generator().manual_seed(6)
+    wide, tall = torch.randn(3, 4, 4, 8, generator=g), torch.randn(2, 4, 8, 4, generator=g)
+    buckets = [PictureExamples(z, [PROMPTS] * len(z)) for z in (wide, tall)]
+    draw = BucketedExamples(tuple(buckets), (1.0, 1.0)).draw(2, 1000)
+    objective = StyleInjectObjective(setting, training())
+    for parameter in objective.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=g)
+    sizes, prompts = set(), set()
+    for _ in range(8):
+        batch = draw(g)
+        sizes.add(tuple(batch["latents"].shape[2:]))
+        prompts.add(tuple(batch["prompts"]))
+        with torch.no_grad():
+            alone = [float(objective(part)[0]) for part in split(batch, 2)]
+            assert float(objective(batch)[0]) == pytest.approx(sum(alone) / 2, rel=1e-5)
+    assert sizes == {(4, 8), (8, 4)}
+    assert any(len(set(pair)) == 2 for pair in prompts)
 
 
 def test_a_stopped_run_is_taken_up_again_to_the_same_numbers(setting, tmp_path):
