@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..difflora_core.training.infusion import InfusionObjective, InfusionTraining
 from .host import training
 from .host.memory import AUTO
-from .host.training_request import Parts, TrainingRequest
+from .host.training_request import PictureParts, TrainingRequest
 
 CATEGORY = "DiffLoRA/concepts"
 
@@ -70,7 +70,7 @@ class TrainInfusionConcept(io.ComfyNode):
         rates = {"learning_rate": learning_rate, "guidance": guidance, "accumulate": accumulate}
         config = InfusionTraining(steps=steps, batch=batch_size, seed=seed, **rates)
         request = TrainingRequest(prompts, file_name, mirror, small_file, word, superclass)
-        parts = Parts(model, clip, vae, images, covariance, masks)
+        parts = PictureParts(model, clip, vae, images, covariance, masks)
         concepts, clip, report = training.train(InfusionObjective, config, request, parts, memory)
         return io.NodeOutput(concepts[0], clip, report)
 

@@ -10,7 +10,7 @@ from ..difflora_core.training.para import PaRaObjective, PaRaTraining
 from . import model_paths, sockets
 from .host import training
 from .host.memory import AUTO
-from .host.training_request import Parts, PictureRequest
+from .host.training_request import PictureParts, PictureRequest
 
 CATEGORY = "DiffLoRA/styles"
 
@@ -93,7 +93,7 @@ class TrainPaRa(io.ComfyNode):
             accumulate=accumulate,
         )
         request = PictureRequest(prompts, file_name, mirror, small_file)
-        parts = Parts(model, clip, vae, images, None, masks)
+        parts = PictureParts(model, clip, vae, images, None, masks)
         styles, _, report = training.train(PaRaObjective, config, request, parts, memory)
         return io.NodeOutput(styles[0], report)
 

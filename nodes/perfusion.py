@@ -7,7 +7,7 @@ from ..difflora_core.training.perfusion import PerfusionObjective, PerfusionTrai
 from . import sockets
 from .host import training
 from .host.memory import AUTO
-from .host.training_request import Parts, TrainingRequest
+from .host.training_request import PictureParts, TrainingRequest
 
 CATEGORY = "DiffLoRA/concepts"
 CALIBRATION = 0.01  # as arXiv 2403.18551 weighs its two losses
@@ -110,7 +110,7 @@ class TrainPerfusionConcept(io.ComfyNode):
         request = TrainingRequest(
             prompts, file_name, mirror, small_file, word, superclass, second_word, second_superclass
         )
-        parts = Parts(model, clip, vae, images, covariance, masks)
+        parts = PictureParts(model, clip, vae, images, covariance, masks)
         concepts, clip, report = training.train(PerfusionObjective, config, request, parts, memory)
         second = concepts[1] if len(concepts) > 1 else ExecutionBlocker(NO_SECOND)
         return io.NodeOutput(concepts[0], clip, report, second)

@@ -7,7 +7,7 @@ from ..difflora_core.training.styleinject import StyleInjectObjective, StyleInje
 from . import model_paths
 from .host import training
 from .host.memory import AUTO
-from .host.training_request import HeldOutRequest, Parts
+from .host.training_request import HeldOutRequest, PictureParts
 
 CATEGORY = "DiffLoRA/styles"
 
@@ -90,7 +90,7 @@ class TrainStyleInject(io.ComfyNode):
             accumulate=accumulate,
         )
         request = HeldOutRequest(prompts, file_name, mirror, small_file, held_out)
-        parts = Parts(model, clip, vae, images, None, None)
+        parts = PictureParts(model, clip, vae, images, None, None)
         made, _, report = training.train(StyleInjectObjective, config, request, parts, memory)
         return io.NodeOutput(made[0], report)
 

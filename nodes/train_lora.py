@@ -100,7 +100,7 @@ class TrainLoRA(io.ComfyNode):
         start, note = _start(inputs)
         config = _config(given)
         request = _request(inputs, given)
-        parts = Parts(given["model"], given["clip"], given["vae"], torch.empty(0), None, None)
+        parts = Parts(given["model"], given["clip"], given["vae"])
         recipe, began = partial(LoRAObjective, start=start), time.monotonic()
         done = training.run(recipe, config, request, parts, given["memory"])
         seconds = time.monotonic() - began

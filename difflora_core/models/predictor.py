@@ -82,6 +82,6 @@ class LatentPredictor(nn.Module):
         rows = torch.cat([condition.pooled[:, None], condition.tokens], dim=1)  # B 1+S D'
         h = self.condition_in(rows.flatten(1))  # B D
         for block in self.blocks:
-            h = h + block(h)
+            h = h + block(h)  # B D
         z: Tensor = self.latent_out(h)  # B K*Dz
         return z.unflatten(-1, (self.config.latent_tokens, self.config.latent_dim))

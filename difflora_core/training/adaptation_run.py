@@ -114,7 +114,7 @@ class AdapterObjective(Protocol):
 
     @property
     def task(self) -> PictureTask:
-        """The frozen setting."""
+        """What is frozen around the training."""
 
     @property
     def config(self) -> AdaptationTraining:
@@ -134,8 +134,9 @@ class AdapterObjective(Protocol):
 class Objective(AdapterObjective, Protocol[Trained]):
     """What a method trains: a module (`nn.Module`) whose forward is the loss.
 
-    With `after_step` it is told the number of steps done; with `scale_gradients` it does what
-    `Hooks` says. What a run depends on beside settings, task and pictures stands in `facts`.
+    Its `after_step`, where it has one, is called with the number of steps done; `scale_gradients`
+    does what `Hooks` says. What a run depends on beside settings, task and pictures stands in
+    `facts`.
     """
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -87,7 +87,7 @@ class DistillationTask(PictureTask):
 
     @property
     def facts(self) -> tuple[object, ...]:
-        """Also the teacher, what it is told, and the loss."""
+        """Also the teacher, its prompts, and the loss."""
         teacher = (*self.teacher.facts, weights_digest(self.teacher.base.unet))
         return (*super().facts, *teacher, self.loss, self.spoken)
 
@@ -126,8 +126,15 @@ def distillation_task(
     if remarks and loss.output == 0:
         raise ConfigError(f"There is no loss left: {remarks[0]}, and output weighs 0. Give it 1.")
     left = replace(loss, features=0.0) if remarks else loss
-    parts = (student.base, student.text, student.base_name)
-    return DistillationTask(*parts, teacher, left, dict(spoken or {}), tuple(remarks))
+    return DistillationTask(
+        base=student.base,
+        text=student.text,
+        base_name=student.base_name,
+        teacher=teacher,
+        loss=left,
+        spoken=dict(spoken or {}),
+        remarks=tuple(remarks),
+    )
 
 
 def _check_fits(student: PictureTask, teacher: PictureTask) -> None:
@@ -207,9 +214,9 @@ class DistillationObjective(nn.Module):
 
     def after_step(self, done: int) -> None:
         """So many steps are done."""
-        told: Callable[[int], None] | None = getattr(self.style, "after_step", None)
-        if told is not None:
-            told(done)
+        after_step: Callable[[int], None] | None = getattr(self.style, "after_step", None)
+        if after_step is not None:
+            after_step(done)
 
     def prepare(self, prompts: Sequence[str]) -> tuple[EncodedPrompts, AdapterSet]:
         """Encoded prompts and the adapters that belong to them."""

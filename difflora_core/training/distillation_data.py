@@ -216,6 +216,6 @@ def _digest(
     config: DistillationPictures,
 ) -> str:
     """Name of the folder of what this teacher draws; how many pictures does not matter."""
-    told = [pair.teacher for pair in prompts]
+    spoken = [pair.teacher for pair in prompts]
     how = (config.steps, config.guidance, config.seed)
-    return fingerprint(weights_digest(teacher.base.unet), teacher.facts, told, size, how)[:24]
+    return fingerprint(weights_digest(teacher.base.unet), teacher.facts, spoken, size, how)[:24]

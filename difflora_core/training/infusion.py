@@ -102,8 +102,11 @@ class InfusionObjective(nn.Module):
                 for layer, value in zip(task.layers, self.values, strict=True)
             }
             settings = InfusionConfig(self.config.threshold)
-            made = (self.name, task.base_name, settings, shared, layers, word, facts)
-            result.append(TrainedAdaptation(*made))
+            result.append(
+                TrainedAdaptation(
+                    self.name, task.base_name, settings, shared, layers, word=word, facts=facts
+                )
+            )
         return result
 
 

@@ -255,8 +255,11 @@ class PerfusionObjective(nn.Module):
                 for layer, v in zip(task.layers, self.values, strict=True)
             }
             settings = PerfusionConfig(reach=self.config.reach)
-            made = (self.name, task.base_name, settings, shared, layers, word, facts)
-            result.append(TrainedAdaptation(*made))
+            result.append(
+                TrainedAdaptation(
+                    self.name, task.base_name, settings, shared, layers, word=word, facts=facts
+                )
+            )
         return result
 
 

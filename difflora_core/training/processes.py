@@ -135,8 +135,10 @@ class Processes:
         """Raise on every process, each naming the one where it happened."""
         kind = "stop" if isinstance(error, InterruptedTraining) else "error"
         kind = kind if error is not None else ""
-        told = self.gathered((kind, type(error).__name__, str(error)))
-        reports = [(rank, *report) for rank, report in enumerate(told) if isinstance(report, tuple)]
+        gathered = self.gathered((kind, type(error).__name__, str(error)))
+        reports = [
+            (rank, *report) for rank, report in enumerate(gathered) if isinstance(report, tuple)
+        ]
         worst = "error" if any(kind == "error" for _, kind, _, _ in reports) else "stop"
         if error is not None and kind == worst:
             raise error

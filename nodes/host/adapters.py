@@ -228,6 +228,20 @@ def chain_of(model: ModelPatcher) -> tuple[Link, ...]:
     return tuple(link for chain in chains for link in chain.links)
 
 
+def check_bare(model: ModelPatcher, role: str) -> None:
+    """Refuses a model for training that draws through styles or concepts.
+
+    Raises:
+        ConfigError: it has links, which a training would leave out.
+    """
+    if chain := chain_of(model):
+        titles = ", ".join(link.applied.adaptation.title for link in chain)
+        raise ConfigError(
+            f"The {role} has {titles} on it, which act while a sampler runs and would not be "
+            "learned with. Put them on as plain LoRAs (Export Style as LoRA), or leave them off."
+        )
+
+
 def with_link(model: ModelPatcher, link: Link) -> ModelPatcher:
     """A clone of a model with one link more.
 

@@ -33,7 +33,7 @@ from ...difflora_core.training.picture_examples import PictureExamples
 from ...difflora_core.training.picture_task import PictureTask
 from .. import model_paths
 from . import training
-from .adapters import chain_of
+from .adapters import check_bare
 from .base import ComfyBase, keep_together
 from .memory import AUTO, fits, plan_memory, trained_bytes
 from .text import ComfyText
@@ -170,12 +170,8 @@ def _check_teacher(parts: DistillationParts) -> None:
             f"Teacher and student have other latents, of (channels, scale) {facts[0]} and "
             f"{facts[1]}: their VAEs differ. Take a teacher of the student's own family."
         )
-    if chain := chain_of(parts.teacher):
-        titles = ", ".join(link.applied.adaptation.title for link in chain)
-        raise ConfigError(
-            f"The teacher has {titles} on it, which act while a sampler runs and would not be "
-            "learned. Put them on as plain LoRAs (Export Style as LoRA), or leave them off."
-        )
+    check_bare(parts.teacher, "teacher")
+    check_bare(parts.model, "model")
 
 
 def _latent_size(request: DistillationRequest, vae: VAE) -> tuple[int, int]:

@@ -16,12 +16,10 @@ from ...difflora_core.training.picture_task import PictureTask
 from ...difflora_core.vision.face_choice import FaceOptions
 from ...difflora_core.vision.training_pictures import TrainingPicture, framed, training_pictures
 from .encoders import watched_faces
-from .training_request import Parts
+from .training_request import Parts, small_note
 
 ENOUGH = 8
 """Photos from which on some are held out: of fewer, each is worth more in training."""
-SMALL = 0.5
-"""A photo whose shorter side is less than this share of the resolution is said to be small."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +97,7 @@ class PhotoRequest:
         if self.prior is not None and not self.prior.prompt.strip():
             raise ConfigError("Write in prior_prompt what the class pictures show.")
 
-    def setting(
+    def task_and_examples(
         self, base: BaseModel, text: TextEncoders, parts: Parts
     ) -> tuple[PictureTask, BucketedExamples]:
         """What a recipe is trained in, and on; all that is encoded once is encoded here."""
@@ -121,8 +119,9 @@ class PhotoRequest:
         _, apart = self._divided
         return self._examples(base, apart, False) if apart else None
 
-    def remarks(self, examples: BucketedExamples) -> list[str]:
+    def remarks(self, examples: BucketedExamples, parts: Parts) -> list[str]:
         """What the report says of the photos."""
+        del parts
         sizes = {tuple(bucket.latents.shape[2:]) for bucket in examples.buckets}
         count = f"{len(examples)} training pictures in {len(sizes)} sizes"
         return [f"{count}, mirrored ones and squares around faces included", *self.notes]
@@ -163,14 +162,8 @@ class PhotoRequest:
                 f"{len(self.captions)} captions for {len(photos)} photos: each photo was trained "
                 "with any of them. For one each, give as many as photos, in their order."
             )
-        small = [p for p in photos if min(p.image.shape[:2]) < SMALL * self.resolution]
-        if small:
-            height, width = small[0].image.shape[:2]
-            self.notes.append(
-                f"{len(small)} of {len(photos)} photos are small (photo {small[0].number + 1} has "
-                f"{width} x {height} pixels) and were enlarged to {self.resolution}: what they "
-                "lack in detail is learned as blur."
-            )
+        sizes = [(p.image.shape[0], p.image.shape[1]) for p in photos]
+        self.notes.extend(small_note(sizes, self.resolution))
 
     def _named(self, number: int) -> list[str]:
         """The prompts of a photo."""

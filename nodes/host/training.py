@@ -16,10 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from ...difflora_core.errors import InterruptedTraining
-from ...difflora_core.methods.base import PreparedAdaptation
+from ...difflora_core.methods.base import PreparedAdaptation, TrainedAdaptation
 from ...difflora_core.storage.adapter_file import write_adaptation
 from ...difflora_core.training.adaptation_run import (
     AdaptationResult,
+    AdaptationTraining,
+    Objective,
     Watch,
     run_adaptation,
     run_fingerprint,
@@ -27,10 +29,14 @@ from ...difflora_core.training.adaptation_run import (
 from ...difflora_core.training.loop_config import MAX_TRAINING_SEED
 from ...difflora_core.training.state_file import remove_run
 from .. import model_paths, sockets
+from .adapters import check_bare
 from .base import ComfyBase
 from .memory import AUTO, CHOICES, FAST, fits, plan_memory, trained_bytes
 from .text import ComfyText, prepare, teach
-from .training_request import Parts, PictureRequest
+from .training_request import Parts, PictureParts, PictureRequest, Request
+
+Recipe = Callable[[Any, Any], Objective[TrainedAdaptation]]
+"""A `RECIPE` of training/: an objective of a task and the settings of its own."""
 
 logger = logging.getLogger(__name__)
 
@@ -195,8 +201,12 @@ def style_outputs() -> list[io.Output]:
 
 
 def train(
-    recipe: Any, config: Any, request: PictureRequest, parts: Parts, memory: str = FAST
-) -> tuple[list[PreparedAdaptation], Any, str]:
+    recipe: Recipe,
+    config: AdaptationTraining,
+    request: PictureRequest,
+    parts: PictureParts,
+    memory: str = FAST,
+) -> tuple[list[PreparedAdaptation], CLIP, str]:
     """Trains, writes a file for each word, and returns what was trained, the CLIP and a report.
 
     Args:
@@ -212,7 +222,7 @@ def train(
     return kept(run(recipe, config, request, parts, memory), request, parts.clip)
 
 
-def kept(done: Trained, request: Any, own_clip: CLIP) -> tuple[list[PreparedAdaptation], Any, str]:
+def kept(done: Trained, request: Any, own_clip: CLIP) -> tuple[list[PreparedAdaptation], CLIP, str]:
     """Writes what a run left; returns and raises as `train`.
 
     Args:
@@ -236,7 +246,9 @@ def kept(done: Trained, request: Any, own_clip: CLIP) -> tuple[list[PreparedAdap
         return [prepare(one, own_clip) for one in done.result.adaptations], clip, report
 
 
-def run(recipe: Any, config: Any, request: Any, parts: Parts, memory: str = FAST) -> Trained:
+def run(
+    recipe: Recipe, config: AdaptationTraining, request: Request, parts: Parts, memory: str = FAST
+) -> Trained:
     """Trains, from where an unfinished run of the same settings and pictures is.
 
     Args:
@@ -279,15 +291,18 @@ def finished(done: Trained, files: list[str]) -> str:
     return report
 
 
-def _run(recipe: Any, config: Any, request: Any, parts: Parts, memory: str) -> Trained:
+def _run(
+    recipe: Recipe, config: AdaptationTraining, request: Request, parts: Parts, memory: str
+) -> Trained:
     """The recipe over ComfyUI's models, with its progress bar.
 
     Pictures and prompts are encoded first, and only then the UNet is brought in.
     """
     request.check()
+    check_bare(parts.model, "model")
     model_paths.new_file(request.folder, request.file_name)  # refuse before training
     base, text = ComfyBase(parts.model, parts.vae), ComfyText(parts.clip)
-    task, examples = request.setting(base, text, parts)
+    task, examples = request.task_and_examples(base, text, parts)
     held_out = request.held_out_examples(base, parts)
     plan = plan_memory(parts.model, examples.area, config, memory)
     base.load(plan.needed)
@@ -298,7 +313,8 @@ def _run(recipe: Any, config: Any, request: Any, parts: Parts, memory: str) -> T
     watch = watch_on(comfy.utils.ProgressBar(config.steps))
     with fits(plan, config):
         result = run_adaptation(objective, examples, folder, watch, interrupted, held_out)
-    return Trained(result, remarks_of(result, config.steps, request.remarks(examples)), folder)
+    remarks = remarks_of(result, config.steps, request.remarks(examples, parts))
+    return Trained(result, remarks, folder)
 
 
 def remarks_of(result: AdaptationResult, steps: int, own: Sequence[str]) -> list[str]:
@@ -308,7 +324,7 @@ def remarks_of(result: AdaptationResult, steps: int, own: Sequence[str]) -> list
     return [best, *own, *([NOTHING] if worse else [])]
 
 
-def watch_on(bar: Any) -> Watch:
+def watch_on(bar: comfy.utils.ProgressBar) -> Watch:
     """What moves a progress bar of ComfyUI and shows previews."""
 
     def watch(step: int, total: int, metrics: dict[str, float], preview: Any) -> None:

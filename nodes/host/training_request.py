@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Protocol
 
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
@@ -14,28 +14,78 @@ from ...difflora_core.text.covariance import Covariance
 from ...difflora_core.text.encoders import TextEncoders
 from ...difflora_core.text.new_words import SLOT, TEMPLATES, find_words
 from ...difflora_core.training.concept_task import NewWord, prepare_task
-from ...difflora_core.training.picture_examples import PictureExamples, picture_examples
+from ...difflora_core.training.picture_examples import Examples, PictureExamples, picture_examples
 from ...difflora_core.training.picture_task import PictureTask
 from .. import model_paths
+from .base import picture_size
 
+SMALL = 0.5
+"""Of what a model draws: a picture whose shorter side is less is said to be small."""
 NO_MASKS = "no masks: the whole pictures counted"
 
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """What is connected to a training node; words need the covariance."""
+    """The base model that is connected to a training node."""
 
     model: ModelPatcher
     clip: CLIP
     vae: VAE
-    images: Tensor
-    covariance: Covariance | None
-    masks: Tensor | None
 
     @property
     def base_name(self) -> str:
         """The family of the model."""
         return type(self.model.model).__name__.lower()
+
+
+@dataclass(frozen=True, eq=False)
+class PictureParts(Parts):
+    """Also pictures (N, H, W, 3) and masks; words need the covariance."""
+
+    images: Tensor
+    covariance: Covariance | None
+    masks: Tensor | None
+
+
+class Request(Protocol):
+    """What an artist asks of a training: the file, and what is trained on."""
+
+    folder: ClassVar[str]
+
+    @property
+    def file_name(self) -> str:
+        """Of what is learned."""
+
+    def check(self) -> None:
+        """Refuses what can be refused before a model is loaded."""
+
+    def task_and_examples(
+        self, base: BaseModel, text: TextEncoders, parts: Any
+    ) -> tuple[PictureTask, Examples]:
+        """What a recipe is trained in, and on."""
+
+    def held_out_examples(self, base: BaseModel, parts: Any) -> Examples | None:
+        """Pictures that are not trained on; None where all of them are."""
+
+    def remarks(self, examples: Any, parts: Any) -> list[str]:
+        """What the report says of the pictures."""
+
+
+def small_note(sizes: Sequence[tuple[int, int]], resolution: int) -> list[str]:
+    """A sentence about pictures (height, width) that are small for a square of this side."""
+    small = [(k, size) for k, size in enumerate(sizes) if min(size) < SMALL * resolution]
+    if not small:
+        return []
+    first, (height, width) = small[0]
+    return [
+        f"{len(small)} of {len(sizes)} photos are small (photo {first + 1} has {width} x {height} "
+        f"pixels) for a model that draws {resolution}: what they lack in detail is learned as blur."
+    ]
+
+
+def any_note(prompts: int, pictures: int) -> str:
+    """That pictures have no prompt each."""
+    return f"{prompts} prompts for {pictures} pictures: each picture was trained with any of them."
 
 
 @dataclass(frozen=True)
@@ -63,22 +113,32 @@ class PictureRequest:
         if not self.lines:
             raise ConfigError("Write in prompts what the pictures show: a photo of a sks dog.")
 
-    def setting(
-        self, base: BaseModel, text: TextEncoders, parts: Parts
+    def task_and_examples(
+        self, base: BaseModel, text: TextEncoders, parts: PictureParts
     ) -> tuple[PictureTask, PictureExamples]:
         """What a recipe is trained in, and on."""
         return PictureTask(base, text, parts.base_name), self.examples(base, parts)
 
-    def held_out_examples(self, base: BaseModel, parts: Parts) -> PictureExamples | None:
+    def held_out_examples(self, base: BaseModel, parts: PictureParts) -> PictureExamples | None:
         """Pictures that are not trained on; None where all of them are."""
         del base, parts
         return None
 
-    def remarks(self, examples: PictureExamples) -> list[str]:
+    def remarks(self, examples: PictureExamples, parts: PictureParts) -> list[str]:
         """What the report says of the pictures."""
-        return [NO_MASKS] if self.takes_masks and examples.masks is None else []
+        notes = [NO_MASKS] if self.takes_masks and examples.masks is None else []
+        count, height, width = parts.images.shape[:3]
+        if self.shares_prompts(count):
+            notes.append(any_note(len(self.lines), count))
+        return notes + small_note([(height, width)] * count, picture_size(parts.model))
 
-    def examples(self, base: BaseModel, parts: Parts, words: Sequence[str] = ()) -> PictureExamples:
+    def shares_prompts(self, count: int) -> bool:
+        """True where an artist may think that so many pictures had a prompt each."""
+        return len(self.lines) == count > 1
+
+    def examples(
+        self, base: BaseModel, parts: PictureParts, words: Sequence[str] = ()
+    ) -> PictureExamples:
         """The pictures, each with any of the prompts."""
         images, prompts = parts.images.clone()[..., :3], [self.lines] * len(parts.images)
         masks = None if parts.masks is None else parts.masks.clone()
@@ -95,22 +155,28 @@ class HeldOutRequest(PictureRequest):
     takes_masks: ClassVar[bool] = False
     held_out: int
 
-    def held_out_examples(self, base: BaseModel, parts: Parts) -> PictureExamples | None:
+    def held_out_examples(self, base: BaseModel, parts: PictureParts) -> PictureExamples | None:
         """Every so many of the pictures; None where that is none, or there is one picture."""
         numbers = self._numbers(len(parts.images))
         return self._chosen(base, parts, numbers) if numbers else None
 
-    def examples(self, base: BaseModel, parts: Parts, words: Sequence[str] = ()) -> PictureExamples:
+    def examples(
+        self, base: BaseModel, parts: PictureParts, words: Sequence[str] = ()
+    ) -> PictureExamples:
         """The other pictures."""
         del words
         apart = self._numbers(len(parts.images))
         return self._chosen(base, parts, [k for k in range(len(parts.images)) if k not in apart])
 
+    def shares_prompts(self, count: int) -> bool:
+        """True where prompts are several, and not one for each picture."""
+        return 1 < len(self.lines) != count
+
     def _numbers(self, count: int) -> list[int]:
         kept = max(1, round(count * self.held_out / 100)) if self.held_out and count > 1 else 0
         return [k * count // kept for k in range(kept)]
 
-    def _chosen(self, base: BaseModel, parts: Parts, numbers: list[int]) -> PictureExamples:
+    def _chosen(self, base: BaseModel, parts: PictureParts, numbers: list[int]) -> PictureExamples:
         lines, images = self.lines, parts.images[numbers].clone()[..., :3]
         each = len(lines) == len(parts.images)
         prompts = [[lines[k]] if each else lines for k in numbers]
@@ -181,6 +247,11 @@ class TrainingRequest(PictureRequest):
             words.append(NewWord(word, kind, tuple(contexts)))
         return words
 
+    def shares_prompts(self, count: int) -> bool:
+        """Never: prompts of a word are meant for all pictures."""
+        del count
+        return False
+
     def check(self) -> None:
         """Refuses words and prompts before a model is loaded.
 
@@ -189,8 +260,8 @@ class TrainingRequest(PictureRequest):
         """
         self.new_words()
 
-    def setting(
-        self, base: BaseModel, text: TextEncoders, parts: Parts
+    def task_and_examples(
+        self, base: BaseModel, text: TextEncoders, parts: PictureParts
     ) -> tuple[PictureTask, PictureExamples]:
         """What a recipe of words is trained in, and on.
 

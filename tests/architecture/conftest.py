@@ -50,7 +50,18 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def sources() -> list[SourceFile]:
     """Every product file: difflora_core/ and nodes/."""
-    paths = [*ROOT.glob("difflora_core/**/*.py"), *ROOT.glob("nodes/**/*.py")]
+    return read_sources("difflora_core", "nodes")
+
+
+@pytest.fixture(scope="session")
+def beside() -> list[SourceFile]:
+    """Every file of tests/ and benchmarks/."""
+    return read_sources("tests", "benchmarks")
+
+
+def read_sources(*folders: str) -> list[SourceFile]:
+    """The Python files of some folders."""
+    paths = [path for folder in folders for path in ROOT.glob(f"{folder}/**/*.py")]
     assert len(paths) > 100, "the rules would hold for nothing"
     return [
         SourceFile(path.relative_to(ROOT), text := path.read_text("utf-8"), ast.parse(text))

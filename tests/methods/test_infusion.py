@@ -36,8 +36,8 @@ def test_what_it_refuses(prepared):
     with pytest.raises(ConfigError, match="no form as a plain LoRA"):
         Infusion.as_lora(part, lambda layer, rows: rows)
     assert not Infusion.exports_lora()
-    other = PreparedAdaptation(replace(part.adaptation, method="perfusion"))
-    with pytest.raises(ConfigError, match="trained by perfusion, not by infusion"):
+    other = PreparedAdaptation(replace(part.adaptation, method="another"))
+    with pytest.raises(ConfigError, match="trained by another, not by infusion"):
         Infusion.adapters([AppliedAdaptation(other, InfusionConfig())])
     with pytest.raises(ConfigError):
         InfusionConfig(threshold=0.0)

@@ -1,6 +1,6 @@
 """Concepts in real ComfyUI: train, load, apply, chain, stop, export; and what is refused.
 
-One file, though a long one: all tests use the same training run and the same builders of graphs.
+# over budget: all tests use the same training run and the same builders of graphs.
 """
 
 import itertools

@@ -221,7 +221,7 @@ def test_held_out_pictures_are_spread_over_the_list_and_keep_their_prompts(parts
             return images.permute(0, 3, 1, 2)
 
     images = torch.arange(10.0).view(10, 1, 1, 1).expand(10, 2, 2, 3)
-    part = request.Parts(None, None, None, images, None, None)
+    part = request.PictureParts(None, None, None, images, None, None)
     own = "\n".join(f"picture {k}" for k in range(10))
     asked = request.HeldOutRequest(own, "a", False, False, 20)
     trained = asked.examples(Base(), part)
@@ -230,7 +230,7 @@ def test_held_out_pictures_are_spread_over_the_list_and_keep_their_prompts(parts
     assert trained.latents[:, 0, 0, 0].tolist() == [1, 2, 3, 4, 6, 7, 8, 9]
     assert [list(p) for p in held.prompts] == [["picture 0"], ["picture 5"]]
     assert list(trained.prompts[3]) == ["picture 4"]
-    one = request.Parts(None, None, None, images[:1], None, None)
+    one = request.PictureParts(None, None, None, images[:1], None, None)
     assert asked.held_out_examples(Base(), one) is None
     shared = request.HeldOutRequest("a\nb", "a", True, False, 0)
     assert shared.held_out_examples(Base(), part) is None

@@ -82,7 +82,8 @@ class Recogniser(nn.Module):
 
     def forward(self, crops: Tensor) -> Tensor:
         """Aligned crops (N, 3, 112, 112) to (N, embedding)."""
-        return self.embed(self.features(crops).flatten(1))
+        features = self.features(crops)  # N C 4 4
+        return self.embed(features.flatten(1))
 
 
 def align_batch(planes: Tensor, points: Tensor, size: int = ARCFACE_SIZE) -> Tensor:

@@ -55,11 +55,11 @@ class VaeObjective(nn.Module):
         The latents are drawn with `noise` (B, 8, H/4, W/4).
         """
         images, weights = batch["images"], batch["weights"]
-        moments = self.vae.quant_conv(self.vae.encoder(images)).float()
-        mean, logvar = moments.chunk(2, 1)
+        moments = self.vae.quant_conv(self.vae.encoder(images)).float()  # B 16 H/4 W/4
+        mean, logvar = moments.chunk(2, 1)  # B 8 H/4 W/4 each
         logvar = logvar.clamp(-20, 10)
         z = mean + torch.exp(0.5 * logvar) * batch["noise"]
-        error = self.vae.decoder(self.vae.post_quant_conv(z)).float() - images
+        error = self.vae.decoder(self.vae.post_quant_conv(z)).float() - images  # B 3 H W
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
         reconstruction = (weights * (error.abs() + error**2)).mean()
         psnr = -10 * torch.log10((error**2).mean() / 4)

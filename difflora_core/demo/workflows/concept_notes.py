@@ -22,14 +22,14 @@ best so far.
 draws one prompt and seed with its plain kind and at three biases.
 
 - **bias**: how like the concept a word must be to get its look. Lower: more likeness; higher: \
-more obedience to the prompt.
+more agreement with the prompt.
 - **temperature**: softness of that choice. **strength**: 0 is the model alone.
 - **lock**: *local* puts the thing where its kind would be; *global* leaves the whole layout to \
 the prompt with the plain word, which must be connected.
 - **start and end**: a late start keeps the layout of the first steps.""",
     "two_concepts": """
 ## Two taught words in one prompt
-Each has its own file, its own gate and its own knobs; neither was trained with the other.
+Each has its own file, its own gate and its own settings; neither was trained with the other.
 
 - **Order**: chain the CLIP through both *Load Concept*, and the model through both *Apply \
 Concept*.

@@ -76,7 +76,7 @@ def one_concept(graph: Graph, target: Target) -> None:
         )
         prompts = builder.prompts(0, scene.format(word), scene.format(word))
         plain = builder.prompts(1, scene.format("hat"), scene.format("hat"))
-    with graph.group("3 Likeness against obedience"):
+    with graph.group("3 Likeness against prompt agreement"):
         canvas = builder.canvas(0)
         drawn = [builder.draw(0, "Only its kind: a hat", builder.model, plain, canvas, 5)]
         for k, bias in enumerate(BIASES):

@@ -15,7 +15,7 @@ better: see the workflow *several photos*.
 works in any workflow.""",
     "portrait": """
 ## A portrait by the single steps
-The same as *Personalize*, with every knob in sight.
+The same as *Personalize*, with every setting in sight.
 
 - **Mix Image Features**: gate *manual* and the slider choose between the face and the whole look.
 - **Sample LoRA Latent**: *best_guess*, or *sampled* with another seed for a variant; guidance \

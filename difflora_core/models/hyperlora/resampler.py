@@ -90,12 +90,12 @@ class _Layer(nn.Module):
 
     def forward(self, x: Tensor, face: Tensor | None, image: Tensor, gate: Tensor) -> Tensor:
         """Maps queries x (B, T, D); face (B, F, D) or None, image (B, L, D), gate (B, 2)."""
-        own = self.norm_attn1(x)
-        x = x + self.attn1(own, own)
+        own = self.norm_attn1(x)  # B T D
+        x = x + self.attn1(own, own)  # B T D
         if face is not None:
-            read = self.attn2(self.norm_attn2_l(x), self.norm_attn2_x(face))
+            read = self.attn2(self.norm_attn2_l(x), self.norm_attn2_x(face))  # B T D
             x = x + gate[:, :1, None] * read
-        read = self.attn3(self.norm_attn3_l(x), self.norm_attn3_y(image))
+        read = self.attn3(self.norm_attn3_l(x), self.norm_attn3_y(image))  # B T D
         x = x + gate[:, 1:, None] * read
         out: Tensor = x + self.ff(self.norm_ff(x))
         return out
@@ -127,10 +127,10 @@ class Resampler(nn.Module):
             image: (B, L, image_dim) penultimate states of CLIP vision, class token first.
             gate: (B, 2) factors on what is read of the face and of the picture; 1 as trained.
         """
-        x = self.latents.to(image).expand(len(image), -1, -1)
-        face = None if face is None else self.proj_in(face)
-        image = self.proj_in_2(image)
+        x = self.latents.to(image).expand(len(image), -1, -1)  # B T D
+        face = None if face is None else self.proj_in(face)  # B F D
+        image = self.proj_in_2(image)  # B L D
         for layer in self.layers:
             x = layer(x, face, image, gate)
-        out: Tensor = self.proj_out(x)
+        out: Tensor = self.proj_out(x)  # B T Kb
         return out

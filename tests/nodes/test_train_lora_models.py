@@ -1,0 +1,105 @@
+"""Train Identity LoRA on models of other kinds, precisions and sizes, in ComfyUI's own process."""
+
+import pytest
+import torch
+
+
+def test_models_that_cannot_be_trained_on(parts, unet):
+    import comfy.model_base
+    import comfy.model_sampling
+
+    check, model = parts("nodes.host.base").check_trainable, unet()
+    check(model)
+    model.model.diffusion_model.in_channels = 17
+    with pytest.raises(Exception, match=r"reads 17 channels where a picture has 8: it is made for"):
+        check(model)
+    model.model.diffusion_model.in_channels = 8
+    edm = model.clone()
+    edm.add_object_patch("model_sampling", comfy.model_sampling.ModelSamplingContinuousEDM())
+    with pytest.raises(Exception, match="Training needs SDXL with its own noise schedule"):
+        check(edm)
+    model.model.__class__ = comfy.model_base.SDXLRefiner
+    with pytest.raises(Exception, match="refiner of SDXL, which only polishes"):
+        check(model)
+
+
+@pytest.mark.parametrize("kind", ["float32", "fp8", "v_prediction"])
+def test_gradients_reach_the_factors(parts, unet, monkeypatch, kind):
+    """On quantised weights and on v-prediction models too; the weights stay as they are."""
+    import comfy.model_management as management
+    import comfy.model_sampling
+
+    if kind == "fp8":
+        monkeypatch.setattr(management, "unet_dtype", lambda *_, **__: torch.float8_e4m3fn)
+    with torch.inference_mode():
+        model = unet()
+    if kind == "v_prediction":
+        sampling = type(
+            "V", (comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.V_PREDICTION), {}
+        )
+        model.add_object_patch("model_sampling", sampling(model.model.model_config))
+    before = {k: v.clone() for k, v in model.model.state_dict().items()}
+    base = parts("nodes.host.base").ComfyBase(model, None)
+    addresses = [p.data_ptr() for p in base.unet.parameters()]
+    base.load(1e6)
+    if kind == "float32":  # no second copy of the model
+        assert [p.data_ptr() for p in base.unet.parameters()] == addresses
+    if kind == "v_prediction":
+        assert base.prediction_type == kind
+    recipe = parts("difflora_core.training.lora.objective")
+    losses = parts("difflora_core.training.losses")
+    attach = parts("difflora_core.adapters.attach").attach
+    adapters = parts("difflora_core.adapters.lora").lora_adapter_set
+    text = parts("difflora_core.base_model.protocol").TextCondition
+    tasks = parts("difflora_core.training.picture_task")
+    task = tasks.PictureTask(base, None, "sdxl")
+    objective = recipe.LoRAObjective(task, recipe.LoRATraining(rank=2, targets="all"))
+    g = torch.Generator().manual_seed(1)
+    latents, noise = (torch.randn(2, 8, 16, 16, generator=g) for _ in range(2))
+    width = model.model.model_config.unet_config["context_dim"]
+    pooled = torch.zeros(2, 1600 - 6 * 256)
+    condition = text(torch.randn(2, 7, width, generator=g), pooled)
+    batch = losses.NoisedBatch(latents, noise, torch.tensor([100, 800]), condition)
+    with attach(base.unet, adapters(objective.weights), names=objective.module_names):
+        loss = losses.denoising_error(base, batch, "min_snr").mean()
+        loss.backward()
+    ups = list(objective.factors)[1::2]
+    assert all(bool(torch.isfinite(p.grad).all()) for p in ups)
+    assert sum(float(p.grad.abs().max()) > 0 for p in ups) == len(ups)
+    after = model.model.state_dict()
+    assert all(torch.equal(v.float(), after[k].float()) for k, v in before.items())
+
+
+def test_want_of_memory_says_what_fits_and_keeps_the_state(parts, unet):
+    import comfy.model_management as management
+
+    memory, config = parts("nodes.host.memory"), parts("difflora_core.training.lora.objective")
+    model = unet()
+    run = config.LoRATraining(batch=4)
+    fast = memory.plan_memory(model, 128 * 128, run, "fast")
+    saving = memory.plan_memory(model, 128 * 128, run, "saving")
+    assert saving.needed < fast.needed / 5
+    parted = memory.plan_memory(
+        model, 128 * 128, config.LoRATraining(batch=4, accumulate=4), "fast"
+    )
+    assert parted.needed == fast.needed / 4
+    huge = memory.plan_memory(model, 10**7, run, "auto")
+    assert huge.checkpointing
+    assert not memory.plan_memory(model, 256, run, "auto").checkpointing
+    for plan, settings, words in (
+        (fast, run, "Set memory to saving. .*queue again and it goes on"),
+        (saving, run, "Set accumulate to 4. .*queue again"),
+        (saving, config.LoRATraining(batch=4, accumulate=4), "a lower resolution.*starts anew"),
+    ):
+        with pytest.raises(Exception, match=words), memory.fits(plan, settings):
+            raise management.OOM_EXCEPTION("CUDA out of memory")
+
+
+def test_bfloat16_where_the_device_has_it(parts, unet, monkeypatch):
+    import comfy.model_management as management
+
+    base, model = parts("nodes.host.base"), unet()
+    monkeypatch.setattr(model.model, "get_dtype_inference", lambda: torch.float16)
+    assert base.ComfyBase(model, None).dtype == torch.float16  # then the loss is scaled
+    monkeypatch.setattr(management, "should_use_bf16", lambda *_, **__: True)
+    assert base.ComfyBase(model, None).dtype == torch.bfloat16
