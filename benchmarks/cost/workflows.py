@@ -25,10 +25,10 @@ from difflora_core.demo.workflows.needs import SDXL_FILES
 from difflora_core.errors import DiffLoRAError
 from difflora_core.storage.atomic import write_text
 
+from ..comfyui_run import difference, run
 from ..command import benchmark_console, command_parser, commit, machine
 from .sdxl import graphs
 from .sdxl.files import build
-from .sdxl.measure import difference, run
 
 FOLDER = WORK / "full-size"
 LIMIT_GB = 16.0

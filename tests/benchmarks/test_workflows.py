@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import comfyui_run as measure
 from benchmarks.cost import workflows
-from benchmarks.cost.sdxl import files, graphs, measure
+from benchmarks.cost.sdxl import files, graphs
 from benchmarks.cost.workflows import Row, chosen, table
 from difflora_core.demo.comfyui.client import NodeProgress
 from difflora_core.demo.workflows.runner import read_workflow

@@ -1,1 +1,1 @@
-"""SDXL of full size with random weights: its files, its workflows made small, one run measured."""
+"""SDXL of full size with random weights: its files, and its workflows made small."""
