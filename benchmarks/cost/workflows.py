@@ -68,10 +68,11 @@ class Harness:
     Args:
         server: it runs.
         base: see `graphs.base_prompt`; drawn at once, before anything is applied.
+        side: of pictures, see `graphs.smaller`.
     """
 
-    def __init__(self, server: ComfyServer, base: graphs.Prompt) -> None:
-        self.server, self.base = server, base
+    def __init__(self, server: ComfyServer, base: graphs.Prompt, side: int = graphs.SIDE) -> None:
+        self.server, self.base, self.side = server, base, side
         self.info = server.client.object_info()
         self.untouched = self._base_picture()
 
@@ -79,7 +80,7 @@ class Harness:
         """Run one prompt, what it loads first; a failure becomes the row's `problem`."""
         try:
             for file in graphs.missing_files(prompt, self.server.base_directory / "models"):
-                run(self.server, graphs.maker_prompt(file, self.info), self.info)
+                run(self.server, graphs.maker_prompt(file, self.info, self.side), self.info)
             with_witness = graphs.witnessed(prompt, self.info)
             done = run(self.server, with_witness or prompt, self.info)
             changed = None
@@ -126,16 +127,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shutil.rmtree(options.folder, ignore_errors=True)
         console.print(f"removed {options.folder}")
         return 0
-    size = build(options.folder, console.print)
+    side = options.side
+    size = build(options.folder, side, console.print)
     console.print(f"{size:.1f} GB in {options.folder}; args='--remove' deletes them")
     rows: list[Row] = []
     with ComfyServer(options.folder, arguments=COMFYUI) as server:
-        harness = Harness(server, graphs.base_prompt(SDXL_FILES["checkpoints"][0]))
-        prompts = graphs.all_prompts(harness.info)
+        harness = Harness(server, graphs.base_prompt(SDXL_FILES["checkpoints"][0], side), side)
+        prompts = graphs.all_prompts(harness.info, side)
         for name in chosen(options.only, list(prompts)):
             rows.append(harness.row(name, prompts[name]))
             console.print(line(rows[-1]), markup=False)
-            _write(options.json, rows, size)
+            _write(options.json, rows, {"stored_gb": size, "side": side})
     console.print(table(rows), markup=False)
     console.print(f"{sum(row.good for row in rows)} of {len(rows)} are good; {machine()}")
     return 0 if all(row.good for row in rows) else 1
@@ -183,14 +185,15 @@ def table(rows: Sequence[Row]) -> str:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser("Every SDXL workflow at full size with random weights.", threads=None)
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of the 15 GB of random files")
+    parser.add_argument("--side", type=int, default=graphs.SIDE, help="of pictures, in pixels")
     parser.add_argument("--only", nargs="+", default=[], help="names of workflows, for example")
     parser.add_argument("--remove", action="store_true", help="delete the folder and end")
     return parser.parse_args(arguments)
 
 
-def _write(path: Path | None, rows: Sequence[Row], size: float) -> None:
+def _write(path: Path | None, rows: Sequence[Row], facts: Mapping[str, object]) -> None:
     """Everything so far, so that a stopped run leaves what it has."""
     if path:
-        facts = {"stored_gb": size, "commit": commit(), "machine": machine(), "comfyui": COMFYUI}
-        document = {"rows": [asdict(row) | {"good": row.good} for row in rows], **facts}
+        own = {"commit": commit(), "machine": machine(), "comfyui": COMFYUI}
+        document = {"rows": [asdict(row) | {"good": row.good} for row in rows], **facts, **own}
         write_text(path, json.dumps(document, indent=1) + "\n")

@@ -16,6 +16,9 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from difflora_core.adapters.attach import attach
+from difflora_core.adapters.base import AdapterSet
+from difflora_core.adapters.lora import lora_adapter_set
 from difflora_core.demo.comfyui.server import ComfyServer
 from difflora_core.evaluation.report import Report
 from difflora_core.lora.formats.state_dict import from_state_dict
@@ -23,7 +26,6 @@ from difflora_core.lora.layout import unet_name_map
 from difflora_core.lora.weights import LoRAWeights
 from difflora_core.storage.image_files import write_image
 from difflora_core.storage.lora_file import read_lora_file
-from difflora_core.training.lora.objective import TARGETS
 
 from ..comfyui_run import Measured, run
 from .drawing import PictureSampler, unseen_latents
@@ -139,16 +141,18 @@ class _Judge:
 
     def __init__(self, experiment: Experiment) -> None:
         base, seeds = experiment.artefacts.base, experiment.people.seeds[:1]
-        layout = base.layout("demo", RANK, TARGETS["all"])
+        self.base = base
+        self.names = {ldm: path for path, ldm in unet_name_map(dict(base.unet.config)).items()}
         pictures = experiment.people.unseen
         own = RealPictures(pictures.images[:1], pictures.captions[:1])
         self.unseen = unseen_latents(base, own, experiment.plan, seeds)
-        self.sampler = PictureSampler(base, layout, experiment.plan, seeds)
+        self.sampler = PictureSampler(base, experiment.artefacts.layout, experiment.plan, seeds)
 
     def loss(self, weights: LoRAWeights | None) -> float:
         """Under a LoRA; None for the base alone."""
-        batch = None if weights is None else LoRAWeights.stack([weights])
-        return float(self.sampler.losses(self.unseen, batch).mean())
+        applied = AdapterSet(()) if weights is None else lora_adapter_set(weights)
+        with attach(self.base.unet, applied, names=self.names):
+            return float(self.sampler.losses(self.unseen).mean())
 
 
 def _upload(server: ComfyServer, experiment: Experiment) -> list[str]:

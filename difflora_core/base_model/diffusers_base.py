@@ -77,7 +77,8 @@ class DiffusersBase:
 
     def predict(self, noisy: Tensor, timesteps: Tensor, text: TextCondition) -> Tensor:
         """The UNet's output for noisy latents (B, C, h, w) at timesteps (B,)."""
-        added = {"text_embeds": text.pooled, "time_ids": time_ids(noisy)}
+        sizes = time_ids(noisy) if text.time_ids is None else text.time_ids.to(noisy.device)
+        added = {"text_embeds": text.pooled, "time_ids": sizes}
         output: Tensor = self.unet(noisy, timesteps, text.context, added_cond_kwargs=added).sample
         return output
 

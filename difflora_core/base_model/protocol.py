@@ -14,14 +14,21 @@ from ..lora.layout import ATTENTION_PROJECTIONS, LoRALayout
 
 @dataclass(frozen=True)
 class TextCondition:
-    """Encoded prompts: `context` (B, L, C) for cross-attention, `pooled` (B, P)."""
+    """Encoded prompts: `context` (B, L, C) for cross-attention, `pooled` (B, P).
+
+    `time_ids`: (B, 6) what SDXL is told of each picture beside (arXiv 2307.01952, 2.2): its height
+    and width before it was scaled, top and left of what was cut out, height and width drawn. None:
+    whole pictures of the size that is drawn.
+    """
 
     context: Tensor
     pooled: Tensor
+    time_ids: Tensor | None = None
 
     def select(self, index: Tensor) -> TextCondition:
         """Rows by index (n,), which may repeat: a condition of n prompts."""
-        return TextCondition(self.context[index], self.pooled[index])
+        sizes = None if self.time_ids is None else self.time_ids[index]
+        return TextCondition(self.context[index], self.pooled[index], sizes)
 
 
 class BaseModel(Protocol):

@@ -87,7 +87,7 @@ def predict(base: BaseModel, noisy: Tensor, timesteps: Tensor, text: TextConditi
         text: B encoded prompts, anywhere.
     """
     seen = noisy.to(compute_dtype(base))
-    here = TextCondition(text.context.to(seen), text.pooled.to(seen))
+    here = TextCondition(text.context.to(seen), text.pooled.to(seen), text.time_ids)
     return base.predict(seen, timesteps, here).to(noisy)
 
 
@@ -115,7 +115,8 @@ def under_guidance(
     """
     if scale == 1.0:
         return batch
-    rows = nothing.select(torch.zeros(len(batch.latents), dtype=torch.long))
+    empty = nothing.select(torch.zeros(len(batch.latents), dtype=torch.long))
+    rows = replace(empty, time_ids=batch.text.time_ids)
     fine = torch.promote_types(compute_dtype(base), torch.float32)
     clean, noise = batch.latents.to(fine), batch.noise.to(fine)
     noisy = add_noise(clean, noise, abar_at(base.alphas_cumprod, batch.timesteps, clean))

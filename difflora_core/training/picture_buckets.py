@@ -128,6 +128,7 @@ def _encoded(
 ) -> PictureExamples:
     """Pictures of one size as latents."""
     masks = [picture.mask for picture in pictures if picture.mask is not None]
+    sizes = [p.time_ids(mirrored) for mirrored in (False, True)[: 1 + flip] for p in pictures]
     return picture_examples(
         base,
         torch.stack([picture.image for picture in pictures]),
@@ -135,4 +136,5 @@ def _encoded(
         torch.stack(masks) if masks else None,
         [prompts[picture.number] for picture in pictures],
         flip,
+        torch.tensor(sizes),
     )

@@ -16,6 +16,9 @@ from ..errors import ConfigError
 from ..text.new_words import TEMPLATES, find_words
 from ..vision.preprocess import marks_nothing
 
+PIXELS = 8
+"""Of a picture's side for each of the latent's, as SDXL's VAE has them."""
+
 
 class Examples(Protocol):
     """What a run draws its batches from."""
@@ -43,6 +46,7 @@ class PictureExamples:
         latents: (N, C, h, w) clean, scaled.
         prompts: for each picture the prompts it may be shown with, new words standing literally.
         masks: (N, h, w) in [0, 1], largest value 1, what counts; None counts whole pictures.
+        time_ids: (N, 6) see `TextCondition`; None where pictures are as they were.
 
     Raises:
         ConfigError: no pictures, or parts that do not fit each other.
@@ -51,6 +55,7 @@ class PictureExamples:
     latents: Tensor
     prompts: Sequence[Sequence[str]]
     masks: Tensor | None = None
+    time_ids: Tensor | None = None
 
     def __post_init__(self) -> None:
         shape = tuple(self.latents.shape)
@@ -63,6 +68,11 @@ class PictureExamples:
         if self.masks is not None and self.masks.shape != (shape[0], *shape[2:]):
             raise ConfigError(
                 f"The masks are {tuple(self.masks.shape)}, expected {(shape[0], *shape[2:])}."
+            )
+        if self.time_ids is not None and self.time_ids.shape != (shape[0], 6):
+            raise ConfigError(
+                f"The sizes of the pictures are {tuple(self.time_ids.shape)}, expected "
+                f"{(shape[0], 6)}."
             )
 
     def __len__(self) -> int:
@@ -88,7 +98,8 @@ class PictureExamples:
         Returns:
             From a generator to a batch: clean scaled `latents` and unit `noise` (B, C, h, w),
             `timesteps` (B,) below `steps`, B `prompts`; `whole`, the prompts of the whole batch,
-            when this is a part of it; `masks` (B, h, w) in [0, 1] if there are any.
+            when this is a part of it; `masks` (B, h, w) in [0, 1] and `time_ids` (B, 6) if there
+            are any.
         """
 
         def batch(generator: torch.Generator) -> dict[str, object]:
@@ -107,7 +118,11 @@ class PictureExamples:
                 "prompts": chosen,
                 "whole": tuple(chosen),  # shared by all parts of the batch
             }
-            return parts if self.masks is None else {**parts, "masks": self.masks[index].float()}
+            for name in ("masks", "time_ids"):
+                own: Tensor | None = getattr(self, name)
+                if own is not None:
+                    parts[name] = own[index].float()
+            return parts
 
         return batch
 
@@ -119,6 +134,7 @@ def picture_examples(
     masks: Tensor | None = None,
     prompts: Sequence[Sequence[str]] | None = None,
     flip: bool = True,
+    time_ids: Tensor | None = None,
 ) -> PictureExamples:
     """Training pictures from images.
 
@@ -131,6 +147,8 @@ def picture_examples(
             only empty ones, counts whole pictures.
         prompts: see `PictureExamples`; the photo templates unless given.
         flip: also train on mirrored pictures; turn it off for what is not symmetric (writing).
+        time_ids: in pixels of the images, see `PictureExamples`; with `flip` those of the mirrored
+            pictures follow.
 
     Raises:
         ConfigError: no images, masks for another number of them, an empty mask beside others, or
@@ -148,7 +166,10 @@ def picture_examples(
     if shaped is not None:
         small = F.interpolate(shaped[:, None], tuple(latents.shape[-2:]), mode="area")[:, 0]
         shaped = small / small.flatten(1).amax(1).clamp_min(1e-6)[:, None, None]
-    return PictureExamples(latents, lists, shaped)
+    if time_ids is not None:
+        # Hosts take a latent pixel for 8 of the picture, whatever the VAE makes of them.
+        time_ids = time_ids * (PIXELS * latents.shape[2] / images.shape[1])
+    return PictureExamples(latents, lists, shaped, time_ids)
 
 
 def _masks(masks: Tensor, images: Tensor) -> Tensor | None:

@@ -68,7 +68,7 @@ class PictureTask:
             encoded: its prompts.
             guidance: see `losses.under_guidance`.
         """
-        text = TextCondition(encoded.context, encoded.pooled)
+        text = TextCondition(encoded.context, encoded.pooled, batch.get("time_ids"))
         plain = NoisedBatch(batch["latents"], batch["noise"], batch["timesteps"], text)
         if guidance == 1.0:
             return plain

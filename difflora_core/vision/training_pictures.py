@@ -24,6 +24,22 @@ ALREADY = 0.8
 """A square around the face that is larger than this share of a photo is the photo."""
 
 
+@dataclass(frozen=True)
+class Cut:
+    """What a picture was scaled from and cut out of.
+
+    Attributes:
+        original: its height and width before.
+        scaled_width: of the whole, scaled picture.
+        top, left: of the cut, in pixels of the scaled picture.
+    """
+
+    original: tuple[int, int]
+    scaled_width: int
+    top: int
+    left: int
+
+
 @dataclass(frozen=True, eq=False)
 class TrainingPicture:
     """A picture to train on.
@@ -33,12 +49,23 @@ class TrainingPicture:
         number: of the photo that it comes from, counted from 0.
         framing: WHOLE, or FACE for the square around the face.
         mask: (H, W), what counts; None counts all.
+        cut: how it was brought to its size; None while it is as it came. A square around a face
+            is a picture of its own, as if somebody had cut it out by hand.
     """
 
     image: Tensor
     number: int
     framing: str = WHOLE
     mask: Tensor | None = None
+    cut: Cut | None = None
+
+    def time_ids(self, mirrored: bool = False) -> list[float]:
+        """What SDXL is told of it, see `base_model.protocol.TextCondition`; as the trainers of
+        diffusers and kohya say it: places are counted in the scaled picture, as it is shown."""
+        height, width = self.image.shape[:2]
+        cut = self.cut or Cut((height, width), width, 0, 0)
+        left = cut.scaled_width - width - cut.left if mirrored else cut.left
+        return [float(n) for n in (*cut.original, cut.top, left, height, width)]
 
 
 def training_pictures(
@@ -167,12 +194,19 @@ def fitted(picture: TrainingPicture, height: int, width: int) -> TrainingPicture
     if mask is None:
         mask = picture.image.new_ones(picture.image.shape[:2])
     top, left = _most(mask.sum(1), tall), _most(mask.sum(0), wide)
+    own_height, own_width = picture.image.shape[:2]
+    cut = Cut(
+        (own_height, own_width),
+        max(width, round(own_width * scale)),
+        min(round(top * scale), max(0, round(own_height * scale) - height)),
+        min(round(left * scale), max(0, round(own_width * scale) - width)),
+    )
     rows, columns = slice(top, top + tall), slice(left, left + wide)
     pixels = _resized(picture.image[rows, columns].movedim(-1, 0), height, width).movedim(0, -1)
     if picture.mask is None:
-        return replace(picture, image=pixels)
+        return replace(picture, image=pixels, cut=cut)
     small = _resized(mask[rows, columns][None], height, width)[0]
-    return replace(picture, image=pixels, mask=_marked(small))
+    return replace(picture, image=pixels, mask=_marked(small), cut=cut)
 
 
 def _most(weights: Tensor, length: int) -> int:

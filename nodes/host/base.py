@@ -200,14 +200,25 @@ class ComfyBase:
     def predict(self, noisy: Tensor, timesteps: Tensor, text: TextCondition) -> Tensor:
         """The UNet's output (B, C, h, w) for noisy latents of that shape at timesteps (B,).
 
-        It is conditioned on the picture's size as ComfyUI does.
+        It is conditioned on the picture's size as ComfyUI does, or on what `text` says of it.
         """
-        height, width = (8 * side for side in noisy.shape[-2:])
-        sizes = self.patcher.model.encode_adm(pooled_output=text.pooled, width=width, height=height)
+        sizes = self._size_condition(noisy, text)
         with stopping():
             return self.unet(
                 noisy, timesteps.to(noisy.device), context=text.context.to(noisy), y=sizes.to(noisy)
             )
+
+    def _size_condition(self, noisy: Tensor, text: TextCondition) -> Tensor:
+        """Pooled prompts and sizes as the UNet takes them (B, P)."""
+        encode = self.patcher.model.encode_adm
+        if text.time_ids is None:
+            height, width = (8 * side for side in noisy.shape[-2:])
+            return encode(pooled_output=text.pooled, width=width, height=height)
+        names = ("height", "width", "crop_h", "crop_w", "target_height", "target_width")
+        rows = zip(text.pooled.split(1), text.time_ids.tolist(), strict=True)
+        return torch.cat(
+            [encode(pooled_output=one, **dict(zip(names, ids, strict=True))) for one, ids in rows]
+        )
 
 
 def _training_dtype(patcher: ModelPatcher) -> torch.dtype:

@@ -96,6 +96,8 @@ def test_sizes_keep_their_proportions():
     assert small["wide"]["width"] == 2 * small["half"]["width"] == 2 * small["right"]["x"]
     assert (small["left"]["x"], small["right"]["destination"]) == (0, ["wide", 0])
     assert masks["wide"]["inputs"]["width"] == 1664
+    tiny = {key: made["inputs"] for key, made in graphs.smaller(masks, 128).items()}
+    assert tiny["wide"]["width"] == 2 * tiny["half"]["width"] == 2 * tiny["right"]["x"] == 192
 
 
 def test_steps_are_two_and_links_stay():

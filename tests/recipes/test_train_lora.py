@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,12 +27,15 @@ from difflora_core.training.lora.objective import (
     LoRATraining,
     check_start,
 )
-from difflora_core.training.picture_buckets import BucketedExamples
+from difflora_core.training.losses import denoising_error
+from difflora_core.training.picture_buckets import BucketedExamples, bucketed
 from difflora_core.training.picture_examples import PictureExamples
 from difflora_core.training.picture_task import PictureTask
+from difflora_core.vision.training_pictures import training_pictures
 
 SETTINGS = {"rank": 2, "batch": 4, "evaluate_every": 20, "learning_rate": 0.01, "warmup": 0}
 PROMPTS = ["photo of a hat", "the red hat"]
+SIDE = 64
 
 
 @pytest.fixture
@@ -308,3 +312,52 @@ def test_what_is_refused(setting, base):
     for bad in ({"rank": 0}, {"targets": "some"}, {"learning_rate": 0.0}, {"schedule": "odd"}):
         with pytest.raises(ConfigError):
             LoRATraining(**bad)
+
+
+def test_every_picture_is_trained_with_its_own_size(setting, monkeypatch):
+    """What reaches the UNet: sizes before scaling and cuts, in the pixels that hosts count."""
+    tall = torch.rand(3 * SIDE, SIDE, 3, generator=torch.Generator().manual_seed(1))
+    mark = torch.zeros(SIDE, 3 * SIDE)
+    mark[:, 2 * SIDE :] = 1.0  # what is cut out lies at an edge, which mirroring changes
+    photos = training_pictures([tall, tall.movedim(0, 1)], [mark.T, mark])
+    channels, seen = setting.base.unet.config.in_channels, []
+
+    def encode_images(images):  # a latent pixel for 4 of the picture, where hosts count 8
+        small = torch.nn.functional.avg_pool2d(images.movedim(-1, 1), 4)
+        return small.mean(1, keepdim=True).expand(-1, channels, -1, -1)
+
+    def forward(noisy, *args, added_cond_kwargs, **kwargs):
+        seen.append((noisy, added_cond_kwargs["time_ids"]))
+        return SimpleNamespace(sample=noisy)
+
+    monkeypatch.setattr(setting.base, "encode_images", encode_images)
+    monkeypatch.setattr(setting.base.unet, "forward", forward)
+    made = bucketed(setting.base, photos, {0: PROMPTS, 1: PROMPTS}, SIDE)
+    objective = LoRAObjective(setting, LoRATraining(**SETTINGS))
+    for seed in range(8):
+        objective(made.draw(4, 1000)(torch.Generator().manual_seed(seed)))
+    found = {tuple(row) for _, ids in seen for row in ids.tolist()}
+    for noisy, ids in seen:
+        height, width = (8 * n for n in noisy.shape[2:])
+        assert ids.shape == (4, 6)
+        assert (ids[:, 4:] == torch.tensor([height, width])).all()
+    # 64 x 192 pixels scaled to 48 x 144, of which 80 are kept; the other way round, and mirrored.
+    wanted = {(384, 128, 128, 0, 160, 96), (128, 384, 0, 128, 96, 160), (128, 384, 0, 0, 96, 160)}
+    assert found == wanted
+
+
+def test_a_size_of_its_own_is_another_condition(setting, batch):
+    """Guided losses too; without a size the picture counts as whole, as ComfyUI has it."""
+    height, width = (8 * n for n in batch["latents"].shape[2:])
+    whole = torch.tensor([[height, width, 0, 0, height, width]] * 4, dtype=torch.float32)
+    other = whole * torch.tensor([4, 4, 1, 1, 1, 1])
+    encoded = setting.encode(batch["prompts"])
+    for guidance in (1.0, 3.0):
+        losses = [
+            denoising_error(
+                setting.base, setting.noised({**batch, **own}, encoded, guidance), "uniform"
+            )
+            for own in ({}, {"time_ids": whole}, {"time_ids": other})
+        ]
+        assert torch.equal(losses[0], losses[1])
+        assert not torch.allclose(losses[0], losses[2])

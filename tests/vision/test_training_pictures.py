@@ -1,9 +1,13 @@
 """Photos as training pictures: sizes of buckets, squares around faces, and notes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from diffusers import StableDiffusionXLPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision.transforms import Resize
 
 from difflora_core.errors import ImageError, NoFaceError
 from difflora_core.vision.face_choice import FaceOptions
@@ -100,6 +104,49 @@ def test_a_long_photo_is_cut_where_its_mask_is(left):
     whole = mask.sum() / 150**2 * 96**2  # nothing of the mask is lost
     assert float(made.mask.sum()) == pytest.approx(float(whole), rel=0.02)
     assert float(made.image[made.mask > 0.9].min()) > 0.9
+
+
+def diffusers_time_ids(original, corner, target):
+    """The formula of diffusers' own SDXL pipeline."""
+    config = SimpleNamespace(addition_time_embed_dim=256)
+    embedding = SimpleNamespace(linear_1=SimpleNamespace(in_features=6 * 256 + 1280))
+    pipeline = SimpleNamespace(unet=SimpleNamespace(config=config, add_embedding=embedding))
+    made = StableDiffusionXLPipeline._get_add_time_ids(
+        pipeline, original, corner, target, torch.float32, text_encoder_projection_dim=1280
+    )
+    return made[0].tolist()
+
+
+@pytest.mark.parametrize("size", [(1024, 1024), (900, 1600), (3000, 1700), (300, 200)])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_sizes_and_cuts_are_told_as_diffusers_trainer_tells_them(size, mirrored):
+    """train_text_to_image_sdxl.py: scale the shorter side, mirror, cut the middle out."""
+    side = 512
+    height, width = size
+    picture = fitted(training_pictures([torch.zeros(height, width, 3)])[0], side, side)
+    scaled = Resize(side, antialias=True)(torch.zeros(1, height, width))
+    top = max(0, round((scaled.shape[1] - side) / 2.0))
+    left = max(0, round((scaled.shape[2] - side) / 2.0))
+    wanted = diffusers_time_ids(size, (top, left), (side, side))
+    found = picture.time_ids(mirrored)
+    assert found[:2] == wanted[:2] == [height, width]
+    assert found[4:] == wanted[4:] == [side, side]
+    near = 2 * side / min(size)  # the cut begins at a whole pixel of the photo
+    assert all(abs(a - b) <= near for a, b in zip(found[2:4], wanted[2:4], strict=True))
+    assert picture.time_ids(True)[:3] == picture.time_ids(False)[:3]
+
+
+def test_a_mirrored_cut_begins_at_its_other_edge():
+    image, mask = torch.zeros(100, 400, 3), torch.zeros(100, 400)
+    mask[:, 300:] = 1.0
+    picture = fitted(TrainingPicture(image, 0, mask=mask), 200, 200)
+    assert picture.time_ids() == [100, 400, 0, 600, 200, 200]
+    assert picture.time_ids(mirrored=True) == [100, 400, 0, 0, 200, 200]
+
+
+def test_a_picture_of_its_own_size_is_whole():
+    whole = training_pictures([torch.zeros(64, 96, 3)])[0]
+    assert whole.time_ids() == fitted(whole, 64, 96).time_ids() == [64, 96, 0, 0, 64, 96]
 
 
 def test_masks_that_mark_nothing_are_none():

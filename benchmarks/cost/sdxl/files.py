@@ -40,8 +40,6 @@ from ..hyperlora import write_random
 Shapes = Mapping[str, Sequence[int]]
 
 RANK = 8
-PHOTO_SIDE = 256
-"""Of the drawn photos, which are enlarged: at their own 64 pixels SDXL would draw 64 too."""
 GAINS = {"decoder.conv_out.weight": 0.3, "zero_convs": 0.3, "middle_block_out": 0.3}
 """Factors on layers whose output is seen as it is: pictures keep within their range."""
 SPREAD = 0.05
@@ -61,11 +59,12 @@ class RandomFile:
     write: Callable[[Path], object]
 
 
-def build(folder: Path, say: Callable[[str], None]) -> float:
+def build(folder: Path, side: int, say: Callable[[str], None]) -> float:
     """Write every file of FILES that is not there yet, and the photos; returns gigabytes.
 
     Args:
         folder: ComfyUI's base directory.
+        side: of the photos in pixels; they are drawn at 64, and SDXL would train and paint at 64.
         say: prints a line for each file.
     """
     for file in FILES:
@@ -74,7 +73,7 @@ def build(folder: Path, say: Callable[[str], None]) -> float:
             path.parent.mkdir(parents=True, exist_ok=True)
             file.write(path)
             say(f"{file.place}: about {file.gigabytes:.1f} GB")
-    _enlarge_photos(folder / "input")
+    _enlarge_photos(folder / "input", side)
     return sum(path.stat().st_size for path in (folder / "models").rglob("*.*")) / 1e9
 
 
@@ -179,13 +178,13 @@ class OutlinePoints(nn.Module):
         return self.points + 0 * picture.mean()
 
 
-def _enlarge_photos(folder: Path) -> None:
-    """The photos that workflows load, in a size that SDXL takes."""
+def _enlarge_photos(folder: Path, side: int) -> None:
+    """The photos that workflows load, as wide as this."""
     folder.mkdir(parents=True, exist_ok=True)
     for photo in WORKFLOWS.glob("difflora_demo*.png"):
         with Image.open(photo) as picture:
-            side = (PHOTO_SIDE, PHOTO_SIDE * picture.height // picture.width)
-            picture.resize(side, Image.Resampling.BICUBIC).save(folder / photo.name)
+            size = (side, side * picture.height // picture.width)
+            picture.resize(size, Image.Resampling.BICUBIC).save(folder / photo.name)
 
 
 def _models(kind: str) -> str:

@@ -14,7 +14,7 @@ from difflora_core.demo.workflows.writer import FOLDER
 Prompt = dict[str, dict[str, Any]]
 Info = Mapping[str, Any]
 
-STEPS = 2
+STEPS, SIDE = 2, 256
 MOST_PROMPTS = 2
 """Of a workflow that draws many with one sampler."""
 WITNESS = "witness"
@@ -23,29 +23,30 @@ BASE_PICTURE = "base"
 """Id of the node that shows what the base model draws."""
 
 
-def pixels(value: int) -> int:
-    """A size for 1024 pixels as one for 256, a multiple of 64 as SDXL needs it."""
-    return max(64, 64 * round(value / 4 / 64))
+def pixels(value: int, side: int = SIDE) -> int:
+    """A size for pictures of 1024 pixels as one for `side`, a multiple of its quarter."""
+    unit = side // 4
+    return max(unit, unit * round(value * side / 1024 / unit))
 
 
-def _fewer(most: int) -> Callable[[float], float]:
-    return lambda value: min(value, most)
+def _fewer(most: int) -> Callable[[Any, int], float]:
+    return lambda value, _: min(value, most)
 
 
-SMALLER: dict[str, dict[str, Callable[[Any], float]]] = {
+SMALLER: dict[str, dict[str, Callable[[Any, int], float]]] = {
     "EmptyLatentImage": {"width": pixels, "height": pixels, "batch_size": _fewer(1)},
     "SolidMask": {"width": pixels, "height": pixels},
-    "MaskComposite": {"x": lambda x: pixels(x) if x else 0},
+    "MaskComposite": {"x": lambda x, side: pixels(x, side) if x else 0},
     "GrowMask": {"expand": _fewer(16)},
     "KSampler": {"steps": _fewer(STEPS), "cfg": _fewer(1)},  # each step is one pass
     "DiffLoRA_StyleRouter": {"steps": _fewer(STEPS), "cfg": _fewer(1)},
     "DiffLoRA_InterpolateIdentities": {"steps": _fewer(2)},
     "DiffLoRA_EncodeLoRA": {"refine_steps": _fewer(STEPS)},
-    "DiffLoRA_BuildCovariance": {"count": _fewer(200)},
+    "DiffLoRA_BuildCovariance": {"count": _fewer(100)},
     "DiffLoRA_TrainLoRA": {
         "steps": _fewer(STEPS),
         "batch_size": _fewer(2),
-        "resolution": lambda _: 256,
+        "resolution": lambda _, side: side,
     },
     "DiffLoRA_TrainPerfusionConcept": {"steps": _fewer(STEPS), "batch_size": _fewer(1)},
     "DiffLoRA_TrainInfusionConcept": {"steps": _fewer(STEPS), "batch_size": _fewer(1)},
@@ -60,7 +61,7 @@ SMALLER: dict[str, dict[str, Callable[[Any], float]]] = {
         "height": pixels,
     },
 }
-"""Node type to input to what becomes of its value; everything else stays as the artist has it."""
+"""Node type to input to what becomes of its value, for pictures of a side; all else stays."""
 
 MAKERS: dict[str, tuple[str, dict[str, str]]] = {
     "my_hat": ("sdxl_teach_concept", {}),
@@ -85,25 +86,25 @@ def workflow_names() -> list[str]:
     return sorted(names, key=lambda name: first.index(name) if name in first else len(first))
 
 
-def all_prompts(info: Info) -> dict[str, Prompt]:
+def all_prompts(info: Info, side: int = SIDE) -> dict[str, Prompt]:
     """Every shipped workflow for SDXL, and trainings that none of them holds, made small."""
-    workflows = {name: small_prompt(name, info) for name in workflow_names()}
-    return workflows | training_prompts(info)
+    workflows = {name: small_prompt(name, info, side) for name in workflow_names()}
+    return workflows | training_prompts(info, side)
 
 
-def small_prompt(name: str, info: Info) -> Prompt:
+def small_prompt(name: str, info: Info, side: int = SIDE) -> Prompt:
     """A shipped workflow as a prompt with the values of SMALLER, see `smaller`."""
-    return smaller(workflow_to_prompt(read_workflow(FOLDER / f"{name}.json"), info))
+    return smaller(workflow_to_prompt(read_workflow(FOLDER / f"{name}.json"), info), side)
 
 
-def smaller(prompt: Mapping[str, Mapping[str, Any]]) -> Prompt:
-    """The same prompt with smaller pictures and fewer steps; links stay."""
+def smaller(prompt: Mapping[str, Mapping[str, Any]], side: int = SIDE) -> Prompt:
+    """The same prompt with fewer steps, and with pictures of `side` for 1024; links stay."""
     made: Prompt = copy.deepcopy({key: dict(node) for key, node in prompt.items()})
     for node in made.values():
         inputs = node["inputs"]
         for name, change in SMALLER.get(node["class_type"], {}).items():
             if isinstance(inputs.get(name), int | float):
-                inputs[name] = change(inputs[name])
+                inputs[name] = change(inputs[name], side)
         if node["class_type"] == "CreateList":
             node["inputs"] = dict(list(inputs.items())[:MOST_PROMPTS])
     return made
@@ -156,7 +157,7 @@ def ancestors(prompt: Mapping[str, Mapping[str, Any]], node: str) -> Prompt:
     return found
 
 
-def base_prompt(checkpoint: str) -> Prompt:
+def base_prompt(checkpoint: str, side: int = SIDE) -> Prompt:
     """One step of the base model alone, which must draw the same whatever ran before."""
     words = {"clip": ["load", 1], "text": "photo of a person"}
     sampler = {
@@ -171,7 +172,7 @@ def base_prompt(checkpoint: str) -> Prompt:
         "scheduler": "normal",
         "denoise": 1.0,
     }
-    size = {"width": pixels(1024), "height": pixels(1024), "batch_size": 1}
+    size = {"width": side, "height": side, "batch_size": 1}
     nodes = {
         "load": ("CheckpointLoaderSimple", {"ckpt_name": checkpoint}),
         "words": ("CLIPTextEncode", words),
@@ -193,18 +194,18 @@ def missing_files(prompt: Mapping[str, Mapping[str, Any]], models: Path) -> list
     return list(dict.fromkeys(found))
 
 
-def maker_prompt(name: str, info: Info) -> Prompt:
+def maker_prompt(name: str, info: Info, side: int = SIDE) -> Prompt:
     """The training alone that makes a file of MAKERS."""
     workflow, changes = MAKERS[name]
-    prompt = small_prompt(workflow, info)
+    prompt = small_prompt(workflow, info, side)
     key, node = _training_node(prompt)
     node["inputs"] |= changes
     return _reported(prompt, key, info)
 
 
-def training_prompts(info: Info) -> dict[str, Prompt]:
+def training_prompts(info: Info, side: int = SIDE) -> dict[str, Prompt]:
     """Two steps of the training nodes that no shipped workflow for SDXL holds."""
-    infusion = small_prompt("sdxl_teach_concept", info)
+    infusion = small_prompt("sdxl_teach_concept", info, side)
     key, node = _training_node(infusion)
     kind = "DiffLoRA_TrainInfusionConcept"
     inputs = _defaults(info, kind)
@@ -223,8 +224,8 @@ def training_prompts(info: Info) -> dict[str, Prompt]:
         "distil": {"class_type": kind, "inputs": _defaults(info, kind) | inputs},
     }
     return {
-        "Train Infusion Concept": _reported(smaller(infusion), key, info),
-        "Distil Checkpoint": _reported(smaller(distil), "distil", info),
+        "Train Infusion Concept": _reported(smaller(infusion, side), key, info),
+        "Distil Checkpoint": _reported(smaller(distil, side), "distil", info),
     }
 
 
