@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
-from .encoders import EncodedPrompts, WordEmbedding
+from .encoders import EncodedPrompts, WordEmbedding, joined_blocks, token_blocks
 from .new_words import splice
 
 
@@ -65,13 +64,14 @@ class ClipPairText:
         """Encode prompts in which new words stand literally; see `TextEncoders`.
 
         Raises:
-            ConfigError: a prompt is longer than the encoders read.
+            ConfigError: a prompt is too long, see `token_blocks`.
         """
-        pieces = [splice(prompt, list(words), self._tokenize) for prompt in prompts]
-        longest, limit = max(map(len, pieces)), self.special.length - 2
-        if longest > limit:
-            raise ConfigError(f"A prompt has {longest} tokens; the text encoders read {limit}.")
-        length = self.special.length if padded else longest + 2
+        spliced = [splice(prompt, list(words), self._tokenize) for prompt in prompts]
+        blocks = token_blocks(spliced, self.special.length - 2, list(words))
+        pieces = [piece for own in blocks for piece in own]
+        one_each = len(pieces) == len(prompts)
+        shortest = max(map(len, pieces)) + 2
+        length = self.special.length if padded or not one_each else shortest
         device = _table(self.encoders[0]).weight.device
         states: list[Tensor] = []
         pooled = torch.zeros(0)
@@ -85,7 +85,10 @@ class ClipPairText:
         lengths = torch.tensor([len(piece) for piece in pieces], device=device)[:, None]
         index = torch.arange(length, device=device)[None]
         real = (index >= 1) & (index <= lengths)
-        return EncodedPrompts(torch.cat(states, -1), pooled, real, _positions(pieces, words))
+        context = torch.cat(states, -1)
+        if not one_each:
+            return joined_blocks(context, pooled, real, [len(own) for own in blocks])
+        return EncodedPrompts(context, pooled, real, _positions(pieces, words))
 
     def _ids(self, pieces: Sequence[Sequence[int | str]], padding: int, length: int) -> Tensor:
         """Token numbers (B, length).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -47,6 +48,71 @@ class EncodedPrompts:
         return EncodedPrompts(self.context[rows], self.pooled[rows], self.real[rows], positions)
 
 
+BLOCKS = 4
+"""Blocks of tokens of the longest prompt."""
+
+
+def token_blocks(
+    pieces: Sequence[Sequence[int | str]], size: int, words: Sequence[str] = ()
+) -> list[list[Sequence[int | str]]]:
+    """The tokens of each prompt in blocks of at most `size`, as hosts read long prompts.
+
+    Args:
+        pieces: tokens of each prompt, without start and end.
+        size: tokens of a block, without start and end.
+        words: new words, which must stand in a prompt of one block.
+
+    Raises:
+        ConfigError: a prompt is longer than BLOCKS blocks, or than one where words are taught.
+    """
+    longest, most = max(map(len, pieces)), 1 if words else BLOCKS
+    if longest > most * size:
+        why = " of a taught word" if words else ""
+        raise ConfigError(
+            f"A prompt has {longest} tokens; the text encoders read up to {most * size}{why}. "
+            "Shorten it."
+        )
+    starts = (range(0, max(len(piece), 1), size) for piece in pieces)
+    rows = zip(pieces, starts, strict=True)
+    return [[piece[start : start + size] for start in own] for piece, own in rows]
+
+
+def joined_blocks(
+    context: Tensor, pooled: Tensor, real: Tensor, counts: Sequence[int]
+) -> EncodedPrompts:
+    """Encoded blocks as prompts: contexts one behind the other, pooled vectors of first blocks.
+
+    Args:
+        context: (n, L, d) of all blocks.
+        pooled: (n, P).
+        real: (n, L), see `EncodedPrompts`.
+        counts: blocks of each prompt; their sum is n.
+    """
+    parts = [part.split(list(counts)) for part in (context, pooled, real)]
+    rows = [
+        EncodedPrompts(own.flatten(0, 1)[None], first[:1], marks.flatten()[None], {})
+        for own, first, marks in zip(*parts, strict=True)
+    ]
+    return together(rows)
+
+
+def together(rows: Sequence[EncodedPrompts]) -> EncodedPrompts:
+    """Prompts of any lengths as one batch, without the places of words.
+
+    Shorter contexts are repeated, which cross-attention does not notice: softmax over n copies of
+    the same keys gives each 1 / n of the weight. So hosts put prompts of other lengths together.
+    """
+    length = math.lcm(*(row.context.shape[1] for row in rows))
+    times = [length // row.context.shape[1] for row in rows]
+    pairs = list(zip(rows, times, strict=True))
+    return EncodedPrompts(
+        torch.cat([row.context.repeat(1, n, 1) for row, n in pairs]),
+        torch.cat([row.pooled for row in rows]),
+        torch.cat([row.real.repeat(1, n) for row, n in pairs]),
+        {},
+    )
+
+
 class TextEncoders(Protocol):
     """A frozen pair of text encoders that can be taught words."""
 
@@ -63,6 +129,8 @@ class TextEncoders(Protocol):
         self, prompts: Sequence[str], words: Mapping[str, WordEmbedding], padded: bool = True
     ) -> EncodedPrompts:
         """Encode prompts in which new words stand literally; gradients reach their embeddings.
+
+        Prompts without new words may be longer than the encoders read at once, see `token_blocks`.
 
         Without `padded` the padding that nobody looks at may be left out, to be faster: the
         encoders are causal, so real tokens do not depend on it.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..base_model.protocol import BaseModel, TextCondition
-from ..text.encoders import EncodedPrompts, TextEncoders, text_probe
+from ..text.encoders import EncodedPrompts, TextEncoders, text_probe, together
 from .losses import NoisedBatch, under_guidance
 
 
@@ -51,12 +51,7 @@ class PictureTask:
                 made = self.text.encode([prompt], {})
                 parts = (made.context.cpu(), made.pooled.cpu(), made.real.cpu())
                 self._encoded[prompt] = EncodedPrompts(*parts, {})
-        rows = [self._encoded[prompt] for prompt in prompts]
-        context, pooled, real = (
-            torch.cat([getattr(row, name) for row in rows])
-            for name in ("context", "pooled", "real")
-        )
-        return EncodedPrompts(context, pooled, real, {})
+        return together([self._encoded[prompt] for prompt in prompts])
 
     def noised(
         self, batch: Mapping[str, Any], encoded: EncodedPrompts, guidance: float = 1.0

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from ...difflora_core.errors import ConfigError, InterruptedTraining, LayoutError
 from ...difflora_core.methods.base import PreparedAdaptation, TrainedAdaptation
-from ...difflora_core.text.encoders import EncodedPrompts, WordEmbedding, check_probe, text_probe
+from ...difflora_core.text.encoders import (
+    EncodedPrompts,
+    WordEmbedding,
+    check_probe,
+    joined_blocks,
+    text_probe,
+    token_blocks,
+)
 from ...difflora_core.text.new_words import (
     check_new_word,
     find_words,
@@ -112,16 +119,15 @@ class ComfyText:
     def encode(
         self, prompts: Sequence[str], words: Mapping[str, WordEmbedding], padded: bool = True
     ) -> EncodedPrompts:
-        """Encode prompts, always padded: ComfyUI's encoders read 77 tokens, not fewer.
+        """Encode prompts, always padded: ComfyUI's encoders read 77 tokens at once, not fewer.
 
         Raises:
-            ConfigError: a prompt is longer than that.
+            ConfigError: a prompt is too long, see `token_blocks`.
         """
         del padded
-        pieces = [splice(prompt, list(words), self.tokens) for prompt in prompts]
-        longest, limit = max(map(len, pieces)), self._first.max_length - 2
-        if longest > limit:
-            raise ConfigError(f"A prompt has {longest} tokens; the text encoders read {limit}.")
+        spliced = [splice(prompt, list(words), self.tokens) for prompt in prompts]
+        blocks = token_blocks(spliced, self._first.max_length - 2, list(words))
+        pieces = [piece for own in blocks for piece in own]
         self.clip.cond_stage_model.reset_clip_options()
         if self.clip.layer_idx is not None:
             self.clip.cond_stage_model.set_clip_options({"layer": self.clip.layer_idx})
@@ -140,11 +146,14 @@ class ComfyText:
         context = torch.cat(states, -1)
         index = torch.arange(context.shape[1], device=context.device)[None]
         lengths = torch.tensor([len(piece) for piece in pieces], device=context.device)[:, None]
+        real = (index >= 1) & (index <= lengths)
+        if len(pieces) > len(prompts):
+            return joined_blocks(context, pooled, real, [len(own) for own in blocks])
         places = {
             word: torch.tensor([p.index(word) + 1 if word in p else -1 for p in pieces])
             for word in words
         }
-        return EncodedPrompts(context, pooled, (index >= 1) & (index <= lengths), places)
+        return EncodedPrompts(context, pooled, real, places)
 
 
 def table(clip: CLIP, name: str) -> Any:

@@ -278,7 +278,7 @@ def test_a_thousand_photos(comfy):
         ({"captions": " \n"}, "Write in captions what the photos show"),
         ({"file_name": "../up"}, "file name"),
         ({"factors": "up"}, "connect one, or train both"),
-        ({"captions": "word " * 90}, "the text encoders read 75"),
+        ({"captions": "word " * 301}, "301 tokens; the text encoders read up to 300"),
         ({"accumulate": 3}, "accumulate"),
         ({"prior_images": ["photo", 0], "prior_prompt": ""}, "Write in prior_prompt"),
     ],

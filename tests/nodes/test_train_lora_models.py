@@ -70,6 +70,42 @@ def test_gradients_reach_the_factors(parts, unet, monkeypatch, kind):
     assert all(torch.equal(v.float(), after[k].float()) for k, v in before.items())
 
 
+@pytest.mark.parametrize("count", [3, 75, 76, 160])
+def test_captions_of_any_length_are_encoded_as_comfyui_does(parts, demo_world, count):
+    clip = parts("nodes.host.demo").load_demo_clip(demo_world / "base.safetensors")
+    words = "photo of a person smiling blue background red shirt".split()
+    prompt = " ".join(words[k % len(words)] for k in range(count))
+    short = "photo of a person"
+    with torch.no_grad():
+        own = parts("nodes.host.text").ComfyText(clip).encode([prompt, short], {})
+        for row, text in enumerate((prompt, short)):
+            context, pooled = clip.encode_from_tokens(clip.tokenize(text), return_pooled=True)
+            repeated = context.repeat(1, own.context.shape[1] // context.shape[1], 1)
+            torch.testing.assert_close(own.context[row], repeated[0].to(own.context))
+            torch.testing.assert_close(own.pooled[row], pooled[0].to(own.pooled))
+    assert own.context.shape[1] == 77 * -(-count // 75)
+    assert int(own.real[0].sum()) == count
+
+
+def test_sizes_of_pictures_reach_the_unet_as_in_diffusers(parts, unet, demo_world):
+    base = parts("nodes.host.base").ComfyBase(unet(), None)
+    base.load(0)
+    reference = parts("difflora_core.demo.networks.base").load_base(demo_world / "base.safetensors")
+    condition = parts("difflora_core.base_model.protocol").TextCondition
+    g = torch.Generator().manual_seed(1)
+    noisy = torch.randn(2, 8, 16, 16, generator=g)
+    width = reference.unet.config.cross_attention_dim
+    words = (torch.randn(2, 7, width, generator=g), torch.randn(2, 1600 - 6 * 256, generator=g))
+    sizes = torch.tensor([[512, 300, 10, 0, 128, 128], [90, 2000, 0, 700, 128, 128]]).float()
+    steps, found = torch.tensor([100, 800]), []
+    for own in (None, sizes):
+        with torch.no_grad():
+            wanted = reference.predict(noisy, steps, condition(*words, own))
+            found.append(base.predict(noisy, steps, condition(*words, own)).float())
+        torch.testing.assert_close(found[-1], wanted, atol=1e-4, rtol=1e-4)
+    assert (found[0] - found[1]).abs().max() > 1e-3
+
+
 def test_want_of_memory_says_what_fits_and_keeps_the_state(parts, unet):
     import comfy.model_management as management
 
