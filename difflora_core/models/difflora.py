@@ -91,7 +91,7 @@ class DiffLoRAModel(IdentityModel):
                 )
             image = image.new_zeros(len(image), sizes.image)
             tokens = tokens.new_zeros(len(image), sizes.tokens, sizes.token_dim)
-        complete = ImageFeatures(face, features.face_found, image, tokens)
+        complete = ImageFeatures(face, features.face_found, image, tokens, features.image_region)
         sizes.check(complete.sizes)
         return complete
 

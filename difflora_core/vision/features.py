@@ -73,6 +73,10 @@ class FeatureSizes(Config):
             )
 
 
+_TENSORS = ("face", "face_found", "image", "image_tokens")
+SEVERAL = "several regions"
+
+
 @dataclass(frozen=True)
 class ImageFeatures:
     """Features of N photos of one person; pooling over photos is the MIF network's task.
@@ -82,15 +86,18 @@ class ImageFeatures:
         face_found: (N,) bool.
         image: (N, Di) float32 CLIP embeddings as projected, not normalised.
         image_tokens: (N, L, Dt) float32 penultimate CLIP states, class token first.
+        image_region: what CLIP vision saw, one of `face_choice.IMAGE_REGIONS`; SEVERAL where it saw
+            different ones, empty where nobody knows.
     """
 
     face: Tensor
     face_found: Tensor
     image: Tensor
     image_tokens: Tensor
+    image_region: str = ""
 
     def __post_init__(self) -> None:
-        shapes = {field.name: tuple(getattr(self, field.name).shape) for field in fields(self)}
+        shapes = {name: tuple(getattr(self, name).shape) for name in _TENSORS}
         dims = tuple(len(shape) for shape in shapes.values())
         if dims != (2, 1, 2, 3) or len({shape[0] for shape in shapes.values()}) != 1:
             raise EncoderError(
@@ -111,7 +118,8 @@ class ImageFeatures:
     def select(self, photos: int | Sequence[int] | Tensor) -> ImageFeatures:
         """Features of one photo (a number keeps N=1) or of several (n,), in the order asked for."""
         rows = torch.as_tensor([photos] if isinstance(photos, int) else photos)
-        return ImageFeatures(*(getattr(self, field.name)[rows] for field in fields(self)))
+        tensors = (getattr(self, name)[rows] for name in _TENSORS)
+        return ImageFeatures(*tensors, image_region=self.image_region)
 
     def to(
         self, device: str | torch.device | None = None, dtype: torch.dtype | None = None
@@ -122,6 +130,7 @@ class ImageFeatures:
             self.face_found.to(device=device),
             self.image.to(device=device, dtype=dtype),
             self.image_tokens.to(device=device, dtype=dtype),
+            self.image_region,
         )
 
     @staticmethod
@@ -135,8 +144,10 @@ class ImageFeatures:
             raise EncoderError("There are no image features to join.")
         for part in parts[1:]:
             parts[0].sizes.check(part.sizes)
-        names = [field.name for field in fields(ImageFeatures)]
-        return ImageFeatures(*(torch.cat([getattr(part, n) for part in parts]) for n in names))
+        regions = {part.image_region for part in parts}
+        region = regions.pop() if len(regions) == 1 else SEVERAL
+        tensors = (torch.cat([getattr(part, name) for part in parts]) for name in _TENSORS)
+        return ImageFeatures(*tensors, image_region=region)
 
 
 @dataclass(frozen=True)
@@ -264,6 +275,7 @@ def _describe(
         face_found=torch.tensor([face is not None for face in usable.faces]),
         image=torch.cat([image for image, _ in encoded]).float(),
         image_tokens=torch.cat([tokens for _, tokens in encoded]).float(),
+        image_region=options.image_region,
     )
     return ExtractedFeatures(
         features=features,

@@ -128,6 +128,19 @@ def test_what_the_authors_modules_make():
         torch.testing.assert_close(value, expected[f"lora.{key}"], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("region", ["face_on_grey", "picture", ""])
+def test_features_of_a_known_region_are_taken(model, region):
+    assert model.complete(replace(photos(2), image_region=region)).image_region == region
+
+
+def test_the_square_around_the_face_is_not_what_it_was_trained_on(model):
+    crop, grey = (replace(photos(), image_region=r) for r in ("crop", "face_on_grey"))
+    for wrong in (crop, ImageFeatures.cat([crop, grey]), crop.select(0).to("cpu")):
+        with pytest.raises(EncoderError, match="set image_region to face_on_grey in Extract"):
+            model.condition(wrong)
+    assert ImageFeatures.cat([grey, grey.select([0])]).image_region == "face_on_grey"
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_from_embeddings_to_weights_as_in_float64(model, folder, count):
     plain, features = Plain(folder, heads=2), photos(count, seed=count)

@@ -326,6 +326,14 @@ def test_what_is_missing_is_named(comfy, variants, packages, photos, changes, wo
     refused(comfy, nodes, "lora", words)
 
 
+def test_the_usual_crop_is_refused_where_the_model_was_trained_on_grey(
+    comfy, variants, packages, photos
+):
+    nodes = loaded(photos) | person("first", "who", image_region="crop") | {"lora": decode("who")}
+    nodes["save"] = node("SaveLoRA", lora=["lora", 0], prefix="loras/no", steps=0)
+    refused(comfy, nodes, "who_mixed", "set image_region to face_on_grey")
+
+
 def test_the_licence_is_shown(comfy, variants, photos):
     shown = []
     nodes = loaded(photos) | {"shown": node("PreviewAny", source=["hyper", 0])}

@@ -33,7 +33,7 @@ def test_blocks_are_full_but_for_the_last(count, wanted):
 
 
 def test_too_long_prompts_are_refused():
-    with pytest.raises(ConfigError, match=r"301 tokens; the text encoders read up to 300\. Shorten"):
+    with pytest.raises(ConfigError, match=r"301 tokens; .* up to 300\. Shorten"):
         token_blocks([[1], [1] * 301], 75)
     with pytest.raises(ConfigError, match=r"76 tokens; .* up to 75 of a taught word"):
         token_blocks([[*[1] * 75, "<a>"]], 75, ["<a>"])

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ...errors import ConfigError, EncoderError, LayoutError
 from ...lora.layout import LoRALayout
 from ...lora.weights import LoRALayer, LoRAWeights
-from ...vision.features import ImageFeatures
+from ...vision.face_choice import IMAGE_REGIONS
+from ...vision.features import SEVERAL, ImageFeatures
 from ..identity_model import IdentityModel, one_each
 from ..lae.autoencoder import LoRALatent
 from ..mif import IdentityCondition
@@ -68,7 +69,8 @@ class HyperLoRAModel(IdentityModel):
         """Checks that both encoders looked at the photos; it was trained with both.
 
         Raises:
-            EncoderError: one was not connected, or is another one.
+            EncoderError: one was not connected, is another one, or saw the square around the face,
+                which is what it is shown unless somebody asks for more.
         """
         lacking = "face analysis" if features.face.shape[1] == 0 else ""
         if features.image_tokens.shape[-1] == 0:
@@ -79,6 +81,12 @@ class HyperLoRAModel(IdentityModel):
                 f"{lacking} too."
             )
         self.config.feature_sizes(features.sizes).check(features.sizes)
+        if features.image_region in (IMAGE_REGIONS[0], SEVERAL):
+            raise EncoderError(
+                f"CLIP vision was shown {features.image_region}, but this model was trained on "
+                f"faces cut out on grey: set image_region to {self.image_region} in Extract "
+                "Identity Features."
+            )
         return features
 
     def condition(
