@@ -118,8 +118,8 @@ class ImageFeatures:
     def select(self, photos: int | Sequence[int] | Tensor) -> ImageFeatures:
         """Features of one photo (a number keeps N=1) or of several (n,), in the order asked for."""
         rows = torch.as_tensor([photos] if isinstance(photos, int) else photos)
-        tensors = (getattr(self, name)[rows] for name in _TENSORS)
-        return ImageFeatures(*tensors, image_region=self.image_region)
+        face, found, image, tokens = (getattr(self, name)[rows] for name in _TENSORS)
+        return ImageFeatures(face, found, image, tokens, self.image_region)
 
     def to(
         self, device: str | torch.device | None = None, dtype: torch.dtype | None = None
@@ -146,8 +146,10 @@ class ImageFeatures:
             parts[0].sizes.check(part.sizes)
         regions = {part.image_region for part in parts}
         region = regions.pop() if len(regions) == 1 else SEVERAL
-        tensors = (torch.cat([getattr(part, name) for part in parts]) for name in _TENSORS)
-        return ImageFeatures(*tensors, image_region=region)
+        face, found, image, tokens = (
+            torch.cat([getattr(part, name) for part in parts]) for name in _TENSORS
+        )
+        return ImageFeatures(face, found, image, tokens, region)
 
 
 @dataclass(frozen=True)

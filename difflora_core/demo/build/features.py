@@ -83,4 +83,5 @@ def _save(path: Path, features: ImageFeatures) -> None:
 
 def _load(path: Path) -> ImageFeatures:
     tensors, _ = read_file(path, "file of features")
-    return ImageFeatures(*(tensors[name] for name in _PARTS))
+    face, found, image, tokens = (tensors[name] for name in _PARTS)
+    return ImageFeatures(face, found, image, tokens)
