@@ -67,6 +67,20 @@ def feature_bytes(model: ModelPatcher, area: int, samples: int) -> float:
     return FEATURES * _scale(model) * area * samples
 
 
+def cast_bytes(model: ModelPatcher) -> float:
+    """What copies of the weights take that a backward pass waits for; 0 where there are none.
+
+    A model that computes in another type than it is stored in (fp8, or half precision on a CPU)
+    casts each weight when it is used, and autograd keeps the copy: of SDXL in float32 10 GB. Layers
+    that are computed again make theirs again.
+    """
+    stored, used = model.model.get_dtype(), model.model.get_dtype_inference()
+    if stored == used:
+        return 0.0
+    sizes = comfy.model_management.dtype_size(used) / comfy.model_management.dtype_size(stored)
+    return float(model.model_size() * sizes)
+
+
 def plan_memory(
     model: ModelPatcher, area: int, config: Any, choice: str, teacher: ModelPatcher | None = None
 ) -> MemoryPlan:
@@ -85,7 +99,7 @@ def plan_memory(
     if teacher is not None:
         weights += teacher.model_size()
         features = feature_bytes(model, area, samples)
-    plain = activation_bytes(model, area, samples, False) + features
+    plain = activation_bytes(model, area, samples, False) + features + cast_bytes(model)
     checkpointing = choice == SAVING or (choice == AUTO and plain + weights > SHARE * there)
     saved = activation_bytes(model, area, samples, True) + features
     return MemoryPlan(checkpointing, saved if checkpointing else plain, float(there), weights)

@@ -104,13 +104,13 @@ def test_steps_are_two_and_links_stay():
     prompt = {
         "a": node("KSampler", steps=30, cfg=5.0, seed=7, model=["x", 0]),
         "b": node("KSampler", steps=["number", 0], cfg=1.0),
-        "c": node("DiffLoRA_TrainLoRA", steps=1000, batch_size=1, resolution=0, rank=16),
+        "c": node("DiffLoRA_TrainLoRA", steps=9, batch_size=1, resolution=0, memory="auto"),
         "d": node("CreateList", **{f"inputs.{k}": [str(k), 0] for k in range(4)}),
     }
     made = {key: entry["inputs"] for key, entry in graphs.smaller(prompt).items()}
     assert made["a"] == {"steps": 2, "cfg": 1, "seed": 7, "model": ["x", 0]}
     assert made["b"] == {"steps": ["number", 0], "cfg": 1}
-    assert made["c"] == {"steps": 2, "batch_size": 1, "resolution": 256, "rank": 16}
+    assert made["c"] == {"steps": 2, "batch_size": 1, "resolution": 256, "memory": "saving"}
     assert list(made["d"]) == ["inputs.0", "inputs.1"]
 
 

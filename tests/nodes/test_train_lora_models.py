@@ -131,6 +131,26 @@ def test_want_of_memory_says_what_fits_and_keeps_the_state(parts, unet):
             raise management.OOM_EXCEPTION("CUDA out of memory")
 
 
+def test_copies_of_weights_of_another_type_are_counted(parts, unet, monkeypatch):
+    """fp8 on a card, bfloat16 on a CPU: autograd keeps what a layer has cast."""
+    import comfy.model_management as management
+
+    memory, config = parts("nodes.host.memory"), parts("difflora_core.training.lora.objective")
+    model, run = unet(), config.LoRATraining(batch=1)
+    plain = {choice: memory.plan_memory(model, 256, run, choice) for choice in ("fast", "saving")}
+    assert memory.cast_bytes(model) == 0
+    monkeypatch.setattr(model.model, "get_dtype_inference", lambda: torch.float32)
+    monkeypatch.setattr(model.model, "get_dtype", lambda: torch.float8_e4m3fn)
+    copies = 4 * model.model_size()  # a byte each as it says, four as it computes
+    fast = memory.plan_memory(model, 256, run, "fast")
+    assert fast.needed == plain["fast"].needed + copies
+    assert memory.plan_memory(model, 256, run, "saving").needed == plain["saving"].needed
+    for room, wanted in ((0.9, True), (1.2, False)):
+        there = room * (fast.needed + fast.weights) / memory.SHARE
+        monkeypatch.setattr(management, "get_total_memory", lambda *_, there=there: there)
+        assert memory.plan_memory(model, 256, run, "auto").checkpointing == wanted
+
+
 def test_bfloat16_where_the_device_has_it(parts, unet, monkeypatch):
     import comfy.model_management as management
 

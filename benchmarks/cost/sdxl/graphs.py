@@ -33,7 +33,14 @@ def _fewer(most: int) -> Callable[[Any, int], float]:
     return lambda value, _: min(value, most)
 
 
-SMALLER: dict[str, dict[str, Callable[[Any, int], float]]] = {
+def _saving(value: str, side: int) -> str:
+    """Layers computed again: on the CPU their weights are copies in float32, 10 GB of them."""
+    del value, side
+    return "saving"
+
+
+_TRAINING = {"steps": _fewer(STEPS), "batch_size": _fewer(1), "memory": _saving}
+SMALLER: dict[str, dict[str, Callable[[Any, int], Any]]] = {
     "EmptyLatentImage": {"width": pixels, "height": pixels, "batch_size": _fewer(1)},
     "SolidMask": {"width": pixels, "height": pixels},
     "MaskComposite": {"x": lambda x, side: pixels(x, side) if x else 0},
@@ -47,11 +54,12 @@ SMALLER: dict[str, dict[str, Callable[[Any, int], float]]] = {
         "steps": _fewer(STEPS),
         "batch_size": _fewer(2),
         "resolution": lambda _, side: side,
+        "memory": _saving,
     },
-    "DiffLoRA_TrainPerfusionConcept": {"steps": _fewer(STEPS), "batch_size": _fewer(1)},
-    "DiffLoRA_TrainInfusionConcept": {"steps": _fewer(STEPS), "batch_size": _fewer(1)},
-    "DiffLoRA_TrainStyleInject": {"steps": _fewer(STEPS), "batch_size": _fewer(1)},
-    "DiffLoRA_TrainPaRa": {"steps": _fewer(STEPS), "batch_size": _fewer(1)},
+    "DiffLoRA_TrainPerfusionConcept": _TRAINING,
+    "DiffLoRA_TrainInfusionConcept": _TRAINING,
+    "DiffLoRA_TrainStyleInject": _TRAINING,
+    "DiffLoRA_TrainPaRa": _TRAINING,
     "DiffLoRA_DistilCheckpoint": {
         "steps": _fewer(STEPS),
         "batch_size": _fewer(1),
@@ -103,7 +111,7 @@ def smaller(prompt: Mapping[str, Mapping[str, Any]], side: int = SIDE) -> Prompt
     for node in made.values():
         inputs = node["inputs"]
         for name, change in SMALLER.get(node["class_type"], {}).items():
-            if isinstance(inputs.get(name), int | float):
+            if name in inputs and not _is_link(inputs[name]):
                 inputs[name] = change(inputs[name], side)
         if node["class_type"] == "CreateList":
             node["inputs"] = dict(list(inputs.items())[:MOST_PROMPTS])
