@@ -7,7 +7,9 @@ from ..difflora_core.training.distillation_data import DistillationPictures
 from ..difflora_core.training.loop_config import MAX_TRAINING_SEED
 from ..difflora_core.training.recipes import default_distillation, distillation_recipes
 from . import model_paths, sockets
+from .host import training
 from .host.distillation import DistillationParts, DistillationRequest, distil
+from .host.memory import AUTO
 
 RECIPES = distillation_recipes()
 PATIENCE = 10
@@ -34,6 +36,7 @@ class DistilCheckpoint(io.ComfyNode):
                 *_course(),
                 *_weights(),
                 *_long_tail(),
+                *training.memory_widgets(),
             ],
             outputs=[
                 sockets.Style.Output(display_name="style", tooltip="For Apply Style."),
@@ -79,10 +82,13 @@ class DistilCheckpoint(io.ComfyNode):
         learning_rate,
         held_out,
         small_file,
+        accumulate=1,
+        memory=AUTO,
     ):
         recipe = RECIPES[method]
         course = {"steps": steps, "batch": batch_size, "seed": seed, "patience": PATIENCE}
-        config = recipe.Config.for_distillation(rank, learning_rate=learning_rate, **course)
+        course |= {"learning_rate": learning_rate, "accumulate": accumulate}
+        config = recipe.Config.for_distillation(rank, **course)
         request = DistillationRequest(
             prompts=prompts,
             prompt_file=prompt_file,
@@ -95,7 +101,7 @@ class DistilCheckpoint(io.ComfyNode):
             pictures=DistillationPictures(source, pictures, sampling_steps, cfg, seed),
         )
         parts = DistillationParts(teacher, teacher_clip, model, clip, vae)
-        styles, report = distil(recipe, config, request, parts)
+        styles, report = distil(recipe, config, request, parts, memory)
         return io.NodeOutput(styles[0], report)
 
 

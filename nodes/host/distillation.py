@@ -1,7 +1,7 @@
 """A style that learns from a teacher, on ComfyUI's models: both in its care, drawn once, kept."""
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import comfy.model_management
 import comfy.utils
@@ -12,7 +12,7 @@ from torch import Tensor
 from ...difflora_core.errors import ConfigError
 from ...difflora_core.methods.base import PreparedAdaptation
 from ...difflora_core.storage.prompt_file import read_prompt_file
-from ...difflora_core.training.adaptation_run import run_fingerprint
+from ...difflora_core.training.adaptation_run import AdaptationTraining, run_fingerprint
 from ...difflora_core.training.distillation import (
     DistillationLoss,
     DistillationObjective,
@@ -35,7 +35,7 @@ from .. import model_paths
 from . import training
 from .adapters import check_bare
 from .base import ComfyBase, keep_together
-from .memory import AUTO, fits, plan_memory, trained_bytes
+from .memory import fits, plan_memory, trained_bytes
 from .text import ComfyText
 
 
@@ -89,7 +89,11 @@ class DistillationRequest:
 
 
 def distil(
-    recipe: Any, config: Any, request: DistillationRequest, parts: DistillationParts
+    recipe: training.Recipe,
+    config: AdaptationTraining,
+    request: DistillationRequest,
+    parts: DistillationParts,
+    memory: str,
 ) -> tuple[list[PreparedAdaptation], str]:
     """Trains a style by its teacher, and writes its file; errors as `training.train`.
 
@@ -98,14 +102,19 @@ def distil(
         config: its settings.
         request: prompts, pictures and file.
         parts: what is connected.
+        memory: a choice of `memory.CHOICES`.
     """
-    done = training.guarded(lambda: _run(recipe, config, request, parts))
+    done = training.guarded(lambda: _run(recipe, config, request, parts, memory))
     styles, _, report = training.kept(done, request, parts.clip)
     return styles, report
 
 
 def _run(
-    recipe: Any, config: Any, request: DistillationRequest, parts: DistillationParts
+    recipe: training.Recipe,
+    config: AdaptationTraining,
+    request: DistillationRequest,
+    parts: DistillationParts,
+    memory: str,
 ) -> training.Trained:
     """The recipe with its progress bars."""
     model_paths.new_file(request.folder, request.file_name)  # refuse before anything is loaded
@@ -115,7 +124,7 @@ def _run(
     check_differs(task, trained[0].student, size)
     shares = request.shares(trained, apart)
     examples = [_draw(task.teacher, pairs, size, config) for pairs, config in shares if pairs]
-    plan = plan_memory(parts.model, examples[0].area, config, AUTO, parts.teacher)
+    plan = plan_memory(parts.model, examples[0].area, config, memory, parts.teacher)
     config = replace(config, checkpointing=plan.checkpointing)
     objective = DistillationObjective(recipe(task, config))
     student.load(plan.needed + trained_bytes(objective))
