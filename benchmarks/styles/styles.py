@@ -50,7 +50,14 @@ class Size(Config):
     step_rounds: int = 15
 
 
-QUICK = Size(("ink",), (0,), Course(60, 2), TaskSize(24, held_out=8), DrawingPlan(QUICK_SCENES))
+QUICK = Size(
+    ("ink",),
+    (0,),
+    Course(60, 2),
+    TaskSize(24, held_out=8),
+    DrawingPlan(QUICK_SCENES, people=1),
+    step_rounds=7,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ ROWS = (
     StyleRow(
         PARA,
         PaRaObjective,
-        PaRaTraining(rank=8, learning_rate=3e-3, targets="all", bound=0.5),
+        PaRaTraining(rank=8, learning_rate=1e-2, targets="all", bound=0.5),
         rates=(3e-3, 1e-2, 3e-2),
     ),
 )

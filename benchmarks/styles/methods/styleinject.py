@@ -12,7 +12,7 @@ from . import full, lora
 from .base import StyleRow
 
 RANK = 4
-RATES = (6e-3, 2e-2, 6e-2)
+RATES = (6e-3, 1e-2, 2e-2)
 PLAN = PRESETS["distillation"].of_size(4, RANK)
 SPREAD_PLAN = replace(PLAN, rank=1, targets=PLAN.spread_targets)
 
@@ -33,7 +33,7 @@ class SpreadObjective(StyleInjectObjective):
 def _row(
     name: str, plan: StyleInjectPlan, recipe: type[StyleInjectObjective] = StyleInjectObjective
 ) -> StyleRow:
-    return StyleRow(name, recipe, StyleInjectTraining(learning_rate=6e-3, plan=plan), RATES)
+    return StyleRow(name, recipe, StyleInjectTraining(learning_rate=1e-2, plan=plan), RATES)
 
 
 ROWS = (
