@@ -2,6 +2,7 @@
 
 Of every method that acts in each step, by its recipe's own settings, untrained: what is computed
 does not depend on what the weights say. A method whose whole is a new weight costs nothing there.
+Steps are timed on a small picture, where a style weighs most, and counted on a large one too.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ from difflora_core.methods.base import (
 from difflora_core.methods.registry import METHODS
 from difflora_core.training.picture_task import PictureTask
 
-from .sdxl_step import SIDE, attached, one_step, small_memory_unet, step_inputs, step_prices
+from .sdxl_step import attached, one_step, small_memory_unet, step_inputs, step_prices
 
+SIDE = 16
+"""Of the latent of timed steps: a picture of 128 x 128."""
 COUNTED_SIDE = 128
 """Of the latent whose operations are counted: a picture of 1024 x 1024."""
 
