@@ -1,7 +1,11 @@
 """Train Identity LoRA on models of other kinds, precisions and sizes, in ComfyUI's own process."""
 
+import re
+
 import pytest
 import torch
+
+from difflora_core.demo.comfyui.workflow_api import PACK
 
 
 def test_models_that_cannot_be_trained_on(parts, unet):
@@ -159,3 +163,31 @@ def test_bfloat16_where_the_device_has_it(parts, unet, monkeypatch):
     assert base.ComfyBase(model, None).dtype == torch.float16  # then the loss is scaled
     monkeypatch.setattr(management, "should_use_bf16", lambda *_, **__: True)
     assert base.ComfyBase(model, None).dtype == torch.bfloat16
+
+
+SDXL_PARAMETERS = 2.567463684e9
+RANK_16_ON_ATTENTION = 2 * 11_612_160
+TFLOPS = {"RTX 4060": 30, "RTX 3060": 25.6, "RTX 4080": 97.5, "RTX 4090": 165.2, "A100": 312}
+"""Half precision into float32, dense, as their maker gives them."""
+
+
+@pytest.mark.parametrize("page", ["DiffLoRA_TrainLoRA.md", "DiffLoRA_TrainLoRA/zh.md"])
+def test_the_memory_table_of_the_help_page_is_what_the_planner_counts(parts, page):
+    memory = parts("nodes.host.memory")
+    lines = (PACK / "web" / "docs" / page).read_text("utf-8").splitlines()
+    rows = [[c.strip(" `") for c in line.split("|")[1:-1]] for line in lines if " GB" in line]
+    rows = [row for row in rows if len(row) == 5 and row[1].isdigit()]
+    assert len(rows) == 6
+    for card, batch, choice, seconds, peak in rows:
+        name = next(known for known in TFLOPS if card.startswith(known))
+        each = memory.CHECKPOINTED if choice == "saving" else memory.PLAIN
+        weights = SDXL_PARAMETERS * (1 if "fp8" in card else 2)
+        needed = weights + int(batch) * each * 128**2 + memory.TRAINED * RANK_16_ON_ATTENTION
+        work = int(batch) * (18 if choice == "saving" else 12)
+        assert float(re.match(r"[\d.]+", peak)[0]) == pytest.approx(needed / 1e9, abs=0.06)
+        assert float(re.match(r"[\d.]+", seconds)[0]) == pytest.approx(
+            work / TFLOPS[name] * 4, abs=0.06
+        )
+        assert all("counted" in cell or "计算" in cell for cell in (seconds, peak))
+        room = float(re.search(r"(\d+) ?GB", card)[1])
+        assert needed / 2**30 < memory.SHARE * room

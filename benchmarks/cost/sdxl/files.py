@@ -123,6 +123,9 @@ def write_difflora(path: Path) -> None:
         if name.startswith(EXACT_PREFIXES):
             spread = SPREAD if name.startswith("lae.") else 1.0
             tensors[name] = torch.full(shapes[name], spread if "scale" in name else 0.0)
+        elif name.startswith(("lae.decoder.basis", "lae.shared_down")):
+            inputs = 1 if "basis" in name else shapes[name][-1]  # many matrices, not one
+            tensors[name] *= math.sqrt(math.prod(shapes[name][1:]) / inputs)
     model.load_state_dict(tensors, strict=True, assign=True)
     save_model(model, path, torch.bfloat16)
 
