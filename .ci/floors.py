@@ -18,10 +18,15 @@ ROOMS = (
 )
 
 
+BUILT = {"insightface": "2.0"}
+"""Oldest versions that install anywhere; older ones have to be compiled."""
+
+
 def floors() -> list[str]:
     """Every requirement at its lowest version."""
     lines = (ROOT / "requirements.txt").read_text().split()
-    return [re.sub(">=", "==", line) for line in lines]
+    pairs = [re.split(">=", line) for line in lines]
+    return [f"{name}=={BUILT.get(name, version)}" for name, version in pairs]
 
 
 def borrow() -> None:

@@ -16,7 +16,8 @@ from . import model_paths, sockets
 from .host import covariance as host_covariance
 from .host.adapters import Link, with_link
 from .host.base import ModelLayers
-from .host.text import prepare, teach
+from .host.text import prepare
+from .host.words import teach
 
 CATEGORY = "DiffLoRA/concepts"
 
@@ -104,7 +105,7 @@ class LoadConcept(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "concept_name",
-                    options=model_paths.concept_files(),
+                    options=model_paths.choices(model_paths.concept_files(), "difflora_concepts"),
                     tooltip="A file in models/difflora_concepts; press R after training one.",
                 ),
                 io.Clip.Input(
@@ -122,11 +123,11 @@ class LoadConcept(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, concept_name):
+    def validate_inputs(cls, concept_name=None):
         return model_paths.problem(model_paths.concept_file, concept_name)
 
     @classmethod
-    def fingerprint_inputs(cls, concept_name, clip=None):
+    def fingerprint_inputs(cls, concept_name=None, clip=None):
         return model_paths.fingerprint(model_paths.concept_file(concept_name))
 
     @classmethod
@@ -165,6 +166,7 @@ class ApplyConcept(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output(display_name="model")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -192,7 +194,8 @@ class ApplyConcept(io.ComfyNode):
         settings = with_settings(concept.adaptation, wanted)
         prompt = None if superclass_prompt is None else superclass_prompt[0][0]
         applied = AppliedAdaptation(concept, settings, strength, prompt)
-        link = Link(applied, start_percent, end_percent, positive_only=True)
+        node_id = cls.hidden.unique_id
+        link = Link(applied, start_percent, end_percent, positive_only=True, node_id=node_id)
         return io.NodeOutput(with_link(model, link))
 
 
@@ -259,7 +262,8 @@ def _long_tail() -> list[io.Input]:
             f"{_only('combine')}",
         ),
         sockets.reach_widget(
-            "How many tokens around its word a concept acts on: -1 all, 0 the word alone. "
+            "How many tokens after its word a concept acts on: -1 all that hear of it, 0 the word "
+            "alone. "
             f"{_only('reach')}"
         ),
     ]

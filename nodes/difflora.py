@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw
 from ..difflora_core.diffusion.sampler import SampleSettings
 from ..difflora_core.models import latent_math
 from ..difflora_core.vision.face_choice import FaceOptions
+from ..difflora_core.vision.photo_weights import read_weights, weighted
 from . import sockets
 from .host import encoders, models
 
@@ -153,7 +154,11 @@ class Personalize(io.ComfyNode):
             category="DiffLoRA",
             description="Photos of a person in, that person's LoRA out. Apply it with Load LoRA "
             "Model, keep it with Save LoRA Weights.",
-            search_aliases=["difflora", "hyperlora", "faceid", "instantid", "photomaker"],
+            search_aliases=[
+                *("difflora", "hyperlora", "faceid", "instantid", "photomaker", "pulid"),
+                *("face", "lora", "portrait", "ip adapter", "ipadapter", "face to lora"),
+                *("same person", "reference photo", "consistent character"),
+            ],
             inputs=[
                 io.Image.Input("images", tooltip="One photo or a batch of photos of one person."),
                 sockets.difflora_model(),
@@ -162,6 +167,7 @@ class Personalize(io.ComfyNode):
                 *sockets.sampling_widgets(),
                 *sockets.face_widgets(),
                 *sockets.gate_widgets(advanced=True),
+                sockets.weights_widget(),
             ],
             outputs=[
                 io.LoraModel.Output(display_name="lora"),
@@ -189,12 +195,15 @@ class Personalize(io.ComfyNode):
         face_analysis=None,
         mask=None,
         base_model=None,
+        weights="",
     ):
+        shares = read_weights(weights)
         region = models.image_region(difflora_model, image_region)
         options = FaceOptions(face_order, face_index, on_missing_face, region)
         found = encoders.read_photos(cls, images, clip_vision, face_analysis, mask, options)
         override = models.gate_override(gate, face_share)
-        condition = models.mix(difflora_model, found.features, override)
+        features = weighted(found.features, found.of_photos(shares, len(images)))
+        condition = models.mix(difflora_model, features, override)
         settings = SampleSettings(steps, guidance)
         latent = models.draw_latent(difflora_model, condition, mode, seed, settings)
         lora = models.decode(difflora_model, latent, base_model)

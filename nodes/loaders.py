@@ -36,7 +36,7 @@ class LoadModel(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=model_paths.difflora_files(),
+                    options=model_paths.choices(model_paths.difflora_files(), "difflora"),
                     tooltip="A file in models/difflora, or another project's folder as it is "
                     "published; press R after adding one.",
                 )
@@ -46,11 +46,11 @@ class LoadModel(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model_name):
+    def validate_inputs(cls, model_name=None):
         return model_paths.problem(model_paths.difflora_file, model_name)
 
     @classmethod
-    def fingerprint_inputs(cls, model_name):
+    def fingerprint_inputs(cls, model_name=None):
         return model_paths.fingerprint(model_paths.difflora_file(model_name))
 
     @classmethod
@@ -76,7 +76,9 @@ class LoadFaceAnalysis(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "package",
-                    options=model_paths.insightface_packages(),
+                    options=model_paths.choices(
+                        model_paths.insightface_packages(), "insightface/models"
+                    ),
                     tooltip="A folder in models/insightface/models; the one the DiffLoRA model "
                     "was trained with. Press R after adding one.",
                 ),
@@ -92,11 +94,11 @@ class LoadFaceAnalysis(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, package):
+    def validate_inputs(cls, package=None):
         return model_paths.problem(model_paths.insightface_package, package)
 
     @classmethod
-    def fingerprint_inputs(cls, package, provider):
+    def fingerprint_inputs(cls, package=None, provider=None):
         return provider, model_paths.fingerprint(model_paths.insightface_package(package))
 
     @classmethod
@@ -120,7 +122,7 @@ class LoadLoRAFile(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "lora_name",
-                    options=model_paths.lora_files(),
+                    options=model_paths.choices(model_paths.lora_files(), "loras"),
                     tooltip="A file in models/loras; press R after adding one. The demo's own "
                     "LoRA stands last.",
                 )
@@ -129,11 +131,11 @@ class LoadLoRAFile(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, lora_name):
+    def validate_inputs(cls, lora_name=None):
         return model_paths.problem(model_paths.lora_file, lora_name)
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name):
+    def fingerprint_inputs(cls, lora_name=None):
         return model_paths.fingerprint(model_paths.lora_file(lora_name))
 
     @classmethod

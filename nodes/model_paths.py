@@ -1,14 +1,17 @@
 """Where ComfyUI keeps our files: `models/difflora`, and `models/insightface` as other packs do."""
 
+import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import folder_paths
 
+from ..difflora_core.config import parse_json
 from ..difflora_core.demo import paths
-from ..difflora_core.errors import FileNameError, shown
+from ..difflora_core.errors import ConfigError, DiffLoRAError, FileNameError, shown
+from ..difflora_core.storage.atomic import write_text
 from ..difflora_core.storage.file_name import check_file_name, with_ending
 from ..difflora_core.storage.identity_models import MODEL_FOLDERS
 
@@ -23,6 +26,8 @@ COVARIANCES = "difflora_covariance"
 """Trained words, and what they share for each pair of text encoders."""
 STYLES = "difflora_styles"
 """What was trained without a word."""
+FEATURES = "difflora_features"
+"""What encoders saw of a person, where somebody kept it."""
 NO_FILE = "none"
 """A choice of no prompt file."""
 DEMO = "difflora_demo"
@@ -38,11 +43,13 @@ DEMO_FACES = paths.FACES.relative_to(paths.ARTEFACTS)
 
 WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows"
 DEMO_PHOTOS = "difflora_demo_*.png"
+OFFERED = "offered_photos.json"
+"""Which photos were put into the input folder once: whoever deletes one wants it gone."""
 
 
 def register() -> None:
     """Registers our model folders with ComfyUI; twice, or beside another pack, is harmless."""
-    for folder in (DIFFLORA, INSIGHTFACE, LIBRARY, CONCEPTS, COVARIANCES, STYLES):
+    for folder in (DIFFLORA, INSIGHTFACE, LIBRARY, CONCEPTS, COVARIANCES, STYLES, FEATURES):
         path = str(Path(folder_paths.models_dir) / folder)
         folder_paths.add_model_folder_path(folder, path)
     for kind in MODEL_FOLDERS:
@@ -50,22 +57,47 @@ def register() -> None:
         folder_paths.add_model_folder_path(own, str(Path(folder_paths.models_dir) / own))
     folder_paths.add_model_folder_path(DEMO, str(DEMO_FOLDER))
     # A new folder lists every file; ours show their own only.
-    for folder in (DIFFLORA, LIBRARY, CONCEPTS, COVARIANCES, STYLES):
+    for folder in (DIFFLORA, LIBRARY, CONCEPTS, COVARIANCES, STYLES, FEATURES):
         folder_paths.folder_names_and_paths[folder][1].add(".safetensors")
 
 
 def offer_photos() -> None:
-    """Puts the photos that our workflows load into ComfyUI's input folder, unless they are there.
+    """Puts the photos that our workflows load into ComfyUI's input folder, each once.
 
     A template then runs at the first click. A folder that cannot be written is only logged.
     """
     inputs = Path(folder_paths.get_input_directory())
-    for photo in WORKFLOWS.glob(DEMO_PHOTOS):
-        if not (inputs / photo.name).exists():
+    record = own_folder() / OFFERED
+    try:
+        before = set(map(str, parse_json(record.read_bytes(), OFFERED)))
+    except (OSError, ConfigError, TypeError):
+        before = set()
+    offered = {str(inputs / photo.name): photo for photo in sorted(WORKFLOWS.glob(DEMO_PHOTOS))}
+    for place, photo in offered.items():
+        if place not in before and not Path(place).exists():
             try:
-                shutil.copyfile(photo, inputs / photo.name)
+                shutil.copyfile(photo, place)
             except OSError as error:
                 logger.warning("The photo %s stays outside %s: %s", photo.name, inputs, error)
+    if not before.issuperset(offered):
+        try:
+            write_text(record, json.dumps(sorted(before | set(offered))))
+        except DiffLoRAError as error:
+            logger.warning("%s", error)
+
+
+def own_folder() -> Path:
+    """Our folder among ComfyUI's user files."""
+    return Path(folder_paths.get_user_directory()) / "difflora"
+
+
+def choices(found: Sequence[str], place: str) -> list[str]:
+    """The choices of a list of files of a place in models/.
+
+    It is never empty: the front end would show "undefined", and the server say something of
+    Python's.
+    """
+    return list(found) or [f"none yet: put one into models/{place}, press R"]
 
 
 def difflora_files() -> list[str]:
@@ -208,6 +240,27 @@ def style_file(name: str) -> str:
     return path
 
 
+def feature_files() -> list[str]:
+    """The feature files that ComfyUI sees, for a node's list."""
+    return list(folder_paths.get_filename_list(FEATURES))
+
+
+def feature_file(name: str) -> str:
+    """The full path of a feature file.
+
+    Raises:
+        FileNameError: the file is not there; the message names the folders searched.
+    """
+    path = folder_paths.get_full_path(FEATURES, name) if name else None
+    if path is None:
+        folders = " or ".join(folder_paths.get_folder_paths(FEATURES))
+        raise FileNameError(
+            f"The features '{shown(name)}' were not found. Save some, or put the file into "
+            f"{folders}, and press R."
+        )
+    return path
+
+
 def new_file(folder: str, name: str) -> Path:
     """Where a new file of ours goes: the first folder of that kind.
 
@@ -228,7 +281,7 @@ def unused_file(folder: str, name: str) -> Path:
 
 def run_folder(fingerprint: str) -> Path:
     """Where a training run keeps its state until it is done: it outlives a restart of ComfyUI."""
-    return Path(folder_paths.get_user_directory()) / "difflora" / "training" / fingerprint
+    return own_folder() / "training" / fingerprint
 
 
 def drawn_folder() -> Path:

@@ -96,6 +96,42 @@ def photo_sockets() -> list[io.Input]:
     ]
 
 
+def face_order_widget() -> io.Input:
+    """How faces are counted."""
+    return io.Combo.Input(
+        "face_order",
+        options=list(ORDERS),
+        default="largest",
+        advanced=True,
+        tooltip="How the faces of a photo are numbered.",
+    )
+
+
+def region_factor_widget() -> io.Input:
+    """How much around a face is shown."""
+    return io.Float.Input(
+        "region_factor",
+        default=2.2,
+        min=1.0,
+        max=10.0,
+        step=0.1,
+        advanced=True,
+        tooltip="Side of the crop over the side of the face; 2.2 holds hair and neck.",
+    )
+
+
+def weights_widget() -> io.Input:
+    """How much each photo counts; optional, since old workflows lack it."""
+    return io.String.Input(
+        "weights",
+        default="",
+        optional=True,
+        advanced=True,
+        tooltip="How much each photo counts, one number each in their order: 1, 0.5, 2. 0 leaves "
+        "a photo out. Empty: all the same.",
+    )
+
+
 def face_widgets(missing: str = "error") -> list[io.Input]:
     """Which face is meant, and what happens without one unless asked otherwise."""
     return [
@@ -106,13 +142,7 @@ def face_widgets(missing: str = "error") -> list[io.Input]:
             tooltip="A photo without a usable face: stop with an error, skip the photo, or use "
             "it with image features only.",
         ),
-        io.Combo.Input(
-            "face_order",
-            options=list(ORDERS),
-            default="largest",
-            advanced=True,
-            tooltip="How the faces of a photo are numbered.",
-        ),
+        face_order_widget(),
         io.Int.Input(
             "face_index",
             default=0,

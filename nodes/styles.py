@@ -38,7 +38,7 @@ class LoadStyle(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "style_name",
-                    options=model_paths.style_files(),
+                    options=model_paths.choices(model_paths.style_files(), "difflora_styles"),
                     tooltip="A file in models/difflora_styles; press R after training one.",
                 ),
             ],
@@ -51,11 +51,11 @@ class LoadStyle(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, style_name):
+    def validate_inputs(cls, style_name=None):
         return model_paths.problem(model_paths.style_file, style_name)
 
     @classmethod
-    def fingerprint_inputs(cls, style_name):
+    def fingerprint_inputs(cls, style_name=None):
         return model_paths.fingerprint(model_paths.style_file(style_name))
 
     @classmethod

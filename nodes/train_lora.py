@@ -17,11 +17,12 @@ from ..difflora_core.storage.lora_file import LoRAInfo, write_lora_file
 from ..difflora_core.training.loop_config import MAX_TRAINING_SEED, Schedule
 from ..difflora_core.training.lora.objective import TARGETS, LoRAObjective, LoRATraining
 from ..difflora_core.vision.face_choice import FaceOptions
-from . import model_paths, sockets
+from . import sockets
 from .host import lora as host_lora
 from .host import training
 from .host.base import check_trainable, picture_size, unet_layout
 from .host.photo_request import ClassPictures, PhotoRequest
+from .host.run_files import run_file
 from .host.training_request import Parts
 
 BOTH, UP = "both", "up"
@@ -105,10 +106,10 @@ class TrainLoRA(io.ComfyNode):
         done = training.run(recipe, config, request, parts, given["memory"])
         seconds = time.monotonic() - began
         weights = lora_weights(done.result.adaptations[0])
-        path = _write(weights, config, request, parts)
+        path = _write(done, weights, config, request, parts)
         size = path.stat().st_size / 2**20
         facts = [f"{path.name}: {size:.1f} MiB in {seconds:.0f} s", *filter(None, [note])]
-        report = training.finished(done, facts)
+        report = training.finished(done, facts, request.file_name, [path])
         return io.NodeOutput(to_state_dict(weights), report)
 
 
@@ -368,9 +369,9 @@ def _pictures(batches) -> list:
         return [one.clone() for batch in batches for one in batch]
 
 
-def _write(weights, config: LoRATraining, request: PhotoRequest, parts: Parts) -> Path:
+def _write(done, weights, config: LoRATraining, request: PhotoRequest, parts: Parts) -> Path:
     """The LoRA's file, with what it was trained by."""
-    path = model_paths.unused_file(request.folder, request.file_name)
+    path = run_file(done.folder, request.folder, request.file_name)
     layout = unet_layout(parts.model, parts.base_name, config.rank, TARGETS[config.targets])
     info = LoRAInfo(
         title=path.stem,

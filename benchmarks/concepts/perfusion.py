@@ -2,8 +2,8 @@
 
 Eight concepts, 20 prompts, two noises; every method learns from the same four pictures, masks,
 steps, batches and seeds, and draws from the same noise. Likeness against prompt agreement along
-each method's own setting: the gate's bias for Perfusion, the strength for the others. Then two
-concepts in one picture.
+each method's own setting: the gate's bias for Perfusion, the strength for the others; and the leak,
+likeness to the concept in pictures of the plain word of its kind. Then two concepts in one picture.
 """
 
 from __future__ import annotations
@@ -102,6 +102,8 @@ def measure(evaluator: ConceptEvaluator, size: Size) -> Report:
         for name, method in METHODS.items()
     }
     sweeps: dict[str, Tensor] = {}
+    leak = {"base": rows[BASE]["concept_similarity"]}
+    rows[BASE]["leak"] = leak["base"]
     for name, method in METHODS.items():
         table = sweep(evaluator, method, trained[name], wanted)
         for setting, columns in zip(method.settings, table, strict=True):
@@ -110,11 +112,13 @@ def measure(evaluator: ConceptEvaluator, size: Size) -> Report:
                 **costs(evaluator, list(trained[name].values()), setting),
             }
         sweeps[name] = goals(table)
+        leak[name] = float(table[method.settings.index(method.usual)]["leak"].mean())
     together, both = two_concepts(evaluator, trained, size)
     reference = torch.tensor([rows[BASE]["concept_similarity"], 0.0]).double()
     facts = {
         **conclusions(sweeps, reference),
         **both,
+        "leak": leak,
         "protocol": {
             "concepts": len(chosen),
             "prompts": len(size.scenes),
@@ -253,6 +257,8 @@ def print_results(report: Report, console: Console) -> None:
     console.print(f"front_dominates: {facts['front_dominates']} ({share:.0%} of resamples)")
     low, high = facts["front_shortfall_ci95"]
     console.print(f"front_shortfall: {facts['front_shortfall']:+.4f} [{low:+.4f}, {high:+.4f}]")
+    leaks = ", ".join(f"{name} {value:.3f}" for name, value in facts["leak"].items())
+    console.print(f"leak, likeness in pictures of the plain word: {leaks}")
     for name in ("two_concepts_both", "two_concepts_both_lora"):
         low, high = facts[f"{name}_ci95"]
         console.print(f"{name}: {facts[name]:.2f} [{low:.2f}, {high:.2f}]")

@@ -49,6 +49,8 @@ def sweep(
 ) -> list[Columns]:
     """For each setting of a method the mean columns (C,) of its concepts' pictures.
 
+    `leak`: likeness to the concept in pictures of the plain word of its kind, on the taught model.
+
     Args:
         evaluator: draws and judges.
         method: its settings are taken.
@@ -59,7 +61,10 @@ def sweep(
     for setting in method.settings:
         each = [evaluator.columns(wanted[w], [own], setting) for w, own in trained.items()]
         names = [name for name in each[0] if name != "all_recognised"]
-        table.append({n: torch.stack([columns[n].mean() for columns in each]) for n in names})
+        row = {n: torch.stack([columns[n].mean() for columns in each]) for n in names}
+        plain = [evaluator.columns(wanted[w], [own], setting, True) for w, own in trained.items()]
+        row["leak"] = torch.stack([columns["concept_similarity"].mean() for columns in plain])
+        table.append(row)
     return table
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,13 +25,14 @@ from difflora_core.demo.world.scenes import ITEM_PHRASES, Scene
 from difflora_core.diffusion.sampler import SampleSettings, initial_noise, sample, seeded_generators
 from difflora_core.evaluation.metrics import attribute_agreement
 from difflora_core.storage.safetensors_io import write_atomic
+from difflora_core.text.encoders import EncodedPrompts
 
 from ..prompts import asked
-from .methods.base import TrainedConcept, Words
+from .methods.base import AdaptersFor, TrainedConcept, Words
 from .words import ConceptTrainer
 
 STEPS, GUIDANCE = 10, 2.0
-PROTOCOL = 6
+PROTOCOL = 7
 """To be raised with every change of drawing or judging: it makes cached columns invalid."""
 
 Columns = dict[str, Tensor]
@@ -104,17 +104,24 @@ class ConceptEvaluator:
         self.models = trainer.models
 
     def columns(
-        self, wanted: Sequence[EvaluationPrompt], trained: Sequence[TrainedConcept], setting: float
+        self,
+        wanted: Sequence[EvaluationPrompt],
+        trained: Sequence[TrainedConcept],
+        setting: float,
+        plain: bool = False,
     ) -> Columns:
-        """Every column (N,) of pictures of concepts by one method; cached on disk."""
+        """Every column (N,) of pictures of concepts by one method; cached on disk.
+
+        With `plain` the prompts name the plain words of their kinds, on the model that was taught.
+        """
         words = [t.fingerprint for t in trained]
-        plan = [(w.text(), w.seed) for w in wanted]
+        plan = [(w.text(plain), w.seed) for w in wanted]
         facts = repr((PROTOCOL, STEPS, GUIDANCE, words, setting, plan, self._judges_fingerprint))
         name = hashlib.sha256(facts.encode()).hexdigest()[:32]
         path = self.cache / f"{name}.safetensors"
         if not path.exists():
             changes = trained[0].method.apply(self.models, trained, setting)
-            write_atomic(self.judged(self.draw(wanted, *changes), wanted), {}, path)
+            write_atomic(self.judged(self.draw(wanted, *changes, plain), wanted), {}, path)
         return load_file(path)
 
     @torch.no_grad()
@@ -122,25 +129,30 @@ class ConceptEvaluator:
         self,
         wanted: Sequence[EvaluationPrompt],
         words: Words | None = None,
-        adapters: AdapterSet | None = None,
+        adapters: AdaptersFor | None = None,
+        plain: bool = False,
     ) -> Tensor:
-        """Pictures (N, H, W, 3); without words by the plain words of their kinds."""
-        base = self.models.base
-        text = self._encoded([w.text(plain=words is None) for w in wanted], words or {})
+        """Pictures (N, H, W, 3); with `plain`, or no words, by the plain words of their kinds."""
+        base, names = self.models.base, self.models.module_names
+        text = self._encoded([w.text(plain or words is None) for w in wanted], words or {})
+        null = self._encoded([""] * len(wanted), words or {})
         config = base.unet.config
         shape = (config.in_channels, config.sample_size, config.sample_size)
         noise = initial_noise(seeded_generators([w.seed for w in wanted]), shape)
-        null = self._encoded([""], {}).select(torch.zeros(len(wanted), dtype=torch.long))
+        changes = {
+            prompts: AdapterSet(()) if adapters is None else adapters(prompts)
+            for prompts in (text, null)
+        }
 
         def denoise(z: Tensor, timestep: Tensor, conditional: bool) -> Tensor:
-            return base.predict(z, timestep, text if conditional else null).float()
+            prompts = text if conditional else null
+            with attach(base.unet, changes[prompts], names=names):
+                return base.predict(z, timestep, _condition(prompts)).float()
 
         scheduler = DDIMScheduler.from_config(base.scheduler.config, timestep_spacing="trailing")
-        changed = adapters is not None and len(adapters) > 0
-        names = self.models.module_names
-        with attach(base.unet, adapters, names=names) if changed else nullcontext():
-            z = sample(denoise, noise, scheduler, SampleSettings(STEPS, GUIDANCE))
-        return base.decode_latents(z)
+        return base.decode_latents(
+            sample(denoise, noise, scheduler, SampleSettings(STEPS, GUIDANCE))
+        )
 
     def judged(self, images: Tensor, wanted: Sequence[EvaluationPrompt]) -> Columns:
         """Columns (N,): likeness and recognition averaged over the concepts of a picture."""
@@ -192,20 +204,21 @@ class ConceptEvaluator:
         def seconds(changes: AdapterSet) -> float:
             with attach(base.unet, changes, names=self.models.module_names):
                 started = time.process_time()
-                base.predict(z, when, text)
+                base.predict(z, when, _condition(text))
                 return time.process_time() - started
 
         with torch.no_grad():
-            pairs = [(seconds(AdapterSet(())), seconds(adapters)) for _ in range(rounds + 1)]
+            own = adapters(text)
+            pairs = [(seconds(AdapterSet(())), seconds(own)) for _ in range(rounds + 1)]
         apart = torch.tensor([own - bare for bare, own in pairs[1:]])
         return 1000 * float(apart.median())
 
-    def _encoded(self, prompts: Sequence[str], words: Words) -> TextCondition:
+    def _encoded(self, prompts: Sequence[str], words: Words) -> EncodedPrompts:
+        """Prompts encoded, each different one once."""
         unique = list(dict.fromkeys(prompts))
         with torch.no_grad():
             encoded = self.models.text.encode(unique, words)
-        both = TextCondition(encoded.context, encoded.pooled)
-        return both.select(torch.tensor([unique.index(p) for p in prompts]))
+        return encoded.select([unique.index(p) for p in prompts])
 
     @cached_property
     def _judges_fingerprint(self) -> str:
@@ -214,3 +227,8 @@ class ConceptEvaluator:
             for tensor in network.state_dict().values():
                 digest.update(tensor.numpy().tobytes())
         return digest.hexdigest()
+
+
+def _condition(prompts: EncodedPrompts) -> TextCondition:
+    """Prompts as the base model takes them."""
+    return TextCondition(prompts.context, prompts.pooled)

@@ -15,17 +15,23 @@ from .token_gate import ConceptMatcher, GatedConcept, TokenGate
 
 
 def token_concept(
-    direction: Tensor, covector: Tensor, threshold: float, strength: Strength = 1.0
+    direction: Tensor,
+    covector: Tensor,
+    threshold: float,
+    strength: Strength = 1.0,
+    since: Tensor | None = None,
 ) -> GatedConcept:
-    """A concept that acts on its own token alone, see `first_match`.
+    """A concept that acts on its own token alone.
 
     Args:
         direction: (in,), see `GatedConcept`.
         covector: (in,).
         threshold: least similarity of that token.
         strength: 0 leaves the model alone; one number, or one for each sample (B,).
+        since: where its word stands, see `GatedConcept`.
     """
-    return GatedConcept(direction, covector, direction, TokenGate(threshold), strength, reach=0)
+    gate = TokenGate(threshold)
+    return GatedConcept(direction, covector, direction, gate, strength, reach=0, since=since)
 
 
 class InfusionValueAdapter(LayerAdapter):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError, LayoutError
@@ -81,8 +82,12 @@ class GatedConcept:
         gate: similarity to gate; a SigmoidGate, or any function.
         strength: 0 leaves the encodings alone, 1 is the full edit; one number, or one for each
             sample (B,).
-        reach: largest distance in tokens from the first well matching token at which the concept
-            acts; None for every token, 0 for that token alone.
+        reach: largest distance in tokens from its word at which the concept acts; None for every
+            token that hears of it, 0 for the word alone.
+        since: tokens since its word was written, (B, L) for each token of each sample: 0 at the
+            word, infinity where it is not heard. The concept acts nowhere else, and its word is
+            wholly the concept whatever stands around it. None where nobody knows: then it is the
+            first token that matches well, and without a reach every token.
     """
 
     direction: Tensor
@@ -91,6 +96,14 @@ class GatedConcept:
     gate: GateFunction
     strength: Strength = 1.0
     reach: int | None = None
+    since: Tensor | None = None
+
+    def gated(self, similarity: Tensor) -> Tensor:
+        """Gate of similarities (B, L); at the word itself of those of training, which are 1."""
+        if self.since is not None:
+            known = _fitted(self.since, similarity.shape[-1]).to(similarity.device)
+            similarity = torch.where(known == 0, similarity.clamp(min=1.0), similarity)
+        return self.gate(similarity)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +168,7 @@ class ConceptMatcher:
             )
         fine = x.to(dtype)
         similarity = fine @ covectors.mT  # B L J
-        gates = [c.gate(a) for c, a in zip(self.concepts, similarity.unbind(-1), strict=True)]
+        gates = [c.gated(a) for c, a in zip(self.concepts, similarity.unbind(-1), strict=True)]
         gate, share = torch.stack(gates, -1), similarity
         strengths = self._strengths(similarity)
         if self.exact and len(self.concepts) > 1:
@@ -179,15 +192,24 @@ class ConceptMatcher:
 
     def _weights(self, fine: Tensor, similarity: Tensor, strengths: Tensor) -> Tensor:
         """Strength of each concept at each token of each row, broadcastable to (B, L, J)."""
-        weights = strengths[:, None] if strengths.ndim > 1 else strengths  # B 1 J, or J
-        if any(c.reach is not None for c in self.concepts):
-            length = similarity.shape[-2]
-            own = first_match(fine, similarity)
-            index = torch.arange(length, device=similarity.device)[:, None]
-            reach = [length if c.reach is None else c.reach for c in self.concepts]
-            near = (index - own).abs() <= torch.tensor(reach, device=similarity.device)
-            weights = weights * near
-        return weights
+        weights = strengths[:, None] if strengths.ndim > 1 else strengths
+        if all(c.reach is None and c.since is None for c in self.concepts):
+            return weights
+        length = similarity.shape[-2]
+        index = torch.arange(length, device=similarity.device)[:, None]
+        guessed = (index - first_match(fine, similarity)).abs()
+        near = []
+        for concept, distance in zip(self.concepts, guessed.unbind(-1), strict=True):
+            if concept.since is not None:
+                distance = _fitted(concept.since, length).to(similarity.device)
+            near.append(distance <= (length if concept.reach is None else concept.reach))
+        return weights * torch.stack(torch.broadcast_tensors(*near), -1)
+
+
+def _fitted(since: Tensor, length: int) -> Tensor:
+    """Distances (B, L) for another number of tokens: what others appended hears of no word."""
+    missing = max(0, length - since.shape[-1])
+    return F.pad(since, (0, missing), value=torch.inf)[..., :length]
 
 
 def first_match(encodings: Tensor, similarity: Tensor) -> Tensor:

@@ -35,8 +35,8 @@ class Likeness:
 
     @property
     def mean(self) -> float:
-        """Mean over the pictures that show a face."""
-        return float(self.similarity[self.face_found].mean())
+        """Mean over the pictures that show a face; 0 where none does."""
+        return float(self.similarity[self.face_found].mean()) if self.face_found.any() else 0.0
 
     def captions(self) -> list[str]:
         """One short text per picture."""
@@ -45,12 +45,14 @@ class Likeness:
 
     def report(self) -> str:
         """The numbers as text, one line per picture."""
-        found = int(self.face_found.sum())
-        lines = [f"mean similarity {self.mean:.3f} over {found} of {len(self.face_found)} pictures"]
+        found, count = int(self.face_found.sum()), len(self.face_found)
+        lines = [f"mean similarity {self.mean:.3f} over {found} of {count} pictures"]
+        if not found:
+            lines = ["no picture shows a face, so nothing was compared"]
         missing = [str(k) for k, f in enumerate(self.reference_found.tolist(), start=1) if not f]
         if missing:
             lines.append(f"no face in reference {', '.join(missing)}, left out")
-        if self.copying is not None:
+        if self.copying is not None and found:
             copying = float(self.copying[self.face_found].mean())
             lines.append(
                 f"copy-paste {copying:+.2f} (1: the references again, 0: as near to other photos)"
@@ -71,11 +73,11 @@ def compare_people(
         others: (T, H, W, 3), photos of the person that were not used, for `copying`.
 
     Raises:
-        NoFaceError: one of the sides shows no face at all.
+        NoFaceError: no reference, or no other photo, shows a face.
         ImageError: a picture cannot be used, or there is none.
     """
     known, reference_found = _seen("reference", references, faces)
-    shown, face_found = _seen("compared", pictures, faces)
+    shown, face_found = _seen("compared", pictures, faces, needed=False)
     person = centroid(known[reference_found])
     similarity = face_similarity(shown, person[None], face_found)
     if others is None:
@@ -85,12 +87,14 @@ def compare_people(
     return Likeness(similarity, face_found, reference_found, copying)
 
 
-def _seen(name: str, images: Tensor, faces: FaceEncoder) -> tuple[Tensor, Tensor]:
-    """Embeddings (N, E) of the largest faces, and (N,) where there is one; raises without any."""
+def _seen(
+    name: str, images: Tensor, faces: FaceEncoder, needed: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Embeddings (N, E) of the largest faces, and (N,) where there is one; raises if needed."""
     if not len(images):
         raise ImageError(f"The batch of {name} pictures is empty. Connect at least one.")
     rows, found = _embeddings(images, faces)
-    if not found.any():
+    if needed and not found.any():
         raise NoFaceError(
             f"There is no face in any of the {len(found)} {name} pictures, so nothing can be "
             "compared. Use pictures with a clear face, or another face analysis."

@@ -109,6 +109,8 @@ class AppliedAdaptation:
         strength: 0 leaves the model alone, 1 is as trained; or one for each sample (B,).
         superclass_prompt: (1, L, d) the prompt with the super-class word, if settings ask for it.
         blocks: factors on the strength in parts of the model.
+        since: (B, L) where its word stands in the prompts, see `GatedConcept`; None where nobody
+            knows.
     """
 
     prepared: PreparedAdaptation
@@ -116,11 +118,22 @@ class AppliedAdaptation:
     strength: Strength = 1.0
     superclass_prompt: Tensor | None = None
     blocks: GroupStrengths = field(default_factory=GroupStrengths)
+    since: Tensor | None = None
 
     @property
     def adaptation(self) -> TrainedAdaptation:
         """What was trained."""
         return self.prepared.adaptation
+
+    def spoken(self, since: Tensor) -> AppliedAdaptation:
+        """The same in prompts of which is known where its word stands.
+
+        Args:
+            since: (B, L) see `GatedConcept`; without strength in samples that never hear the word.
+        """
+        there = since.isfinite().any(-1)
+        strength = self.strength if bool(there.all()) else self.strength * there.float()
+        return replace(self, since=since, strength=strength)
 
     def to(self, device: torch.device | str) -> AppliedAdaptation:
         """The same with its tensors on another device."""

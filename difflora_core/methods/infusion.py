@@ -47,7 +47,7 @@ class Infusion(ConceptMethod):
             threshold = settings_as(InfusionConfig, part.settings).threshold
             concept = part.adaptation
             vectors = (concept.shared["direction"], unit_covector(concept))
-            concepts.append(token_concept(*vectors, threshold, part.strength))
+            concepts.append(token_concept(*vectors, threshold, part.strength, part.since))
         layers = applied[0].adaptation.layers
         values = {layer: cls.values(applied, layer) for layer in layers}
         return value_adapters(ConceptMatcher(concepts), values)

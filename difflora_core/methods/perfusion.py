@@ -68,12 +68,21 @@ class PerfusionConfig(Config):
             raise ConfigError(f"The reach is -1 (all tokens) or more, got {self.reach}.")
 
     def gated(
-        self, direction: Tensor, covector: Tensor, superclass: Tensor, strength: Strength = 1.0
+        self,
+        vectors: tuple[Tensor, Tensor, Tensor],
+        strength: Strength = 1.0,
+        since: Tensor | None = None,
     ) -> GatedConcept:
-        """A concept of vectors (d,) under these settings, as the layers see it."""
+        """A concept under these settings, as the layers see it.
+
+        Args:
+            vectors: its direction, covector and super-class word, each (d,).
+            strength: see `GatedConcept`.
+            since: see `GatedConcept`.
+        """
         reach = None if self.reach < 0 else self.reach
         gate = SigmoidGate(self.bias, self.temperature)
-        return GatedConcept(direction, covector, superclass, gate, strength, reach)
+        return GatedConcept(*vectors, gate, strength, reach, since)
 
 
 class Perfusion(ConceptMethod):
@@ -92,7 +101,7 @@ class Perfusion(ConceptMethod):
         cls.check_together(applied)
         settings = [settings_as(PerfusionConfig, part.settings) for part in applied]
         gated = [
-            own.gated(*_vectors(part.prepared), part.strength)
+            own.gated(_vectors(part.prepared), part.strength, part.since)
             for part, own in zip(applied, settings, strict=True)
         ]
         exact = any(s.combine == "exact" for s in settings)

@@ -61,6 +61,7 @@ class DiffLoRAModel(IdentityModel):
         self.config, self.layout = config, layout
         # A model trained on weights alone has no predictor: its guess is a sample.
         self.has_best_guess = config.preset != "paper"
+        self.face_encoder = config.face_encoder
         self.mif = MixedImageFeatures(config.mif, operations, generator)
         self.predictor = LatentPredictor(config.predictor, operations, generator)
         self.dit = DiT(config.dit, operations, generator)
@@ -91,7 +92,8 @@ class DiffLoRAModel(IdentityModel):
                 )
             image = image.new_zeros(len(image), sizes.image)
             tokens = tokens.new_zeros(len(image), sizes.tokens, sizes.token_dim)
-        complete = ImageFeatures(face, features.face_found, image, tokens, features.image_region)
+        about = (features.image_region, features.recogniser)
+        complete = ImageFeatures(face, features.face_found, image, tokens, *about)
         sizes.check(complete.sizes)
         return complete
 

@@ -30,12 +30,14 @@ class IdentityModel(nn.Module):
             there are none beyond the pack's own.
         image_region: what CLIP vision saw in training, one of `face_choice.IMAGE_REGIONS`.
         has_best_guess: False where the guess for a person is a sample.
+        face_encoder: package and file of the face recogniser of training; empty if nobody knows.
     """
 
     layout: LoRALayout
     license: str = ""
     image_region: str = "crop"
     has_best_guess: bool = True
+    face_encoder: str = ""
 
     @property
     @abstractmethod

@@ -41,6 +41,13 @@ class EncodedPrompts:
         rows = torch.arange(len(place), device=place.device)[place >= 0]
         return self.context[rows, place[rows]]
 
+    def since(self, word: str) -> Tensor:
+        """Tokens since a word was written (B, L): 0 at the word; infinity where it is not heard."""
+        place = self.positions[word].to(self.context.device)[:, None]
+        distance = torch.arange(self.context.shape[1], device=place.device)[None] - place
+        heard = (place >= 0) & (distance >= 0)
+        return distance.float().masked_fill(~heard, torch.inf)
+
     def select(self, index: Sequence[int]) -> EncodedPrompts:
         """Prompts by number; repeats are allowed."""
         rows = list(index)

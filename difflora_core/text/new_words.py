@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import math
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +28,10 @@ TEMPLATES = (
 )
 """Prompts in which a word's encoding is averaged, unless there are better ones; ours."""
 MAX_CONTEXTS = 8
+NEAR = 0.8
+"""How like a new word something must be to be taken for a slip of the pen, 0 to 1."""
+PLAIN_SIGNS = str.maketrans("‹〈›〉‐‑‒–—―−", "<<>>-------")
+"""Signs that look like those of a word, and what they look like."""
 SLOT = "{}"
 
 
@@ -119,13 +126,70 @@ def superclass_token(text: TextEncoders, superclass: str) -> int:
     return tokens[0]
 
 
-def find_words(prompt: str, words: Sequence[str]) -> list[tuple[int, int, str]]:
-    """Where new words stand in a prompt: (start, end, word) in characters, whole words only."""
+def find_words(
+    prompt: str, words: Sequence[str], tokens: Callable[[str], list[int]] | None = None
+) -> list[tuple[int, int, str]]:
+    """Where new words stand in a prompt: (start, end, word) in characters, whole words only.
+
+    Args:
+        prompt: any text.
+        words: to be found.
+        tokens: the text encoders' tokenizer. With it a word is also found where it is written in
+            another way that they read as the same tokens: in capitals, "< my - hat >", and
+            whatever signs they fold.
+    """
     if not words:
         return []
     ordered = sorted(words, key=len, reverse=True)
-    pattern = rf"(?<![\w<>\-])(?:{'|'.join(map(re.escape, ordered))})(?![\w<>\-])"
-    return [(m.start(), m.end(), m.group()) for m in re.finditer(pattern, prompt)]
+    if tokens is None:
+        pattern = "|".join(_whole(re.escape(word)) for word in ordered)
+        return [(m.start(), m.end(), m.group()) for m in re.finditer(pattern, prompt)]
+    folded, places = _folded(prompt)
+    found = []
+    for match in re.finditer("|".join(f"({_whole(_spaced(word))})" for word in ordered), folded):
+        start, end = places[match.start()], places[match.end() - 1] + 1
+        word = ordered[(match.lastindex or 1) - 1]
+        if prompt[start:end] == word or tokens(prompt[start:end]) == tokens(word):
+            found.append((start, end, word))
+    return found
+
+
+def near_misses(
+    prompt: str, words: Sequence[str], tokens: Callable[[str], list[int]]
+) -> list[tuple[str, str]]:
+    """What a prompt writes that is almost one of the words: (as written, the word)."""
+    taken = [range(start, end) for start, end, _ in find_words(prompt, words, tokens)]
+    missed = []
+    for match in re.finditer(r"[<‹＜〈]?[^\W_](?:[\w\-‐-―−]*[^\W_])?[>›＞〉]?", prompt):
+        if any(match.start() in own for own in taken) or len(tokens(match.group())) < 2:
+            continue  # found, or a word that the text encoders know
+        core = _core(match.group())
+        close = difflib.get_close_matches(core, [_core(word) for word in words], 1, NEAR)
+        missed += [(match.group(), word) for word in words if _core(word) in close][:1]
+    return missed
+
+
+def _core(word: str) -> str:
+    """A word's letters and digits, in small letters."""
+    return re.sub(r"[\W_]", "", _folded(word)[0])
+
+
+def _folded(text: str) -> tuple[str, list[int]]:
+    """A text in small letters and plain signs, and where each of its characters came from."""
+    parts = [unicodedata.normalize("NFKC", sign.translate(PLAIN_SIGNS)).casefold() for sign in text]
+    places = [place for place, part in enumerate(parts) for _ in part]
+    return "".join(parts), places
+
+
+def _spaced(word: str) -> str:
+    """A pattern of a folded word with spaces where they divide no letters and no digits."""
+    parts = re.findall(r"[a-z]+|[0-9]|[^a-z0-9]", word.casefold())
+    return r"\s*".join(map(re.escape, parts))
+
+
+def _whole(pattern: str) -> str:
+    """A pattern that has no further letters, digits or signs of words beside it."""
+    return rf"(?<![\w<>\-]){pattern}(?![\w<>\-])"
 
 
 def splice(
@@ -134,10 +198,29 @@ def splice(
     """Token numbers of a prompt with each new word as itself, one entry a token."""
     pieces: list[int | str] = []
     end = 0
-    for start, stop, word in find_words(prompt, words):
+    for start, stop, word in find_words(prompt, words, tokens):
         pieces += [*tokens(prompt[end:start]), word]
         end = stop
     return [*pieces, *tokens(prompt[end:])]
+
+
+def since_word(places: Sequence[bool], silent: Sequence[bool]) -> list[float]:
+    """Tokens since a word was written, for each token of what an encoder reads at once (ours).
+
+    The encoders are causal: what stands before a word knows nothing of it.
+
+    Args:
+        places: which tokens are the word.
+        silent: which tokens are the plain word of its kind, which speaks for itself.
+
+    Returns:
+        0 at the word, 1 at the token after it, and so on; infinity where it is not heard.
+    """
+    distances, last = [], math.inf
+    for here, plain in zip(places, silent, strict=True):
+        last = 0.0 if here else last + 1
+        distances.append(math.inf if plain and not here else last)
+    return distances
 
 
 @torch.no_grad()

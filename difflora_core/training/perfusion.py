@@ -147,7 +147,7 @@ class PerfusionObjective(nn.Module):
         superclasses = self.task.superclasses.to(directions)
         rows = zip(directions, normalised(duals, directions), superclasses, strict=True)
         acting = self.config.while_training()
-        matcher = ConceptMatcher([acting.gated(*vectors) for vectors in rows])
+        matcher = ConceptMatcher([acting.gated(vectors) for vectors in rows])
         targets = {
             layer: self.starts[layer].to(value) + value
             for layer, value in zip(self.task.layers, self.values, strict=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -140,11 +140,46 @@ def masks_like(
 
 def missing_note(number: int, count: int, options: FaceOptions, mask: Tensor | None) -> str:
     """Why photo `number`, with `count` faces and a mask (H, W) or none, has no chosen face."""
+    (note,) = missing_notes({number: missing_reason(count, options, mask)})
+    return note
+
+
+def missing_reason(count: int, options: FaceOptions, mask: Tensor | None) -> str:
+    """Why photos with `count` faces and a mask (H, W) or none have no chosen face, as a predicate.
+
+    `{s}` stands for the ending of a verb of one photo.
+    """
     if count == 0:
-        return f"Picture {number} shows no face that could be found."
-    if mask is not None and not marks_nothing(mask):
-        return f"Picture {number}: none of its {count} face(s) lies under the mask."
+        return "show{s} no face that could be found"
+    faces = "one face" if count == 1 else f"{count} faces"
+    if mask is not None and bool((mask > 0).any()):
+        return "show{s} " + faces + ", none of them under the mask"
     return (
-        f"Picture {number} shows {count} face(s), so there is no face number {options.index} "
-        "(counting from 0)."
+        "show{s} "
+        + f"{faces}, so there is no face number {options.index} (face_index counts from 0)"
     )
+
+
+def missing_notes(reasons: Mapping[int, str]) -> tuple[str, ...]:
+    """A sentence for each reason, with the numbers of its photos."""
+    notes = []
+    for reason in dict.fromkeys(reasons.values()):
+        numbers = [number for number, own in reasons.items() if own == reason]
+        who = f"Picture{'s' if len(numbers) > 1 else ''} {listed(numbers)}"
+        notes.append(f"{who} {reason.format(s='' if len(numbers) > 1 else 's')}.")
+    return tuple(notes)
+
+
+def listed(numbers: Sequence[int]) -> str:
+    """Ascending numbers in words: "1 to 3, 5 and 7"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    parts = [f"{run[0]} to {run[-1]}" if len(run) > 2 else str(run[0]) for run in runs]
+    for place in reversed(range(len(runs))):
+        if len(runs[place]) == 2:
+            parts.insert(place + 1, str(runs[place][1]))
+    return " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))

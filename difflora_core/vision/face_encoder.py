@@ -210,6 +210,12 @@ class InsightFaceEncoder:
         """Df, the length of an embedding."""
         return self._embedding_dim
 
+    @property
+    def recogniser(self) -> str:
+        """File name of the recogniser; empty when the analysis does not say."""
+        models: Mapping[str, Any] = getattr(self.analysis, "models", None) or {}
+        return Path(str(getattr(models.get("recognition"), "model_file", None) or "")).name
+
     def detect(self, image: Tensor) -> list[DetectedFace]:
         """All faces of one picture, with retries for faces that fill it.
 

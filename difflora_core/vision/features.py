@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..config import Config, check_range
-from ..errors import EncoderError, NoFaceError
-from .face_choice import FaceOptions, choose_faces, masks_like, missing_note
+from ..errors import ConfigError, EncoderError, NoFaceError
+from .face_choice import FaceOptions, choose_faces, masks_like, missing_notes, missing_reason
 from .face_cutout import cut_out, landmarks_of, seen_closely
 from .face_encoder import DetectedFace, FaceEncoder
 from .image_encoder import ImageEncoder, describe_encoder
@@ -73,7 +73,8 @@ class FeatureSizes(Config):
             )
 
 
-_TENSORS = ("face", "face_found", "image", "image_tokens")
+TENSORS = ("face", "face_found", "image", "image_tokens")
+"""Parts of ImageFeatures with a row for each photo."""
 SEVERAL = "several regions"
 
 
@@ -88,6 +89,8 @@ class ImageFeatures:
         image_tokens: (N, L, Dt) float32 penultimate CLIP states, class token first.
         image_region: what CLIP vision saw, one of `face_choice.IMAGE_REGIONS`; SEVERAL where it saw
             different ones, empty where nobody knows.
+        recogniser: file name of the face recogniser, empty where nobody knows: packages of equal
+            width describe faces in different ways.
     """
 
     face: Tensor
@@ -95,9 +98,10 @@ class ImageFeatures:
     image: Tensor
     image_tokens: Tensor
     image_region: str = ""
+    recogniser: str = ""
 
     def __post_init__(self) -> None:
-        shapes = {name: tuple(getattr(self, name).shape) for name in _TENSORS}
+        shapes = {name: tuple(getattr(self, name).shape) for name in TENSORS}
         dims = tuple(len(shape) for shape in shapes.values())
         if dims != (2, 1, 2, 3) or len({shape[0] for shape in shapes.values()}) != 1:
             raise EncoderError(
@@ -118,8 +122,7 @@ class ImageFeatures:
     def select(self, photos: int | Sequence[int] | Tensor) -> ImageFeatures:
         """Features of one photo (a number keeps N=1) or of several (n,), in the order asked for."""
         rows = torch.as_tensor([photos] if isinstance(photos, int) else photos)
-        face, found, image, tokens = (getattr(self, name)[rows] for name in _TENSORS)
-        return ImageFeatures(face, found, image, tokens, self.image_region)
+        return replace(self, **{name: getattr(self, name)[rows] for name in TENSORS})
 
     def to(
         self, device: str | torch.device | None = None, dtype: torch.dtype | None = None
@@ -131,6 +134,7 @@ class ImageFeatures:
             self.image.to(device=device, dtype=dtype),
             self.image_tokens.to(device=device, dtype=dtype),
             self.image_region,
+            self.recogniser,
         )
 
     @staticmethod
@@ -144,12 +148,22 @@ class ImageFeatures:
             raise EncoderError("There are no image features to join.")
         for part in parts[1:]:
             parts[0].sizes.check(part.sizes)
+        names = {part.recogniser for part in parts if part.recogniser}
+        if len(names) > 1:
+            raise EncoderError(
+                f"These photos were read by different face recognisers ({', '.join(sorted(names))})"
+                ", whose numbers cannot be compared. Connect one face analysis to all of them."
+            )
         regions = {part.image_region for part in parts}
         region = regions.pop() if len(regions) == 1 else SEVERAL
-        face, found, image, tokens = (
-            torch.cat([getattr(part, name) for part in parts]) for name in _TENSORS
+        return ImageFeatures(
+            torch.cat([part.face for part in parts]),
+            torch.cat([part.face_found for part in parts]),
+            torch.cat([part.image for part in parts]),
+            torch.cat([part.image_tokens for part in parts]),
+            region,
+            *names,
         )
-        return ImageFeatures(face, found, image, tokens, region)
 
 
 @dataclass(frozen=True)
@@ -165,7 +179,8 @@ class ExtractedFeatures:
         keypoints: (N, 5, 2) float32 eyes, nose tip, mouth corners; NaN without a face.
         scores: (N,) float32 detector's confidence; 0 without a face.
         face_masks: N masks (H, W), 1 inside the face box.
-        notes: What was skipped or done without a face, one sentence each.
+        notes: What was skipped or done without a face, one sentence for each reason.
+        missing: Numbers, from 1, of the photos without the face that is meant.
     """
 
     features: ImageFeatures
@@ -177,6 +192,19 @@ class ExtractedFeatures:
     scores: Tensor
     face_masks: tuple[Tensor, ...]
     notes: tuple[str, ...]
+    missing: tuple[int, ...] = ()
+
+    def of_photos(self, values: Sequence[float], count: int) -> list[float]:
+        """One value for each row, of one for each of the `count` photos given; none of none.
+
+        Raises:
+            ConfigError: there are not as many values as photos.
+        """
+        if values and len(values) != count:
+            raise ConfigError(
+                f"There are {len(values)} photo weights for {count} photos; write one a photo."
+            )
+        return [values[photo] for photo in self.photos] if values else []
 
     def keypoint_pictures(self) -> list[Tensor]:
         """For each photo kept, its faces' points as face ControlNets expect them: (H, W, 3)."""
@@ -217,26 +245,34 @@ def extract_features(
     pictures = as_pictures(images)
     all_masks = masks_like(masks, pictures)
     rows: list[tuple[int, DetectedFace | None]] = []
-    notes: list[str] = []
+    missing: dict[int, str] = {}
     for number, (picture, mask) in enumerate(zip(pictures, all_masks, strict=True)):
         count, chosen = _find(face_encoder, picture, options, mask)
         rows.extend((number, face) for face in chosen or (None,))
         if not chosen:
-            notes.append(missing_note(number + 1, count, options, mask))
-    if notes and options.on_missing == "error":
-        raise NoFaceError(
-            f"{' '.join(notes)} Use a photo with one clear face, or set the missing-face policy "
-            "to skip or image_only."
-        )
+            missing[number + 1] = missing_reason(count, options, mask)
+    notes = missing_notes(missing)
+    _check_missing(notes, len(missing) == len(pictures), options)
     left = [row for row in rows if row[1] or options.on_missing == "image_only"]
-    if not left:
+    photos, faces = zip(*left, strict=True)
+    own = [pictures[i] for i in photos]
+    usable = _UsablePhotos(photos, own, list(faces), notes, tuple(missing))
+    return _describe(usable, face_encoder, image_encoder, options)
+
+
+def _check_missing(notes: Sequence[str], everywhere: bool, options: FaceOptions) -> None:
+    """Refuses photos without the face that is meant, in the words of their notes, if asked to."""
+    if notes and options.on_missing == "error":
+        others = "" if everywhere else "skip or "
+        raise NoFaceError(
+            f"{' '.join(notes)} Use photos with one clear face, or set on_missing_face to "
+            f"{others}image_only."
+        )
+    if everywhere and options.on_missing == "skip":
         raise NoFaceError(
             f"{' '.join(notes)} No photo is left after skipping. Add a photo with a clear face, "
-            "or set the missing-face policy to image_only."
+            "or set on_missing_face to image_only."
         )
-    photos, faces = zip(*left, strict=True)
-    usable = _UsablePhotos(photos, [pictures[i] for i in photos], list(faces), tuple(notes))
-    return _describe(usable, face_encoder.embedding_dim, image_encoder, options)
 
 
 def _find(
@@ -258,12 +294,17 @@ class _UsablePhotos:
     pictures: list[Tensor]
     faces: list[DetectedFace | None]
     notes: tuple[str, ...]
+    missing: tuple[int, ...]
 
 
 def _describe(
-    usable: _UsablePhotos, face_dim: int, image_encoder: ImageEncoder, options: FaceOptions
+    usable: _UsablePhotos,
+    face_encoder: FaceEncoder,
+    image_encoder: ImageEncoder,
+    options: FaceOptions,
 ) -> ExtractedFeatures:
     """Crop, encode and collect the usable photos."""
+    face_dim = face_encoder.embedding_dim
     blank = DetectedFace(
         torch.full((4,), torch.nan), 0.0, torch.full((5, 2), torch.nan), torch.zeros(face_dim)
     )
@@ -278,6 +319,7 @@ def _describe(
         image=torch.cat([image for image, _ in encoded]).float(),
         image_tokens=torch.cat([tokens for _, tokens in encoded]).float(),
         image_region=options.image_region,
+        recogniser=getattr(face_encoder, "recogniser", ""),
     )
     return ExtractedFeatures(
         features=features,
@@ -289,6 +331,7 @@ def _describe(
         scores=torch.tensor([face.score for face in shown]),
         face_masks=tuple(box_mask(face.box, *picture.shape[:2]) for picture, face in pairs),
         notes=usable.notes,
+        missing=usable.missing,
     )
 
 

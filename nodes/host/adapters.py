@@ -26,13 +26,17 @@ from ...difflora_core.lora.block_groups import GroupStrengths
 from ...difflora_core.methods.base import AppliedAdaptation
 from ...difflora_core.methods.registry import method
 from .base import check_fits
+from .browser import show
 from .weights import has_additions, weights_of, with_weights
+from .words import heard
 
 logger = logging.getLogger(__name__)
 
 KEY = "difflora"
 NEGATIVE = "difflora_negative"
 """Condition that says of every sample whether its prompt is a negative one: 1, else 0."""
+HEARD = "difflora_heard"
+"""Condition that says where the words of a chain stand, (B, L, J), see `words.heard`."""
 CALL = comfy.patcher_extension.WrappersMP.APPLY_MODEL
 PREPARE = comfy.patcher_extension.WrappersMP.PREPARE_SAMPLING
 BEGIN = comfy.patcher_extension.CallbacksMP.ON_PRE_RUN
@@ -41,12 +45,18 @@ FROM_LORAS = (
     "%s: what acts on a part of the steps or prompts takes something out of loaded LoRAs, too. "
     "Let it act on all of them to leave them whole."
 )
+UNSPOKEN = (
+    "The word %s stands in no prompt of this run, so its concept changes nothing. Write it in CLIP "
+    "Text Encode, with the CLIP of Load Concept or of the training node connected there."
+)
 KEPT = 8  # sets of adapters: of the steps of a run, with and without the negative prompt
 
 
 @dataclass(frozen=True, eq=False)
 class Link:
     """An adaptation in a chain: from and up to which share of the steps it acts, and on what.
+
+    `node_id`: of the node that put it there, which shows what there is to say of it.
 
     Raises:
         ConfigError: it would end before it starts.
@@ -56,6 +66,7 @@ class Link:
     start: float = 0.0
     end: float = 1.0
     positive_only: bool = False
+    node_id: str | None = None
 
     def __post_init__(self) -> None:
         if self.start > self.end:
@@ -80,6 +91,22 @@ class Link:
         """The word that it is called by."""
         word = self.applied.adaptation.word
         return word.word if word else None
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """The samples of a call that a link acts on, and where its word stands in their prompts (B, L).
+
+    `since`: None where it has no word.
+    """
+
+    rows: tuple[bool, ...]
+    since: Tensor | None = None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for equal samples."""
+        return self.rows, None if self.since is None else self.since.numpy().tobytes()
 
 
 class AdapterChain:
@@ -118,10 +145,23 @@ class AdapterChain:
         The mark travels with the prompt, so that it is known whatever its place in a batch: guiders
         with three prompts, and those that ask for one at a time, number them in other ways.
         """
+        words = [link.word for link in self.links if link.word is not None]
+        spoken: set[str] = set()
         for name, own in conds.items():
             flag = comfy.conds.CONDRegular(torch.full((1,), float("negative" in name)))
             for cond in own or ():
-                cond["model_conds"] = {**cond["model_conds"], NEGATIVE: flag}
+                marks = {NEGATIVE: flag}
+                if words:
+                    where = heard(cond, words)
+                    marks[HEARD] = comfy.conds.CONDCrossAttn(where)
+                    spoken |= {
+                        w for w, own in zip(words, where.unbind(-1), strict=True) if 0 in own
+                    }
+                cond["model_conds"] = {**cond["model_conds"], **marks}
+        for link in self.links:
+            if link.word is not None and link.word not in spoken:
+                logger.warning(UNSPOKEN, link.word)
+                show(link.node_id, UNSPOKEN % link.word)
         self.prepared = True
         return executor(model, noise_shape, conds, *args, **kwargs)
 
@@ -154,7 +194,7 @@ class AdapterChain:
         Raises:
             ConfigError: nobody prepared this run.
         """
-        negative = kwargs.pop(NEGATIVE, None)
+        negative, where = kwargs.pop(NEGATIVE, None), kwargs.pop(HEARD, None)
         if negative is None:
             if not self.prepared:
                 raise ConfigError(
@@ -169,34 +209,44 @@ class AdapterChain:
             link for link in self.links if percent(link.end) <= sigma <= percent(link.start)
         )
         rows = tuple(bool(flag == 0) for flag in negative.flatten().tolist())
-        acting = tuple(link for link in acting if not link.positive_only or any(rows))
-        if not acting:
+        samples = [self._samples(link, rows, where) for link in acting]
+        shares = tuple(own for own in zip(acting, samples, strict=True) if any(own[1].rows))
+        if not shares:
             return executor(x, t, *args, **kwargs)
-        with _eager(), attach(base.diffusion_model, self.adapters(acting, rows, x.device)):
+        with _eager(), attach(base.diffusion_model, self.adapters(shares, x.device)):
             return executor(x, t, *args, **kwargs)
 
-    def adapters(
-        self, acting: Sequence[Link], rows: Sequence[bool], device: torch.device
-    ) -> AdapterSet:
-        """Adapters of links that act, on a device, for samples of which `rows` are positive."""
-        key = (tuple(map(id, acting)), tuple(rows), str(device))
+    def _samples(self, link: Link, rows: Sequence[bool], where: Tensor | None) -> Samples:
+        """Of samples of which `rows` are positive those that a link acts on."""
+        own = [positive or not link.positive_only for positive in rows]
+        words = [one.word for one in self.links if one.word is not None]
+        if link.word is None or where is None:
+            return Samples(tuple(own))
+        since = where[..., words.index(link.word)].float().cpu()
+        there = since.isfinite().any(-1).tolist()
+        return Samples(tuple(a and b for a, b in zip(own, there, strict=True)), since)
+
+    def adapters(self, shares: Sequence[tuple[Link, Samples]], device: torch.device) -> AdapterSet:
+        """Adapters of links that act, each on its samples, on a device."""
+        key = (str(device), *((id(link), samples.key) for link, samples in shares))
         if key not in self._built:
             while len(self._built) >= KEPT:
                 self._built.pop(next(iter(self._built)))
-            self._built[key] = adapter_set([self._for_rows(link, rows, device) for link in acting])
+            parts = [self._for_samples(link, samples, device) for link, samples in shares]
+            self._built[key] = adapter_set(parts)
         return self._built[key]
 
-    def _for_rows(
-        self, link: Link, rows: Sequence[bool], device: torch.device
-    ) -> AppliedAdaptation:
-        """What a link does to samples of which `rows` are positive; moved to a device once."""
+    def _for_samples(self, link: Link, samples: Samples, device: torch.device) -> AppliedAdaptation:
+        """What a link does to the samples of a call; moved to a device once."""
         key = (id(link), str(device))
         if key not in self._moved:
             self._moved[key] = link.applied.to(device)
         applied = self._moved[key]
-        if not link.positive_only or all(rows):
+        if samples.since is not None:
+            applied = applied.spoken(samples.since.to(device))
+        if all(samples.rows):
             return applied
-        flags = torch.tensor(rows, dtype=torch.float32, device=device)
+        flags = torch.tensor(samples.rows, dtype=torch.float32, device=device)
         return replace(applied, strength=applied.strength * flags)
 
 

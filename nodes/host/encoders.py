@@ -15,6 +15,8 @@ from . import models
 
 WHAT_THEN = {"skip": "Left out.", "image_only": "Used by the look alone."}
 """What becomes of a photo without a face, by policy."""
+NO_FACES = "No face analysis is connected: only CLIP vision looks at the photos."
+NO_LOOK = "No CLIP vision is connected: only the face counts."
 
 
 class ComfyImageEncoder:
@@ -69,6 +71,11 @@ class _Watched:
     def embedding_dim(self) -> int:
         """Of the face features."""
         return self.faces.embedding_dim
+
+    @property
+    def recogniser(self) -> str:
+        """File name of the face recogniser."""
+        return str(getattr(self.faces, "recogniser", ""))
 
     @property
     def image_size(self) -> int:
@@ -131,8 +138,11 @@ def read_photos(
         pictures = ComfyImageEncoder(clip_vision)
     watched = _Watched(faces, pictures, 2 * len(images))
     found = extract_features(images, watched, watched, options, mask)
+    then = [*found.notes, WHAT_THEN[options.on_missing]] if found.notes else []
     if face_analysis is not None:
-        then = [*found.notes, WHAT_THEN[options.on_missing]] if found.notes else []
-        with_face = len(images) - len(found.notes)
-        models.show_text(node, " ".join([f"A face in {with_face} of {len(images)} photos.", *then]))
+        with_face = len(images) - len(found.missing)
+        then = [f"A face in {with_face} of {len(images)} photos.", *then]
+    else:
+        then = [NO_FACES]
+    models.show_text(node, " ".join([*then, *([] if clip_vision is not None else [NO_LOOK])]))
     return found

@@ -3,7 +3,9 @@
 Nothing here decides anything about DiffLoRA; it hands tensors over and checks that both sides fit.
 """
 
+import logging
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
 import comfy.model_management
@@ -24,8 +26,15 @@ from ...difflora_core.storage.identity_models import load_identity_model
 from ...difflora_core.vision.face_choice import IMAGE_REGIONS
 from ...difflora_core.vision.features import ImageFeatures
 from ..sockets import BEST_GUESS, MANUAL
+from .browser import show, show_here
 from .lora import LicensedLoRA, check_lora_fits
 
+logger = logging.getLogger(__name__)
+
+OTHER_RECOGNISER = (
+    "The faces were read by {}, but this DiffLoRA model was trained with {}: it will make another "
+    "person. Load that package in Load Face Analysis."
+)
 # Activations only; ComfyUI knows the weights. Covers a full-size model reading 16 photos.
 ACTIVATION_BYTES = 512 * 2**20
 
@@ -94,6 +103,11 @@ def gate_override(
 def mix(hosted: HostedModel, features: ImageFeatures, override: Tensor) -> IdentityCondition:
     """Photos of one person to a condition; `override` (2,) is a `gate_override`."""
     network = hosted.ready()
+    trained = PurePosixPath(network.face_encoder).name
+    if trained.endswith(".onnx") and features.recogniser not in ("", trained):
+        told = OTHER_RECOGNISER.format(features.recogniser, network.face_encoder)
+        logger.warning("%s", told)
+        show_here(told)
     return network.condition(network.complete(features), override.to(network.device))
 
 
@@ -151,10 +165,7 @@ def progress(total: int) -> Any:
 
 def show_text(node: Any, text: str) -> None:
     """Shows a line on the running node in the browser, as core's Get Image Size does."""
-    from server import PromptServer  # noqa: PLC0415  there is none before ComfyUI runs
-
-    if node.hidden.unique_id:
-        PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
+    show(node.hidden.unique_id, text)
 
 
 def decode(hosted: HostedModel, latent: LoRALatent, base_model: Any) -> LicensedLoRA:

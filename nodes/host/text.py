@@ -1,6 +1,5 @@
-"""New words in ComfyUI's CLIP: its encoders as TextEncoders, and clones that know a word."""
+"""ComfyUI's CLIP as the TextEncoders of recipes, and what it says of an adaptation's word."""
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from comfy.sd import CLIP
 from torch import Tensor, nn
 
-from ...difflora_core.errors import ConfigError, InterruptedTraining, LayoutError
+from ...difflora_core.errors import ConfigError, InterruptedTraining
 from ...difflora_core.methods.base import PreparedAdaptation, TrainedAdaptation
 from ...difflora_core.text.encoders import (
     EncodedPrompts,
@@ -20,13 +19,7 @@ from ...difflora_core.text.encoders import (
     text_probe,
     token_blocks,
 )
-from ...difflora_core.text.new_words import (
-    check_new_word,
-    find_words,
-    splice,
-    superclass_token,
-    word_encoding,
-)
+from ...difflora_core.text.new_words import splice, superclass_token, word_encoding
 
 ENCODERS = ("clip_l", "clip_g")
 
@@ -109,7 +102,8 @@ class ComfyText:
 
     def knows(self, word: str) -> bool:
         """True when a word has a token of its own, or was taught to this CLIP before."""
-        return word in learned_words(self.clip) or len(self.tokens(word)) == 1
+        taught = [own.casefold() for own in learned_words(self.clip)]  # CLIP reads small letters
+        return word.casefold() in taught or len(self.tokens(word)) == 1
 
     def embedding(self, token: int) -> WordEmbedding:
         """Token embedding in each encoder."""
@@ -156,6 +150,11 @@ class ComfyText:
         return EncodedPrompts(context, pooled, real, places)
 
 
+def learned_words(clip: CLIP) -> tuple[str, ...]:
+    """New words that a CLIP knows through `words.teach`."""
+    return tuple(getattr(clip.tokenizer, "difflora_words", ()))
+
+
 def table(clip: CLIP, name: str) -> Any:
     """Token embedding of one of a CLIP's encoders."""
     return getattr(clip.cond_stage_model, name).transformer.get_input_embeddings()
@@ -166,71 +165,6 @@ def _row(tokenizer: Any, piece: Sequence[int | str], words: Mapping[str, Tensor]
     parts = [words[part] if isinstance(part, str) else part for part in piece]
     row = [tokenizer.start_token, *parts, tokenizer.end_token]
     return row + [tokenizer.pad_token] * (tokenizer.max_length - len(row))
-
-
-def learned_words(clip: CLIP) -> tuple[str, ...]:
-    """New words that a CLIP knows through `teach`."""
-    return tuple(getattr(clip.tokenizer, "difflora_words", ()))
-
-
-def teach(clip: CLIP, adaptation: TrainedAdaptation) -> CLIP:
-    """A clone of a CLIP whose prompts may hold the adaptation's word; the CLIP where it has none.
-
-    Raises:
-        ConfigError: the word is known already.
-        LayoutError: the adaptation is for other text encoders.
-    """
-    word = adaptation.word
-    if word is None:
-        return clip
-    check_new_word(ComfyText(clip), word.word)
-    widths = [table(clip, name).weight.shape[1] for name in ENCODERS]
-    if [len(e) for e in word.embeddings] != widths:
-        raise LayoutError(
-            f"{adaptation.title} has word embeddings of {[len(e) for e in word.embeddings]}, but "
-            f"this CLIP needs {widths}: it belongs to another base model ({adaptation.base})."
-        )
-    clone = clip.clone()
-    clone.tokenizer = copy.copy(clip.tokenizer)
-    clone.tokenizer.difflora_words = (*learned_words(clip), word.word)
-    for k, name in enumerate(ENCODERS):
-        inner = getattr(clip.tokenizer, name)
-        setattr(clone.tokenizer, name, WordTokenizer(inner, word.word, word.embeddings[k]))
-    return clone
-
-
-class WordTokenizer:
-    """A tokenizer of ComfyUI that knows one more word; everything else is left to it."""
-
-    def __init__(self, inner: Any, word: str, vector: Tensor) -> None:
-        self.inner, self.words = inner, {**getattr(inner, "words", {}), word: vector}
-        self.plain = getattr(inner, "plain", inner)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("inner", "plain", "words"):  # not there yet while being copied
-            raise AttributeError(name)
-        return getattr(self.plain, name)
-
-    def tokenize_with_weights(self, text: str, *args: Any, **kwargs: Any) -> Any:
-        """Tokens and weights of a prompt; ComfyUI's own embeddings and weights go on working."""
-        names = {f"difflora{k}": vector for k, vector in enumerate(self.words.values())}
-        numbers = {word: f"difflora{k}" for k, word in enumerate(self.words)}
-        pieces, end = [], 0
-        for start, stop, word in find_words(text, list(self.words)):
-            embedding = f" {self.plain.embedding_identifier}{numbers[word]} "
-            pieces += [text[end:start], embedding]
-            end = stop
-        reader = copy.copy(self.plain)
-        reader.embedding_directory = self.plain.embedding_directory or []
-
-        def find(name: str) -> tuple[Tensor | None, str, str]:
-            first, _, rest = name.partition(" ")
-            if first in names:
-                return names[first], first, rest.strip()
-            return self.plain._try_get_embedding(name)
-
-        reader._try_get_embedding = find
-        return reader.tokenize_with_weights("".join(pieces) + text[end:], *args, **kwargs)
 
 
 def prepare(adaptation: TrainedAdaptation, clip: CLIP) -> PreparedAdaptation:

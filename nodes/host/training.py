@@ -31,9 +31,12 @@ from ...difflora_core.training.state_file import remove_run
 from .. import model_paths, sockets
 from .adapters import check_bare
 from .base import ComfyBase
+from .browser import show_here
 from .memory import AUTO, CHOICES, FAST, fits, plan_memory, trained_bytes
-from .text import ComfyText, prepare, teach
+from .run_files import remember_files, run_file
+from .text import ComfyText, prepare
 from .training_request import Parts, PictureParts, PictureRequest, Request
+from .words import teach
 
 Recipe = Callable[[Any, Any], Objective[TrainedAdaptation]]
 """A `RECIPE` of training/: an objective of a task and the settings of its own."""
@@ -230,18 +233,20 @@ def kept(done: Trained, request: Any, own_clip: CLIP) -> tuple[list[PreparedAdap
         request: has `folder`, `file_name` and `small_file`.
         own_clip: the CLIP that is connected.
     """
-    files, clip = [], own_clip
-    for adaptation in done.result.adaptations:
-        path = model_paths.unused_file(request.folder, request.file_name)
+    files, paths, clip = [], [], own_clip
+    for number, adaptation in enumerate(done.result.adaptations):
+        place = (request.folder, request.file_name)
+        path = run_file(done.folder, *place, number)
         with torch.inference_mode(False):
             written = write_adaptation(path, adaptation, request.small_file)
             clip = teach(clip, adaptation)
         word = adaptation.word.word if adaptation.word else adaptation.method
+        paths.append(path)
         files.append(
             f"{path.name}: {word}, {written.size / 1024:.1f} KiB, rounding error "
             f"{written.error:.1e}"
         )
-    report = finished(done, files)
+    report = finished(done, files, request.file_name, paths)
     with torch.inference_mode(False):
         return [prepare(one, own_clip) for one in done.result.adaptations], clip, report
 
@@ -275,15 +280,25 @@ def guarded(training: Callable[[], Trained]) -> Trained:
             raise comfy.model_management.InterruptProcessingException from early
 
 
-def finished(done: Trained, files: list[str]) -> str:
+def finished(done: Trained, files: list[str], name: str, paths: Sequence[Path]) -> str:
     """The report of a run whose files are written; its state is no longer needed.
 
+    Args:
+        done: the run.
+        files: a line for each file.
+        name: as it was typed.
+        paths: of the files, which a run that goes on replaces.
+
     Raises:
-        InterruptProcessingException: the user stopped; the report stands in the log.
+        InterruptProcessingException: the user stopped; the report stands on the node and in the
+            log.
     """
     result, report = done.result, "\n".join([*files, *done.remarks])
     if not result.finished:
-        logger.info("Training stopped; the best so far is kept. %s", report)
+        remember_files(done.folder, name, paths)
+        told = f"Stopped. The best so far is kept; queue again to go on. {report}"
+        logger.info("%s", told)
+        show_here(told)
         raise comfy.model_management.InterruptProcessingException
     remove_run(done.folder)
     if result.step == 0:

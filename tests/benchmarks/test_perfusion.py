@@ -54,7 +54,7 @@ def test_every_row_and_conclusion_is_there(report):
     for method in METHODS.values():
         for setting in method.settings:
             row = rows[method.label(setting)]
-            assert set(row) == columns | {"seconds", "file_kb", "step_ms"}
+            assert set(row) == columns | {"leak", "seconds", "file_kb", "step_ms"}
         pairs = {method.label(setting) for setting in method.pair_settings}
         shares = [rows[f"two: {name}"]["both_recognised"] for name in pairs]
         for known, fact in (
@@ -70,6 +70,10 @@ def test_every_row_and_conclusion_is_there(report):
     small, large = rows[PERFUSION.label(0.6)], rows[DREAMBOOTH.label(1.0)]
     assert small["file_kb"] < large["file_kb"]
     assert facts["hypervolume"].keys() == set(METHODS)
+    assert facts["leak"].keys() == {"base", *METHODS}
+    for name in METHODS:
+        more = facts["leak"][name] - facts["leak"]["base"]  # means in two precisions
+        assert (abs(more) < 1e-6) == (name != DREAMBOOTH.name)
 
 
 def test_names_of_rows():
@@ -130,6 +134,16 @@ def test_strength_zero_is_the_plain_word_and_strength_one_is_not(evaluator, meth
         torch.testing.assert_close(off, plain, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("method", METHODS.values(), ids=lambda m: m.name)
+def test_only_a_lora_touches_the_plain_word(evaluator, method):
+    """A word acts where it stands; a LoRA has no place."""
+    wanted = evaluation_prompts([HAT], SCENES[:2], 0)
+    trained = evaluator.trainer.train(HAT, method, TINY.training)
+    changes = method.apply(evaluator.models, [trained], method.usual)
+    plain = evaluator.draw(wanted, *changes, plain=True)
+    assert torch.equal(plain, evaluator.draw(wanted)) == (method is not DREAMBOOTH)
+
+
 def test_kinds_are_read_by_the_judge_of_concepts(evaluator, monkeypatch):
     """One attribute of five, whatever the classifier of plain colours would say."""
     wanted = evaluation_prompts([HAT], SCENES[:2], 0)
@@ -153,7 +167,8 @@ def test_two_loras_are_their_sum(evaluator):
     x = torch.randn(1, 3, module.in_features, generator=torch.Generator().manual_seed(6))
     bare, changes = module(x), []
     for chosen in (trained[:1], trained[1:], trained):
-        _, adapters = DREAMBOOTH.apply(models, chosen, 1.0)
+        _, make = DREAMBOOTH.apply(models, chosen, 1.0)
+        adapters = make(models.text.encode(["a hat"], {}))
         with attach(models.base.unet, adapters, names=models.module_names):
             changes.append(module(x) - bare)
     assert min(float(change.abs().max()) for change in changes) > 1e-4

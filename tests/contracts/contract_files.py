@@ -19,12 +19,13 @@ from difflora_core.models.predictor import PredictorConfig
 from difflora_core.storage.adapter_file import write_adaptation
 from difflora_core.storage.checkpoint import save_model
 from difflora_core.storage.covariance_file import write_covariance
+from difflora_core.storage.features_file import write_features
 from difflora_core.storage.identity_library import add_people
 from difflora_core.storage.lora_file import LoRAInfo, write_lora_file
 from difflora_core.storage.thumbnail import make_thumbnail
 from difflora_core.text.covariance import Covariance
 from difflora_core.text.new_words import LearnedWord
-from difflora_core.vision.features import FeatureSizes
+from difflora_core.vision.features import FeatureSizes, ImageFeatures
 
 SIZES = FeatureSizes(4, 4, 2, 4)
 
@@ -110,11 +111,20 @@ def write_small_covariance(path: Path) -> Path:
     return write_covariance(path, covariance)
 
 
+def write_small_features(path: Path) -> Path:
+    """Features of two photos, one without a face."""
+    face = torch.tensor([[0.6, 0.8], [0.0, 0.0]])
+    tokens = torch.arange(12.0).reshape(2, 2, 3)
+    found = torch.tensor([True, False])
+    return write_features(path, ImageFeatures(face, found, face + 1, tokens, "crop", "rec.onnx"))
+
+
 WRITERS: dict[str, Callable[[Path], Path]] = {
     "checkpoint": write_checkpoint,
     "adapter": write_small_adapter,
     "concept": write_small_concept,
     "covariance": write_small_covariance,
+    "features": write_small_features,
     "library": write_library,
     "lora": write_lora,
 }

@@ -54,13 +54,23 @@ def test_copying_is_told_where_other_photos_are_known():
         compare_people(flat(RED), flat(RED), ColourFaces(), flat(BLACK))
 
 
-@pytest.mark.parametrize(
-    ("references", "pictures", "which"),
-    [([BLACK], [RED], "reference"), ([RED], [BLACK, BLACK], "2 compared")],
-)
-def test_nobody_to_compare(references, pictures, which):
-    with pytest.raises(NoFaceError, match=f"{which} pictures"):
-        compare_people(flat(*references), flat(*pictures), ColourFaces())
+def test_nobody_to_compare_with():
+    with pytest.raises(NoFaceError, match="2 reference pictures"):
+        compare_people(flat(BLACK, BLACK), flat(RED), ColourFaces())
+
+
+def test_finished_pictures_without_a_face_go_on():
+    """A back view before Save Image is no reason to lose it."""
+    references, pictures = flat(RED), flat(BLACK, BLACK)
+    found = compare_people(references, pictures, ColourFaces(), flat(GREEN))
+    assert found.mean == 0.0
+    assert found.captions() == ["no face", "no face"]
+    assert found.report().split("\n") == [
+        "no picture shows a face, so nothing was compared",
+        "picture 1: no face",
+        "picture 2: no face",
+    ]
+    assert likeness_picture(references, pictures, found).isfinite().all()
 
 
 def test_likeness_picture_shows_every_picture():

@@ -16,12 +16,14 @@ from difflora_core.models.lae.autoencoder import LoRALatent
 from difflora_core.storage.adapter_file import read_adaptation, write_adaptation
 from difflora_core.storage.checkpoint import load_model, save_model
 from difflora_core.storage.covariance_file import read_covariance, write_covariance
+from difflora_core.storage.features_file import read_features, write_features
 from difflora_core.storage.identity_library import add_people
 from difflora_core.storage.library_file import Library, read_library, write_library
 from difflora_core.storage.lora_corpus import LoRACorpus, load_corpus, save_corpus
 from difflora_core.storage.thumbnail import make_thumbnail, read_thumbnail
 from difflora_core.text.covariance import Covariance
 from difflora_core.text.new_words import LearnedWord
+from difflora_core.vision.features import TENSORS, ImageFeatures
 from tests.contracts import contract_files
 
 from .byte_edits import BYTE_EDITS
@@ -128,6 +130,14 @@ def _check_corpus(corpus: LoRACorpus, path: Path) -> None:
     assert same(dict(again.weights.layers), dict(corpus.weights.layers)), "weights"
 
 
+def _check_features(features: ImageFeatures, path: Path) -> None:
+    parts = [getattr(features, name) for name in TENSORS]
+    sound([*parts, features.recogniser])
+    again = read_features(write_features(path.with_name("copy.safetensors"), features))
+    assert same([getattr(again, name) for name in TENSORS], parts), "comes back changed"
+    assert again.recogniser == features.recogniser, "another recogniser"
+
+
 def _check_covariance(covariance: Covariance, path: Path) -> None:
     sound([covariance.matrix, covariance.ridge, covariance.probe, covariance.inverse])
     assert covariance.tokens > 0, "tokens"
@@ -181,6 +191,7 @@ CORPUS = {"own factors": lambda: _corpus(False), "shared factors": lambda: _corp
 LAYOUTS = {"demo": lambda: contract_files.tiny_layout().to_json().encode()}
 
 COVARIANCE = {"three directions": lambda: written(contract_files.write_small_covariance)}
+FEATURES = {"two photos": lambda: written(contract_files.write_small_features)}
 THUMBNAIL = {"picture": lambda: make_thumbnail(_noise(20, 30))}
 
 READERS = (
@@ -190,6 +201,7 @@ READERS = (
     Reader(
         "covariance", COVARIANCE, lambda path, _: read_covariance(path), _check_covariance, share=2
     ),
+    Reader("features", FEATURES, lambda path, _: read_features(path), _check_features, share=2),
     Reader("library", LIBRARY, lambda path, _: read_library(path), _check_library, share=3),
     Reader("corpus", CORPUS, lambda path, _: load_corpus(path), _check_corpus, share=3),
     Reader("checkpoint", MODEL, lambda path, _: load_model(path), _check_model),

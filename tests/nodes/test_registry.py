@@ -3,6 +3,8 @@
 Its workflows go through comfy-test's converter and validator too.
 """
 
+import asyncio
+import importlib
 import os
 import shutil
 import subprocess
@@ -101,6 +103,67 @@ def test_installed_pack_is_complete(installed, comfy, ask):
     assert set(templates) == {path.stem for path in WORKFLOWS}
     photos = {path.name for path in (PACK / "workflows").glob("difflora_demo_*.png")}
     assert photos <= {path.name for path in (installed.base_directory / "input").iterdir()}
+
+
+def test_photos_are_offered_once(pack, tmp_path, monkeypatch):
+    """Whoever deletes one wants it gone; a new input folder gets them all."""
+    import folder_paths
+
+    paths = importlib.import_module(".nodes.model_paths", pack.__name__)
+    monkeypatch.setattr(folder_paths, "get_user_directory", lambda: str(tmp_path / "user"))
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        folder.mkdir()
+        monkeypatch.setattr(folder_paths, "get_input_directory", lambda folder=folder: str(folder))
+        paths.offer_photos()
+        photos = sorted(path.name for path in folder.iterdir())
+        assert len(photos) > 2
+        (folder / photos[0]).unlink()
+        paths.offer_photos()
+        assert sorted(path.name for path in folder.iterdir()) == photos[1:]
+    (tmp_path / "user" / "difflora" / paths.OFFERED).write_text("damaged")
+    paths.offer_photos()
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == photos
+
+
+def test_a_list_without_files_says_what_to_do(pack):
+    paths = importlib.import_module(".nodes.model_paths", pack.__name__)
+    assert paths.choices(["a.safetensors"], "difflora") == ["a.safetensors"]
+    (only,) = paths.choices([], "difflora")
+    assert only == "none yet: put one into models/difflora, press R"
+    assert "Put the file into" in paths.problem(paths.difflora_file, only)
+    assert "Put the file into" in paths.problem(paths.difflora_file, None)
+
+
+@pytest.fixture
+def entry(pack, monkeypatch):
+    """Calls the entry point as a ComfyUI of a version would."""
+    import comfyui_version
+
+    def call(version):
+        monkeypatch.setattr(comfyui_version, "__version__", version)
+        return asyncio.run(pack.comfy_entrypoint())
+
+    return call
+
+
+def test_an_old_comfyui_is_told_which_one_is_needed(entry, monkeypatch):
+    """Reported of 0.3.64: every node missing, with a TypeError of Python's in the log."""
+    from comfy_api.latest import io
+
+    def schema(self, node_id, display_name=None, category="", inputs=(), outputs=()):
+        raise AssertionError("every node of ours asks for more than that")
+
+    monkeypatch.setattr(io.Schema, "__init__", schema)
+    with pytest.raises(
+        RuntimeError, match=r"needs ComfyUI 0\.30\.0 or newer, and this is 0\.3\.64"
+    ):
+        entry("0.3.64")
+
+
+@pytest.mark.parametrize("version", ["0.29.0", "0.30.0", "0.31.0-rc1", "1.0.0+local"])
+def test_a_comfyui_that_has_what_is_needed_works(entry, version):
+    assert entry(version) is not None
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)

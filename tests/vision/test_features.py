@@ -1,10 +1,11 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from difflora_core.errors import ConfigError, EncoderError, ImageError, NoFaceError
-from difflora_core.vision.face_choice import FaceOptions, choose_face
+from difflora_core.vision.face_choice import FaceOptions, choose_face, listed
 from difflora_core.vision.features import FeatureSizes, ImageFeatures, extract_features
 from difflora_core.vision.keypoint_picture import keypoint_picture
 from difflora_core.vision.preprocess import resize_square
@@ -120,7 +121,7 @@ def test_mask_wins_over_order(face_encoder, image_encoder, two_faces):
     assert blank.boxes[0, 0].item() == pytest.approx(BIG[0], abs=4)
     mask = torch.zeros(128, 128)
     mask[:8] = 1
-    with pytest.raises(NoFaceError, match=r"none of its 2 face\(s\) lies under the mask"):
+    with pytest.raises(NoFaceError, match="shows 2 faces, none of them under the mask"):
         extract_features([two_faces], face_encoder, image_encoder, masks=mask)
     with pytest.raises(ImageError, match="2 face masks for 1 pictures"):
         extract_features([two_faces], face_encoder, image_encoder, masks=[mask, mask])
@@ -232,3 +233,38 @@ def test_features_must_fit_together():
         ImageFeatures(good.face[:1], good.face_found, good.image, good.image_tokens)
     with pytest.raises(EncoderError, match="true or false"):
         ImageFeatures(good.face, good.face_found.float(), good.image, good.image_tokens)
+
+
+def test_many_photos_without_a_face_are_one_sentence(face_encoder, image_encoder, photo, empty):
+    photos = [*[empty] * 3, photo(BIG), *[empty] * 2]
+    options = FaceOptions(on_missing="image_only")
+    result = extract_features(photos, face_encoder, image_encoder, options)
+    assert result.notes == ("Pictures 1 to 3, 5 and 6 show no face that could be found.",)
+    assert result.missing == (1, 2, 3, 5, 6)
+    with pytest.raises(NoFaceError, match=r"Pictures 1 to 3, 5 and 6 show no .* to skip or"):
+        extract_features(photos, face_encoder, image_encoder)
+
+
+def test_advice_for_one_photo_works(face_encoder, image_encoder, photo, empty):
+    """Skipping the only photo would end in the next error."""
+    with pytest.raises(NoFaceError, match="set on_missing_face to image_only") as caught:
+        extract_features([empty], face_encoder, image_encoder)
+    assert "skip" not in str(caught.value)
+    asked = FaceOptions(index=3)
+    with pytest.raises(NoFaceError, match=r"shows one face, so .* number 3 \(face_index counts"):
+        extract_features([photo(BIG)], face_encoder, image_encoder, asked)
+
+
+def test_numbers_in_words():
+    assert listed([4]) == "4"
+    assert listed([1, 2]) == "1 and 2"
+    assert listed([1, 3, 4, 5, 9]) == "1, 3 to 5 and 9"
+
+
+def test_photos_of_two_recognisers_are_not_joined(face_encoder, image_encoder, photo):
+    own = extract_features([photo(BIG)], face_encoder, image_encoder).features
+    assert own.recogniser == "recogniser.onnx"
+    other = replace(own, recogniser="w600k_r50.onnx")
+    with pytest.raises(EncoderError, match="different face recognisers"):
+        ImageFeatures.cat([own, other])
+    assert ImageFeatures.cat([own, replace(own, recogniser="")]).recogniser == own.recogniser

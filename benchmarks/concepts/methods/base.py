@@ -13,10 +13,12 @@ from difflora_core.adapters.base import AdapterSet
 from difflora_core.base_model.diffusers_base import DiffusersBase
 from difflora_core.config import Config
 from difflora_core.text.covariance import Covariance
-from difflora_core.text.encoders import TextEncoders, WordEmbedding
+from difflora_core.text.encoders import EncodedPrompts, TextEncoders, WordEmbedding
 from difflora_core.text.new_words import superclass_token
 
 Words = Mapping[str, WordEmbedding]
+AdaptersFor = Callable[[EncodedPrompts], AdapterSet]
+"""Adapters for prompts, which know where the new words stand."""
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 
 
@@ -70,7 +72,7 @@ class ComparedMethod(ABC):
 
     `rates`: learning rates, the best of `rate_grid` on validation concepts (`choose_rates` looks
     at them side by side); `settings`: of the sweep from prompt to likeness; `pair_settings`: tried
-    with two concepts in one picture.
+    with two concepts in one picture; `usual`: the setting that artists start from.
     """
 
     name: str
@@ -78,6 +80,7 @@ class ComparedMethod(ABC):
     rate_grid: tuple[tuple[float, ...], ...]
     settings: tuple[float, ...]
     pair_settings: tuple[float, ...]
+    usual: float = 1.0
 
     objective: ClassVar[Callable[..., Any]]
 
@@ -92,8 +95,8 @@ class ComparedMethod(ABC):
     @abstractmethod
     def apply(
         self, models: ConceptModels, trained: Sequence[TrainedConcept], setting: float
-    ) -> tuple[Words, AdapterSet]:
-        """Embeddings of the new words, and adapters, of one or more concepts at a setting."""
+    ) -> tuple[Words, AdaptersFor]:
+        """Embeddings of the new words, and what makes adapters, of concepts at a setting."""
 
     @abstractmethod
     def write(self, path: Path, weights: Any, seconds: float) -> None:

@@ -21,6 +21,7 @@ from difflora_core.text.encoders import WordEmbedding
 from ..word_objectives import InversionObjective, LoRAObjective, YardstickConfig
 from .base import (
     STRENGTHS,
+    AdaptersFor,
     ComparedMethod,
     ConceptModels,
     TrainedConcept,
@@ -60,11 +61,11 @@ class DreamBoothMethod(_BaselineMethod):
 
     def apply(
         self, models: ConceptModels, trained: Sequence[TrainedConcept], setting: float
-    ) -> tuple[Words, AdapterSet]:
+    ) -> tuple[Words, AdaptersFor]:
         adapters = AdapterSet(())
         for t in trained:
             adapters += lora_adapter_set(t.weights).scaled(setting)
-        return {t.word: models.superclass(t.superclass) for t in trained}, adapters
+        return {t.word: models.superclass(t.superclass) for t in trained}, lambda _: adapters
 
     def to_tensors(self, weights: LoRAWeights) -> dict[str, Tensor]:
         return to_state_dict(weights, dtype=torch.float16)
@@ -81,12 +82,12 @@ class InversionMethod(_BaselineMethod):
 
     def apply(
         self, models: ConceptModels, trained: Sequence[TrainedConcept], setting: float
-    ) -> tuple[Words, AdapterSet]:
+    ) -> tuple[Words, AdaptersFor]:
         words = {}
         for t in trained:
             pairs = zip(models.superclass(t.superclass), t.weights, strict=True)
             words[t.word] = tuple(torch.lerp(start, end, setting) for start, end in pairs)
-        return words, AdapterSet(())
+        return words, lambda _: AdapterSet(())
 
     def to_tensors(self, weights: WordEmbedding) -> dict[str, Tensor]:
         return {f"embedding.{k}": e.half().contiguous() for k, e in enumerate(weights)}

@@ -40,4 +40,5 @@ METHOD = PerfusionMethod(
     rate_grid=((0.03, 0.001), (0.1, 0.001), (0.3, 0.001), (0.1, 0.006)),
     settings=(0.9, 0.8, 0.75, 0.7, 0.6, 0.45),
     pair_settings=(0.6, 0.45),
+    usual=PerfusionConfig.bias,
 )
