@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -131,6 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     size = build(options.folder, side, console.print)
     console.print(f"{size:.1f} GB in {options.folder}; args='--remove' deletes them")
     rows: list[Row] = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ComfyUI must not stay with 10 GB
     with ComfyServer(options.folder, arguments=COMFYUI) as server:
         harness = Harness(server, graphs.base_prompt(SDXL_FILES["checkpoints"][0], side), side)
         prompts = graphs.all_prompts(harness.info, side)
