@@ -22,6 +22,12 @@ def shown(foreign: str, most: int = MAX_SHOWN) -> str:
     return _escaped(foreign[:most], "") + ("…" if len(foreign) > most else "")
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things in words: "1 layer", "2 layers", "3 entries"."""
+    many = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{number} {noun if number == 1 else many}"
+
+
 def described(foreign: object) -> str:
     """A value from outside as part of a message: as Python writes it, with the middle left out."""
     try:

@@ -4,7 +4,7 @@ import comfy.samplers
 import torch
 from comfy_api.latest import io, ui
 
-from ..difflora_core.errors import ConfigError
+from ..difflora_core.errors import ConfigError, counted
 from ..difflora_core.evaluation.routing import routing_picture, routing_report
 from ..difflora_core.lora.block_groups import GroupStrengths
 from ..difflora_core.lora.formats.state_dict import to_state_dict
@@ -65,7 +65,7 @@ class LoadStyle(io.ComfyNode):
             f"{name.replace('_', ' ')} {value}" for name, value in style.adaptation.facts.items()
         ]
         made = (style.adaptation.method, f"for {style.adaptation.base}")
-        layers = f"{len(style.adaptation.layers)} layers"
+        layers = counted(len(style.adaptation.layers), "layer")
         return io.NodeOutput(style, ", ".join([*made, layers, *facts]))
 
 

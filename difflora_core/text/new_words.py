@@ -107,7 +107,7 @@ def check_new_word(text: TextEncoders, word: str) -> None:
     if text.knows(word):
         raise ConfigError(
             f"The word {word!r} already means something to the model. Choose a new one, for "
-            f"example <{word}-1>."
+            f"example <{word.strip('<>')}-1>."
         )
 
 

@@ -17,7 +17,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...difflora_core.errors import LayoutError, LoRAFileError, shown
+from ...difflora_core.errors import LayoutError, LoRAFileError, counted, shown
 from ...difflora_core.lora.block_groups import GroupStrengths
 from ...difflora_core.lora.formats.change import (
     is_constant,
@@ -220,7 +220,7 @@ def read_lora(state: dict[str, Tensor], model: ModelPatcher) -> FittingLoRA:
     there = {stem: names[stem] for stem in groups if stem in names}
     if missing:
         raise LayoutError(
-            f"{len(missing)} entries of this LoRA belong to no layer of the base model "
+            f"This LoRA has {counted(len(missing), 'entry')} for no layer of the base model "
             f"that is connected (for example {shown(missing[0])}). Use a LoRA made for it."
         )
     if not there:
@@ -244,7 +244,7 @@ def whole_note(stems: list[str]) -> str:
     if not stems:
         return ""
     return (
-        f"In the LoRA that comes out, {len(stems)} layers keep their full strength (for example "
+        f"The LoRA that comes out has {counted(len(stems), 'layer')} at full strength (for example "
         f"{shown(stems[0])}): no file can say another one for this kind."
     )
 
@@ -279,14 +279,13 @@ def _why_nothing(state: Mapping[str, Tensor]) -> str:
 def _note(state: Mapping[str, Tensor], rest: Iterable[str], lost: list[str]) -> str:
     """What does not act on the model, in one sentence."""
     parts = Counter(part for key in state if (part := other_part(key)))
-    found = [f"{count} entries for {part}" for part, count in parts.items()]
+    found = [f"{counted(count, 'entry')} for {part}" for part, count in parts.items()]
     ia3 = any(key.endswith(".on_input") for key in state)
     unknown = [key for key in rest if other_part(key) is None]
     if unknown:
         kind = " of IA3" if ia3 else ""
-        found.append(
-            f"{len(unknown)} entries{kind} that ComfyUI does not read ({shown(unknown[0])})"
-        )
+        count = f"{counted(len(unknown), 'entry')}{kind}"
+        found.append(f"{count} that ComfyUI does not read ({shown(unknown[0])})")
     if lost:
         found.append(f"{len(lost)} that the model has no weight for ({shown(lost[0])})")
     return f"Not used on the model: {'; '.join(found)}." if found else ""

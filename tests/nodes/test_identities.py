@@ -302,6 +302,6 @@ def test_encode_takes_hyperlora_and_says_what_is_missing(comfy):
         }  # fmt: skip
     shown = comfy.run(nodes).outputs
     assert "Agreement of the weights" in shown["same"]["text"][0]
-    assert "layers are not in the file" not in shown["same"]["text"][0]
-    assert "1 layers read" in shown["peft"]["text"][0]
-    assert "layers are not in the file and stay at zero" in shown["peft"]["text"][0]
+    assert "not in the file" not in shown["same"]["text"][0]
+    assert "1 layer read" in shown["peft"]["text"][0]
+    assert "not in the file, left at zero" in shown["peft"]["text"][0]

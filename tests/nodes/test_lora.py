@@ -211,7 +211,7 @@ BAD = {
     "half of another base": "do not fit the base model",
     "text": "A str is not a LoRA",
     "text encoder": "edits text encoders only",
-    "more layers": "belong to no layer",
+    "more layers": "for no layer of the base model",
 }
 
 

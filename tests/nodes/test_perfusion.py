@@ -270,6 +270,10 @@ def test_training_stops_and_keeps_the_best(comfy, comfy_server, interrupt, pictu
     stopped = read_adaptation(folder / "stopped.safetensors")
     assert stopped.word.word == WORD
     assert 0 < stopped.facts["steps"] < 1000
+    with pytest.raises(ComfyInterrupted):  # it goes on, and its file is the same one
+        comfy.run(nodes, on_progress=lambda s: s.value >= 75 and stop(s))
+    assert read_adaptation(folder / "stopped.safetensors").word.word == WORD
+    assert not (folder / "stopped_002.safetensors").exists()
 
 
 def test_training_that_only_gets_worse_says_so(comfy, trained, pictures):

@@ -57,7 +57,7 @@ def check_size(out: int, width: int, rank: int, values: int) -> None:
         raise LoRAFileError(
             f"A layer of this LoRA, {width} to {out} features in {rank} components, is too large "
             f"to be read as a LoRA (up to {MATRIX_SIDE} components, {MATRIX_VALUES} numbers). Load "
-            "it with the host's own loader."
+            "it with Load LoRA, which applies it as it is."
         )
 
 

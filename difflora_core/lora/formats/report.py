@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from ...errors import LayoutError
+from ...errors import LayoutError, counted
 from ..canonical import truncated_layer
 from ..distance import layer_inner_product
 from ..layout import LayerShape, LoRALayout
@@ -45,17 +45,17 @@ class ReadReport:
 
     def summary(self) -> str:
         """One readable sentence per thing worth knowing."""
-        lines = [f"{self.layers} layers read, ranks {', '.join(map(str, self.ranks))}."]
+        lines = [f"{counted(self.layers, 'layer')} read, ranks {', '.join(map(str, self.ranks))}."]
         if self.errors:
             lines.append(
-                f"{len(self.errors)} layers were approximated: relative error "
+                f"{counted(len(self.errors), 'layer')} approximated: relative error "
                 f"{self.total_error:.1%} together, {max(self.errors.values()):.1%} at worst."
             )
         if self.missing:
-            lines.append(f"{len(self.missing)} layers are not in the file and stay at zero.")
+            lines.append(f"{counted(len(self.missing), 'layer')} not in the file, left at zero.")
         if self.skipped:
             reasons = ", ".join(sorted(set(self.skipped.values())))
-            lines.append(f"{len(self.skipped)} layers were left out: {reasons}.")
+            lines.append(f"{counted(len(self.skipped), 'layer')} left out: {reasons}.")
         if self.unused:
             parts = Counter(other_part(key) or "layers that are not edited" for key in self.unused)
             counts = ", ".join(f"{count} of {part}" for part, count in parts.items())
