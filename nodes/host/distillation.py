@@ -134,8 +134,8 @@ def _run(
     stop = training.interrupted
     with fits(plan, config):
         result = run_distillation(objective, examples[0], folder, watch, stop, held_out)
-    told = plan.told(trained_bytes(objective))
-    remarks = training.remarks_of(result, config.steps, [*task.remarks, told])
+    summary = plan.summary(trained_bytes(objective))
+    remarks = training.remarks_of(result, config.steps, [*task.remarks, summary])
     return training.Trained(result, remarks, folder)
 
 

@@ -40,7 +40,7 @@ class MemoryPlan:
     there: float
     weights: float
 
-    def told(self, trained: float) -> str:
+    def summary(self, trained: float) -> str:
         """What a step takes, in an artist's words, with so many bytes of what is trained."""
         return (
             f"a step takes about {_gib(self.weights + self.needed + trained)} of memory: "

@@ -235,4 +235,4 @@ def test_a_step_at_full_size_is_counted_and_fits_24_gb(parts, sdxl, monkeypatch)
     assert plan.needed - alone.needed == pytest.approx(numbers * (2 + 2 + 4 + 4), rel=0.02)
     total = plan.weights + plan.needed + trained
     assert 10e9 < total < 24e9
-    assert f"{total / 2**30:.1f} GiB of memory" in plan.told(trained)
+    assert f"{total / 2**30:.1f} GiB of memory" in plan.summary(trained)
