@@ -162,10 +162,18 @@ def test_compare_identities(comfy, photos):
 
 def test_nothing_to_compare(comfy, photos):
     refused(comfy, {**photos, "out": compare("photo1", "photo0")}, "no face in any of the 1 refer")
-    refused(comfy, {**photos, "out": compare("photo0", "photo1")}, "no face in any of the 1 comp")
     nodes = {**photos, "nothing": node("TestNoPictures")}
     refused(comfy, {**nodes, "out": compare("photo0", "nothing")}, "compared pictures is empty")
     refused(comfy, {**nodes, "out": compare("nothing", "photo0")}, "reference pictures is empty")
+
+
+def test_a_finished_picture_without_a_face_is_saved_all_the_same(comfy, photos):
+    nodes = {**photos, "out": compare("photo0", "photo1")}
+    nodes["told"] = node("PreviewAny", source=["out", 2])
+    nodes["save"] = node("SaveImage", images=["photo1", 0], filename_prefix="back_view")
+    result = comfy.run(nodes)
+    assert result.outputs["told"]["text"][0].startswith("no picture shows a face")
+    assert result.pictures["save"]
 
 
 def grid(**inputs):
