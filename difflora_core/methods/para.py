@@ -218,5 +218,6 @@ def check_rank(layer: str, rank: int, outputs: int, bound: float) -> None:
         raise ConfigError(
             f"PaRa would take {rank} of {outputs} directions ({rank / outputs:.1%}) out of {layer};"
             f" beyond {bound:.1%} pictures collapse. Use fewer or lower ranks "
-            f"({int(bound * outputs + 1e-6)} in all here), or raise the bound on purpose."
+            f"({int(bound * outputs + 1e-6)} in all here), or train on pictures "
+            "with a higher bound on purpose."
         )

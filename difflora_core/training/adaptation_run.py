@@ -69,8 +69,9 @@ class AdaptationTraining(Config):
 
     def __post_init__(self) -> None:
         self.check_choices(type(self).__name__)
-        if min(self.steps, self.batch, self.evaluate_every, self.accumulate) < 1:
-            raise ConfigError("steps, batch and evaluate_every must be at least 1.")
+        for name in ("steps", "batch", "evaluate_every", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
         check_range(type(self).__name__, "seed", self.seed, 0, MAX_TRAINING_SEED)
         check_range(type(self).__name__, "patience", self.patience, 0, 10_000)
 

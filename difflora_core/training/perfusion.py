@@ -62,7 +62,10 @@ class PerfusionTraining(AdaptationTraining):
         self.while_training()
         super().__post_init__()
         if not (0 < self.value_rate <= 10 and 0 <= self.word_rate <= 10):
-            raise ConfigError("Learning rates must lie in 0 to 10, and that of the values above 0.")
+            raise ConfigError(
+                "Learning rates must lie in 0 to 10, and that of the values above 0; got "
+                f"{self.value_rate} for the values and {self.word_rate} for the words."
+            )
         if not 0 <= self.average < 1:
             raise ConfigError(f"average must lie in 0 to 1, got {self.average}.")
         for name in ("binding", "separation", "preservation"):

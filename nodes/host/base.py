@@ -115,7 +115,8 @@ def check_trainable(model: ModelPatcher) -> None:
     ):
         raise ConfigError(
             f"Training needs SDXL with its own noise schedule, for noise or v-prediction; this is "
-            f"{type(model.model).__name__} with {type(sampling).__name__}."
+            f"{type(model.model).__name__} with {type(sampling).__name__}. Load an SDXL "
+            "checkpoint, and connect it before any node that changes its sampling."
         )
     read, drawn = model.model.diffusion_model.in_channels, model.model.latent_format.latent_channels
     if read != drawn:

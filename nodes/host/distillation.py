@@ -122,11 +122,11 @@ def _run(
     task, student = _task(request, parts, [*trained, *apart])
     size = _latent_size(request, parts.vae)
     check_differs(task, trained[0].student, size)
-    shares = request.shares(trained, apart)
-    examples = [_draw(task.teacher, pairs, size, config) for pairs, config in shares if pairs]
-    plan = plan_memory(parts.model, examples[0].area, config, memory, parts.teacher)
+    plan = plan_memory(parts.model, size[0] * size[1], config, memory, parts.teacher)
     config = replace(config, checkpointing=plan.checkpointing)
-    objective = DistillationObjective(recipe(task, config))
+    objective = DistillationObjective(recipe(task, config))  # refuse before the teacher draws
+    shares = request.shares(trained, apart)
+    examples = [_draw(task.teacher, pairs, size, drawn) for pairs, drawn in shares if pairs]
     student.load(plan.needed + trained_bytes(objective))
     held_out = examples[1] if apart else None
     folder = model_paths.run_folder(run_fingerprint(objective, examples[0], held_out)[:24])

@@ -132,6 +132,11 @@ class PhotoRequest:
         pictures = self._framed()
         numbers = list(dict.fromkeys(picture.number for picture in pictures))
         enough = self.held_out > 0 and len(numbers) >= ENOUGH
+        if self.held_out and not enough:
+            self.notes.append(
+                f"All {len(numbers)} photos were trained on: from {ENOUGH} on, some only choose "
+                "the best state."
+            )
         kept = max(1, round(len(numbers) * self.held_out / 100)) if enough else 0
         apart = {numbers[k * len(numbers) // kept] for k in range(kept)}
         return (

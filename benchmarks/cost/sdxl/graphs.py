@@ -237,16 +237,6 @@ def training_prompts(info: Info, side: int = SIDE) -> dict[str, Prompt]:
     }
 
 
-def training_types(info: Info) -> set[str]:
-    """Every node of ours that trains: those with steps that have a report or a LoRA to give."""
-    return {
-        kind
-        for kind, schema in info.items()
-        if kind.startswith(("DiffLoRA_Train", "DiffLoRA_Distil"))
-        and "steps" in schema["input"]["required"]
-    }
-
-
 def _training_node(prompt: Prompt) -> tuple[str, dict[str, Any]]:
     (found,) = [
         (key, node)
