@@ -244,7 +244,8 @@ def _timed(host: Host, cell: Cell, state: dict[str, Tensor], true: Tensor) -> fl
     """The same for a part of the steps: what it adds to the layer's output, against float64."""
     patched, _ = host.apply.execute(host.model, state, 1.0, 0.0, 0.5, *WHOLE[3:]).args
     (chain,) = patched.get_wrappers("apply_model", "difflora")
-    adapters = chain.adapters(chain.links, (True,), torch.device("cpu"))
+    host_adapters = sys.modules[type(chain).__module__]
+    adapters = host_adapters.adapter_set([link.applied for link in chain.links])
     network = patched.model.diffusion_model
     layer = network.get_submodule(cell.family.layer)
     x, wanted = _through(layer, true, cell.family)
