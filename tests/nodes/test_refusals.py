@@ -107,7 +107,7 @@ def test_masks_of_other_sizes(comfy, face):
         "MaskComposite", destination=["black", 0], source=["corner", 0], x=0, y=0, operation="add"
     )
     nodes["black"] = node("SolidMask", value=0.0, width=100, height=50)
-    refused(comfy, nodes, "lora", "lies under the mask")
+    refused(comfy, nodes, "lora", "none of them under the mask")
     nodes["mask"] = node("TestTwoMasks")
     refused(comfy, nodes, "lora", "2 face masks for 1 pictures")
 

@@ -365,5 +365,7 @@ def test_text_with_a_new_word(text):
     assert absent.positions["<h1>"].tolist() == [-1, -1]  # whole words only
     assert text_probe(text).shape == (64,)
     with pytest.raises(ConfigError, match="75"):
-        text.encode(["hat " * 80], {})
+        text.encode(["a <h1> " + "hat " * 80], {"<h1>": own})
+    with pytest.raises(ConfigError, match="300"):
+        text.encode(["hat " * 301], {})
     assert len(TEMPLATES) == len(set(TEMPLATES))
