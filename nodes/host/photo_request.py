@@ -134,7 +134,7 @@ class PhotoRequest:
         enough = self.held_out > 0 and len(numbers) >= ENOUGH
         if self.held_out and not enough:
             self.notes.append(
-                f"All {len(numbers)} photos were trained on: from {ENOUGH} on, some only choose "
+                f"No photo was held out, all were trained on: from {ENOUGH} on, some only choose "
                 "the best state."
             )
         kept = max(1, round(len(numbers) * self.held_out / 100)) if enough else 0

@@ -11,6 +11,7 @@ from difflora_core.diffusion.objective import (
     abar_at,
     add_noise,
     loss_weight,
+    stratified_timesteps,
     to_x0,
     training_target,
 )
@@ -104,3 +105,13 @@ def test_unknown_words_are_refused() -> None:
     ):
         with pytest.raises(ConfigError):
             call()
+
+
+def test_timesteps_lie_one_in_each_stratum_in_no_order():
+    drawn = stratified_timesteps(50, torch.Generator().manual_seed(0), 1000).tolist()
+    assert [t // 20 for t in sorted(drawn)] == list(range(50))
+    assert drawn != sorted(drawn)
+    places = {t % 20 for t in drawn}
+    assert len(places) > 10  # each is free in its stratum
+    few = stratified_timesteps(7, torch.Generator().manual_seed(1), 1000)
+    assert [t * 7 // 1000 for t in sorted(few.tolist())] == list(range(7))

@@ -168,6 +168,8 @@ def test_bad_config(change: dict) -> None:
 def test_balance_loss_known_values() -> None:
     assert float(balance_loss(torch.full((4, 2), 0.5))) == 0.0
     assert float(balance_loss(torch.tensor([[1.0, 0.0]] * 3))) == pytest.approx(1.0)
+    mixed = balance_loss(torch.tensor([[0.9, 0.1], [0.5, 0.5]]))  # means 0.7 and 0.3
+    assert float(mixed) == pytest.approx((0.2 / 0.5) ** 2)
 
 
 def test_every_weight_gets_a_gradient() -> None:

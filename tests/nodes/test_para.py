@@ -308,3 +308,27 @@ def test_its_node_trains_and_keeps_a_file(comfy, comfy_server):
     tight = node("DiffLoRA_TrainPaRa", **nodes["train"]["inputs"] | {"bound": 0.001})
     with pytest.raises(ComfyPromptError, match="pictures collapse"):
         comfy.run(nodes | {"train": tight})
+
+
+def test_distillation_refuses_a_rank_before_the_teacher_draws(parts, unet):
+    import comfy.utils
+
+    (base, *_), _ = parts("nodes.model_paths").demo_paths()
+    host = parts("nodes.host.demo")
+    model, clip, vae = unet(), host.load_demo_clip(base), host.load_demo_vae(base)
+    teacher = unet()
+    name = "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
+    weight = teacher.model.state_dict()[name]
+    teacher.add_patches({name: ("diff", (0.1 * torch.ones_like(weight),))})
+    node = parts("nodes.distillation").DistilCheckpoint
+    given = {"teacher": teacher, "teacher_clip": clip, "model": model, "clip": clip, "vae": vae}
+    given |= {"method": "para", "rank": 2, "prompts": "photo of a person", "width": 64}
+    defaults = {i.id: getattr(i, "default", None) for i in node.GET_SCHEMA().inputs}
+    drawn = []
+    comfy.utils.set_progress_bar_global_hook(lambda *step, **_: drawn.append(step))
+    try:
+        with pytest.raises(Exception, match=r"would take 2 of 64 .*\(1 in all here\)"):
+            node.execute(**{**defaults, "height": 64, "prompt_file": "none", **given})
+    finally:
+        comfy.utils.set_progress_bar_global_hook(None)
+    assert drawn == []

@@ -219,6 +219,7 @@ def test_a_list_of_photos_of_many_sizes(comfy):
     told = report(comfy.run(nodes))
     assert "in 2 sizes" in told
     assert "1 of 3 photos are small (photo 1 has 8 x 8 pixels)" in told
+    assert "No photo was held out, all were trained on: from 8 on" in told
 
 
 def test_an_empty_caption_leaves_the_others_with_their_photos(comfy):

@@ -130,3 +130,12 @@ def test_training_moves_the_controlnet_alone(base, control, pictures, tmp_path):
     assert all(torch.equal(before[n], p) for n, p in base.unet.named_parameters())
     assert control.state()["zero_convs.0.0.weight"].abs().max() > 0
     assert control.state()["input_blocks.1.0.in_layers.2.up"].abs().max() > 0
+
+
+def test_high_noise_comes_by_the_cubic_law(base, pictures):
+    """t / T = 1 - u^3 of a uniform u: a share of 1 - (1 - x)^(1/3) lies below x."""
+    drawn = control_batches(base, [(1.0, pictures)], 200)(torch.Generator().manual_seed(0))
+    times = drawn["timesteps"].double() / len(base.alphas_cumprod)
+    for x in (0.1, 0.3, 0.5, 0.7, 0.9):
+        share = float((times < x).double().mean())
+        assert share == pytest.approx(1 - (1 - x) ** (1 / 3), abs=0.011)  # strata of 1 / 200
