@@ -251,6 +251,26 @@ def unet(parts):
 
 
 @pytest.fixture
+def demo(parts, unet):
+    """The demo's model, CLIP and VAE in this process."""
+    (base, *_), _ = parts("nodes.model_paths").demo_paths()
+    host = parts("nodes.host.demo")
+    return unet(), host.load_demo_clip(base), host.load_demo_vae(base)
+
+
+@pytest.fixture(scope="module")
+def face(comfy, face_picture):
+    """The name of an uploaded photo with a face."""
+    return comfy.upload_picture(face_picture)
+
+
+@pytest.fixture(scope="module")
+def plain(comfy, plain_picture):
+    """The name of an uploaded picture without one."""
+    return comfy.upload_picture(plain_picture)
+
+
+@pytest.fixture
 def random_adaptation(parts, unet):
     """Gives a maker of random adaptations of a method: make(seed).
 

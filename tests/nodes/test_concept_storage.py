@@ -1,27 +1,6 @@
 """Concepts on models as artists keep them: fp8 weights, and weights that stay off the device."""
 
-from importlib import import_module
-
-import pytest
 import torch
-
-
-@pytest.fixture
-def parts(pack):
-    """The pack's own modules, by their names."""
-
-    def module(name):
-        return import_module(f".{name}", pack.__name__)
-
-    return module
-
-
-@pytest.fixture
-def unet(parts):
-    """A fresh demo UNet in a ModelPatcher that puts weight patches into the weights."""
-    model_paths = parts("nodes.model_paths")
-    (base, *_), _ = model_paths.demo_paths()
-    return lambda: parts("nodes.host.demo").load_demo_unet(base, disable_dynamic=True)
 
 
 def with_concept(parts, model):

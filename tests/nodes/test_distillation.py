@@ -1,7 +1,5 @@
 """Distil Checkpoint in real ComfyUI: on the demo base, in a few steps."""
 
-from importlib import import_module
-
 import pytest
 import torch
 
@@ -90,23 +88,15 @@ def test_what_is_missing_is_said(comfy, comfy_server):
 
 
 @pytest.fixture
-def parts(pack):
-    """The pack's own modules, by their names."""
-    return lambda name: import_module(f".{name}", pack.__name__)
-
-
-@pytest.fixture
-def demo(parts):
-    """Makes the demo's model, its CLIP and VAE; and the model with random patches on it."""
-    (base, *_), _ = parts("nodes.model_paths").demo_paths()
-    host = parts("nodes.host.demo")
-    model = host.load_demo_unet(base, disable_dynamic=True)
+def demo(demo):
+    """Also the model with random patches on it."""
+    model, clip, vae = demo
     taught, generator = model.clone(), torch.Generator().manual_seed(3)
     for name, part in model.model.diffusion_model.named_modules():
         if name.endswith(("to_q", "to_v")):
             change = 0.02 * torch.randn(part.weight.shape, generator=generator)
             taught.add_patches({f"diffusion_model.{name}.weight": ("diff", (change,))})
-    return model, taught, host.load_demo_clip(base), host.load_demo_vae(base)
+    return model, taught, clip, vae
 
 
 @pytest.fixture

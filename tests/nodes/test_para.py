@@ -310,16 +310,11 @@ def test_its_node_trains_and_keeps_a_file(comfy, comfy_server):
         comfy.run(nodes | {"train": tight})
 
 
-def test_distillation_refuses_a_rank_before_the_teacher_draws(parts, unet):
+def test_distillation_refuses_a_rank_before_the_teacher_draws(parts, unet, demo):
     import comfy.utils
 
-    (base, *_), _ = parts("nodes.model_paths").demo_paths()
-    host = parts("nodes.host.demo")
-    model, clip, vae = unet(), host.load_demo_clip(base), host.load_demo_vae(base)
-    teacher = unet()
-    name = "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
-    weight = teacher.model.state_dict()[name]
-    teacher.add_patches({name: ("diff", (0.1 * torch.ones_like(weight),))})
+    (model, clip, vae), teacher = demo, unet()
+    teacher.add_patches(lora_patches(teacher))
     node = parts("nodes.distillation").DistilCheckpoint
     given = {"teacher": teacher, "teacher_clip": clip, "model": model, "clip": clip, "vae": vae}
     given |= {"method": "para", "rank": 2, "prompts": "photo of a person", "width": 64}

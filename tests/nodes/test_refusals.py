@@ -42,16 +42,6 @@ def with_model(nodes, name):
 
 
 @pytest.fixture(scope="module")
-def face(comfy, face_picture):
-    return comfy.upload_picture(face_picture)
-
-
-@pytest.fixture(scope="module")
-def plain(comfy, plain_picture):
-    return comfy.upload_picture(plain_picture)
-
-
-@pytest.fixture(scope="module")
 def models(comfy_server, demo_world, sizes, random_difflora, sd15_config):
     """models/difflora with models that are wrong in one way each."""
     folder = comfy_server.base_directory / "models" / "difflora"

@@ -63,16 +63,6 @@ def loras(comfy_server):
     return comfy_server.base_directory / "models/loras"
 
 
-@pytest.fixture(scope="module")
-def face(comfy, face_picture):
-    return comfy.upload_picture(face_picture)
-
-
-@pytest.fixture(scope="module")
-def plain(comfy, plain_picture):
-    return comfy.upload_picture(plain_picture)
-
-
 @pytest.mark.parametrize("layers", ["attention", "attention_and_convolutions", "all"])
 def test_it_trains_writes_a_file_and_changes_the_picture(comfy, loras, layers):
     nodes = training(layers, layers=layers, trigger="ohwx", even_steps=True)

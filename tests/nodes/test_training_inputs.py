@@ -8,14 +8,6 @@ from difflora_core.training.recipes import default_distillation
 
 
 @pytest.fixture
-def demo(parts, unet):
-    """The demo's model, CLIP and VAE in this process."""
-    (base, *_), _ = parts("nodes.model_paths").demo_paths()
-    host = parts("nodes.host.demo")
-    return unet(), host.load_demo_clip(base), host.load_demo_vae(base)
-
-
-@pytest.fixture
 def training_nodes(parts):
     """Every node that trains on pictures, by its id."""
     parts("nodes.model_paths").register()
