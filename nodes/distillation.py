@@ -4,10 +4,9 @@ from comfy_api.latest import io
 
 from ..difflora_core.training.distillation import DistillationLoss
 from ..difflora_core.training.distillation_data import DistillationPictures
-from ..difflora_core.training.loop_config import MAX_TRAINING_SEED
 from ..difflora_core.training.recipes import default_distillation, distillation_recipes
 from . import model_paths, sockets
-from .host import training
+from .host import training_widgets
 from .host.distillation import DistillationParts, DistillationRequest, distil
 from .host.memory import AUTO
 
@@ -36,7 +35,7 @@ class DistilCheckpoint(io.ComfyNode):
                 *_course(),
                 *_weights(),
                 *_long_tail(),
-                *training.memory_widgets(),
+                *training_widgets.memory_widgets(),
             ],
             outputs=[
                 sockets.Style.Output(display_name="style", tooltip="For Apply Style."),
@@ -172,26 +171,9 @@ def _subject() -> list[io.Input]:
 def _course() -> list[io.Input]:
     """How it is learned, and where it is kept."""
     return [
-        io.Int.Input(
-            "batch_size",
-            default=2,
-            min=1,
-            max=64,
-            tooltip="Pictures in each step. Fewer need less memory.",
-        ),
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=MAX_TRAINING_SEED,
-            tooltip="Of noise, of the teacher's pictures and of their order.",
-        ),
-        io.String.Input(
-            "file_name",
-            default="my_distilled_style",
-            tooltip=f"Name of the file in models/{model_paths.STYLES}; a number is added "
-            "rather than a file replaced.",
-        ),
+        training_widgets.batch_size_widget(2),
+        training_widgets.seed_widget("noise, of the teacher's pictures and of their order"),
+        training_widgets.file_name_widget("my_distilled_style", model_paths.STYLES),
     ]
 
 
@@ -243,29 +225,7 @@ def _weights() -> list[io.Input]:
 def _long_tail() -> list[io.Input]:
     """What is seldom needed."""
     return [
-        io.Float.Input(
-            "learning_rate",
-            default=0.0001,
-            min=0.000001,
-            max=1.0,
-            step=0.0001,
-            round=0.000001,
-            advanced=True,
-            tooltip="Learning rate.",
-        ),
-        io.Int.Input(
-            "held_out",
-            default=10,
-            min=0,
-            max=50,
-            advanced=True,
-            tooltip="Percent of the prompts that are not trained on: the state that is best on "
-            "them is kept, and training stops when they gain nothing more.",
-        ),
-        io.Boolean.Input(
-            "small_file",
-            default=False,
-            advanced=True,
-            tooltip="Keep the style as 8-bit numbers: half the size, with an error of under 1 %.",
-        ),
+        training_widgets.style_rate_widget("Learning rate."),
+        training_widgets.held_out_widget("prompts"),
+        training_widgets.small_file_widget("style"),
     ]

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..difflora_core.training.infusion import InfusionObjective, InfusionTraining
-from .host import training
+from .host import training, training_widgets
 from .host.memory import AUTO
 from .host.training_request import PictureParts, TrainingRequest
 
@@ -24,10 +24,10 @@ class TrainInfusionConcept(io.ComfyNode):
             "Stopping keeps the best so far; queueing again goes on.",
             search_aliases=["infusion", "train concept", "value residual"],
             inputs=[
-                *training.picture_sockets(),
-                *training.word_widgets(),
+                *training_widgets.picture_sockets(),
+                *training_widgets.word_widgets(),
                 io.Int.Input("steps", default=500, min=1, max=20_000, tooltip="Training steps."),
-                *training.training_widgets(),
+                *training_widgets.training_widgets(),
                 io.Float.Input(
                     "learning_rate",
                     default=0.01,
@@ -37,11 +37,11 @@ class TrainInfusionConcept(io.ComfyNode):
                     advanced=True,
                     tooltip="Learning rate of the look.",
                 ),
-                io.Mask.Input("masks", optional=True, tooltip=training.MASKS),
-                training.training_guidance(),
-                *training.memory_widgets(),
+                io.Mask.Input("masks", optional=True, tooltip=training_widgets.MASKS),
+                training_widgets.training_guidance(),
+                *training_widgets.memory_widgets(),
             ],
-            outputs=training.training_outputs(),
+            outputs=training_widgets.training_outputs(),
         )
 
     @classmethod

@@ -8,7 +8,7 @@ from ..difflora_core.methods.base import PreparedAdaptation
 from ..difflora_core.methods.para import BOUND, join
 from ..difflora_core.training.para import PaRaObjective, PaRaTraining
 from . import model_paths, sockets
-from .host import training
+from .host import training, training_widgets
 from .host.memory import AUTO
 from .host.training_request import PictureParts, PictureRequest
 
@@ -30,7 +30,7 @@ class TrainPaRa(io.ComfyNode):
             "best so far; queueing again goes on.",
             search_aliases=["para", "parameter rank reduction", "dreambooth", "train style"],
             inputs=[
-                *training.base_sockets(),
+                *training_widgets.base_sockets(),
                 io.String.Input(
                     "prompts",
                     default="a photo of a sks dog",
@@ -47,13 +47,13 @@ class TrainPaRa(io.ComfyNode):
                     tooltip="Directions taken out of every layer. Higher: more faithful; lower: "
                     "more room for the prompt. 4 to 8 for SDXL.",
                 ),
-                *training.training_widgets(1, "my_para", model_paths.STYLES),
+                *training_widgets.training_widgets(1, "my_para", model_paths.STYLES),
                 *_long_tail(),
-                io.Mask.Input("masks", optional=True, tooltip=training.MASKS),
-                training.training_guidance(),
-                *training.memory_widgets(),
+                io.Mask.Input("masks", optional=True, tooltip=training_widgets.MASKS),
+                training_widgets.training_guidance(),
+                *training_widgets.memory_widgets(),
             ],
-            outputs=training.style_outputs(),
+            outputs=training_widgets.style_outputs(),
         )
 
     @classmethod
@@ -127,16 +127,7 @@ def _long_tail() -> list[io.Input]:
     """What is seldom needed."""
     hints = get_type_hints(PaRaTraining)
     return [
-        io.Float.Input(
-            "learning_rate",
-            default=0.0001,
-            min=0.000001,
-            max=10.0,
-            step=0.0001,
-            round=0.000001,
-            advanced=True,
-            tooltip="Learning rate of the directions.",
-        ),
+        training_widgets.style_rate_widget("Learning rate of the directions.", 10.0),
         io.Combo.Input(
             "layers",
             options=list(get_args(hints["targets"])),

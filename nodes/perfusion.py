@@ -5,7 +5,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..difflora_core.training.perfusion import PerfusionObjective, PerfusionTraining
 from . import sockets
-from .host import training
+from .host import training, training_widgets
 from .host.memory import AUTO
 from .host.training_request import PictureParts, TrainingRequest
 
@@ -29,8 +29,8 @@ class TrainPerfusionConcept(io.ComfyNode):
             "pictures count.",
             search_aliases=["perfusion", "textual inversion", "dreambooth", "train concept"],
             inputs=[
-                *training.picture_sockets(),
-                *training.word_widgets(),
+                *training_widgets.picture_sockets(),
+                *training_widgets.word_widgets(),
                 io.Int.Input(
                     "steps",
                     default=400,
@@ -38,7 +38,7 @@ class TrainPerfusionConcept(io.ComfyNode):
                     max=20_000,
                     tooltip="Training steps. 200 to 600 usually do.",
                 ),
-                *training.training_widgets(),
+                *training_widgets.training_widgets(),
                 io.Float.Input(
                     "value_rate",
                     default=0.03,
@@ -57,11 +57,11 @@ class TrainPerfusionConcept(io.ComfyNode):
                     advanced=True,
                     tooltip="Learning rate of the word; 0 leaves it at its kind.",
                 ),
-                io.Mask.Input("masks", optional=True, tooltip=training.MASKS),
+                io.Mask.Input("masks", optional=True, tooltip=training_widgets.MASKS),
                 *_seldom_needed(),
             ],
             outputs=[
-                *training.training_outputs(),
+                *training_widgets.training_outputs(),
                 sockets.Concept.Output(
                     display_name="second_concept", tooltip="Of second_word, when there is one."
                 ),
@@ -148,8 +148,8 @@ def _seldom_needed() -> list[io.Input]:
             "keeps several words apart. Choose the same in Apply Concept.",
             optional=True,
         ),
-        training.training_guidance(),
-        *training.memory_widgets(),
+        training_widgets.training_guidance(),
+        *training_widgets.memory_widgets(),
     ]
 
 

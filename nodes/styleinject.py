@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..difflora_core.adapters.styleinject import PRESETS
 from ..difflora_core.training.styleinject import StyleInjectObjective, StyleInjectTraining
 from . import model_paths
-from .host import training
+from .host import training, training_widgets
 from .host.memory import AUTO
 from .host.training_request import HeldOutRequest, PictureParts
 
@@ -26,7 +26,7 @@ class TrainStyleInject(io.ComfyNode):
             "far; queueing again goes on.",
             search_aliases=["styleinject", "train style", "fine-tune", "aesthetics", "adain"],
             inputs=[
-                *training.base_sockets(),
+                *training_widgets.base_sockets(),
                 io.String.Input(
                     "prompts",
                     default="",
@@ -49,12 +49,12 @@ class TrainStyleInject(io.ComfyNode):
                     max=1024,
                     tooltip="Size of each. Higher: more faithful, a larger file.",
                 ),
-                *training.training_widgets(4, "my_style", model_paths.STYLES),
+                *training_widgets.training_widgets(4, "my_style", model_paths.STYLES),
                 *_long_tail(),
-                training.training_guidance(),
-                *training.memory_widgets(),
+                training_widgets.training_guidance(),
+                *training_widgets.memory_widgets(),
             ],
-            outputs=training.style_outputs(),
+            outputs=training_widgets.style_outputs(),
         )
 
     @classmethod
@@ -98,16 +98,7 @@ class TrainStyleInject(io.ComfyNode):
 def _long_tail() -> list[io.Input]:
     """What is seldom needed."""
     return [
-        io.Float.Input(
-            "learning_rate",
-            default=0.0001,
-            min=0.000001,
-            max=1.0,
-            step=0.0001,
-            round=0.000001,
-            advanced=True,
-            tooltip="Learning rate, constant.",
-        ),
+        training_widgets.style_rate_widget("Learning rate, constant."),
         io.Combo.Input(
             "layers",
             options=list(PRESETS),
@@ -116,15 +107,7 @@ def _long_tail() -> list[io.Input]:
             tooltip="recommended: queries and values of attention, another spread for queries; "
             "paper_table: another spread for values too; distillation: convolutions too.",
         ),
-        io.Int.Input(
-            "held_out",
-            default=10,
-            min=0,
-            max=50,
-            advanced=True,
-            tooltip="Percent of the pictures that are not trained on: the state that is best on "
-            "them is kept, and training stops when they gain nothing more.",
-        ),
+        training_widgets.held_out_widget("pictures"),
     ]
 
 

@@ -14,12 +14,12 @@ from ..difflora_core.lora.block_groups import GroupStrengths
 from ..difflora_core.lora.formats.state_dict import to_state_dict
 from ..difflora_core.methods.lora import lora_weights
 from ..difflora_core.storage.lora_file import LoRAInfo, write_lora_file
-from ..difflora_core.training.loop_config import MAX_TRAINING_SEED, Schedule
+from ..difflora_core.training.loop_config import Schedule
 from ..difflora_core.training.lora.objective import TARGETS, LoRAObjective, LoRATraining
 from ..difflora_core.vision.face_choice import FaceOptions
 from . import sockets
 from .host import lora as host_lora
-from .host import training
+from .host import training, training_widgets
 from .host.base import check_trainable, picture_size, unet_layout
 from .host.photo_request import ClassPictures, PhotoRequest
 from .host.run_files import run_file
@@ -44,12 +44,12 @@ class TrainLoRA(io.ComfyNode):
             search_aliases=["dreambooth", "fine-tune", "kohya", "train lora", "refine lora"],
             is_input_list=True,  # photos of many sizes come as a list
             inputs=[
-                *training.base_sockets()[:3],
+                *training_widgets.base_sockets()[:3],
                 *_photos(),
                 *_course(),
                 *_method(),
                 *_pictures_of(),
-                *training.memory_widgets(optional=False),
+                *training_widgets.memory_widgets(optional=False),
                 *_optional(),
             ],
             outputs=[
@@ -158,20 +158,9 @@ def _course() -> list[io.Input]:
             round=0.0000001,
             tooltip="0.0001 for SDXL; to refine a prediction 0.0001 to 0.002.",
         ),
-        io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Pictures in each step."),
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=MAX_TRAINING_SEED,
-            tooltip="Of start, noise and order of photos.",
-        ),
-        io.String.Input(
-            "file_name",
-            default="my_person",
-            tooltip="Name of the file in models/loras; a number is added rather than a "
-            "file replaced.",
-        ),
+        training_widgets.batch_size_widget(1, "Pictures in each step."),
+        training_widgets.seed_widget("start, noise and order of photos"),
+        training_widgets.file_name_widget("my_person", PhotoRequest.folder),
     ]
 
 
@@ -232,20 +221,11 @@ def _pictures_of() -> list[io.Input]:
             tooltip="Side in pixels of the square whose area training pictures have; their shape "
             "stays nearly as it is. 0: what the model was made for (1024 for SDXL).",
         ),
-        io.Boolean.Input(
-            "mirror",
-            default=True,
-            advanced=True,
-            tooltip="Also train on mirrored photos. Turn it off for a face that is not even.",
+        training_widgets.mirror_widget(
+            "Also train on mirrored photos. Turn it off for a face that is not even."
         ),
-        io.Int.Input(
-            "held_out",
-            default=10,
-            min=0,
-            max=50,
-            advanced=True,
-            tooltip="Percent of the photos that are not trained on: the state that is best on them "
-            "is kept. With fewer than 8 photos, or at 0, all are trained on.",
+        training_widgets.held_out_widget(
+            "photos", ". With fewer than 8 photos, or at 0, all are trained on."
         ),
         io.Float.Input(
             "prior_weight",

@@ -23,7 +23,7 @@ from .distillation import latent_channels
 from .fingerprint import fingerprint, weights_digest
 from .loop_config import MAX_TRAINING_SEED
 from .losses import predict
-from .picture_examples import PictureExamples
+from .picture_examples import PictureExamples, held_out_numbers
 from .picture_task import PictureTask
 
 Drawn = Callable[[int, int, Tensor], None]
@@ -97,14 +97,10 @@ def read_prompts(text: str) -> list[PromptPair]:
 def held_out_prompts(
     prompts: Sequence[PromptPair], percent: int
 ) -> tuple[list[PromptPair], list[PromptPair]]:
-    """Prompts to train on, and those, evenly over the list, that only choose the best state.
-
-    A single prompt is for training, and `percent` 0 holds none out.
-    """
-    kept = max(1, round(len(prompts) * percent / 100)) if percent and len(prompts) > 1 else 0
-    apart = {k * len(prompts) // kept for k in range(kept)}
+    """Prompts to train on, and those that only choose the best state, see `held_out_numbers`."""
+    apart = held_out_numbers(len(prompts), percent)
     trained = [pair for k, pair in enumerate(prompts) if k not in apart]
-    return trained, [prompts[k] for k in sorted(apart)]
+    return trained, [prompts[k] for k in apart]
 
 
 def distillation_examples(

@@ -172,6 +172,15 @@ def picture_examples(
     return PictureExamples(latents, lists, shaped, time_ids)
 
 
+def held_out_numbers(count: int, percent: int) -> list[int]:
+    """Which of so many pictures or prompts, evenly over the list, only choose the best state.
+
+    A single one is for training, and `percent` 0 holds none out.
+    """
+    kept = max(1, round(count * percent / 100)) if percent and count > 1 else 0
+    return [k * count // kept for k in range(kept)]
+
+
 def _masks(masks: Tensor, images: Tensor) -> Tensor | None:
     """One soft mask (N, H, W) for each picture, its largest value 1 over the whole picture.
 

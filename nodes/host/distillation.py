@@ -12,7 +12,7 @@ from torch import Tensor
 from ...difflora_core.errors import ConfigError
 from ...difflora_core.methods.base import PreparedAdaptation
 from ...difflora_core.storage.prompt_file import read_prompt_file
-from ...difflora_core.training.adaptation_run import AdaptationTraining, run_fingerprint
+from ...difflora_core.training.adaptation_run import AdaptationTraining
 from ...difflora_core.training.distillation import (
     DistillationLoss,
     DistillationObjective,
@@ -35,7 +35,7 @@ from .. import model_paths
 from . import training
 from .adapters import check_bare
 from .base import ComfyBase, keep_together
-from .memory import fits, plan_memory, trained_bytes
+from .memory import plan_memory, trained_bytes
 from .text import ComfyText
 
 
@@ -129,14 +129,8 @@ def _run(
     examples = [_draw(task.teacher, pairs, size, drawn) for pairs, drawn in shares if pairs]
     student.load(plan.needed + trained_bytes(objective))
     held_out = examples[1] if apart else None
-    folder = model_paths.run_folder(run_fingerprint(objective, examples[0], held_out)[:24])
-    watch = training.watch_on(comfy.utils.ProgressBar(config.steps))
-    stop = training.interrupted
-    with fits(plan, config):
-        result = run_distillation(objective, examples[0], folder, watch, stop, held_out)
-    summary = plan.summary(trained_bytes(objective))
-    remarks = training.remarks_of(result, config.steps, [*task.remarks, summary])
-    return training.Trained(result, remarks, folder)
+    told = [*task.remarks, plan.summary(trained_bytes(objective))]
+    return training.learned(objective, plan, examples[0], held_out, told, run_distillation)
 
 
 def _task(

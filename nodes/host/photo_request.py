@@ -12,6 +12,7 @@ from ...difflora_core.base_model.protocol import BaseModel
 from ...difflora_core.errors import ConfigError
 from ...difflora_core.text.encoders import TextEncoders
 from ...difflora_core.training.picture_buckets import BucketedExamples, bucketed
+from ...difflora_core.training.picture_examples import held_out_numbers
 from ...difflora_core.training.picture_task import PictureTask
 from ...difflora_core.vision.face_choice import FaceOptions
 from ...difflora_core.vision.training_pictures import TrainingPicture, framed, training_pictures
@@ -137,8 +138,8 @@ class PhotoRequest:
                 f"No photo was held out, all were trained on: from {ENOUGH} on, some only choose "
                 "the best state."
             )
-        kept = max(1, round(len(numbers) * self.held_out / 100)) if enough else 0
-        apart = {numbers[k * len(numbers) // kept] for k in range(kept)}
+        chosen = held_out_numbers(len(numbers), self.held_out if enough else 0)
+        apart = {numbers[k] for k in chosen}
         return (
             [picture for picture in pictures if picture.number not in apart],
             [picture for picture in pictures if picture.number in apart],

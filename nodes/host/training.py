@@ -1,4 +1,4 @@
-"""What the training nodes of all methods share: inputs, the run with progress, the file."""
+"""What the training nodes of all methods share: the run with progress, the file, the report."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -11,7 +11,6 @@ import comfy.utils
 import numpy as np
 import torch
 from comfy.sd import CLIP
-from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
@@ -26,13 +25,13 @@ from ...difflora_core.training.adaptation_run import (
     run_adaptation,
     run_fingerprint,
 )
-from ...difflora_core.training.loop_config import MAX_TRAINING_SEED
+from ...difflora_core.training.picture_examples import Examples
 from ...difflora_core.training.state_file import remove_run
-from .. import model_paths, sockets
+from .. import model_paths
 from .adapters import check_bare
 from .base import ComfyBase
 from .browser import show_here
-from .memory import AUTO, CHOICES, FAST, fits, plan_memory, trained_bytes
+from .memory import FAST, MemoryPlan, fits, plan_memory, trained_bytes
 from .run_files import remember_files, run_file
 from .text import ComfyText, prepare
 from .training_request import Parts, PictureParts, PictureRequest, Request
@@ -43,147 +42,8 @@ Recipe = Callable[[Any, Any], Objective[TrainedAdaptation]]
 
 logger = logging.getLogger(__name__)
 
-MASKS = (
-    "Where the concept is: one mask for all pictures or one each, for example from a segmentation "
-    "node. Without masks, or with none painted, the whole pictures count; an empty one among "
-    "others is refused."
-)
 NOTHING = "nothing was learned: it only got worse. Lower the learning rates, or take more steps"
 PREVIEW_SIZE = 512
-
-
-def picture_sockets() -> list[io.Input]:
-    """Base model, pictures and what a new word needs."""
-    return [
-        *base_sockets(),
-        sockets.Covariance.Input("covariance", tooltip="From Build Covariance, with this CLIP."),
-    ]
-
-
-def base_sockets() -> list[io.Input]:
-    """Base model and pictures."""
-    return [
-        io.Model.Input("model", tooltip="The base model; it stays as it is."),
-        io.Clip.Input("clip", tooltip="Its CLIP, not one that knows the word already."),
-        io.Vae.Input("vae", tooltip="Its VAE."),
-        io.Image.Input(
-            "images",
-            tooltip="One to about ten pictures of the same thing, in the size that the model "
-            "draws (1024 for SDXL). Different backgrounds help.",
-        ),
-    ]
-
-
-def word_widgets() -> list[io.Input]:
-    """The word, its kind, and the prompts to train in."""
-    return [
-        io.String.Input(
-            "word",
-            default="<my-hat>",
-            tooltip="The new word for prompts: letters, digits, - _ < >, and unknown so far.",
-        ),
-        io.String.Input(
-            "superclass",
-            default="hat",
-            tooltip="One plain word for its kind, as the model knows it: cat, hat, cup, person.",
-        ),
-        io.String.Input(
-            "prompts",
-            default="",
-            multiline=True,
-            tooltip="Prompts to train in, one a line, each with the new word in it; they should "
-            "say what else is in the pictures. Empty: a photo of it, and the like.",
-        ),
-    ]
-
-
-def training_widgets(
-    batch_size: int = 4, file_name: str = "my_concept", folder: str = model_paths.CONCEPTS
-) -> list[io.Input]:
-    """How to train and what to keep, with these defaults, in a folder of models/."""
-    return [
-        io.Int.Input(
-            "batch_size",
-            default=batch_size,
-            min=1,
-            max=64,
-            tooltip="Pictures in each step. Fewer need less memory.",
-        ),
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=MAX_TRAINING_SEED,
-            tooltip="Of noise and order of pictures.",
-        ),
-        io.String.Input(
-            "file_name",
-            default=file_name,
-            tooltip=f"Name of the file in models/{folder}; a number is added rather than "
-            "a file replaced.",
-        ),
-        io.Boolean.Input(
-            "mirror",
-            default=True,
-            advanced=True,
-            tooltip="Also train on mirrored pictures. Turn it off for writing and logos.",
-        ),
-        io.Boolean.Input(
-            "small_file",
-            default=False,
-            advanced=True,
-            tooltip="Keep the look as 8-bit numbers: half the size, with an error of under 1 %.",
-        ),
-    ]
-
-
-def training_guidance() -> io.Input:
-    """How guided the loss is; optional, since old workflows lack it."""
-    return io.Float.Input(
-        "guidance",
-        default=1.0,
-        min=1.0,
-        max=20.0,
-        step=0.1,
-        optional=True,
-        advanced=True,
-        tooltip="Learns the look as a sampler with this cfg draws it, in a third more time. "
-        "Raise it, to less than the cfg, where colours come out too strong; 1 is off.",
-    )
-
-
-def memory_widgets(optional: bool = True) -> list[io.Input]:
-    """How to save memory; neither changes what is learned."""
-    return [
-        io.Int.Input(
-            "accumulate",
-            default=1,
-            min=1,
-            max=64,
-            optional=optional,
-            advanced=True,
-            tooltip="Computes a batch in so many parts, one after the other: less memory, the same "
-            "result. batch_size must be a multiple of it.",
-        ),
-        io.Combo.Input(
-            "memory",
-            options=list(CHOICES),
-            default=AUTO,
-            optional=optional,
-            advanced=True,
-            tooltip="saving: computes layers twice instead of remembering them, in a third more "
-            "time; fast: remembers all; auto: saving where the card is too small. The same result.",
-        ),
-    ]
-
-
-def training_outputs() -> list[io.Output]:
-    """The concept, the CLIP that knows it, and a report."""
-    return [
-        sockets.Concept.Output(display_name="concept", tooltip="For Apply Concept."),
-        io.Clip.Output(display_name="clip", tooltip="Knows the new word."),
-        io.String.Output(display_name="report", tooltip="File, size, steps and loss."),
-    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,14 +53,6 @@ class Trained:
     result: AdaptationResult
     remarks: list[str]
     folder: Path
-
-
-def style_outputs() -> list[io.Output]:
-    """The style, and a report."""
-    return [
-        sockets.Style.Output(display_name="style", tooltip="For Apply Style."),
-        io.String.Output(display_name="report", tooltip="File, size, steps and loss."),
-    ]
 
 
 def train(
@@ -324,12 +176,33 @@ def _run(
     config = replace(config, checkpointing=plan.checkpointing)
     objective = recipe(task, config)
     base.load(plan.needed + trained_bytes(objective))
+    return learned(objective, plan, examples, held_out, request.remarks(examples, parts))
+
+
+def learned(
+    objective: Objective[TrainedAdaptation],
+    plan: MemoryPlan,
+    examples: Examples,
+    held_out: Examples | None,
+    remarks: Sequence[str],
+    by: Callable[..., AdaptationResult] = run_adaptation,
+) -> Trained:
+    """The steps of a run, with progress bar and interruption; its state goes on from where it is.
+
+    Args:
+        objective: on the device.
+        plan: how a step fits.
+        examples: to train on.
+        held_out: what only chooses the best state.
+        remarks: for the report.
+        by: `run_adaptation`, or what is called as it is.
+    """
+    config = objective.config
     folder = model_paths.run_folder(run_fingerprint(objective, examples, held_out)[:24])
     watch = watch_on(comfy.utils.ProgressBar(config.steps))
     with fits(plan, config):
-        result = run_adaptation(objective, examples, folder, watch, interrupted, held_out)
-    remarks = remarks_of(result, config.steps, request.remarks(examples, parts))
-    return Trained(result, remarks, folder)
+        result = by(objective, examples, folder, watch, interrupted, held_out)
+    return Trained(result, remarks_of(result, config.steps, remarks), folder)
 
 
 def remarks_of(result: AdaptationResult, steps: int, own: Sequence[str]) -> list[str]:

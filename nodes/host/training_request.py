@@ -14,7 +14,12 @@ from ...difflora_core.text.covariance import Covariance
 from ...difflora_core.text.encoders import TextEncoders
 from ...difflora_core.text.new_words import SLOT, TEMPLATES, find_words
 from ...difflora_core.training.concept_task import NewWord, prepare_task
-from ...difflora_core.training.picture_examples import Examples, PictureExamples, picture_examples
+from ...difflora_core.training.picture_examples import (
+    Examples,
+    PictureExamples,
+    held_out_numbers,
+    picture_examples,
+)
 from ...difflora_core.training.picture_task import PictureTask
 from .. import model_paths
 from .base import picture_size
@@ -157,7 +162,7 @@ class HeldOutRequest(PictureRequest):
 
     def held_out_examples(self, base: BaseModel, parts: PictureParts) -> PictureExamples | None:
         """Every so many of the pictures; None where that is none, or there is one picture."""
-        numbers = self._numbers(len(parts.images))
+        numbers = held_out_numbers(len(parts.images), self.held_out)
         return self._chosen(base, parts, numbers) if numbers else None
 
     def examples(
@@ -165,16 +170,12 @@ class HeldOutRequest(PictureRequest):
     ) -> PictureExamples:
         """The other pictures."""
         del words
-        apart = self._numbers(len(parts.images))
+        apart = held_out_numbers(len(parts.images), self.held_out)
         return self._chosen(base, parts, [k for k in range(len(parts.images)) if k not in apart])
 
     def shares_prompts(self, count: int) -> bool:
         """True where prompts are several, and not one for each picture."""
         return 1 < len(self.lines) != count
-
-    def _numbers(self, count: int) -> list[int]:
-        kept = max(1, round(count * self.held_out / 100)) if self.held_out and count > 1 else 0
-        return [k * count // kept for k in range(kept)]
 
     def _chosen(self, base: BaseModel, parts: PictureParts, numbers: list[int]) -> PictureExamples:
         lines, images = self.lines, parts.images[numbers].clone()[..., :3]

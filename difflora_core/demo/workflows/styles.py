@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..world.shipped_styles import EXAMPLE_PHOTOS, SHIPPED, photo_name, style_pictures
-from .builder import GRID_COLUMN, Graph, Out
+from .builder import GRID_COLUMN, Graph, Node, Out
 from .identities import POSE
 from .people import PERSON, save_grid
 from .style_notes import STYLE_NOTES
@@ -108,25 +110,20 @@ def few_shot_style(graph: Graph, target: Target) -> None:
     """A few pictures become a style that mixes several looks."""
     builder = WorkflowBuilder(graph, target, STYLE_NOTES["few_shot_style"])
     pictures, prompts = _training_pictures(builder, "demo_cyanotype")
-    with graph.group("2 Load and train"):
-        builder.load_base()
-        trained = graph.add(
-            "DiffLoRA_TrainStyleInject",
-            0,
-            model=builder.model,
-            clip=builder.clip,
-            vae=builder.vae,
-            images=pictures,
-            prompts=prompts,
-            steps=target.pick(100, 800),
-            styles=2,
-            rank=target.pick(4, 16),
-            batch_size=4,
-            file_name="my_style",
-            learning_rate=target.pick(0.006, 0.0001),
-            layers=target.pick("distillation", "recommended"),
-            held_out=0,
-        )
+    trained = _train(
+        builder,
+        "DiffLoRA_TrainStyleInject",
+        images=pictures,
+        prompts=prompts,
+        steps=target.pick(100, 800),
+        styles=2,
+        rank=target.pick(4, 16),
+        batch_size=4,
+        file_name="my_style",
+        learning_rate=target.pick(0.006, 0.0001),
+        layers=target.pick("distillation", "recommended"),
+        held_out=0,
+    )
     _drawn_before_and_after(builder, trained["style"], trained["report"], "few_shot_style")
 
 
@@ -134,25 +131,29 @@ def para_style(graph: Graph, target: Target) -> None:
     """What a look does not need is taken out of the model."""
     builder = WorkflowBuilder(graph, target, STYLE_NOTES["para_style"])
     pictures, prompts = _training_pictures(builder, "demo_sepia")
-    with graph.group("2 Load and train"):
-        builder.load_base()
-        trained = graph.add(
-            "DiffLoRA_TrainPaRa",
-            0,
-            model=builder.model,
-            clip=builder.clip,
-            vae=builder.vae,
-            images=pictures,
-            prompts=prompts,
-            steps=target.pick(100, 1000),
-            rank=target.pick(8, 4),
-            batch_size=target.pick(4, 1),
-            file_name="my_para",
-            learning_rate=target.pick(0.006, 0.0001),
-            layers=target.pick("all", "no_cross_attention"),
-            bound=target.pick(0.5, 0.025),
-        )
+    trained = _train(
+        builder,
+        "DiffLoRA_TrainPaRa",
+        images=pictures,
+        prompts=prompts,
+        steps=target.pick(100, 1000),
+        rank=target.pick(8, 4),
+        batch_size=target.pick(4, 1),
+        file_name="my_para",
+        learning_rate=target.pick(0.006, 0.0001),
+        layers=target.pick("all", "no_cross_attention"),
+        bound=target.pick(0.5, 0.025),
+    )
     _drawn_before_and_after(builder, trained["style"], trained["report"], "para_style")
+
+
+def _train(builder: WorkflowBuilder, kind: str, **inputs: Any) -> Node:
+    """A node that trains a style on the base model."""
+    with builder.graph.group("2 Load and train"):
+        builder.load_base()
+        return builder.graph.add(
+            kind, 0, model=builder.model, clip=builder.clip, vae=builder.vae, **inputs
+        )
 
 
 def _training_pictures(builder: WorkflowBuilder, style: str) -> tuple[Out, str]:
