@@ -93,7 +93,8 @@ def unet_layout(
 
 def picture_size(model: ModelPatcher) -> int:
     """Side in pixels of the square pictures that a model was made for."""
-    return int(getattr(model.model.model_config, "picture_size", DRAWN_SIZE))
+    config = type(model.model.model_config)  # on an instance ComfyUI answers None for any name
+    return int(getattr(config, "picture_size", DRAWN_SIZE))
 
 
 def check_trainable(model: ModelPatcher) -> None:

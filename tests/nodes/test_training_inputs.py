@@ -62,3 +62,14 @@ def test_what_the_report_says_of_small_pictures_and_shared_prompts(parts, demo):
     (told,) = notes(request.PictureRequest, "a", 3, 16)
     assert told.startswith("3 of 3 photos are small (photo 1 has 32 x 16 pixels)")
     assert notes(request.TrainingRequest, "a <h1>\nb <h1>", 2, 64, "<h1>", "hat") == []
+
+
+def test_pictures_for_a_model_with_comfyuis_own_configuration_are_measured_against_1024(
+    parts, demo
+):
+    model, *_ = demo
+    size, demo_config = parts("nodes.host.base").picture_size, model.model.model_config
+    assert size(model) == demo_config.picture_size == 64
+    sdxl = parts("nodes.host.demo").comfy.supported_models.SDXL
+    model.model.model_config = sdxl(demo_config.unet_config)
+    assert size(model) == 1024
