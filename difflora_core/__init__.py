@@ -17,6 +17,7 @@ Map of the rooms (imports point down this list only):
 - ``training``    the loop, and recipes, one per trained thing
 - ``evaluation``  metrics
 - ``demo``        a procedural world small enough to train everything
+- ``commands``    the command line: `python -m difflora_core`
 """
 
 __version__ = "0.1.0"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,29 @@ def save_model(
         "source": dict(source or {}),
     }
     return write_atomic(tensors, {METADATA_KEY: json.dumps(document, sort_keys=True)}, path)
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What a file says of the model in it: `config`, `layout`, and free facts of its making."""
+
+    config: DiffLoRAConfig
+    layout: LoRALayout
+    source: Mapping[str, Any]
+
+
+def read_description(path: str | Path) -> ModelDescription:
+    """What a file says of its model, without the weights.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or no model.
+    """
+    path = Path(path)
+    with open_tensors(path, KIND) as file:
+        config, layout = _parse(path, file.header.metadata)
+        document = parse_json(file.header.metadata[METADATA_KEY], path.name, CheckpointError)
+    source = document.get("source")
+    return ModelDescription(config, layout, source if isinstance(source, dict) else {})
 
 
 def load_model(

@@ -16,6 +16,7 @@ FLOORS = (
     ("storage",),
     ("training", "evaluation"),
     ("demo",),
+    ("commands",),
 )
 LEVELS = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 DEMO_FLOORS = (

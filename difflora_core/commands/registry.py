@@ -1,0 +1,16 @@
+"""COMMANDS: what the command line can do, by name. A command is registered by its line here."""
+
+from __future__ import annotations
+
+COMMANDS = {
+    "inspect": "what a file or folder is, and what it holds",
+}
+"""Name to what it does. The file of that name has `Settings`, a Config, and `run(settings,
+console)`."""
+
+
+def listing() -> str:
+    """Every command with what it does."""
+    lines = [f"  {name:<10}{about}" for name, about in COMMANDS.items()]
+    asked = "python -m difflora_core COMMAND --help tells the options of one."
+    return "\n".join(["python -m difflora_core COMMAND ...", *lines, asked])
