@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import signal
+import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -34,7 +36,9 @@ def main(arguments: Sequence[str]) -> int:
     if name not in COMMANDS:
         complains.print(f"There is no command {shown(name)}.\n" * bool(name) + listing())
         return MISUSED
-    with _stops() as received:
+    with _stops() as received, warnings.catch_warnings():
+        if not sys.warnoptions:  # notices of libraries to their programmers
+            warnings.simplefilter("ignore")
         try:
             module = importlib.import_module(f".{name}", __package__)
             settings = read_settings(module.Settings, words, f"python -m difflora_core {name}")

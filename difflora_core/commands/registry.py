@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 COMMANDS = {
+    "generate": "photos of a person to a LoRA file",
+    "convert": "LoRA files to another naming, rank or precision",
     "inspect": "what a file or folder is, and what it holds",
 }
 """Name to what it does. The file of that name has `Settings`, a Config, and `run(settings,

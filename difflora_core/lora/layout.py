@@ -62,6 +62,13 @@ SDXL_UNET_CONFIG: Mapping[str, Any] = {
     "projection_class_embeddings_input_dim": 2816,
 }
 
+SD15_UNET_CONFIG: Mapping[str, Any] = {
+    "sample_size": 64,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+
 
 @dataclass(frozen=True)
 class LayerShape:

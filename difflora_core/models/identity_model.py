@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 from torch import Tensor, device, nn
@@ -134,6 +135,17 @@ class IdentityModel(nn.Module):
         raise ConfigError(
             "This model makes LoRAs of photos and cannot read one: it has no encoder. Personalize "
             "photos of the person instead, or load a DiffLoRA model."
+        )
+
+    def other_recogniser(self, features: ImageFeatures) -> str:
+        """A sentence where faces were read by another recogniser than in training; else empty."""
+        trained = PurePosixPath(self.face_encoder).name
+        if not trained.endswith(".onnx") or features.recogniser in ("", trained):
+            return ""
+        return (
+            f"The faces were read by {features.recogniser}, but this DiffLoRA model was trained "
+            f"with {self.face_encoder}: it will make another person. Load that package in Load "
+            "Face Analysis."
         )
 
     def check_latent(self, latent: LoRALatent) -> None:

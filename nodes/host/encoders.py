@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from comfy.clip_vision import ClipVisionModel
 from torch import Tensor
 
@@ -11,6 +10,7 @@ from ...difflora_core.vision.face_choice import FaceOptions
 from ...difflora_core.vision.face_encoder import DetectedFace, FaceEncoder, InsightFaceEncoder
 from ...difflora_core.vision.features import ExtractedFeatures, extract_features
 from ...difflora_core.vision.image_encoder import ImageEncoder
+from ...difflora_core.vision.no_encoder import NoFaceEncoder, NoImageEncoder
 from . import models
 
 WHAT_THEN = {"skip": "Left out.", "image_only": "Used by the look alone."}
@@ -38,26 +38,6 @@ class ComfyImageEncoder:
         """Pictures (N, H, W, 3) in [0, 1] to embeddings (N, Di) and token states (N, L, Dt)."""
         output = self.clip_vision.encode_image(images)
         return output.image_embeds.float().cpu(), output.penultimate_hidden_states.float().cpu()
-
-
-class _NoImageEncoder:
-    """Stands in when no CLIP vision is connected: features of size 0."""
-
-    image_size = 224
-
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Nothing about N pictures."""
-        return torch.zeros(len(images), 0), torch.zeros(len(images), 0, 0)
-
-
-class _NoFaceEncoder:
-    """Stands in when no face analysis is connected: finds nothing, features of size 0."""
-
-    embedding_dim = 0
-
-    def detect(self, image: Tensor) -> list[DetectedFace]:
-        """No face."""
-        return []
 
 
 class _Watched:
@@ -99,7 +79,7 @@ class _Watched:
 
 def watched_faces(face_analysis: Any, count: int) -> FaceEncoder:
     """A face analysis that shows its progress over so many pictures."""
-    return _Watched(InsightFaceEncoder.wrap(face_analysis), _NoImageEncoder(), count)
+    return _Watched(InsightFaceEncoder.wrap(face_analysis), NoImageEncoder(), count)
 
 
 def read_photos(
@@ -128,8 +108,8 @@ def read_photos(
         raise EncoderError(
             "Nothing looks at the photos: connect a CLIP vision, a face analysis, or both."
         )
-    faces: FaceEncoder = _NoFaceEncoder()
-    pictures: ImageEncoder = _NoImageEncoder()
+    faces: FaceEncoder = NoFaceEncoder()
+    pictures: ImageEncoder = NoImageEncoder()
     if face_analysis is not None:
         faces = InsightFaceEncoder.wrap(face_analysis)
     else:

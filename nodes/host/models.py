@@ -5,7 +5,6 @@ Nothing here decides anything about DiffLoRA; it hands tensors over and checks t
 
 import logging
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import Any
 
 import comfy.model_management
@@ -31,10 +30,6 @@ from .lora import LicensedLoRA, check_lora_fits
 
 logger = logging.getLogger(__name__)
 
-OTHER_RECOGNISER = (
-    "The faces were read by {}, but this DiffLoRA model was trained with {}: it will make another "
-    "person. Load that package in Load Face Analysis."
-)
 # Activations only; ComfyUI knows the weights. Covers a full-size model reading 16 photos.
 ACTIVATION_BYTES = 512 * 2**20
 
@@ -103,9 +98,8 @@ def gate_override(
 def mix(hosted: HostedModel, features: ImageFeatures, override: Tensor) -> IdentityCondition:
     """Photos of one person to a condition; `override` (2,) is a `gate_override`."""
     network = hosted.ready()
-    trained = PurePosixPath(network.face_encoder).name
-    if trained.endswith(".onnx") and features.recogniser not in ("", trained):
-        told = OTHER_RECOGNISER.format(features.recogniser, network.face_encoder)
+    told = network.other_recogniser(features)
+    if told:
         logger.warning("%s", told)
         show_here(told)
     return network.condition(network.complete(features), override.to(network.device))

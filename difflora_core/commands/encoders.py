@@ -1,0 +1,51 @@
+"""What looks at photos: a face analysis and CLIP vision, each from a place on this machine."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import ConfigError, EncoderError
+from ..storage.clip_vision_file import load_clip_vision
+from ..vision.face_encoder import FaceEncoder, InsightFaceEncoder
+from ..vision.image_encoder import ImageEncoder
+from ..vision.no_encoder import NoFaceEncoder, NoImageEncoder
+
+
+def open_encoders(
+    faces: str, clip_vision: str, device: torch.device
+) -> tuple[FaceEncoder, ImageEncoder]:
+    """Both encoders; one that is not named finds nothing.
+
+    Args:
+        faces: folder of an insightface package, or empty.
+        clip_vision: folder or file of a CLIP vision, or empty.
+        device: where they compute.
+
+    Raises:
+        EncoderError: neither is named, or one cannot be loaded.
+    """
+    if not faces and not clip_vision:
+        raise EncoderError("Nothing looks at the photos: name --faces, --clip-vision, or both.")
+    face: FaceEncoder = NoFaceEncoder()
+    if faces:
+        face = InsightFaceEncoder(faces, provider="cuda" if device.type == "cuda" else "cpu")
+    image: ImageEncoder = NoImageEncoder()
+    if clip_vision:
+        image = load_clip_vision(clip_vision, device)
+    return face, image
+
+
+def chosen_device(name: str) -> torch.device:
+    """Where to compute: "auto" takes a GPU where there is one.
+
+    Raises:
+        ConfigError: torch knows no such device, or has none of it.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for CUDA
+        raise ConfigError(f"There is no device {name!r} here: use auto, cpu or cuda.") from error
+    return device
