@@ -14,6 +14,7 @@ Map of the rooms (imports point down this list only):
 - ``adapters``    trained edits of one layer, and how they are attached to a model
 - ``methods``     what was trained to adapters, one file per method, and the registry
 - ``storage``     the only reader and writer of files
+- ``data``        folders of pictures and of LoRAs to what training reads, however many there are
 - ``training``    the loop, and recipes, one per trained thing
 - ``evaluation``  metrics
 - ``demo``        a procedural world small enough to train everything

@@ -77,6 +77,10 @@ class LibraryError(DiffLoRAError):
     """An identity library cannot be read or changed, or does not hold what is asked for."""
 
 
+class DatasetError(DiffLoRAError):
+    """A folder of pictures or a prepared dataset cannot be read or written, or has changed."""
+
+
 class EncoderError(DiffLoRAError):
     """A face or image encoder is missing, incomplete, or of the wrong kind."""
 

@@ -55,3 +55,12 @@ file holds. SDXL's LoKr files become 10 to 100 times as large."""
 
 NUMBER = 1e9
 """Largest number in a LoRA. Beyond it products leave the range of 32 bits."""
+
+PICTURE_BYTES = 2**28
+"""A picture file to train on."""
+
+PICTURE_PIXELS = 2**27
+"""Pixels of a picture. Cameras make 60 million; the picture is in memory with 3 bytes each."""
+
+CAPTION_LENGTH = 4000
+"""Characters of a caption. SDXL reads about 300."""

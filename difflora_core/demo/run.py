@@ -19,9 +19,9 @@ from rich.table import Table
 from torch import Tensor
 
 from ..config import parse_json
-from ..evaluation.grid import GridRow, draw_grid
 from ..storage.image_files import write_image
 from ..storage.lora_file import write_lora_file
+from ..vision.grid import GridRow, draw_grid
 from . import paths
 from .comfyui.client import NodeProgress, PromptResult
 from .comfyui.server import ComfyServer

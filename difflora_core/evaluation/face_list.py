@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..vision.face_choice import FaceOptions, choose_faces
 from ..vision.face_encoder import DetectedFace, FaceEncoder
+from ..vision.grid import LABEL_HEIGHT, LARGEST_SIDE, GridRow, draw_grid
 from ..vision.preprocess import as_pictures, crop_square, resize_square, square_around
-from .grid import LABEL_HEIGHT, LARGEST_SIDE, GridRow, draw_grid
 
 CROP = 256
 _COLUMNS = 6

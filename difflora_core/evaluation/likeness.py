@@ -11,8 +11,8 @@ from torch import Tensor
 from ..errors import ImageError, NoFaceError
 from ..vision.face_choice import FaceOptions, choose_face
 from ..vision.face_encoder import FaceEncoder
+from ..vision.grid import LABEL_HEIGHT, LARGEST_SIDE, GridRow, draw_grid
 from ..vision.preprocess import as_pictures
-from .grid import LABEL_HEIGHT, LARGEST_SIDE, GridRow, draw_grid
 from .metrics import centroid, copy_paste, face_similarity
 
 _LARGEST = FaceOptions(on_missing="skip")

@@ -16,12 +16,8 @@ from torch import Tensor
 
 from ..base_model.protocol import BaseModel
 from ..errors import ConfigError
-from ..vision.training_pictures import TrainingPicture, bucket_size, fitted
+from ..vision.training_pictures import TrainingPicture, bucket_size, bucket_step, fitted
 from .picture_examples import PictureExamples, picture_examples
-
-SIZE_STEPS = 16
-"""Steps of a bucket's sides in the base's own side: 64 pixels of 1024."""
-SMALLEST_STEP = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +99,7 @@ def bucketed(
         ConfigError: there is no picture, or one has no prompt.
     """
     groups: dict[tuple[str, int, int, bool], list[TrainingPicture]] = {}
-    step = max(SMALLEST_STEP, resolution // SIZE_STEPS)
+    step = bucket_step(resolution)
     for picture in pictures:
         height, width = picture.image.shape[:2]
         size = bucket_size(height, width, resolution, step)

@@ -22,6 +22,9 @@ LONGEST = 2.0
 """Longest side over the shorter one of a training picture; the rest of a strip is cut off."""
 ALREADY = 0.8
 """A square around the face that is larger than this share of a photo is the photo."""
+SIZE_STEPS = 16
+"""Steps of a bucket's sides in the base's own side: 64 pixels of 1024."""
+SMALLEST_STEP = 16
 
 
 @dataclass(frozen=True)
@@ -148,14 +151,37 @@ def framed(
 def _square(photo: TrainingPicture, face: DetectedFace, factor: float) -> TrainingPicture | None:
     """The square around a face, moved into the photo; None where it is about all of the photo."""
     height, width = photo.image.shape[:2]
-    left, top, side = square_around(face.box, height, width, factor)
-    side = min(side, height, width)
-    if side >= ALREADY * max(height, width):
+    square = face_square(face.box, height, width, factor)
+    if square is None:
         return None
-    left, top = min(max(left, 0), width - side), min(max(top, 0), height - side)
+    left, top, side = square
     rows, columns = slice(top, top + side), slice(left, left + side)
     mask = None if photo.mask is None else photo.mask[rows, columns]
     return replace(photo, image=photo.image[rows, columns], framing=FACE, mask=mask)
+
+
+def face_square(box: Tensor, height: int, width: int, factor: float) -> tuple[int, int, int] | None:
+    """The square around a face, moved into its photo.
+
+    Args:
+        box: (4,) x1, y1, x2, y2 in pixels.
+        height: of the photo.
+        width: of the photo.
+        factor: its side over the longer side of the box.
+
+    Returns:
+        Left, top and side in pixels; None where it would be about all of the photo.
+    """
+    left, top, side = square_around(box, height, width, factor)
+    side = min(side, height, width)
+    if side >= ALREADY * max(height, width):
+        return None
+    return min(max(left, 0), width - side), min(max(top, 0), height - side), side
+
+
+def bucket_step(resolution: int) -> int:
+    """What the sides of buckets are multiples of, for a base of this side in pixels."""
+    return max(SMALLEST_STEP, resolution // SIZE_STEPS)
 
 
 def bucket_size(height: int, width: int, resolution: int, step: int) -> tuple[int, int]:

@@ -14,6 +14,7 @@ FLOORS = (
     ("base_model", "models", "adapters"),
     ("methods",),
     ("storage",),
+    ("data",),
     ("training", "evaluation"),
     ("demo",),
     ("commands",),

@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from difflora_core.errors import ConfigError, ImageError, NoFaceError
-from difflora_core.evaluation.grid import LABEL_HEIGHT, GridRow, compare_grid, draw_grid
+from difflora_core.evaluation.grid import compare_grid
 from difflora_core.evaluation.likeness import compare_people, likeness_picture
 from difflora_core.vision.face_encoder import DetectedFace
+from difflora_core.vision.grid import LABEL_HEIGHT, GridRow, draw_grid
 
 
 class ColourFaces:

@@ -1,0 +1,75 @@
+"""The same work on many things, in this process or in several."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+import torch
+
+from ..errors import DatasetError
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+AHEAD = 2
+"""Jobs that wait for a worker, for each worker: more would only fill the memory."""
+
+
+class Workers:
+    """Processes that do one kind of work after the other; a context.
+
+    Args:
+        count: of them; 1 or fewer start none, and the work is done here.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+
+    def each(self, work: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
+        """What `work` gives for each job, in the order of the jobs.
+
+        Args:
+            work: a function that can be sent to another process, as jobs and results must be.
+            jobs: taken one by one, a few ahead of what is done.
+
+        Raises:
+            DatasetError: a process died, as for want of memory.
+            Exception: what `work` raises.
+        """
+        if self._count <= 1:
+            yield from map(work, jobs)
+            return
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")  # a fork would copy locks of threads
+            self._pool = ProcessPoolExecutor(self._count, context, initializer=_one_thread)
+        waiting: deque[Future[Result]] = deque()
+        try:
+            for job in jobs:
+                waiting.append(self._pool.submit(work, job))
+                if len(waiting) >= AHEAD * self._count:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool as death:
+            raise DatasetError(
+                "A worker process died, most often for want of memory. What was done is kept: run "
+                "the same again with fewer workers."
+            ) from death
+
+
+def _one_thread() -> None:
+    """Workers share the cores among themselves."""
+    torch.set_num_threads(1)
