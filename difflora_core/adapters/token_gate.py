@@ -128,8 +128,8 @@ class ConceptMatcher:
     """Similarities, gates and the rest of encodings for J concepts, once for all layers.
 
     Every cross-attention layer of a model gets the same encodings, so the last result is kept as
-    long as that tensor lives unchanged. It may carry gradients: make a new matcher for every
-    training step.
+    long as that tensor lives unchanged. Under gradients every call computes its own: a checkpointed
+    layer must do the same when it runs again.
 
     Args:
         concepts: at least one.
@@ -149,6 +149,8 @@ class ConceptMatcher:
 
     def __call__(self, x: Tensor) -> Match:
         """The match of encodings (B, L, in); any other shape (..., in) without token distances."""
+        if torch.is_grad_enabled():
+            return self._match(x)
         version = 0 if x.is_inference() else x._version
         if self._last is not None and self._last[0]() is x and self._last[1] == version:
             return self._last[2]
