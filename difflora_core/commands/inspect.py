@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from ..config import Config, parse_json
+from ..data import prepared
 from ..errors import CheckpointError, ConfigError, EncoderError, counted, shown
 from ..lora.formats.change import keys_by_role, kind_of
 from ..lora.layout import LoRALayout
@@ -192,6 +193,8 @@ FILES: Mapping[str, Callable[[Path, Header], Facts]] = {
 
 def _folder(path: Path) -> Facts:
     """A folder of a known kind."""
+    if (path / prepared.FACTS).exists():
+        return _dataset(path)
     if (path / run_folder.VERSIONS).exists() and (path / run_folder.SETTINGS).exists():
         return _run(path)
     if hyperlora_folder.is_hyperlora_folder(path):
@@ -213,6 +216,21 @@ def _folder(path: Path) -> Facts:
         "kind": "Face analysis" + ("" if faces.complete else ", incomplete"),
         "detector": faces.detector or "missing",
         "recogniser": faces.recogniser or "missing",
+    }
+
+
+def _dataset(path: Path) -> Facts:
+    """A dataset that `prepare` made."""
+    dataset = prepared.PreparedDataset(path)
+    sizes = ", ".join(f"{height} x {width}" for height, width in list(dataset.buckets)[:8])
+    return {
+        "kind": "Prepared dataset",
+        "pictures": str(len(dataset)),
+        "people": str(dataset.facts.people),
+        "sizes": sizes + (", …" if len(dataset.buckets) > 8 else ""),
+        "face encoder": shown(dataset.facts.face_encoder) or "none",
+        "licence": shown(str(dataset.facts.settings.get("licence", "")), 300) or "not given",
+        "notes": "; ".join(map(shown, dataset.facts.notes)) or "none",
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 COMMANDS = {
+    "prepare": "photos of people to a dataset that training reads",
     "generate": "photos of a person to a LoRA file",
     "convert": "LoRA files to another naming, rank or precision",
     "inspect": "what a file or folder is, and what it holds",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection
 from typing import TypeVar
-
-import torch
 
 from ..errors import DatasetError
 
@@ -54,7 +56,7 @@ class Workers:
             return
         if self._pool is None:
             context = multiprocessing.get_context("spawn")  # a fork would copy locks of threads
-            self._pool = ProcessPoolExecutor(self._count, context, initializer=_one_thread)
+            self._pool = ProcessPoolExecutor(self._count, context, initializer=_begin)
         waiting: deque[Future[Result]] = deque()
         try:
             for job in jobs:
@@ -70,6 +72,16 @@ class Workers:
             ) from death
 
 
-def _one_thread() -> None:
-    """Workers share the cores among themselves."""
-    torch.set_num_threads(1)
+def _begin() -> None:
+    """Makes a worker: the cores are shared, Ctrl-C is its parent's matter, and it ends with it."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when the first job imports torch
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it is gone, killed ones included."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+    os._exit(1)

@@ -40,8 +40,7 @@ def people_folder(tmp_path, portraits) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def demo_config() -> PrepareConfig:
+def demo_settings() -> PrepareConfig:
     """Settings for the demo's pictures and face package."""
     return PrepareConfig(
         resolution=64,
@@ -50,3 +49,9 @@ def demo_config() -> PrepareConfig:
         encoding="png",
         choices=ChoiceSettings(same_person=0.5),
     )
+
+
+@pytest.fixture(scope="session")
+def demo_config() -> PrepareConfig:
+    """See `demo_settings`."""
+    return demo_settings()

@@ -1,0 +1,60 @@
+"""Prepares in child processes that are killed at random moments until one comes to its end.
+
+Called by test_kills.py with the folder of pictures, that of the dataset, a command for captions and
+a seed; writes how many children were killed. One process imports everything; its children are
+forks, so that they start at once.
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import insightface.app
+from conftest import demo_settings
+
+from difflora_core.data import prepare as module
+from difflora_core.data import prepared, shards
+
+SHARE = 0.35
+"""A child is killed after at most this share of the time that an undisturbed one takes."""
+
+
+def child(place: str, folder: str, command: str) -> int:
+    """A process that prepares."""
+    number = os.fork()
+    if number:
+        return number
+    module.prepare(place, folder, replace(demo_settings(), caption_command=command))
+    os._exit(0)
+
+
+def main(place: str, folder: str, command: str, seed: str) -> None:
+    """Kills until a child is faster; small steps, so that there is much between two of them."""
+    module.LOOKS = 2
+    prepared.SHARD_ROWS = shards.SHARD_ROWS = module.SHARD_ROWS = 4
+    draw, killed = random.Random(int(seed)), 0
+    start = time.monotonic()
+    os.waitpid(child(place, f"{folder}-whole", command), 0)
+    length = time.monotonic() - start
+    while True:
+        number = child(place, folder, command)
+        time.sleep(draw.uniform(0, SHARE * length))
+        os.kill(number, signal.SIGKILL)
+        _, status = os.waitpid(number, 0)
+        if (Path(folder) / prepared.FACTS).exists():
+            prepared.PreparedDataset(folder)  # what is there is whole
+        if not os.WIFSIGNALED(status):
+            break
+        killed += 1
+    sys.stdout.write(f"{killed} {status}")
+
+
+if __name__ == "__main__":
+    assert datasets
+    assert insightface.app
+    main(*sys.argv[1:])
