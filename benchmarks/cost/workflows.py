@@ -46,7 +46,7 @@ class Row:
     """What became of one workflow.
 
     `seconds`: by node type; `peak_gb`: most memory of ComfyUI; `changed`: grey levels (0 to 255) by
-    which bypassing everything applied changes the first such picture, None where nothing is
+    which bypassing everything applied changes the last such picture, None where nothing is
     applied; `restored`: the base draws the same pixels afterwards; `problem`: empty when it ran.
     """
 
@@ -79,8 +79,12 @@ class Harness:
         self.untouched = self._base_picture()
 
     def row(self, name: str, prompt: graphs.Prompt) -> Row:
-        """Run one prompt, what it loads first; a failure becomes the row's `problem`."""
+        """Run one prompt, what it loads first; a failure becomes the row's `problem`.
+
+        ComfyUI keeps models as long as there is memory, so those of the row before are let go.
+        """
         try:
+            self.server.client.free()
             for file in graphs.missing_files(prompt, self.server.base_directory / "models"):
                 run(self.server, graphs.maker_prompt(file, self.info, self.side), self.info)
             with_witness = graphs.witnessed(prompt, self.info)

@@ -124,11 +124,13 @@ def test_bypassing_leads_to_the_base_model_past_every_node():
 
 
 @pytest.mark.parametrize(("applied", "hooks"), [(True, True), (True, False), (False, True)])
-def test_the_witness_is_the_first_picture_that_something_was_applied_to(applied, hooks):
-    prompt = graphs.witnessed(graph(applied, hooks), INFO)
-    assert prompt[graphs.WITNESS]["inputs"]["images"] == ["pixels", 0]
+def test_the_witness_is_the_last_picture_that_something_was_applied_to(applied, hooks):
+    given = graph(applied, hooks)
+    given |= {"last": given["pixels"], "other": node("VAEDecode", samples=["plain", 0])}
+    prompt = graphs.witnessed(given, INFO)
+    assert prompt[graphs.WITNESS]["inputs"]["images"] == ["last", 0]
     cut = graphs.ancestors(graphs.bypassed(prompt, INFO), graphs.WITNESS)
-    assert set(cut) == {graphs.WITNESS, "pixels", "drawn", "load", "placed"}
+    assert set(cut) == {graphs.WITNESS, "last", "drawn", "load", "placed"}
 
 
 def test_without_anything_applied_there_is_no_witness():
@@ -188,17 +190,19 @@ def test_the_clock_gives_each_node_its_seconds(monkeypatch):
 
 def test_the_peak_is_seen_although_it_has_passed():
     program = (
-        "import sys; input(); held = bytearray(b'1') * 300_000_000; input(); del held; input()"
+        "input(); held = bytearray(b'1') * 300_000_000; print('held', flush=True); "
+        "input(); del held; print('gone', flush=True); input()"
     )
     child = subprocess.Popen(
         [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     try:
         with measure.PeakMemory(child.pid) as memory:
-            for _ in range(2):
+            for said in ("held", "gone"):
                 child.stdin.write("\n")
                 child.stdin.flush()
-                measure.time.sleep(1)
+                assert child.stdout.readline().strip() == said
+                measure.time.sleep(0.5)
         assert 0.3 < memory.gigabytes < 0.5
     finally:
         child.kill()

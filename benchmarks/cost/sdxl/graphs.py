@@ -18,7 +18,7 @@ STEPS, SIDE = 2, 256
 MOST_PROMPTS = 2
 """Of a workflow that draws many with one sampler."""
 WITNESS = "witness"
-"""Id of the node that shows the first picture that something was applied to."""
+"""Id of the node that shows the last picture that something was applied to."""
 BASE_PICTURE = "base"
 """Id of the node that shows what the base model draws."""
 
@@ -137,12 +137,12 @@ def bypassed(prompt: Mapping[str, Mapping[str, Any]], info: Info) -> Prompt:
 
 
 def witnessed(prompt: Mapping[str, Mapping[str, Any]], info: Info) -> Prompt | None:
-    """The prompt with a node that shows the first picture that `bypassed` would change.
+    """The prompt with a node that shows the last picture that `bypassed` would change.
 
-    None where it changes none.
+    None where it changes none. The last, because rows of strengths begin with 0.
     """
     plain = bypassed(prompt, info)
-    for key, node in prompt.items():
+    for key, node in reversed(prompt.items()):
         source = node["inputs"].get("samples")
         if node["class_type"] != "VAEDecode" or not _is_link(source):
             continue
