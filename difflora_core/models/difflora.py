@@ -151,7 +151,7 @@ class DiffLoRAModel(IdentityModel):
 
     def wrap(self, z: Tensor) -> LoRALatent:
         """Normalised z (B, K, Dz) as a latent of this model."""
-        return LoRALatent(z, self.layout.hash, self.latent_space)
+        return LoRALatent(z, self.layout.hash, self.latent_space, license=self.license)
 
     def raw_latent(self, latent: LoRALatent) -> Tensor:
         """Inverse of `latent`: the autoencoder's z (B, K, Dz).

@@ -148,7 +148,15 @@ def _load(
         raise _damaged(path, error) from error
     kept = _cast_when_used(model) if as_stored else frozenset()
     model.load_state_dict(_read_tensors(file, shapes, dtype, kept), strict=True, assign=True)
+    model.license = _license(file.header.metadata)
     return model.eval()
+
+
+def _license(metadata: Mapping[str, str]) -> str:
+    """The terms that a file's source names, in words; empty where there are none."""
+    source = parse_json(metadata[METADATA_KEY], "the description", CheckpointError).get("source")
+    terms = source.get("license", "") if isinstance(source, dict) else ""
+    return shown(terms, 500) if isinstance(terms, str) else ""
 
 
 def _cast_when_used(model: DiffLoRAModel) -> frozenset[str]:

@@ -117,7 +117,7 @@ class _Run:
         self.state = RunState(
             objective,
             optimizers(objective, config, hooks.matrices),
-            Average(objective, config.ema),
+            Average(objective, config.ema, torch.device("cpu") if config.ema_on_cpu else None),
             GradScaler(self.device.type, enabled=scaled),
             draw.generator if isinstance(draw, ByStep) else None,
             config.steps,

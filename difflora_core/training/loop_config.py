@@ -43,6 +43,7 @@ class LoopConfig(Config):
         validate_every: steps between validations, where the recipe has one.
         patience: validations without a new best before training stops; 0 never stops early.
         validate_first: also validate the weights before the first step.
+        ema_on_cpu: keep the average in the computer's memory, to save the device's.
 
     Raises:
         ConfigError: a value is out of range or unknown.
@@ -68,6 +69,7 @@ class LoopConfig(Config):
     validate_every: int = 250
     patience: int = 8
     validate_first: bool = False
+    ema_on_cpu: bool = field(default=False, metadata=SAME_COURSE)
 
     def __post_init__(self) -> None:
         self.check_choices("Training")

@@ -53,12 +53,20 @@ def optimizers(
 
 
 class Average:
-    """Exponential moving average of the trained weights, with the usual warm-up."""
+    """Exponential moving average of the trained weights, with the usual warm-up.
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    Args:
+        module: whose parameters that require a gradient are averaged.
+        decay: 0 averages nothing.
+        device: where the average is kept; by default where each parameter is.
+    """
+
+    def __init__(
+        self, module: nn.Module, decay: float, device: torch.device | None = None
+    ) -> None:
         self.decay, self.updates = decay, 0
         named = ((n, p) for n, p in module.named_parameters() if p.requires_grad and decay > 0)
-        self.weights = {n: p.detach().clone().float() for n, p in named}
+        self.weights = {n: p.detach().to(device, torch.float32, copy=True) for n, p in named}
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
@@ -67,7 +75,8 @@ class Average:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for name, p in module.named_parameters():
             if name in self.weights:
-                self.weights[name].lerp_(p.detach().float(), 1 - decay)
+                own = self.weights[name]
+                own.lerp_(p.detach().to(own), 1 - decay)
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:

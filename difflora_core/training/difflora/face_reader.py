@@ -29,13 +29,14 @@ def face_centroids(features: ImageFeatures, people: Tensor) -> Tensor:
 
     Args:
         features: of M pictures.
-        people: (P, Q) picture numbers of each person.
+        people: (P, Q) picture numbers of each person; -1 for none.
 
     Returns:
         (P, Df).
     """
     faces = F.normalize(features.face.float(), dim=-1) * features.face_found[:, None]
-    return F.normalize(faces[people].sum(1), dim=-1)
+    own = faces[people.clamp(min=0)] * (people >= 0)[..., None]
+    return F.normalize(own.sum(1), dim=-1)
 
 
 def likeness_error(reader: FaceReader, latents: Tensor, centroids: Tensor) -> Tensor:
@@ -67,16 +68,18 @@ def reader_batches(
     Args:
         latents: (M, C, h, w) scaled.
         centroids: (P, Df) unit face of each person.
-        people: (P, Q) picture numbers of each person.
+        people: (P, Q) picture numbers of each person; -1 at the end of whoever has fewer.
         count: B, pictures per batch.
 
     Returns:
         From a generator to a batch: `latents` (B, C, h, w) and their `centroids` (B, Df).
     """
 
+    own = (people >= 0).sum(1)
+
     def draw(generator: torch.Generator) -> dict[str, Tensor]:
         person = torch.randint(len(people), (count,), generator=generator)
-        which = torch.randint(people.shape[1], (count,), generator=generator)
+        which = torch.randint(people.shape[1], (count,), generator=generator) % own[person]
         clean = latents[people[person, which]].float()
         amount = NOISE * torch.rand(count, 1, 1, 1, generator=generator)
         noise = torch.randn(clean.shape, generator=generator)

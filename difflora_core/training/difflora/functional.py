@@ -12,7 +12,7 @@ after the identity loss of PuLID, arXiv:2404.16022).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,9 @@ from ..fingerprint import fingerprint, weights_digest
 from ..loop import Hooks, LoopConfig, Progress, train
 from ..losses import Denoised, NoisedBatch, denoise
 from .face_reader import face_centroids, likeness_error
+
+VALIDATION_DRAWS = 4
+"""Batches of fixed people and noise that one judgement averages over."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ class PersonPictures:
 
     `latents`: (M, C, h, w) scaled; `text`: encoded unique prompts; `prompts`: (M,) row of `text`;
     `features`: of every picture as a reference photo, M rows; `people`: (P, Q) picture numbers of
-    each person, every person with Q pictures, Q >= 2.
+    each person, two or more; whoever has less than Q has -1 at the end; `time_ids`: (M, 6) what the
+    base is told of each picture's size, see `TextCondition`.
     """
 
     latents: Tensor
@@ -80,9 +84,10 @@ class PersonPictures:
     prompts: Tensor
     features: ImageFeatures
     people: Tensor
+    time_ids: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.people.ndim != 2 or self.people.shape[1] < 2:
+        if self.people.ndim != 2 or bool(((self.people >= 0).sum(1) < 2).any()):
             raise ConfigError("every person needs at least two pictures: one to see, one to draw")
 
 
@@ -150,7 +155,7 @@ class FunctionalObjective(nn.Module):
         return self._denoise(batch).error.mean()
 
     def _denoise(self, batch: Mapping[str, Any]) -> Denoised:
-        text = TextCondition(batch["context"], batch["pooled"])
+        text = TextCondition(batch["context"], batch["pooled"], batch.get("time_ids"))
         pictures = NoisedBatch(batch["latents"], batch["noise"], batch["timesteps"], text)
         return denoise(self.base, pictures)
 
@@ -172,26 +177,28 @@ def person_batches(
 
     def draw(generator: torch.Generator) -> dict[str, Tensor]:
         people = torch.randint(len(data.people), (count,), generator=generator)
-        order = torch.rand(count, data.people.shape[1], generator=generator).argsort(1)
+        order = torch.rand(count, data.people.shape[1], generator=generator)
+        order = order.masked_fill(data.people[people] < 0, 2).argsort(1)  # who has fewer: at the end
         pictures = data.people[people].gather(1, order)  # B Q, shuffled
         target = pictures[:, 0]
         # One photo is what artists have most often; so half of the batches see one alone.
         alone = bool(torch.rand((), generator=generator) < 0.5)
         seen = 1 if alone else int(torch.randint(1, most + 1, (1,), generator=generator))
         reference = pictures[:, 1 : 1 + seen]  # B N
-        flat = data.features.select(reference.flatten())
+        flat = data.features.select(reference.clamp(min=0).flatten())
         latents = data.latents[target].float()
         text = data.text.select(data.prompts[target])
 
         def rows(x: Tensor) -> Tensor:
             return x.reshape(count, seen, *x.shape[1:])
 
-        return {
+        sizes = {} if data.time_ids is None else {"time_ids": data.time_ids[target]}
+        return sizes | {
             "face": rows(flat.face).float(),
             "face_found": rows(flat.face_found),
             "image": rows(flat.image).float(),
             "image_tokens": rows(flat.image_tokens).float(),
-            "photo_mask": torch.ones(count, seen, dtype=torch.bool),
+            "photo_mask": reference >= 0,
             "feature_noise": torch.randn(count, width, generator=generator),
             "latent_noise": torch.randn(
                 count, lae.latent_tokens, lae.latent_dim, generator=generator
@@ -213,16 +220,45 @@ def fit(
     loop: LoopConfig,
     folder: Path,
     progress: Progress | None = None,
+    validation: PersonPictures | None = None,
 ) -> dict[str, float]:
-    """Train MIF, predictor and decoder of the objective's model in place; see `loop.train`."""
+    """Train MIF, predictor and decoder of the objective's model in place; see `loop.train`.
+
+    `validation` are other people: the weights of their lowest loss are kept.
+    """
     model, photos = objective.model, data.features
     if not bool(model.mif.get_buffer("image_mean").any()):
         sample = photos.select(torch.arange(0, len(photos), max(1, len(photos) // 2000)))
         model.mif.fit_statistics(
             sample.face, sample.face_found, sample.image.float(), sample.image_tokens.float()
         )
-    identity = fingerprint(objective.config, data, weights_digest(objective.base.unet))
-    hooks = Hooks(progress, base=objective.base, fingerprint=identity)
+    parts = [objective.config, data, weights_digest(objective.base.unet)]
+    identity = fingerprint(*parts, *([] if validation is None else [validation]))
+    judged = None if validation is None else _validation(objective, validation, loop.seed)
+    hooks = Hooks(progress, judged, base=objective.base, fingerprint=identity)
     steps = len(objective.base.alphas_cumprod)
     draw = person_batches(data, model, objective.config, steps)
     return train(objective, draw, loop, folder, hooks)
+
+
+def _validation(
+    objective: FunctionalObjective, data: PersonPictures, seed: int
+) -> Callable[[], float]:
+    """Loss on fixed batches of other people, without noise on condition and latent."""
+    config = replace(objective.config, batch=min(objective.config.batch, len(data.people)))
+    draw = person_batches(data, objective.model, config, len(objective.base.alphas_cumprod))
+    generator = torch.Generator().manual_seed(seed + 1)
+    batches = [draw(generator) for _ in range(VALIDATION_DRAWS)]
+
+    @torch.no_grad()
+    def validate() -> float:
+        losses = []
+        for batch in batches:
+            there = {name: value.to(objective.model.device) for name, value in batch.items()}
+            quiet = {name: there[name] * 0 for name in ("feature_noise", "latent_noise")}
+            found = objective({**there, **quiet})[1]
+            unlike = found.get("unlike", torch.zeros(()))
+            losses.append(float(found["denoising"] + config.likeness * unlike))
+        return sum(losses) / len(losses)
+
+    return validate
