@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 import torch
 
-from ..errors import ConfigError, EncoderError
+from ..errors import ConfigError, EncoderError, shown
 from ..storage.clip_vision_file import load_clip_vision
 from ..vision.face_encoder import FaceEncoder, InsightFaceEncoder
 from ..vision.image_encoder import ImageEncoder
@@ -49,3 +52,23 @@ def chosen_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for CUDA
         raise ConfigError(f"There is no device {name!r} here: use auto, cpu or cuda.") from error
     return device
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, or of the weights of a folder, by which encoders are told apart.
+
+    Raises:
+        EncoderError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    weights = (own for kind in ("safetensors", "onnx") for own in path.glob(f"*.{kind}"))
+    files = [path] if path.is_file() else sorted(weights)
+    try:
+        for file in files:
+            digest.update(file.name.encode())
+            with file.open("rb") as opened:
+                while block := opened.read(2**20):
+                    digest.update(block)
+    except OSError as error:
+        raise EncoderError(f"{shown(str(path), 300)} cannot be read: {error.strerror}.") from error
+    return digest.hexdigest()

@@ -131,7 +131,7 @@ def _model(path: Path, header: Header) -> Facts:
         "latent": f"{config.lae.latent_tokens} x {config.lae.latent_dim}",
         "face encoder": shown(config.face_encoder) or "not said",
         "image encoder": shown(config.image_encoder) or "not said",
-        **{shown(name): shown(str(value), 300) for name, value in source.items()},
+        **{f"its {shown(name)}": shown(str(value), 300) for name, value in source.items()},
     }
 
 

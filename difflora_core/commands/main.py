@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import sys
 import warnings
@@ -50,6 +51,9 @@ def main(arguments: Sequence[str]) -> int:
             complains.print(f"{name} was {error}.")
         except KeyboardInterrupt:
             complains.print(f"{name} was stopped; run it again to go on with what is left.")
+        except BrokenPipeError:  # whoever read along has left
+            received.append(signal.SIGPIPE)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         else:
             return DONE
     return SIGNALLED + (received or [signal.SIGINT])[0]

@@ -122,8 +122,15 @@ def _line(kind: type[Config], given: Mapping[str, Any]) -> type[Any]:
         default = given.get(field.name, default)
         fields.append((field.name, hint, dataclasses.field(default=default, kw_only=True)))
     line = dataclasses.make_dataclass(kind.__name__, fields, frozen=True)
-    line.__doc__ = kind.__doc__
+    line.__doc__ = _described(kind)
     return line
+
+
+def _described(kind: type[Config]) -> str:
+    """A docstring with the fields of the record and of those that it extends."""
+    docs = [inspect.cleandoc(each.__dict__.get("__doc__") or "") for each in kind.__mro__]
+    parts = [doc.partition("Args:\n")[2].partition("\n\n")[0] for doc in docs]
+    return "\n".join([_summary(kind), "", "Args:", *filter(None, parts)])
 
 
 def _fields(kind: type[Config]) -> tuple[dataclasses.Field[Any], ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 COMMANDS = {
     "prepare": "photos of people to a dataset that training reads",
+    "train": "a dataset to a DiffLoRA model",
     "generate": "photos of a person to a LoRA file",
     "convert": "LoRA files to another naming, rank or precision",
     "inspect": "what a file or folder is, and what it holds",

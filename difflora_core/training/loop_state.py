@@ -61,9 +61,7 @@ class Average:
         device: where the average is kept; by default where each parameter is.
     """
 
-    def __init__(
-        self, module: nn.Module, decay: float, device: torch.device | None = None
-    ) -> None:
+    def __init__(self, module: nn.Module, decay: float, device: torch.device | None = None) -> None:
         self.decay, self.updates = decay, 0
         named = ((n, p) for n, p in module.named_parameters() if p.requires_grad and decay > 0)
         self.weights = {n: p.detach().to(device, torch.float32, copy=True) for n, p in named}

@@ -1,10 +1,16 @@
 """Functional recipe and the face reader that judges it in training, on a tiny base."""
 
+import copy
+import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from difflora_core.base_model.protocol import TextCondition
 from difflora_core.diffusion.objective import abar_at, add_noise, training_target
 from difflora_core.errors import ConfigError
 from difflora_core.models.difflora import DiffLoRAConfig, DiffLoRAModel
@@ -17,6 +23,7 @@ from difflora_core.models.predictor import PredictorConfig
 from difflora_core.training.difflora import face_reader
 from difflora_core.training.difflora import functional as difflora
 from difflora_core.training.loop import LoopConfig
+from difflora_core.training.loop_state import Average
 from difflora_core.training.losses import NoisedBatch, denoise, denoising_error
 from difflora_core.vision.features import ImageFeatures
 
@@ -202,3 +209,79 @@ def test_the_reader_learns_to_read_faces(reader, data, tmp_path):
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ConfigError, match="must be"):
         difflora.FunctionalConfig(**wrong)
+
+
+@given(st.lists(st.integers(2, PICTURES), min_size=PEOPLE, max_size=PEOPLE), st.integers(0, 10**6))
+def test_people_with_fewer_pictures_are_drawn_from_their_own(counts, seed):
+    """A photo to see is never the picture to draw, nor anybody else's."""
+    rows = [list(range(PICTURES * k, PICTURES * k + n)) for k, n in enumerate(counts)]
+    table = torch.tensor([own + [-1] * (PICTURES - len(own)) for own in rows])
+    count = PEOPLE * PICTURES
+    marks = torch.arange(count, dtype=torch.float32)
+    features = ImageFeatures(
+        marks[:, None].expand(-1, FACE),
+        torch.ones(count, dtype=torch.bool),
+        marks[:, None].expand(-1, 5),
+        marks[:, None, None].expand(-1, 2, 4),
+    )
+    latents = marks[:, None, None, None].expand(-1, 4, 2, 2)
+    text = TextCondition(torch.zeros(1, 1, 1), torch.zeros(1, 1))
+    sizes = marks[:, None].expand(-1, 6)
+    data = difflora.PersonPictures(
+        latents, text, torch.zeros(count, dtype=torch.long), features, table, sizes
+    )
+    sized = SimpleNamespace(
+        config=SimpleNamespace(
+            mif=SimpleNamespace(width=3), lae=SimpleNamespace(latent_tokens=1, latent_dim=1)
+        )
+    )
+    draw = difflora.person_batches(data, sized, replace(CONFIG, batch=8, photos=PICTURES), 1000)
+    batch = draw(torch.Generator().manual_seed(seed))
+    for target, seen, mask in zip(
+        batch["latents"][:, 0, 0, 0], batch["face"][:, :, 0], batch["photo_mask"], strict=True
+    ):
+        person = int(target) // PICTURES
+        shown = seen[mask].int().tolist()
+        assert shown
+        assert len(set(shown)) == len(shown)
+        assert set(shown) <= set(rows[person]) - {int(target)}
+        assert int(target) in rows[person]
+    assert torch.equal(batch["time_ids"][:, 0], batch["latents"][:, 0, 0, 0])
+
+
+def test_a_person_with_one_picture_is_refused(data):
+    with pytest.raises(ConfigError, match="at least two pictures"):
+        replace(data, people=torch.tensor([[0, 1], [2, -1]]))
+
+
+def test_validation_keeps_the_best_weights_and_changes_nothing_else(model, base, data, tmp_path):
+    """Judging draws from a generator of its own: the course is that of the run without it."""
+    loop = replace(LOOP, steps=4, validate_every=2, log_every=1, ema=0.0)
+    other = copy.deepcopy(model)
+    plain = difflora.FunctionalObjective(model, base, CONFIG)
+    difflora.fit(plain, data, loop, tmp_path / "plain")
+    judged = difflora.FunctionalObjective(other, base, CONFIG)
+    few = replace(data, people=data.people[:3])
+    result = difflora.fit(judged, data, loop, tmp_path / "judged", validation=few)
+    assert result["best_step"] in (2.0, 4.0)
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "events.jsonl").open()]
+        for name in ("plain", "judged")
+    ]
+    assert losses[0] == losses[1]
+    assert result["best_step"] != 4.0 or all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
+    )
+
+
+def test_an_average_in_the_computers_memory_is_the_same(model):
+    here, there = Average(model, 0.9), Average(model, 0.9, torch.device("cpu"))
+    for _ in range(2):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.1)
+        here.update(model)
+        there.update(model)
+    assert all(torch.equal(here.weights[n], there.weights[n]) for n in here.weights)
+    now = dict(model.named_parameters())
+    assert not any(torch.equal(now[n], weight) for n, weight in here.weights.items())

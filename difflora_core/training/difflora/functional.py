@@ -172,22 +172,22 @@ def person_batches(
         `feature_noise` (B, D) and `latent_noise` (B, K, Dz) for condition and LoRA latent.
     """
     count, width, lae = config.batch, model.config.mif.width, model.config.lae
+    latent = (count, lae.latent_tokens, lae.latent_dim)
     most = min(config.photos, data.people.shape[1] - 1)
     centroids = face_centroids(data.features, data.people)
 
     def draw(generator: torch.Generator) -> dict[str, Tensor]:
         people = torch.randint(len(data.people), (count,), generator=generator)
-        order = torch.rand(count, data.people.shape[1], generator=generator)
-        order = order.masked_fill(data.people[people] < 0, 2).argsort(1)  # who has fewer: at the end
-        pictures = data.people[people].gather(1, order)  # B Q, shuffled
+        own = data.people[people]  # B Q
+        order = torch.rand(own.shape, generator=generator).masked_fill(own < 0, 2).argsort(1)
+        pictures = own.gather(1, order)  # B Q, shuffled; -1 comes last
         target = pictures[:, 0]
         # One photo is what artists have most often; so half of the batches see one alone.
         alone = bool(torch.rand((), generator=generator) < 0.5)
         seen = 1 if alone else int(torch.randint(1, most + 1, (1,), generator=generator))
         reference = pictures[:, 1 : 1 + seen]  # B N
         flat = data.features.select(reference.clamp(min=0).flatten())
-        latents = data.latents[target].float()
-        text = data.text.select(data.prompts[target])
+        latents, text = data.latents[target].float(), data.text.select(data.prompts[target])
 
         def rows(x: Tensor) -> Tensor:
             return x.reshape(count, seen, *x.shape[1:])
@@ -200,9 +200,7 @@ def person_batches(
             "image_tokens": rows(flat.image_tokens).float(),
             "photo_mask": reference >= 0,
             "feature_noise": torch.randn(count, width, generator=generator),
-            "latent_noise": torch.randn(
-                count, lae.latent_tokens, lae.latent_dim, generator=generator
-            ),
+            "latent_noise": torch.randn(latent, generator=generator),
             "centroids": centroids[people],
             "latents": latents,
             "noise": torch.randn(latents.shape, generator=generator),

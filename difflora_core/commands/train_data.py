@@ -1,0 +1,266 @@
+"""A prepared dataset as training reads it: latents, texts and features of people.
+
+What the base's encoders and CLIP vision make of a picture is computed once and kept in the run's
+folder, in parts; a run that was stopped in the middle goes on with the part that is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ..base_model.diffusers_base import DiffusersBase
+from ..base_model.protocol import BaseModel, TextCondition
+from ..data.encodings import Latents, encode_latents
+from ..data.prepared import PreparedDataset
+from ..data.records import PreparedPicture
+from ..errors import DatasetError
+from ..storage.safetensors_io import read_file, write_atomic
+from ..training.difflora.functional import PersonPictures
+from ..training.fingerprint import fingerprint, weights_digest
+from ..training.hooks import Progress
+from ..training.processes import launched
+from ..vision.face_choice import FaceOptions
+from ..vision.face_encoder import DetectedFace
+from ..vision.features import TENSORS, ImageFeatures, extract_features
+from ..vision.image_encoder import ImageEncoder
+from .encoders import file_digest
+
+PART = 256
+"""Pictures that are encoded and written at once."""
+PROMPTS = 64
+"""Prompts that are encoded at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class Encoders:
+    """What makes pictures into what is trained on.
+
+    Attributes:
+        base: its VAE and text encoders.
+        image: CLIP vision.
+        image_place: where it lies; its digest tells it from others.
+    """
+
+    base: DiffusersBase
+    image: ImageEncoder
+    image_place: str
+
+
+class RecordedFace:
+    """A FaceEncoder that finds what `prepare` found in a picture.
+
+    Args:
+        record: of the picture.
+        package: the face analysis, "antelopev2/glintr100.onnx".
+    """
+
+    def __init__(self, record: PreparedPicture, package: str) -> None:
+        self.record, self.recogniser = record, Path(package).name
+        self.embedding_dim = 0 if record.face is None else len(record.face)
+
+    def detect(self, image: Tensor) -> list[DetectedFace]:
+        """The face of the record's picture (H, W, 3)."""
+        r = self.record
+        if r.face is None or r.box is None or r.keypoints is None:
+            return []
+        return [DetectedFace(r.box, r.score, r.keypoints, r.face)]
+
+
+@dataclass(frozen=True, eq=False)
+class People:
+    """Some people of a dataset.
+
+    Attributes:
+        pictures: theirs, and perhaps those of others.
+        numbers: which of `PreparedDataset.people` each of `pictures.people` is.
+    """
+
+    pictures: PersonPictures
+    numbers: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def some(self, chosen: Sequence[int]) -> People:
+        """A few of them, by place (n,)."""
+        few = self.pictures.people[list(chosen)]
+        return People(replace(self.pictures, people=few), tuple(self.numbers[k] for k in chosen))
+
+    def photos(self, most: int | None = None) -> ImageFeatures:
+        """Features of N photos each, person by person; who has fewer is seen again.
+
+        Args:
+            most: N; as many as the one with the most has, unless given.
+        """
+        table, counts = self.pictures.people, (self.pictures.people >= 0).sum(1)
+        turns = torch.arange(most or table.shape[1])[None] % counts[:, None]
+        return self.pictures.features.select(table.gather(1, turns).flatten())
+
+    @property
+    def fewest(self) -> int:
+        """Pictures of whoever has the fewest."""
+        return int((self.pictures.people >= 0).sum(1).min())
+
+
+def load_people(
+    dataset: PreparedDataset, encoders: Encoders, folder: Path, progress: Progress
+) -> People:
+    """Everybody of whom there are two pictures with a face.
+
+    Args:
+        dataset: prepared; all pictures of one size.
+        encoders: see there.
+        folder: where what they make is kept.
+        progress: told of pictures.
+
+    Raises:
+        DatasetError: the dataset does not suit, or nobody is left.
+    """
+    _check(dataset)
+    rows = _usable(dataset)
+    latents = _latents(dataset, encoders.base, progress)
+    digest = fingerprint(dataset.facts.digest, rows, file_digest(Path(encoders.image_place)))
+    parts = []
+    for start in range(0, len(rows), PART):
+        path = folder / f"features-{digest[:16]}-{start:08d}.safetensors"
+
+        def write(path: Path = path, chosen: Sequence[int] = rows[start : start + PART]) -> None:
+            if not path.exists():
+                write_atomic(
+                    _features([dataset[row] for row in chosen], dataset, encoders), {}, path
+                )
+
+        launched().on_main(write)
+        parts.append(read_file(path, "file of features")[0])
+        progress(min(start + PART, len(rows)), len(rows), {})
+    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    captions = [dataset[row].captions[0] for row in rows]
+    prompts = list(dict.fromkeys(captions))
+    numbers = {prompt: number for number, prompt in enumerate(prompts)}
+    recogniser = Path(dataset.facts.face_encoder).name
+    table, who = _people(dataset, rows)
+    pictures = PersonPictures(
+        latents=torch.stack([latents.read(row) for row in rows]),
+        text=encode_all(encoders.base, prompts),
+        prompts=torch.tensor([numbers[caption] for caption in captions]),
+        features=ImageFeatures(
+            **{name: tensors[name] for name in TENSORS}, image_region="crop", recogniser=recogniser
+        ),
+        people=table,
+        time_ids=tensors["time_ids"],
+    )
+    return People(pictures, who)
+
+
+def encode_all(base: DiffusersBase, prompts: Sequence[str]) -> TextCondition:
+    """Encoded prompts on the CPU, some at once."""
+    parts = [base.encode_prompts(prompts[k : k + PROMPTS]) for k in range(0, len(prompts), PROMPTS)]
+    context, pooled = ([getattr(p, n).cpu() for p in parts] for n in ("context", "pooled"))
+    return TextCondition(torch.cat(context), torch.cat(pooled))
+
+
+def split_people(people: People, held_out: float, seed: int) -> tuple[People, People | None]:
+    """Those to train on, and those to validate with; the latter None where they are too few.
+
+    Args:
+        people: everybody.
+        held_out: share of them.
+        seed: of who they are.
+    """
+    count = int(len(people) * held_out)
+    order = torch.randperm(len(people), generator=torch.Generator().manual_seed(seed)).tolist()
+    others = people.some(sorted(order[:count])) if count else None
+    return people.some(sorted(order[count:])), others
+
+
+def _check(dataset: PreparedDataset) -> None:
+    """Refuses a dataset that cannot be trained on."""
+    if not dataset.facts.face_encoder:
+        raise DatasetError(
+            "Nobody looked for faces in this dataset: run prepare with --faces and the folder of a "
+            "face analysis."
+        )
+    if len(dataset.buckets) > 1:
+        sizes = ", ".join(f"{h} x {w}" for h, w in list(dataset.buckets)[:4])
+        raise DatasetError(
+            f"The pictures have {len(dataset.buckets)} sizes ({sizes}); this training takes one. "
+            "Run prepare with --framing face, which cuts squares."
+        )
+
+
+def _usable(dataset: PreparedDataset) -> list[int]:
+    """Rows with a face, of people who have two of them."""
+    faces = [bool(face) for face in dataset.column("face")]
+    rows = []
+    for person in dataset.people:
+        own = [row for row in person.rows if faces[row]]
+        rows += own if len(own) > 1 else []
+    if not rows:
+        raise DatasetError(
+            "Nobody in this dataset has two pictures with a face: one to see and one to draw are "
+            "needed."
+        )
+    return rows
+
+
+def _people(dataset: PreparedDataset, rows: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
+    """(P, Q) places among the rows of each person, -1 at the end of whoever has fewer; and who."""
+    place = {row: number for number, row in enumerate(rows)}
+    own = {
+        number: found
+        for number, person in enumerate(dataset.people)
+        if (found := [place[row] for row in person.rows if row in place])
+    }
+    most = max(map(len, own.values()))
+    table = [numbers + [-1] * (most - len(numbers)) for numbers in own.values()]
+    return torch.tensor(table), tuple(own)
+
+
+class _Bringing:
+    """A base model's VAE, with pictures brought to where it computes."""
+
+    def __init__(self, base: DiffusersBase) -> None:
+        self._base = base
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._base, name)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """See `DiffusersBase.encode_images`."""
+        device = next(self._base.vae.parameters()).device
+        return self._base.encode_images(images.to(device))
+
+
+def _latents(dataset: PreparedDataset, base: DiffusersBase, progress: Progress) -> Latents:
+    """Latents of all pictures, beside the dataset; encoded here where they are missing."""
+
+    def report(what: str, done: int, total: int) -> None:
+        progress(done, total, {})
+
+    there, maker = cast(BaseModel, _Bringing(base)), weights_digest(base.vae)
+    launched().on_main(lambda: encode_latents(dataset, there, maker, report=report))
+    return Latents(dataset)
+
+
+def _features(
+    records: Sequence[PreparedPicture], dataset: PreparedDataset, encoders: Encoders
+) -> dict[str, Tensor]:
+    """What the encoders see in some pictures, and what the base is told of their sizes."""
+    options, package = FaceOptions(on_missing="image_only"), dataset.facts.face_encoder
+    features = ImageFeatures.cat(
+        [
+            extract_features(
+                r.picture[None], RecordedFace(r, package), encoders.image, options
+            ).features
+            for r in records
+        ]
+    )
+    tensors = {name: getattr(features, name).contiguous() for name in TENSORS}
+    tensors["image_tokens"] = tensors["image_tokens"].half()
+    return {**tensors, "time_ids": torch.tensor([r.time_ids() for r in records])}

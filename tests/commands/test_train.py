@@ -1,0 +1,261 @@
+"""`train` on the demo base: killed and resumed, both methods, and what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from difflora_core.commands import generate
+from difflora_core.commands.encoders import open_encoders
+from difflora_core.commands.local_base import open_base
+from difflora_core.commands.main import plain_console
+from difflora_core.commands.run_folder import SETTINGS
+from difflora_core.commands.train import Settings, network_config, run
+from difflora_core.commands.train_data import Encoders, load_people, split_people
+from difflora_core.data.choices import ChoiceSettings
+from difflora_core.data.prepare import PrepareConfig, prepare
+from difflora_core.data.prepared import PreparedDataset
+from difflora_core.demo import paths
+from difflora_core.demo.networks.base import demo_layout
+from difflora_core.demo.world.identities import split_seeds
+from difflora_core.demo.world.scenes import render_portraits
+from difflora_core.errors import ConfigError, DatasetError, DiffLoRAError
+from difflora_core.lora.weights import LoRALayer, LoRAWeights
+from difflora_core.storage.checkpoint import load_model, read_description
+from difflora_core.storage.image_files import write_image
+from difflora_core.storage.lora_corpus import LoRACorpus, save_corpus
+from difflora_core.training.difflora.functional import FunctionalConfig
+from difflora_core.training.difflora.lae import LAETrainConfig
+from difflora_core.training.difflora.latent_dit import LatentDiTConfig
+from difflora_core.training.loop import LoopConfig
+from difflora_core.vision.features import FeatureSizes
+
+PEOPLE = 5
+SMALL = PrepareConfig(
+    resolution=64,
+    faces=str(paths.FACES),
+    smallest_face=12,
+    encoding="png",
+    choices=ChoiceSettings(same_person=0.3),
+)
+COURSE = LoopConfig(steps=2, warmup=1, log_every=1, checkpoint_every=1)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """Folders of drawn people; every second one has a picture less."""
+    folder = tmp_path_factory.mktemp("photos")
+    for who, seed in enumerate(split_seeds("train", PEOPLE, 50)):
+        own = render_portraits([seed] * 4, range(4))
+        for number in range(4 - who % 2):
+            (folder / f"p{who}").mkdir(exist_ok=True)
+            write_image(own.images[number], folder / f"p{who}" / f"{number}.png")
+            (folder / f"p{who}" / f"{number}.txt").write_text(own.captions[number])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dataset(photos, tmp_path_factory):
+    """The same, prepared."""
+    folder = tmp_path_factory.mktemp("dataset")
+    prepare(photos, folder, SMALL)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def settings(dataset):
+    """Settings of a run of seconds."""
+
+    def make(folder, **given):
+        usual = {
+            "clip_vision": str(paths.CLIP_VISION),
+            "rank": 4,
+            "held_out": 0.4,
+            "samples": 1,
+            "likeness": COURSE,
+            "functional": FunctionalConfig(batch=4),
+            "functional_loop": replace(COURSE, steps=6, validate_every=2, ema=0.9),
+            "lae": LAETrainConfig(loop=COURSE, batch=4),
+            "dit": LatentDiTConfig(loop=COURSE, batch=4),
+            "license": "for tests",
+        }
+        return Settings(str(dataset), str(folder), **{**usual, **given})
+
+    return make
+
+
+def start(folder, words):
+    """The command as a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "difflora_core", "train", *words],
+        cwd=paths.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def until(condition, process):
+    """Waits until something is so, while a process runs."""
+    deadline = time.monotonic() + 280
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_killed_stopped_and_gone_on_with_it_ends_as_the_straight_run(tmp_path, settings):
+    straight = settings(tmp_path / "straight")
+    run(straight, plain_console())
+    (tmp_path / "settings.json").write_text(
+        json.dumps({**straight.to_dict(), "folder": str(tmp_path / "run")})
+    )
+    words = ["--config", str(tmp_path / "settings.json")]
+    state = tmp_path / "run" / "functional" / "state.safetensors"
+    killed = start(tmp_path / "run", words)
+    until(state.exists, killed)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "run" / "difflora-model.safetensors").exists()
+    stopped = start(tmp_path / "run", words)
+    until(lambda: "goes on" in (tmp_path / "run" / "log.txt").read_text(), stopped)
+    os.kill(stopped.pid, signal.SIGTERM)
+    said = stopped.communicate()[0]
+    assert stopped.returncode == 143, said
+    assert "run it again to go on" in said
+    run(replace(straight, folder=str(tmp_path / "run")), plain_console())
+    one, other = (
+        load_file(tmp_path / name / "difflora-model.safetensors") for name in ("straight", "run")
+    )
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    _check_what_a_run_leaves(tmp_path / "run", tmp_path)
+
+
+def _check_what_a_run_leaves(folder, tmp_path):
+    """Model, card, sample, settings; and `generate` reads the model."""
+    about = read_description(folder / "difflora-model.safetensors")
+    assert about.config.face_encoder == "demo_faces/rec_demo.onnx"
+    assert about.source["license"] == "for tests"
+    assert about.source["people"] == 3
+    assert about.source["dataset"]
+    card = (folder / "difflora-model.md").read_text()
+    assert "- face recogniser: demo_faces/rec_demo.onnx" in card
+    assert 'license_name: "for tests"' in card
+    assert Image.open(folder / "samples" / "model-000.png").size == (64, 64)
+    assert Settings.from_json((folder / SETTINGS).read_text()).license == "for tests"
+    events = (folder / "functional" / "events.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in events] == [1, 2, 3, 4, 5, 6]
+    made = generate.Settings(
+        str(folder / "difflora-model.safetensors"),
+        (str(paths.ROOT / "workflows" / "difflora_demo_person.png"),),
+        str(tmp_path / "her.safetensors"),
+        str(paths.FACES),
+        str(paths.CLIP_VISION),
+    )
+    generate.run(made, plain_console())
+    with safe_open(tmp_path / "her.safetensors", "pt") as file:
+        assert file.metadata()["modelspec.license"] == "for tests"  # the model's terms bind it
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """LoRAs of some of the people, small random ones."""
+    layout, g = demo_layout(4), torch.Generator().manual_seed(0)
+    layers = {
+        s.name: LoRALayer(
+            torch.randn(4, 4, s.in_features, generator=g) / 10,
+            torch.randn(4, s.out_features, 4, generator=g) / 10,
+            4.0,
+        )
+        for s in layout
+    }
+    path = tmp_path_factory.mktemp("corpus") / "corpus.safetensors"
+    return save_corpus(LoRACorpus(layout, (0, 1, 3, 4), LoRAWeights(layers)), path)
+
+
+def test_both_methods_leave_two_models(tmp_path, settings, corpus):
+    course = replace(COURSE, steps=2)
+    both = settings(
+        tmp_path,
+        method="both",
+        corpus=str(corpus),
+        functional_loop=course,
+        name="two",
+        held_out=0.0,
+    )
+    run(both, plain_console())
+    presets = {
+        path.name: read_description(path).config.preset for path in tmp_path.glob("*.safetensors")
+    }
+    assert presets == {
+        "difflora-two.safetensors": "functional",
+        "difflora-two-paper.safetensors": "paper",
+    }
+    assert load_model(tmp_path / "difflora-two-paper.safetensors").license == "for tests"
+
+
+def test_trackers_are_told(tmp_path, settings):
+    quick = settings(tmp_path / "run", trackers=("tensorboard",), functional_loop=COURSE, samples=0)
+    run(quick, plain_console())
+    assert list((tmp_path / "run" / "trackers" / "functional").rglob("events.out.tfevents*"))
+    with pytest.raises(ConfigError, match="no-such-tracker is unknown or not installed"):
+        run(settings(tmp_path / "other", trackers=("no-such-tracker",)), plain_console())
+
+
+def test_people_are_split_and_those_with_fewer_pictures_kept(dataset, tmp_path):
+    device = torch.device("cpu")
+    _, image = open_encoders("", str(paths.CLIP_VISION), device)
+    encoders = Encoders(open_base("demo", device).model, image, str(paths.CLIP_VISION))
+    prepared = PreparedDataset(dataset)
+    people = load_people(prepared, encoders, tmp_path, lambda *_: None)
+    assert [int((row >= 0).sum()) for row in people.pictures.people] == [4, 3, 4, 3, 4]
+    again = load_people(prepared, encoders, tmp_path, lambda *_: None)
+    assert torch.equal(again.pictures.latents, people.pictures.latents)
+    learn, judge = split_people(people, 0.4, seed=3)
+    assert sorted(learn.numbers + judge.numbers) == [0, 1, 2, 3, 4]
+    assert len(judge) == 2
+    assert split_people(people, 0.4, seed=3)[1].numbers == judge.numbers
+    assert split_people(people, 0.1, seed=3)[1] is None
+    photos = people.photos()
+    first = people.pictures.features.select(people.pictures.people[1, [0, 1, 2, 0]])
+    assert torch.equal(photos.face[4:8], first.face)  # who has fewer is seen again
+    assert torch.equal(people.pictures.time_ids[0], torch.tensor([64.0, 64, 0, 0, 64, 64]))
+
+
+def test_what_does_not_suit_is_refused(tmp_path, settings, corpus, photos):
+    with pytest.raises(ConfigError, match="needs a corpus of LoRAs"):
+        settings(tmp_path, method="paper")
+    with pytest.raises(ConfigError, match="cannot be the name"):
+        settings(tmp_path, name="a/b")
+    for number, (given, said) in enumerate(
+        [
+            ({"clip_vision": ""}, "Name the CLIP vision"),
+            ({"clip_vision": str(paths.OLD_LORA)}, "is no CLIP vision"),
+            ({"method": "paper", "corpus": str(corpus), "rank": 2}, "at rank 4; this model is"),
+            ({"method": "paper", "corpus": str(paths.OLD_LORA)}, "cannot be read as a LoRA corpus"),
+            ({"dataset": str(tmp_path)}, "no prepared dataset"),
+        ]
+    ):
+        faulty = replace(settings(tmp_path / f"run{number}"), **given)
+        with pytest.raises(DiffLoRAError, match=said):
+            run(faulty, plain_console())
+    blind = tmp_path / "blind"
+    prepare(photos, blind, replace(SMALL, faces=""))
+    with pytest.raises(DatasetError, match="Nobody looked for faces"):
+        run(replace(settings(tmp_path / "last"), dataset=str(blind)), plain_console())
+
+
+def test_the_full_size_network_takes_the_encoders_at_hand():
+    config = network_config(FeatureSizes(512, 1024, 257, 1280), True, preset="paper")
+    assert config.feature_sizes == FeatureSizes(512, 1024, 257, 1280)
+    assert (config.lae.latent_tokens, config.preset) == (64, "paper")
