@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from ..config import Config, parse_json
-from ..data import prepared
+from ..data import lora_store, prepared
 from ..errors import CheckpointError, ConfigError, EncoderError, counted, shown
 from ..lora.formats.change import keys_by_role, kind_of
 from ..lora.layout import LoRALayout
@@ -195,6 +195,8 @@ def _folder(path: Path) -> Facts:
     """A folder of a known kind."""
     if (path / prepared.FACTS).exists():
         return _dataset(path)
+    if (path / lora_store.FACTS).exists():
+        return _lora_store(path)
     if (path / run_folder.VERSIONS).exists() and (path / run_folder.SETTINGS).exists():
         return _run(path)
     if hyperlora_folder.is_hyperlora_folder(path):
@@ -231,6 +233,19 @@ def _dataset(path: Path) -> Facts:
         "face encoder": shown(dataset.facts.face_encoder) or "none",
         "licence": shown(str(dataset.facts.settings.get("licence", "")), 300) or "not given",
         "notes": "; ".join(map(shown, dataset.facts.notes)) or "none",
+    }
+
+
+def _lora_store(path: Path) -> Facts:
+    """A corpus of LoRAs in shards."""
+    store = lora_store.LoRAStore(path)
+    return {
+        "kind": "Corpus of LoRAs",
+        "base": shown(store.layout.base),
+        "layers": str(len(store.layout)),
+        "rank": str(store.layout.rank),
+        "LoRAs": str(len(store)),
+        "left out": str(len(store.left_out)),
     }
 
 
