@@ -12,7 +12,7 @@ from difflora_core.adapters.base import AdapterSet
 from difflora_core.adapters.lora import lora_adapter_set
 from difflora_core.demo import paths
 from difflora_core.demo.build.features import demo_encoders
-from difflora_core.demo.networks.judges import PLAIN_LOOKS, Judges
+from difflora_core.demo.networks.judges import PLAIN_LOOKS
 from difflora_core.demo.world.identities import split_seeds
 from difflora_core.demo.world.scenes import render_portraits
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
@@ -28,15 +28,12 @@ PICTURES = range(40, 48)
 class KnownPeople:
     """People I, each with a LoRA.
 
-    `weights`: factors (I, ...) of all of them; `centres` (I, E): mean embedding of other real
-    pictures of each.
+    `weights`: factors (I, ...) of all of them; `photos` (I, M, H, W, 3): other real pictures of
+    each.
     """
 
     weights: LoRAWeights
-    centres: Tensor
-
-    def __len__(self) -> int:
-        return len(self.centres)
+    photos: Tensor
 
     def adapters(self, owners: Sequence[int]) -> AdapterSet:
         """One person for each sample of a batch."""
@@ -47,24 +44,19 @@ class KnownPeople:
         }
         return lora_adapter_set(LoRAWeights(layers))
 
-    def likeness(self, judges: Judges, images: Tensor, owners: Sequence[int]) -> Tensor:
-        """Cosine (N,) of the faces on pictures (N, H, W, 3) to those whom they show."""
-        centres = torch.nn.functional.normalize(self.centres[torch.tensor(owners)], dim=1)
-        return (judges.embed(images) * centres).sum(1)
-
 
 @torch.no_grad()
-def demo_people(count: int, judges: Judges) -> KnownPeople:
+def demo_people(count: int) -> KnownPeople:
     """The first people of the test split, by DiffLoRA's best guess from one photo of each."""
     model = load_model(paths.DIFFLORA).eval().requires_grad_(False)
     seeds = split_seeds("test", count)
     face, image = demo_encoders()
     options = FaceOptions(on_missing="image_only")
-    features, centres = [], []
+    features, photos = [], []
     for seed in seeds:
         photo = render_portraits([seed], [0], looks=("photo",)).images
         features.append(extract_features(photo, face, image, options).features)
         others = render_portraits([seed] * len(PICTURES), list(PICTURES), looks=PLAIN_LOOKS)
-        centres.append(judges.embed(others.images).mean(0))
+        photos.append(others.images)
     weights = model.decode(model.mean_latent(model.condition(features)))
-    return KnownPeople(weights.detach(), torch.stack(centres))
+    return KnownPeople(weights.detach(), torch.stack(photos))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,19 +21,23 @@ from difflora_core.evaluation.metrics import attribute_agreement, seed_diversity
 from difflora_core.lora.layout import unet_name_map
 from difflora_core.methods.registry import method
 from difflora_core.storage.safetensors_io import write_atomic
-from difflora_core.training.fingerprint import weights_digest
+from difflora_core.text.encoders import text_probe
+from difflora_core.training.fingerprint import fingerprint, weights_digest
 from difflora_core.training.picture_task import PictureTask
 
 from ..prompts import PROMPTS, asked
-from .tasks import StyleTask
+from .readers import StyleReader
+from .tasks import StyleTask, style_of
 from .trainer import TrainedStyle
 from .world import StyleWorld
 
-PROTOCOL = 2
+PROTOCOL = 3
 """To be raised with every change of drawing or judging: it makes cached columns invalid."""
 FIRST_SEED = 5 * 10**8
 """Of the pictures' noise."""
 
+BASE, TEACHER = "base", "teacher"
+"""The two ends of the table."""
 NOBODY = AdapterSet(())
 
 Columns = dict[str, Tensor]
@@ -72,66 +75,101 @@ class StyleEvaluator:
         self.world, self.plan = world, plan
         unet = world.student.base.unet
         self.names = {ldm: path for path, ldm in unet_name_map(dict(unet.config)).items()}
-        self._wanted: dict[str, Tensor] = {}
-
-    def wanted(self, style: str) -> Tensor:
-        """The teacher's pictures (N, H, W, 3), drawn once."""
-        if style not in self._wanted:
-            teacher = Drawing(self.world.teachers[style], self.names)
-            self._wanted[style] = teacher.pictures(self.plan.prompts, self.plan)
-        return self._wanted[style]
+        self._drawn: dict[tuple[str, bool], Tensor] = {}
 
     def teacher(self, style: str) -> Columns:
         """Columns (P,) of the teacher itself: nothing can agree with it more."""
-        teacher = Drawing(self.world.teachers[style], self.names)
-        return self.judged(self.wanted(style), style) | self.faces(teacher)
+        return self._known(style, TEACHER, lambda people: self._taught(style, people))
 
     def base(self, style: str, given: StyleTask) -> Columns:
         """Columns (P,) of a task's student without any style."""
         student = Drawing(given.task, self.names, given.said)
-        images = student.pictures(self.plan.prompts, self.plan)
-        return self.judged(images, style) | self.faces(student)
+        return self._known(style, text_probe(given.task.text), self._drawing(student))
 
     def columns(self, style: str, given: StyleTask, trained: TrainedStyle) -> Columns:
         """Columns (P,) of a style that was learned on a task."""
-        teacher = weights_digest(self.world.teachers[style].base.unet)
-        facts = repr((PROTOCOL, self.plan, style, teacher, trained.fingerprint))
-        name = hashlib.sha256(facts.encode()).hexdigest()[:32]
+        student = Drawing(given.task, self.names, given.said, trained)
+        return self._known(style, trained.fingerprint, self._drawing(student))
+
+    def _known(self, style: str, who: object, draw: Callable[[bool], Tensor]) -> Columns:
+        """Columns (P,) of whom draws pictures (N, H, W, 3), of known people or of anybody."""
+        needed = sorted(set(self._styles(style)))
+        teachers = [weights_digest(self.world.teachers[each].base.unet) for each in needed]
+        name = fingerprint(PROTOCOL, self.plan, style, *teachers, who)[:32]
         path = self.world.cache / "trials" / f"{name}.safetensors"
         if not path.exists():
-            student = Drawing(given.task, self.names, given.said, trained)
-            images = student.pictures(self.plan.prompts, self.plan)
-            write_atomic(self.judged(images, style) | self.faces(student), {}, path)
+            write_atomic(self.judged(draw(False), style) | self.faces(draw(True), style), {}, path)
         return load_file(path)
 
-    def faces(self, model: Drawing) -> Columns:
-        """`face` (P,): likeness of people whose LoRA is on the model too, a mean over them."""
-        prompts, owners = zip(*self.plan.portraits, strict=True)
-        images = model.pictures(prompts, self.plan, self.world.people.adapters(owners))
-        likeness = self.world.people.likeness(self.world.prompts, images, owners)
+    def _drawing(self, model: Drawing) -> Callable[[bool], Tensor]:
+        """Draws the plan's pictures: of known people when True, else of anybody."""
+
+        def draw(people: bool) -> Tensor:
+            if not people:
+                return model.pictures(self.plan.prompts, self.plan)
+            prompts, owners = zip(*self.plan.portraits, strict=True)
+            return model.pictures(prompts, self.plan, self.world.people.adapters(owners))
+
+        return draw
+
+    def _taught(self, style: str, people: bool) -> Tensor:
+        """Pictures (N, H, W, 3) by the teacher of each prompt's style, drawn once."""
+        wanted = self._styles(style, people)
+        for each in dict.fromkeys(wanted):
+            if (each, people) not in self._drawn:
+                teacher = Drawing(self.world.teachers[each], self.names)
+                self._drawn[each, people] = self._drawing(teacher)(people)
+        return torch.stack([self._drawn[each, people][k] for k, each in enumerate(wanted)])
+
+    def _styles(self, style: str, people: bool = False) -> list[str]:
+        """The style in which each picture is wanted."""
+        count = self.plan.people if people else self.plan.noises
+        return [style_of(style, scene) for scene in self.plan.scenes for _ in range(count)]
+
+    def faces(self, images: Tensor, style: str) -> Columns:
+        """`face` (P,): likeness (a mean) of people whose LoRA is on the model too, (N, H, W, 3)."""
+        owners = [owner for _, owner in self.plan.portraits]
+        photos = self.world.people.photos[torch.tensor(owners)]
+        likeness = torch.empty(len(images))
+        for reader, index in self._readers(style, people=True):
+            likeness[index] = reader.likeness(images[index], photos[index])
         return {"face": likeness.unflatten(0, (-1, self.plan.people)).mean(1)}
 
     def judged(self, images: Tensor, style: str) -> Columns:
         """What the judges see in pictures (N, H, W, 3): a mean over the noises of each prompt.
 
         Returns:
-            `style_agreement`: how probable the teacher's style is; `teacher_distance`: root mean
-            square to its picture of the same prompt and noise; `prompt_agreement`: share of what
-            the prompt names, but for the look, which the style overrides; `diversity` of noises.
+            `style_agreement`: how probable the teacher's style is; `prompt_agreement`: share of
+            what the prompt names that a reader of this style sees, but for the look, which the
+            style overrides; `teacher_distance`: root mean square to the teacher's picture of the
+            same prompt and noise; `diversity` of noises.
         """
         plan, judge = self.plan, self.world.judge
         goals = [asked(scene) for scene in plan.scenes for _ in range(plan.noises)]
         for named in goals:
             del named["look"]
+        wanted = torch.tensor([judge.styles.index(each) for each in self._styles(style)])
+        agreement = torch.empty(len(images))
+        for reader, index in self._readers(style):
+            read = reader.attributes(images[index])
+            agreement[index] = attribute_agreement(read, [goals[k] for k in index.tolist()])
+        distance = (images - self._taught(style, False)).square().mean((1, 2, 3)).sqrt()
         each = {
-            "style_agreement": judge.probabilities(images)[:, judge.styles.index(style)],
-            "teacher_distance": (images - self.wanted(style)).square().mean((1, 2, 3)).sqrt(),
-            "prompt_agreement": attribute_agreement(self.world.prompts.attributes(images), goals),
+            "style_agreement": judge.probabilities(images).gather(1, wanted[:, None])[:, 0],
+            "prompt_agreement": agreement,
+            "teacher_distance": distance,
         }
         columns = {name: v.unflatten(0, (-1, plan.noises)).mean(1) for name, v in each.items()}
         if plan.noises > 1:
             columns["diversity"] = seed_diversity(images.unflatten(0, (-1, plan.noises)))
         return columns
+
+    def _readers(self, style: str, people: bool = False) -> Iterator[tuple[StyleReader, Tensor]]:
+        """Each reader that is needed, with the numbers of its pictures."""
+        wanted = self._styles(style, people)
+        for each in dict.fromkeys(wanted):
+            index = [k for k, own in enumerate(wanted) if own == each]
+            yield self.world.readers[each], torch.tensor(index)
 
     @torch.no_grad()
     def step_milliseconds(self, trained: TrainedStyle, rounds: int) -> float:

@@ -15,7 +15,7 @@ from rich.console import Console
 from difflora_core.demo import paths
 
 from ..command import benchmark_console, command_parser, set_threads
-from .methods import ROWS
+from .methods import ROWS, rows_named
 from .methods.base import Course
 from .styles import QUICK, Size
 from .tasks import TaskSize, scenario_1
@@ -30,12 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="as many steps as --quick of styles")
     parser.add_argument("--style", default=QUICK.styles[0], help="whose teacher is learned from")
     parser.add_argument("--teachers", type=Path, default=paths.ARTEFACTS, help="see styles")
-    parser.add_argument("--rows", nargs="+", default=[""], help="rows whose name begins so")
+    parser.add_argument("--rows", nargs="+", default=["*"], help='rows by name, "LoRA*"')
     options = parser.parse_args(arguments)
     set_threads(options.threads)
     console, size = benchmark_console(), QUICK if options.quick else Size()
+    rows = rows_named(options.rows)
     world = demo_world([options.style], options.teachers, 1, console.print)
-    rows = [name for name in ROWS if name.startswith(tuple(options.rows))]
     choose(world, options.style, rows, size.course, size.tasks, console)
     return 0
 

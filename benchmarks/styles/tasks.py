@@ -1,4 +1,8 @@
-"""What a style is learned from: one entry for each task."""
+"""What a style is learned from: one entry for each task.
+
+The style of a task is the name of one, or `EACH_LOOK`: three styles at once, told apart by the look
+that a prompt names, so that a router has something to choose between.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from difflora_core.config import Config
 from difflora_core.demo.networks.chinese import translate
 from difflora_core.demo.world.art_styles import ART_STYLES
 from difflora_core.demo.world.identities import split_seeds
-from difflora_core.demo.world.scenes import Pictures, render_portraits
+from difflora_core.demo.world.scenes import Pictures, Scene, render_portraits
 from difflora_core.training.distillation import (
     DistillationLoss,
     DistillationObjective,
@@ -26,6 +32,9 @@ from difflora_core.training.picture_task import PictureTask
 
 from .world import StyleWorld
 
+EACH_LOOK = "a style for each look"
+OF_LOOK = {"photo": "ink", "cartoon": "poster", "painting": "pastel"}
+"""The styles of `EACH_LOOK`."""
 FIRST_PERSON = 8_000
 """Of splits, behind the people whom teachers and their judge see."""
 
@@ -89,16 +98,24 @@ def _distilled(
 
 
 def few_shots(world: StyleWorld, style: str, size: TaskSize) -> StyleTask:
-    """The denoising loss on a few painted pictures with their captions."""
+    """The denoising loss on a few painted pictures of each style with their captions."""
 
     def painted(split: str, count: int) -> PictureExamples:
         made = _portraits(split, count)
         prompts = [[caption] for caption in made.captions]
-        images = ART_STYLES[style](made.images)
-        return picture_examples(world.student.base, images, prompts=prompts)
+        pairs = zip(made.images, made.scenes, strict=True)
+        images = [ART_STYLES[style_of(style, scene)](image[None]) for image, scene in pairs]
+        return picture_examples(world.student.base, torch.cat(images), prompts=prompts)
 
-    own, other = painted("train", size.shots), painted("validation", size.held_out)
+    each = len(OF_LOOK) if style == EACH_LOOK else 1
+    own = painted("train", each * size.shots)
+    other = painted("validation", each * size.held_out)
     return StyleTask(world.student, own, other, lambda style: style)
+
+
+def style_of(style: str, scene: Scene) -> str:
+    """The style that a task wants a scene in."""
+    return OF_LOOK[scene.look] if style == EACH_LOOK else style
 
 
 def _portraits(split: str, count: int) -> Pictures:
@@ -106,8 +123,23 @@ def _portraits(split: str, count: int) -> Pictures:
     return render_portraits(split_seeds(split, count, FIRST_PERSON), range(count))
 
 
-TASKS: Mapping[str, Callable[[StyleWorld, str, TaskSize], StyleTask]] = {
-    "scenario 1": scenario_1,
-    "scenario 2": scenario_2,
-    "few shots": few_shots,
+@dataclass(frozen=True)
+class TaskKind:
+    """A task of the table.
+
+    `make`: of a world, a style and a size. `each_look`: it is of all styles at once. `late`: rows
+    are trained for long, at more than their best rate, and their last state is judged.
+    """
+
+    make: Callable[[StyleWorld, str, TaskSize], StyleTask]
+    each_look: bool = False
+    late: bool = False
+
+
+TASKS: Mapping[str, TaskKind] = {
+    "scenario 1": TaskKind(scenario_1),
+    "scenario 2": TaskKind(scenario_2),
+    "few shots": TaskKind(few_shots),
+    "three looks": TaskKind(few_shots, each_look=True),
+    "late training": TaskKind(scenario_1, late=True),
 }

@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from difflora_core.adapters.base import AdapterSet
 from difflora_core.methods.base import AppliedAdaptation, PreparedAdaptation, TrainedAdaptation
@@ -64,25 +65,34 @@ class StyleTrainer:
     folder: Path
     log: Log = silent
 
-    def train(self, task: StyleTask, row: StyleRow, course: Course) -> TrainedStyle:
-        """One row on one task."""
+    def train(
+        self, task: StyleTask, row: StyleRow, course: Course, last: bool = False
+    ) -> TrainedStyle:
+        """One row on one task: its best state on held-out pictures, or its last one."""
         objective = task.objective(row.recipe(task.task, row.at(course)))
         same = run_fingerprint(objective, task.examples, task.held_out)
-        name = hashlib.sha256(f"{VERSION} {row.name} {same}".encode()).hexdigest()[:32]
+        facts = f"{VERSION} {row.name} {same}" + " last" * last
+        name = hashlib.sha256(facts.encode()).hexdigest()[:32]
         path = self.folder / f"{name}.safetensors"
         if not path.exists():
-            write_adaptation(path, self._trained(objective, task, self.folder / f"{name}.run"))
+            made = self._trained(objective, task, self.folder / f"{name}.run", last)
+            write_adaptation(path, made)
             self.log(f"{row.name} learned a style by seed {course.seed}")
         return TrainedStyle(read_adaptation(path), path.stat().st_size, name)
 
-    def _trained(self, objective: nn.Module, task: StyleTask, run: Path) -> TrainedAdaptation:
-        """The best state of a run, with facts."""
+    def _trained(self, objective: Any, task: StyleTask, run: Path, last: bool) -> TrainedAdaptation:
+        """The best or the last state of a run, with facts."""
         started, losses = time.process_time(), [float("nan")]
+        late: list[TrainedAdaptation] = []
+        if last:  # a run that is taken up at its end would not pass its last state again
+            shutil.rmtree(run, ignore_errors=True)
 
         def watch(
             step: int, total: int, metrics: dict[str, float], preview: Callable[[], Tensor]
         ) -> None:
             losses.append(metrics.get("evaluation", losses[-1]))
+            if last and step == total:  # the run ends by going back to its best state
+                late.extend(objective.adaptations({}))
 
         parameters = sum(p.numel() for p in objective.parameters() if p.requires_grad)
         result = run_adaptation(objective, task.examples, run, watch, held_out=task.held_out)
@@ -91,7 +101,8 @@ class StyleTrainer:
             "seconds": time.process_time() - started,
             "loss": result.loss,
             "late": losses[-1] / result.loss,
+            "steps": result.step,
         }
         shutil.rmtree(run)
-        made = result.adaptations[0]
+        made = (late or result.adaptations)[0]
         return replace(made, facts={**made.facts, **facts})

@@ -6,7 +6,8 @@ baselines are files like the others.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -26,4 +27,16 @@ ROWS: Mapping[str, StyleRow] = {row.name: row for module in MODULES for row in m
 CLAIMS: tuple[tuple[str, str], ...] = tuple(
     claim for module in MODULES for claim in getattr(module, "CLAIMS", ())
 )
-"""What papers find: the first row of a pair is more like the teacher than the second."""
+"""What papers find: the first row of a pair is better than the second."""
+
+
+def rows_named(patterns: Sequence[str]) -> list[str]:
+    """Names of rows, "*" standing for anything.
+
+    Raises:
+        SystemExit: a pattern that no row has.
+    """
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in ROWS):
+            raise SystemExit(f"No row is named {pattern!r}; there are: {'; '.join(ROWS)}.")
+    return [name for name in ROWS if any(fnmatchcase(name, pattern) for pattern in patterns)]

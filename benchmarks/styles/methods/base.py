@@ -12,6 +12,8 @@ from difflora_core.training.picture_task import PictureTask
 
 LOOKS = 6
 """Times that a run is judged on held-out pictures."""
+LATE_STEPS, LATE_RATE = 4, 4.0
+"""Of late training: times the steps, and times the rate that is a row's best."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,16 @@ class StyleRow:
 
     `name`: in the table. `recipe`: makes its objective of a task and settings. `settings`: but for
     the course; their `learning_rate` is the best of `rates` on held-out pictures (`style_rates`
-    looks at them side by side). Rates are high because the base is tiny.
+    looks at them side by side). Rates are high because the base is tiny. `option_of`: the row that
+    it differs from by one option which the paper leaves open; `late`: it is also trained for long.
     """
 
     name: str
     recipe: Callable[[PictureTask, Any], Any]
     settings: AdaptationTraining
     rates: tuple[float, ...]
+    option_of: str = ""
+    late: bool = False
 
     def at(self, course: Course) -> AdaptationTraining:
         """Its settings on a course; no run ends early, so that late training can be seen."""
@@ -46,3 +51,9 @@ class StyleRow:
         """The same at another learning rate."""
         settings: Any = self.settings
         return replace(self, settings=replace(settings, learning_rate=rate))
+
+    def long(self, course: Course) -> tuple[StyleRow, Course]:
+        """The row and the course of late training: more steps at more than the best rate."""
+        settings: Any = self.settings
+        row = self.with_rate(LATE_RATE * settings.learning_rate)
+        return row, replace(course, steps=LATE_STEPS * course.steps)

@@ -6,6 +6,8 @@ many.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from difflora_core.training.lora.objective import LoRAObjective, LoRATraining
 
 from .base import StyleRow
@@ -25,7 +27,7 @@ def _row(name: str, rank: int, rate: float, *others: float) -> StyleRow:
 
 
 ROWS = (
-    _row(EQUAL, 11, 6e-3, 2e-3, 2e-2),
+    replace(_row(EQUAL, 11, 6e-3, 2e-3, 2e-2), late=True),
     _row(TIMES_4, 45, 2e-3, 6e-3, 2e-2),
     _row(TIMES_16, 180, 2e-3, 6e-4, 6e-3),
 )

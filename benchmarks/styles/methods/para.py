@@ -13,5 +13,6 @@ ROWS = (
         PaRaObjective,
         PaRaTraining(rank=8, learning_rate=1e-2, targets="all", bound=0.5),
         rates=(3e-3, 1e-2, 3e-2),
+        late=True,
     ),
 )

@@ -140,9 +140,13 @@ class JudgeNetwork(nn.Module):
 
     def forward(self, planes: Tensor) -> Tensor:
         """Pictures (B, 3, 64, 64) to answers (B, outputs)."""
+        return self.read(self.features(planes))
+
+    def features(self, planes: Tensor) -> Tensor:
+        """What the answers are read from: (B, 16 w3) of pictures (B, 3, 64, 64)."""
         x = F.silu(self.stem(planes * 4 - 2))  # B w0 32 32
         x = self.blocks(x)  # B w3 4 4
-        return self.read(self.norm(x.flatten(1)))  # B outputs
+        return self.norm(x.flatten(1))  # B 16*w3
 
 
 class JudgeTraining(nn.Module):
