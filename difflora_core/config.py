@@ -10,7 +10,7 @@ import typing
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from .errors import ConfigError, DiffLoRAError, described, shown
+from .errors import ConfigError, DiffLoRAError, counted, described, shown
 from .limits import INTEGER_DIGITS, JSON_BYTES, JSON_DEPTH
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ def _build_tuple(kinds: tuple[Any, ...], data: Any, where: str) -> tuple[Any, ..
     if kinds[-1] is Ellipsis:
         kinds = kinds[:1] * len(data)
     if len(kinds) != len(data):
-        raise ConfigError(f"{where}: expected {len(kinds)} values, got {len(data)}.")
+        raise ConfigError(f"{where}: expected {counted(len(kinds), 'value')}, got {len(data)}.")
     return tuple(build(kind, item, where) for kind, item in zip(kinds, data, strict=True))
 
 

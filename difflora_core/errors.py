@@ -23,9 +23,17 @@ def shown(foreign: str, most: int = MAX_SHOWN) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """A number of things in words: "1 layer", "2 layers", "3 entries"."""
-    many = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    """A number of things in words: "1 layer", "2 layers", "3 entries", "4 people"."""
+    if noun == "person":
+        many = "people"
+    else:
+        many = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
     return f"{number} {noun if number == 1 else many}"
+
+
+def percent(share: float, digits: int = 0) -> str:
+    """A share in words: 0.4 is "40%". What rounds to nothing is "0%", and never "-0%"."""
+    return f"{round(share, digits + 2) + 0.0:.{digits}%}"
 
 
 def described(foreign: object) -> str:

@@ -3,6 +3,7 @@
 import torch
 from comfy_api.latest import io, ui
 
+from ..difflora_core.errors import counted
 from ..difflora_core.lora.formats.state_dict import to_state_dict
 from ..difflora_core.methods.base import (
     AppliedAdaptation,
@@ -83,7 +84,7 @@ class BuildCovariance(io.ComfyNode):
         request = host_covariance.CovarianceRequest(captions, count, ridge, rebuild)
         covariance = host_covariance.covariance_for(clip, path, request)
         report = (
-            f"{covariance.tokens} tokens, width {covariance.dim}, condition number "
+            f"{counted(covariance.tokens, 'token')}, width {covariance.dim}, condition number "
             f"{covariance.condition_number:.2g}"
         )
         return io.NodeOutput(covariance, report, ui=ui.PreviewText(report))

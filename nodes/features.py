@@ -3,6 +3,7 @@
 import torch
 from comfy_api.latest import io, ui
 
+from ..difflora_core.errors import counted
 from ..difflora_core.evaluation.face_list import face_sheet, list_faces
 from ..difflora_core.storage.features_file import read_features, write_features
 from ..difflora_core.vision.face_choice import FaceOptions
@@ -161,7 +162,7 @@ class SaveFeatures(io.ComfyNode):
     def execute(cls, features, file_name):
         path = model_paths.unused_file(model_paths.FEATURES, file_name)
         write_features(path, features)
-        report = f"{path.name}: {len(features)} photos. Press R to see it in the list."
+        report = f"{path.name}: {counted(len(features), 'photo')}. Press R to see it in the list."
         models.show_text(cls, report)
         return io.NodeOutput(path.name, ui=ui.PreviewText(report))
 

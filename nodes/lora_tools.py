@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io, ui
 
-from ..difflora_core.errors import LoRAFileError
+from ..difflora_core.errors import LoRAFileError, percent
 from ..difflora_core.lora.formats.state_dict import from_state_dict
 from ..difflora_core.storage.lora_file import PRECISIONS, LoRAInfo, base_of, write_lora_state
 from ..difflora_core.training.difflora.latent_fit import NATIVE, fit_latent
@@ -54,7 +54,7 @@ class EncodeLoRA(io.ComfyNode):
         network = difflora_model.ready()
         read = from_state_dict(host_lora.check_lora(lora), network.layout)
         fitted = fit_latent(network, read.weights, refine_steps, models.progress(refine_steps))
-        report = f"{read.report.summary()}\nAgreement of the weights: {fitted.agreement:.0%}."
+        report = f"{read.report.summary()}\nAgreement of the weights: {percent(fitted.agreement)}."
         if fitted.agreement < NATIVE:
             report += f" {LOST} {MORE_STEPS if refine_steps < ENOUGH else TRAINED}"
         models.show_text(cls, report)

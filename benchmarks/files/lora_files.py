@@ -55,7 +55,7 @@ TEXT = {
 """Names of a text-encoder layer; the others take kohya's."""
 TURNING, LEFT_OUT = ("DoRA", "OFT", "BOFT", "GLoRA", "new weight"), "left out of the latent"
 REFUSALS: Mapping[tuple[str, str], str] = {
-    **{(family, "timed"): "what they change depends on the weight" for family in TURNING},
+    **{(family, "timed"): "what such layers change depends on the weight" for family in TURNING},
     ("new weight", "by part"): "acts whole or not at all",
     **{("IA3", node): "is an IA3" for node in ("Apply", "by part", "timed", "Hook", "Encode")},
     **{

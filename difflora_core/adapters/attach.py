@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import LayoutError
+from ..errors import LayoutError, counted
 from .base import AdapterEntry, AdapterSet, LayerAdapter, Strength
 
 
@@ -44,7 +44,8 @@ def _rows(strength: Tensor, like: Tensor) -> Tensor:
     parts, rest = divmod(like.shape[0], len(strength))
     if rest or not parts:
         raise LayoutError(
-            f"There are strengths for {len(strength)} samples, but the batch has {like.shape[0]}."
+            f"There are strengths for {counted(len(strength), 'sample')}, but the batch has "
+            f"{like.shape[0]}."
         )
     rows = strength.to(like).repeat_interleave(parts)
     return rows.view(-1, *[1] * (like.ndim - 1))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..errors import LayoutError
+from ..errors import LayoutError, counted
 from .base import LayerAdapter, Strength
 from .token_gate import ConceptMatcher, GatedConcept, TokenGate
 
@@ -48,7 +48,7 @@ class InfusionValueAdapter(LayerAdapter):
     def __init__(self, matcher: ConceptMatcher, residuals: Tensor) -> None:
         if residuals.ndim != 2 or len(residuals) != len(matcher.concepts):
             raise LayoutError(
-                f"{len(matcher.concepts)} concepts need as many residuals, got "
+                f"{counted(len(matcher.concepts), 'concept')} need as many residuals, got "
                 f"{tuple(residuals.shape)}."
             )
         self.matcher, self.residuals = matcher, residuals

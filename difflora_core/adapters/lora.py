@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import LayoutError
+from ..errors import LayoutError, counted
 from ..lora.weights import LoRALayer, LoRAWeights
 from .base import AdapterEntry, AdapterSet, LayerAdapter
 
@@ -54,8 +54,8 @@ class LoRAAdapter(LayerAdapter):
         count = layer.batch_shape[0]
         if x.shape[0] % count:
             raise LayoutError(
-                f"A batch of {x.shape[0]} samples cannot be shared by {count} LoRAs: "
-                "the number of samples must be a multiple."
+                f"A batch of {counted(x.shape[0], 'sample')} cannot be shared by "
+                f"{counted(count, 'LoRA')}: the number of samples must be a multiple."
             )
         if x.shape[0] > count:
             repeats = x.shape[0] // count

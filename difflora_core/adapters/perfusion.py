@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..errors import LayoutError
+from ..errors import LayoutError, counted
 from .base import LayerAdapter
 from .token_gate import ConceptMatcher
 
@@ -46,7 +46,7 @@ class PerfusionValueAdapter(LayerAdapter):
     def __init__(self, matcher: ConceptMatcher, targets: Tensor) -> None:
         if targets.ndim != 2 or len(targets) != len(matcher.concepts):
             count, got = len(matcher.concepts), tuple(targets.shape)
-            raise LayoutError(f"{count} concepts need as many value targets, got {got}.")
+            raise LayoutError(f"{counted(count, 'concept')} need as many value targets, got {got}.")
         self.matcher, self.targets = matcher, targets
 
     def substitute(self, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from ..errors import ConfigError
+from ..errors import ConfigError, counted
 
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler
@@ -48,7 +48,7 @@ class NoiseSchedule(Config):
     def __post_init__(self) -> None:
         if not 2 <= self.train_steps <= 10_000:
             raise ConfigError(
-                f"The noise schedule has {self.train_steps} steps; it needs 2 to 10000."
+                f"The noise schedule has {counted(self.train_steps, 'step')}; it needs 2 to 10000."
             )
         known = ("linear", "scaled_linear", "squaredcos_cap_v2")
         if self.beta_schedule not in known:

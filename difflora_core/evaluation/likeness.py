@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import ImageError, NoFaceError
+from ..errors import ImageError, NoFaceError, counted
 from ..vision.face_choice import FaceOptions, choose_face
 from ..vision.face_encoder import FaceEncoder
 from ..vision.grid import LABEL_HEIGHT, LARGEST_SIDE, GridRow, draw_grid
@@ -46,7 +46,7 @@ class Likeness:
     def report(self) -> str:
         """The numbers as text, one line per picture."""
         found, count = int(self.face_found.sum()), len(self.face_found)
-        lines = [f"mean similarity {self.mean:.3f} over {found} of {count} pictures"]
+        lines = [f"mean similarity {self.mean:.3f} over {found} of {counted(count, 'picture')}"]
         if not found:
             lines = ["no picture shows a face, so nothing was compared"]
         missing = [str(k) for k, f in enumerate(self.reference_found.tolist(), start=1) if not f]

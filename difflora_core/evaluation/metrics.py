@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import ConfigError
+from ..errors import ConfigError, counted
 from ..lora.distance import cosine_similarity, relative_error, spectral_error
 from ..lora.weights import LoRAWeights
 
@@ -50,8 +50,9 @@ def face_similarity(
     """
     if embeddings.shape[-1] != references.shape[-1]:
         raise ConfigError(
-            f"Face embeddings of {embeddings.shape[-1]} and {references.shape[-1]} numbers cannot "
-            "be compared: use one recogniser for both."
+            f"Face embeddings of {embeddings.shape[-1]} and "
+            f"{counted(references.shape[-1], 'number')} cannot be compared: use one recogniser "
+            "for both."
         )
     cosine = F.cosine_similarity(embeddings, references, dim=-1)
     return cosine if face_found is None else torch.where(face_found, cosine, 0.0)

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, percent
 
 PANEL, GAP, LEFT, LINE, FONT_SIZE = (84, 44), 6, 132, 20, 12
 """Pixels: (width, height) of a panel, between panels, for names at the left, a line of text."""
@@ -71,13 +71,13 @@ def routing_report(shares: Mapping[str, Tensor]) -> str:
     lines = []
     for name, group in _by_adapter(shares).items():
         mean = torch.stack([table.mean(0) for table in group.values()]).mean(0)
-        parts = (f"style {k + 1} {share:.0%}" for k, share in enumerate(mean.tolist()))
+        parts = (f"style {k + 1} {percent(share)}" for k, share in enumerate(mean.tolist()))
         # 1 where all act alike, 0 where one acts alone
         even = {layer: _evenness(table) for layer, table in group.items()}
         sharp, flat = min(even, key=even.__getitem__), max(even, key=even.__getitem__)
         lines.append(
-            f"{name}{', '.join(parts)}; most decided {_plain(sharp)} ({1 - even[sharp]:.0%}), "
-            f"least {_plain(flat)} ({1 - even[flat]:.0%})"
+            f"{name}{', '.join(parts)}; most decided {_plain(sharp)} ({percent(1 - even[sharp])}), "
+            f"least {_plain(flat)} ({percent(1 - even[flat])})"
         )
     return "\n".join(lines)
 

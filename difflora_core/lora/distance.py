@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import LayoutError
+from ..errors import LayoutError, counted
 from .canonical import layer_svd
 from .weights import LoRALayer, LoRAWeights
 
@@ -24,8 +24,8 @@ def _common(a: LoRAWeights, b: LoRAWeights) -> tuple[str, ...]:
     if set(a.layers) != set(b.layers):
         odd = sorted(set(a.layers) ^ set(b.layers))
         raise LayoutError(
-            f"Two LoRAs with different layers cannot be compared: {len(odd)} layers are in one "
-            f"only, for example {odd[0]}."
+            "Two LoRAs with different layers cannot be compared: "
+            f"{counted(len(odd), 'layer')} in one only, for example {odd[0]}."
         )
     if not a.layers:
         raise LayoutError("A LoRA without layers cannot be compared.")

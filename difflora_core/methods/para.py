@@ -11,7 +11,7 @@ import torch
 from ..adapters.base import AdapterEntry, AdapterSet
 from ..adapters.para import ParaAdapter, orthonormal, reduced
 from ..config import Config, check_range
-from ..errors import ConfigError, LayoutError
+from ..errors import ConfigError, LayoutError, percent
 from ..lora.weights import LoRALayer, LoRAWeights
 from .base import (
     AppliedAdaptation,
@@ -216,8 +216,8 @@ def check_rank(layer: str, rank: int, outputs: int, bound: float) -> None:
     """
     if rank > bound * outputs + 1e-6:
         raise ConfigError(
-            f"PaRa would take {rank} of {outputs} directions ({rank / outputs:.1%}) out of {layer};"
-            f" beyond {bound:.1%} pictures collapse. Use fewer or lower ranks "
+            f"PaRa would take {rank} of {outputs} directions ({percent(rank / outputs, 1)}) out "
+            f"of {layer}; beyond {percent(bound, 1)} pictures collapse. Use fewer or lower ranks "
             f"({int(bound * outputs + 1e-6)} in all here), or train on pictures "
             "with a higher bound on purpose."
         )

@@ -17,7 +17,7 @@ from ..adapters.base import AdapterEntry, AdapterSet, Strength
 from ..adapters.perfusion import GlobalKeyAdapter, PerfusionKeyAdapter, PerfusionValueAdapter
 from ..adapters.token_gate import ConceptMatcher, GatedConcept, SigmoidGate
 from ..config import Config
-from ..errors import ConfigError, LayoutError
+from ..errors import ConfigError, LayoutError, counted
 from ..lora.weights import LoRALayer, LoRAWeights
 from .base import (
     AppliedAdaptation,
@@ -140,8 +140,8 @@ class Perfusion(ConceptMethod):
             own, _ = project(layer, rows).to("cpu", dtype)
             if own.shape != target.shape:
                 raise LayoutError(
-                    f"{concept.title} does not fit layer {layer}: {len(target)} values for an "
-                    f"output of {len(own)}."
+                    f"{concept.title} does not fit layer {layer}: "
+                    f"{counted(len(target), 'value')} for an output of {len(own)}."
                 )
             layers[layer] = LoRALayer(covector, (target.to(dtype) - own)[:, None], 1.0)
             if lock_keys:

@@ -17,7 +17,7 @@ from ..adapters.styleinject import (
     StyleLayer,
 )
 from ..config import Config
-from ..errors import LayoutError
+from ..errors import LayoutError, counted
 from ..lora.weights import LoRALayer, LoRAWeights
 from .base import AppliedAdaptation, PreparedAdaptation, StyleMethod, TrainedAdaptation, settings_as
 
@@ -76,9 +76,9 @@ class StyleInject(StyleMethod):
         layers = style_layers(adaptation).values()
         lost = []
         if (styles := max(layer.styles for layer in layers)) > 1:
-            lost.append(f"its {styles} styles are mixed evenly, whatever the picture")
+            lost.append(f"its {counted(styles, 'style')} are mixed evenly, whatever the picture")
         if spread := sum(layer.spread is not None for layer in layers):
-            lost.append(f"{spread} layers keep the spread of the base model")
+            lost.append(f"the spread of the base model stays in {counted(spread, 'layer')}")
         return tuple(lost)
 
 
@@ -133,8 +133,8 @@ def frozen(
         weights = even if routing is None else routing.get(name, even[:0]).to(layer.downs)
         if weights.shape != (layer.styles,) or not bool(torch.isfinite(weights).all()):
             raise LayoutError(
-                f"{adaptation.title} needs {layer.styles} weights for its styles on {name}, got "
-                f"{weights.tolist()}."
+                f"{adaptation.title} needs {counted(layer.styles, 'weight')} for its styles on "
+                f"{name}, got {weights.tolist()}."
             )
         gamma = layer.gamma(weights)
         layers[name] = replace(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import ConfigError, LayoutError
+from ..errors import ConfigError, LayoutError, counted
 from .lae.autoencoder import LoRALatent
 
 SLERP, LINEAR = "slerp", "linear"
@@ -79,7 +79,9 @@ def blend(
     if method not in METHODS:
         raise ConfigError(f"Unknown way to blend {method!r}; use one of {', '.join(METHODS)}.")
     if len(weights) != len(latents):
-        raise ConfigError(f"There are {len(latents)} identities, but {len(weights)} weights.")
+        raise ConfigError(
+            f"There are {counted(len(latents), 'identity')}, but {counted(len(weights), 'weight')}."
+        )
     if not all(math.isfinite(weight) and weight >= 0 for weight in weights):
         raise ConfigError(f"The weights of a blend must be 0 or more; got {list(weights)}.")
     if sum(weights) == 0:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import Config, check_range
-from ..errors import ConfigError
+from ..errors import ConfigError, counted
 from .layers import MLP, TransformerBlock, initialise, normal_parameter
 
 SOURCES = ("face", "image", "tokens")
@@ -103,7 +103,8 @@ class IdentityCondition:
             return self
         if len(self) != 1:
             raise ConfigError(
-                f"{len(self)} identities were given for {batch} samples; give one, or one each."
+                f"{counted(len(self), 'identity')} were given for {counted(batch, 'sample')}; "
+                "give one, or one each."
             )
         return self.select([0] * batch)
 

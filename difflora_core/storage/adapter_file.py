@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..config import parse_json
-from ..errors import CheckpointError, ConfigError, LayoutError, described
+from ..errors import CheckpointError, ConfigError, LayoutError, counted, described
 from ..limits import LAYERS
 from ..methods.base import TrainedAdaptation, layout_hash
 from ..methods.registry import method
@@ -341,7 +341,7 @@ def _check_tensors(path: Path, header: Header, document: Mapping[str, Any], tabl
     found = dict(header.tensors)
     if len(found) > 4 * MAX_TENSORS:  # names, their scales, and what is shared
         raise CheckpointError(
-            f"{path.name} holds {len(found)} tensors, more than any concept or style."
+            f"{path.name} holds {counted(len(found), 'tensor')}, more than any concept or style."
         )
     packed = _names(table)
     count = _encoders(found)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import parse_json
-from ..errors import CheckpointError, ConfigError, LayoutError, described, shown
+from ..errors import CheckpointError, ConfigError, LayoutError, counted, described, shown
 from ..lora.layout import LoRALayout
 from ..models.difflora import DiffLoRAConfig, DiffLoRAModel
 from ..models.mif import SOURCES
@@ -181,8 +181,8 @@ def _read_tensors(
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or extra:
         raise CheckpointError(
-            f"{place} does not fit its own settings: {len(missing)} tensors are "
-            f"missing {missing[:3]}, {len(extra)} are unexpected {described(extra[:3])}. "
+            f"{place} does not fit its own settings: {counted(len(missing), 'tensor')} "
+            f"missing {missing[:3]}, {len(extra)} unexpected {described(extra[:3])}. "
             "Download or save it again."
         )
     for name, like in expected.items():

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import parse_json
-from ..errors import CheckpointError, ConfigError, LayoutError, described, shown
+from ..errors import CheckpointError, ConfigError, LayoutError, counted, described, shown
 from ..limits import JSON_BYTES, LAYERS
 from ..lora.layout import LoRALayout
 from ..models.hyperlora.config import HyperLoRAConfig, layout_of_modules
@@ -211,8 +211,8 @@ def _check_networks(files: _Files, model: HyperLoRAModel) -> None:
         wrong = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
         if wrong:
             raise CheckpointError(
-                f"{file.path.name} does not fit the other files: {len(wrong)} tensors differ "
-                f"({shown(wrong[0])} is {found.get(wrong[0], 'missing')}, expected "
+                f"{file.path.name} does not fit the other files: {counted(len(wrong), 'tensor')} "
+                f"differ ({shown(wrong[0])} is {found.get(wrong[0], 'missing')}, expected "
                 f"{wanted.get(wrong[0], 'none')}). Use the files of one variant."
             )
         for name in found:

@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from ..errors import ConfigError, LibraryError
+from ..errors import ConfigError, LibraryError, counted
 from ..models.lae.autoencoder import LoRALatent
 from .library_file import MAX_NAME, Library, Person, check_name, read_library, write_library
 from .thumbnail import read_thumbnail
@@ -57,8 +57,8 @@ def add_people(
     pictures = pictures or [None] * len(latents)
     if not len(latents) == len(names) == len(pictures) or not names:
         raise ConfigError(
-            f"{len(latents)} identities need as many names and pictures; got {len(names)} and "
-            f"{len(pictures)}."
+            f"{counted(len(latents), 'identity')} need as many names and pictures; got "
+            f"{len(names)} and {len(pictures)}."
         )
     if same_name not in SAME_NAME:
         raise ConfigError(f"Unknown rule {same_name!r}; use one of {', '.join(SAME_NAME)}.")

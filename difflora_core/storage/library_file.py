@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..config import parse_json
-from ..errors import LibraryError, described, shown
+from ..errors import LibraryError, counted, described, shown
 from ..models.lae.autoencoder import LoRALatent
 from .safetensors_io import Header, open_tensors, write_atomic
 from .thumbnail import MAX_PICTURE_BYTES
@@ -137,7 +137,9 @@ def write_library(path: Path, library: Library) -> None:
     text = json.dumps(facts, sort_keys=True, ensure_ascii=False)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if len(library) > MAX_IDENTITIES or size + 2 * len(text) > MAX_FILE_BYTES:
-        raise LibraryError(f"{path.name} is full ({len(library)} identities): begin another one.")
+        raise LibraryError(
+            f"{path.name} is full ({counted(len(library), 'identity')}): begin another one."
+        )
     write_atomic(tensors, {METADATA_KEY: text}, path, LibraryError)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config import parse_json
-from ..errors import CheckpointError, LayoutError, described
+from ..errors import CheckpointError, LayoutError, counted, described
 from ..lora.layout import LoRALayout
 from ..lora.weights import LoRALayer, LoRAWeights
 from .safetensors_io import Header, open_tensors, write_atomic
@@ -46,7 +46,7 @@ class LoRACorpus:
         count = len(self.identities)
         if self.weights.batch_shape != (count,) or len(set(self.identities)) != count:
             raise LayoutError(
-                f"A corpus needs one LoRA for each identity, got {count} numbers "
+                f"A corpus needs one LoRA for each identity, got {counted(count, 'number')} "
                 f"({len(set(self.identities))} different) and LoRAs {self.weights.batch_shape}."
             )
 
@@ -63,7 +63,7 @@ class LoRACorpus:
         missing = [identity for identity in identities if identity not in rows]
         if missing:
             raise LayoutError(
-                f"The corpus has no LoRA of {len(missing)} identities: {missing[:3]}."
+                f"The corpus has no LoRA of {counted(len(missing), 'identity')}: {missing[:3]}."
             )
         index = torch.tensor([rows[identity] for identity in identities], dtype=torch.long)
         picked = {

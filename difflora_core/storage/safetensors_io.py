@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..config import parse_json
-from ..errors import CheckpointError, DiffLoRAError, shown
+from ..errors import CheckpointError, DiffLoRAError, counted, shown
 from ..limits import DIMENSIONS, FILE_BYTES, HEADER_BYTES, NAME_LENGTH, TENSORS
 from .atomic import replacing
 
@@ -204,9 +204,9 @@ def _header_text(header: Mapping[str, Any], place: str, error: type[DiffLoRAErro
     longest = max(map(len, header), default=0)
     if len(text) > HEADER_BYTES or longest > NAME_LENGTH or len(header) > TENSORS:
         raise error(
-            f"{place} was not written: its header has {len(text)} bytes, {len(header)} entries and "
-            f"names of up to {longest} characters ({HEADER_BYTES}, {TENSORS} and {NAME_LENGTH} at "
-            "most)."
+            f"{place} was not written: its header has {len(text)} bytes, "
+            f"{counted(len(header), 'entry')} and names of up to {longest} characters "
+            f"({HEADER_BYTES}, {TENSORS} and {NAME_LENGTH} at most)."
         )
     return text
 
@@ -310,7 +310,8 @@ def _problem(header: object, data_bytes: int) -> str | None:
     if not isinstance(header, dict):
         return "the header is not a table of tensors."
     if len(header) > TENSORS:
-        return f"the header names {len(header)} tensors, more than any file of ours ({TENSORS})."
+        count = counted(len(header), "tensor")
+        return f"the header names {count}, more than any file of ours ({TENSORS})."
     metadata = header.get("__metadata__") or {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         return "the metadata is not a table of texts."

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import ImageError, LibraryError
+from ..errors import ImageError, LibraryError, counted
 from ..vision.preprocess import as_picture, as_pictures
 
 SIDE = 96
@@ -52,8 +52,8 @@ def make_thumbnails(images: Tensor | None, count: int) -> list[bytes | None]:
     pictures = as_pictures(images)
     if len(pictures) not in (1, count):
         raise ImageError(
-            f"There are {len(pictures)} thumbnails for {count} identities: give one for each, or "
-            "one for all."
+            f"There are {counted(len(pictures), 'thumbnail')} for {counted(count, 'identity')}: "
+            "give one for each, or one for all."
         )
     made: list[bytes | None] = [make_thumbnail(picture) for picture in pictures]
     return made if len(made) == count else made * count

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, counted
 
 PROBE_PROMPT = "a photo of a person with a cat on a plain background"
 PROBE_SIZE = 64
@@ -76,8 +76,8 @@ def token_blocks(
     if longest > most * size:
         why = " of a taught word" if words else ""
         raise ConfigError(
-            f"A prompt has {longest} tokens; the text encoders read up to {most * size}{why}. "
-            "Shorten it."
+            f"A prompt has {counted(longest, 'token')}; the text encoders read up to "
+            f"{most * size}{why}. Shorten it."
         )
     starts = (range(0, max(len(piece), 1), size) for piece in pieces)
     rows = zip(pieces, starts, strict=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, LayoutError
+from ..errors import ConfigError, LayoutError, counted
 from .encoders import TextEncoders, WordEmbedding
 
 WORD = re.compile(r"[A-Za-z0-9_<>\-]{1,64}")
@@ -121,7 +121,7 @@ def superclass_token(text: TextEncoders, superclass: str) -> int:
     if len(tokens) != 1 or not text.knows(superclass.strip()):
         raise ConfigError(
             f"The super-class {superclass!r} must be one word that the model knows, but it has "
-            f"{len(tokens)} tokens. Take a plainer word: cat, hat, toy, person."
+            f"{counted(len(tokens), 'token')}. Take a plainer word: cat, hat, toy, person."
         )
     return tokens[0]
 

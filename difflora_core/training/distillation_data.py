@@ -17,7 +17,7 @@ from torch import Tensor
 from ..base_model.protocol import BaseModel, TextCondition, compute_device
 from ..config import Config, check_range, check_ranges
 from ..diffusion.sampler import SampleSettings, initial_noise, sample, seeded_generators
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, counted
 from ..storage.safetensors_io import read_file, write_atomic
 from .distillation import latent_channels
 from .fingerprint import fingerprint, weights_digest
@@ -90,7 +90,9 @@ def read_prompts(text: str) -> list[PromptPair]:
             "There are no prompts: write some, one a line, of what the style is to be used for."
         )
     if len(pairs) > MAX_PROMPTS:
-        raise ConfigError(f"There are {len(pairs)} prompts; at most {MAX_PROMPTS} can be used.")
+        raise ConfigError(
+            f"There are {counted(len(pairs), 'prompt')}; at most {MAX_PROMPTS} can be used."
+        )
     return list(pairs.values())
 
 

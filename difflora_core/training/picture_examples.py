@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..base_model.protocol import BaseModel
 from ..diffusion.objective import stratified_timesteps
-from ..errors import ConfigError
+from ..errors import ConfigError, counted
 from ..text.new_words import TEMPLATES, find_words
 from ..vision.preprocess import marks_nothing
 
@@ -63,7 +63,8 @@ class PictureExamples:
             raise ConfigError(f"Training needs at least one picture; got latents {shape}.")
         if len(self.prompts) != shape[0] or not all(self.prompts):
             raise ConfigError(
-                f"{shape[0]} pictures need prompts each, got {len(self.prompts)} lists of them."
+                f"{counted(shape[0], 'picture')} need prompts each, got {len(self.prompts)} "
+                "lists of them."
             )
         if self.masks is not None and self.masks.shape != (shape[0], *shape[2:]):
             raise ConfigError(
@@ -190,8 +191,8 @@ def _masks(masks: Tensor, images: Tensor) -> Tensor | None:
     masks = masks[:, 0] if masks.ndim == 4 and masks.shape[1] == 1 else masks
     if masks.ndim != 3 or len(masks) not in (1, len(images)):
         raise ConfigError(
-            f"There are {len(images)} pictures but masks {tuple(masks.shape)}: one mask for all, "
-            "or one for each."
+            f"There are {counted(len(images), 'picture')} but masks {tuple(masks.shape)}: one "
+            "mask for all, or one for each."
         )
     if not bool(torch.isfinite(masks).all()):
         raise ConfigError("A mask holds values that are not finite numbers.")

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..config import Config
-from ..errors import ConfigError, ImageError
+from ..errors import ConfigError, ImageError, counted
 from .face_encoder import DetectedFace
 from .preprocess import box_mask, marks_nothing
 
@@ -129,8 +129,8 @@ def masks_like(
         given = given * len(pictures)
     if len(given) != len(pictures) or any(mask.ndim != 2 for mask in given):
         raise ImageError(
-            f"There are {len(given)} face masks for {len(pictures)} pictures; give one for all, "
-            "or one (height x width) per picture."
+            f"There are {len(given)} face masks for {counted(len(pictures), 'picture')}; give "
+            "one for all, or one (height x width) per picture."
         )
     return [
         F.interpolate(mask.float()[None, None], size=picture.shape[:2], mode="nearest")[0, 0]
@@ -151,7 +151,7 @@ def missing_reason(count: int, options: FaceOptions, mask: Tensor | None) -> str
     """
     if count == 0:
         return "show{s} no face that could be found"
-    faces = "one face" if count == 1 else f"{count} faces"
+    faces = "one face" if count == 1 else f"{counted(count, 'face')}"
     if mask is not None and bool((mask > 0).any()):
         return "show{s} " + faces + ", none of them under the mask"
     return (

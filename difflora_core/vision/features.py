@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..config import Config, check_range
-from ..errors import ConfigError, EncoderError, NoFaceError
+from ..errors import ConfigError, EncoderError, NoFaceError, counted
 from .face_choice import FaceOptions, choose_faces, masks_like, missing_notes, missing_reason
 from .face_cutout import cut_out, landmarks_of, seen_closely
 from .face_encoder import DetectedFace, FaceEncoder
@@ -61,8 +61,9 @@ class FeatureSizes(Config):
         """
         if found.face != self.face:
             raise EncoderError(
-                f"Wrong face recogniser: it gives {found.face} numbers per face, but this DiffLoRA "
-                f"model was trained with {self.face}. Load the insightface package it names."
+                f"Wrong face recogniser: it gives {counted(found.face, 'number')} per face, but "
+                f"this DiffLoRA model was trained with {self.face}. Load the insightface package "
+                "it names."
             )
         if found != self:
             ours = describe_encoder(self.image, self.tokens, self.token_dim)
@@ -202,7 +203,8 @@ class ExtractedFeatures:
         """
         if values and len(values) != count:
             raise ConfigError(
-                f"There are {len(values)} photo weights for {count} photos; write one a photo."
+                f"There are {len(values)} photo weights for {counted(count, 'photo')}; write one "
+                "a photo."
             )
         return [values[photo] for photo in self.photos] if values else []
 

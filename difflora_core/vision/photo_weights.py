@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from ..errors import ConfigError
+from ..errors import ConfigError, counted
 from .features import ImageFeatures
 
 FINEST = 20
@@ -51,7 +51,8 @@ def weighted(features: ImageFeatures, weights: Sequence[float]) -> ImageFeatures
         return features
     if len(weights) != len(features):
         raise ConfigError(
-            f"There are {len(weights)} photo weights for {len(features)} photos; write one a photo."
+            f"There are {len(weights)} photo weights for {counted(len(features), 'photo')}; "
+            "write one a photo."
         )
     if not max(weights) > 0:
         raise ConfigError("Every photo has the weight 0, so nobody is left. Raise one of them.")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import NoFaceError
+from ..errors import NoFaceError, counted
 from .face_choice import FaceOptions, choose_face, masks_like, missing_note
 from .face_encoder import DetectedFace, FaceEncoder
 from .preprocess import as_pictures, marks_nothing, square_around
@@ -136,9 +136,9 @@ def framed(
         pictures += [square] if square is not None else []
         if not alone:
             notes.append(
-                f"Picture {photo.number + 1} shows {len(found)} people: only the face that is "
-                f"{options.order.replace('_', ' ')} number {options.index} counts. A mask on the "
-                "person chooses another one and keeps the whole photo."
+                f"Picture {photo.number + 1} shows {counted(len(found), 'person')}: only the "
+                f"face that is {options.order.replace('_', ' ')} number {options.index} counts. "
+                "A mask on the person chooses another one and keeps the whole photo."
             )
     if not pictures:
         raise NoFaceError(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...difflora_core.adapters.attach import attach
 from ...difflora_core.adapters.base import AdapterSet
-from ...difflora_core.errors import ConfigError
+from ...difflora_core.errors import ConfigError, percent
 from ...difflora_core.lora.block_groups import GroupStrengths
 from ...difflora_core.methods.base import AppliedAdaptation
 from ...difflora_core.methods.registry import method
@@ -71,8 +71,9 @@ class Link:
     def __post_init__(self) -> None:
         if self.start > self.end:
             raise ConfigError(
-                f"{self.applied.adaptation.title} would never act: it starts at {self.start:.0%} "
-                f"of the steps, after its end at {self.end:.0%}. Choose a start before the end."
+                f"{self.applied.adaptation.title} would never act: it starts at "
+                f"{percent(self.start)} of the steps, after its end at {percent(self.end)}. "
+                "Choose a start before the end."
             )
 
     @property

@@ -12,7 +12,7 @@ from comfy.sd import VAE
 from torch import Tensor
 
 from ...difflora_core.base_model.protocol import TextCondition
-from ...difflora_core.errors import ConfigError, LayoutError
+from ...difflora_core.errors import ConfigError, LayoutError, counted
 from ...difflora_core.lora.layout import (
     ATTENTION_PROJECTIONS,
     LayerShape,
@@ -67,9 +67,9 @@ def check_fits(model: ModelPatcher, adaptation: TrainedAdaptation) -> None:
     ]
     if wrong:
         raise LayoutError(
-            f"{adaptation.title} was made for {adaptation.base}: {len(wrong)} of its {len(sizes)} "
-            f"layers do not fit the model that is connected (for example {wrong[0]}). Load the "
-            "base model it was trained on."
+            f"{adaptation.title} was made for {adaptation.base}: {len(wrong)} of its "
+            f"{counted(len(sizes), 'layer')} do not fit the model that is connected (for example "
+            f"{wrong[0]}). Load the base model it was trained on."
         )
 
 

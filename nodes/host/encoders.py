@@ -5,7 +5,7 @@ from typing import Any
 from comfy.clip_vision import ClipVisionModel
 from torch import Tensor
 
-from ...difflora_core.errors import EncoderError
+from ...difflora_core.errors import EncoderError, counted
 from ...difflora_core.vision.face_choice import FaceOptions
 from ...difflora_core.vision.face_encoder import DetectedFace, FaceEncoder, InsightFaceEncoder
 from ...difflora_core.vision.features import ExtractedFeatures, extract_features
@@ -121,7 +121,7 @@ def read_photos(
     then = [*found.notes, WHAT_THEN[options.on_missing]] if found.notes else []
     if face_analysis is not None:
         with_face = len(images) - len(found.missing)
-        then = [f"A face in {with_face} of {len(images)} photos.", *then]
+        then = [f"A face in {with_face} of {counted(len(images), 'photo')}.", *then]
     else:
         then = [NO_FACES]
     models.show_text(node, " ".join([*then, *([] if clip_vision is not None else [NO_LOOK])]))

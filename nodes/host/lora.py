@@ -91,9 +91,9 @@ def _refuse_misfits(wrong: list[str], count: int, made_for: str) -> None:
     """Raises LayoutError where layers do not fit."""
     if wrong:
         raise LayoutError(
-            f"This LoRA is made for {made_for}: {len(wrong)} of its {count} "
-            f"layers do not fit the base model that is connected (for example {wrong[0]}). Load "
-            "the base model it was made for, or make a LoRA for this one."
+            f"This LoRA is made for {made_for}: {len(wrong)} of its "
+            f"{counted(count, 'layer')} do not fit the base model that is connected (for example "
+            f"{wrong[0]}). Load the base model it was made for, or make a LoRA for this one."
         )
 
 
@@ -155,10 +155,11 @@ class FittingLoRA:
         turning = [stem for stem, own in parts.items() if not is_constant(own)]
         if turning:
             raise LoRAFileError(
-                f"{len(turning)} layers of this LoRA are {kind_of(parts[turning[0]])} (for example "
-                f"{acting[turning[0]]}): what they change depends on the weight they are on, so "
-                "they cannot act for a part of the steps or prompts here. Use LoRA to Hook, with "
-                "keyframes for a part of the steps."
+                f"This LoRA has {counted(len(turning), 'layer')} of "
+                f"{kind_of(parts[turning[0]])} (for example {acting[turning[0]]}): what such "
+                "layers change depends on the weight they are on, so they cannot act for a part "
+                "of the steps or prompts here. Use LoRA to Hook, with keyframes for a part of the "
+                "steps."
             )
         scaled, _ = self.scaled(strength, groups)
         modules = dict(model.model.diffusion_model.named_modules())

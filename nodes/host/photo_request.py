@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ...difflora_core.base_model.protocol import BaseModel
-from ...difflora_core.errors import ConfigError
+from ...difflora_core.errors import ConfigError, counted
 from ...difflora_core.text.encoders import TextEncoders
 from ...difflora_core.training.picture_buckets import BucketedExamples, bucketed
 from ...difflora_core.training.picture_examples import held_out_numbers
@@ -124,7 +124,7 @@ class PhotoRequest:
         """What the report says of the photos."""
         del parts
         sizes = {tuple(bucket.latents.shape[2:]) for bucket in examples.buckets}
-        count = f"{len(examples)} training pictures in {len(sizes)} sizes"
+        count = f"{counted(len(examples), 'training picture')} in {counted(len(sizes), 'size')}"
         return [f"{count}, mirrored ones and squares around faces included", *self.notes]
 
     @cached_property
@@ -160,13 +160,14 @@ class PhotoRequest:
         unmarked = [p for p in photos if p.mask is None] if self.masks is not None else []
         if unmarked:
             self.notes.append(
-                f"The masks of {len(unmarked)} of {len(photos)} photos mark nothing (first: photo "
-                f"{unmarked[0].number + 1}): those photos counted whole."
+                f"Counted whole, since the mask marks nothing: {len(unmarked)} of "
+                f"{counted(len(photos), 'photo')} (first: photo {unmarked[0].number + 1})."
             )
         if 1 < len(self.captions) != len(photos):
             self.notes.append(
-                f"{len(self.captions)} captions for {len(photos)} photos: each photo was trained "
-                "with any of them. For one each, give as many as photos, in their order."
+                f"{counted(len(self.captions), 'caption')} for {counted(len(photos), 'photo')}: "
+                "each was trained with any of them. For one each, give as many as photos, in "
+                "their order."
             )
         sizes = [(p.image.shape[0], p.image.shape[1]) for p in photos]
         self.notes.extend(small_note(sizes, self.resolution))

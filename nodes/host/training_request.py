@@ -9,7 +9,7 @@ from comfy.sd import CLIP, VAE
 from torch import Tensor
 
 from ...difflora_core.base_model.protocol import BaseModel
-from ...difflora_core.errors import ConfigError
+from ...difflora_core.errors import ConfigError, counted
 from ...difflora_core.text.covariance import Covariance
 from ...difflora_core.text.encoders import TextEncoders
 from ...difflora_core.text.new_words import SLOT, TEMPLATES, find_words
@@ -83,14 +83,18 @@ def small_note(sizes: Sequence[tuple[int, int]], resolution: int) -> list[str]:
         return []
     first, (height, width) = small[0]
     return [
-        f"{len(small)} of {len(sizes)} photos are small (photo {first + 1} has {width} x {height} "
-        f"pixels) for a model that draws {resolution}: what they lack in detail is learned as blur."
+        f"Small for a model that draws {resolution}: {len(small)} of "
+        f"{counted(len(sizes), 'photo')} (photo {first + 1} has {width} x {height} pixels). What "
+        "they lack in detail is learned as blur."
     ]
 
 
 def any_note(prompts: int, pictures: int) -> str:
     """That pictures have no prompt each."""
-    return f"{prompts} prompts for {pictures} pictures: each picture was trained with any of them."
+    return (
+        f"{counted(prompts, 'prompt')} for {counted(pictures, 'picture')}: each picture was "
+        "trained with any of them."
+    )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...difflora_core.errors import LayoutError
+from ...difflora_core.errors import LayoutError, counted
 from ...difflora_core.methods.base import AppliedAdaptation, WeightEdit
 from ...difflora_core.methods.registry import method
 
@@ -86,7 +86,7 @@ def with_weights(model: ModelPatcher, applied: AppliedAdaptation) -> ModelPatche
     if len(taken) < len(patches):
         lost = sorted(set(patches) - set(taken))
         raise LayoutError(
-            f"ComfyUI did not take {len(lost)} of the {len(patches)} layers of "
+            f"ComfyUI did not take {len(lost)} of the {counted(len(patches), 'layer')} of "
             f"{applied.adaptation.title} ({lost[0]}). Load the base model it was trained on."
         )
     for key in taken:

@@ -197,6 +197,6 @@ def test_it_says_what_a_lora_of_it_loses():
     assert StyleInject.exports_lora()
     assert StyleInject.lost_as_lora(style()) == (
         "its 3 styles are mixed evenly, whatever the picture",
-        "3 layers keep the spread of the base model",
+        "the spread of the base model stays in 3 layers",
     )
     assert StyleInject.lost_as_lora(style(spread=False, styles=1)) == ()

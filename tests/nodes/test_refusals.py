@@ -99,7 +99,7 @@ def test_masks_of_other_sizes(comfy, face):
     nodes["black"] = node("SolidMask", value=0.0, width=100, height=50)
     refused(comfy, nodes, "lora", "none of them under the mask")
     nodes["mask"] = node("TestTwoMasks")
-    refused(comfy, nodes, "lora", "2 face masks for 1 pictures")
+    refused(comfy, nodes, "lora", "2 face masks for 1 picture")
 
 
 def test_face_number_that_is_not_there(comfy, face):

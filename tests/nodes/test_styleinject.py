@@ -190,7 +190,7 @@ def test_its_lora_is_what_core_loads(unet, random_style, apply, node_module):
     report = export.execute(model, rich).result[1]
     assert report == (
         "As a LoRA, its 3 styles are mixed evenly, whatever the picture, and "
-        f"{count} layers keep the spread of the base model."
+        f"the spread of the base model stays in {count} layers."
     )
 
 

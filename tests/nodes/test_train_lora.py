@@ -208,7 +208,7 @@ def test_a_list_of_photos_of_many_sizes(comfy):
     nodes["mask"] = node("SolidMask", value=0.5, width=33, height=17)
     told = report(comfy.run(nodes))
     assert "in 2 sizes" in told
-    assert "1 of 3 photos are small (photo 1 has 8 x 8 pixels)" in told
+    assert "1 of 3 photos (photo 1 has 8 x 8 pixels)" in told
     assert "No photo was held out, all were trained on: from 8 on" in told
 
 
@@ -225,7 +225,7 @@ def test_an_empty_caption_leaves_the_others_with_their_photos(comfy):
     with pytest.raises(ComfyPromptError, match="Caption 2 of 3 is empty"):
         comfy.run(nodes)
     nodes["photo"]["inputs"]["batch_size"] = 4
-    assert "2 captions for 4 photos: each photo was trained" in report(comfy.run(nodes))
+    assert "2 captions for 4 photos: each was trained" in report(comfy.run(nodes))
 
 
 def test_masks_that_mark_nothing_are_told(comfy):
@@ -236,7 +236,9 @@ def test_masks_that_mark_nothing_are_told(comfy):
         "none": node("SolidMask", value=0.0, width=64, height=64),
         "masks": node("CreateList", **{"inputs.input0": ["mask", 0], "inputs.input1": ["none", 0]}),
     }
-    assert "The masks of 1 of 2 photos mark nothing (first: photo 2)" in report(comfy.run(nodes))
+    assert "since the mask marks nothing: 1 of 2 photos (first: photo 2)" in report(
+        comfy.run(nodes)
+    )
 
 
 def test_what_a_start_lora_cannot_do_is_told(comfy, loras):

@@ -60,7 +60,8 @@ def test_what_the_report_says_of_small_pictures_and_shared_prompts(parts, demo):
     (told,) = notes(request.HeldOutRequest, "a\nb\nc", 2, 64, 0)
     assert told.startswith("3 prompts for 2 pictures")
     (told,) = notes(request.PictureRequest, "a", 3, 16)
-    assert told.startswith("3 of 3 photos are small (photo 1 has 32 x 16 pixels)")
+    small = "3 of 3 photos (photo 1 has 32 x 16 pixels)"
+    assert told.startswith(f"Small for a model that draws 64: {small}")
     assert notes(request.TrainingRequest, "a <h1>\nb <h1>", 2, 64, "<h1>", "hat") == []
 
 

@@ -297,7 +297,7 @@ def test_what_is_refused(setting, base):
     layout = base.layout("tiny", 2, TARGETS["attention"])
     check_start(lora("attn1.to_q"), layout, "attention")
     for target, words in (
-        ("ff.net.2", r"edits 1 layers that attention leaves out .*: set layers to all\."),
+        ("ff.net.2", r"edits 1 layer that attention leaves out .*: set layers to all\."),
         ("emb_layers.1", "start from another LoRA"),
     ):
         with pytest.raises(LayoutError, match=words):

@@ -334,6 +334,6 @@ def test_thousands_of_layers_are_judged_in_a_moment(tmp_path: Path, count: int) 
     path = tmp_path / "many.safetensors"
     write_atomic({"a": torch.zeros(1)}, {METADATA_KEY: json.dumps(document)}, path)
     began = time.process_time()
-    with pytest.raises(CheckpointError, match=r"tensors are missing|impossible sizes"):
+    with pytest.raises(CheckpointError, match=r"tensors? missing|impossible sizes"):
         load_model(path)
     assert time.process_time() - began < 5

@@ -123,7 +123,7 @@ def test_mask_wins_over_order(face_encoder, image_encoder, two_faces):
     mask[:8] = 1
     with pytest.raises(NoFaceError, match="shows 2 faces, none of them under the mask"):
         extract_features([two_faces], face_encoder, image_encoder, masks=mask)
-    with pytest.raises(ImageError, match="2 face masks for 1 pictures"):
+    with pytest.raises(ImageError, match="2 face masks for 1 picture"):
         extract_features([two_faces], face_encoder, image_encoder, masks=[mask, mask])
 
 

@@ -56,8 +56,9 @@ def check_size(out: int, width: int, rank: int, values: int) -> None:
     if min(out, width, rank) > MATRIX_SIDE or values > MATRIX_VALUES:
         raise LoRAFileError(
             f"A layer of this LoRA, {width} to {out} features in {rank} components, is too large "
-            f"to be read as a LoRA (up to {MATRIX_SIDE} components, {MATRIX_VALUES} numbers). Load "
-            "it with Load LoRA, which applies it as it is."
+            f"to be read as a LoRA (up to {MATRIX_SIDE} components, "
+            f"{MATRIX_VALUES} numbers). Load it with Load LoRA, which applies it as "
+            "it is."
         )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from ...errors import LayoutError, counted
+from ...errors import LayoutError, counted, percent
 from ..canonical import truncated_layer
 from ..distance import layer_inner_product
 from ..layout import LayerShape, LoRALayout
@@ -49,7 +49,8 @@ class ReadReport:
         if self.errors:
             lines.append(
                 f"{counted(len(self.errors), 'layer')} approximated: relative error "
-                f"{self.total_error:.1%} together, {max(self.errors.values()):.1%} at worst."
+                f"{percent(self.total_error, 1)} together, "
+                f"{percent(max(self.errors.values()), 1)} at worst."
             )
         if self.missing:
             lines.append(f"{counted(len(self.missing), 'layer')} not in the file, left at zero.")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ...errors import LayoutError, LoRAFileError
+from ...errors import LayoutError, LoRAFileError, counted
 from ...limits import COMPUTED_SHARE, COMPUTED_VALUES
 from ..layout import LoRALayout
 from ..weights import LoRALayer, LoRAWeights
@@ -133,8 +133,8 @@ def _check_computed(
     most = COMPUTED_VALUES + COMPUTED_SHARE * sum(tensor.numel() for tensor in state.values())
     if wanted > most:
         raise LoRAFileError(
-            f"As a LoRA of rank {rank} this file would become {wanted} numbers; up to {most} are "
-            "read of a file of its size. Choose a smaller rank, or another file."
+            f"As a LoRA of rank {rank} this file would become {counted(wanted, 'number')}; up to "
+            f"{most} are read of a file of its size. Choose a smaller rank, or another file."
         )
 
 

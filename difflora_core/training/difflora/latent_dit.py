@@ -25,7 +25,7 @@ from ...diffusion.objective import (
     stratified_timesteps,
     training_target,
 )
-from ...errors import ConfigError
+from ...errors import ConfigError, counted
 from ...lora.weights import LoRAWeights
 from ...models.difflora import DiffLoRAModel
 from ...models.mif import balance_loss
@@ -93,8 +93,9 @@ class LatentExamples:
         whole = self.latents.ndim == 4 and people > 0 and len(self.features) % people == 0
         if not whole or self.latents.shape[1] not in (1, self.photos) or not len(self.features):
             raise ConfigError(
-                f"{len(self.features)} photos and latents {tuple(self.latents.shape)} do not fit: "
-                "every person needs the same number of photos and either one latent or one each."
+                f"{counted(len(self.features), 'photo')} and latents {tuple(self.latents.shape)} "
+                "do not fit: every person needs the same number of photos and either one latent "
+                "or one each."
             )
 
     @property

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...errors import ConfigError
+from ...errors import ConfigError, counted
 from ...vision.features import ImageFeatures
 
 
@@ -57,8 +57,8 @@ def pca_autoencoder(tokens: Tensor, k: int, scale: Tensor | None = None) -> PCAA
     """
     if not 1 <= k < len(tokens):
         raise ConfigError(
-            f"A corpus of {len(tokens)} LoRAs has 1 to {len(tokens) - 1} principal components; "
-            f"{k} were asked for."
+            f"A corpus of {counted(len(tokens), 'LoRA')} has 1 to {len(tokens) - 1} principal "
+            f"components; {k} were asked for."
         )
     unit = torch.ones_like(tokens[0, :, :1]) if scale is None else scale
     mean = tokens.double().mean(0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...config import Config, check_range
 from ...diffusion.objective import LossWeight
-from ...errors import ConfigError
+from ...errors import ConfigError, counted
 from ..fingerprint import SAME_COURSE
 from ..loop_config import LoopConfig, Precision
 
@@ -122,8 +122,8 @@ class DreamBoothExamples:
         if not fits or 0 in shape or counts != {shape[1]}:
             raise ConfigError(
                 f"The training pictures do not fit: latents {shape}, expected (people, pictures, "
-                f"channels, height, width); captions for {len(self.prompts)} people with "
-                f"{sorted(counts)} pictures; {len(self.seeds)} seeds."
+                f"channels, height, width); captions for {counted(len(self.prompts), 'person')} "
+                f"with {sorted(counts)} pictures; {len(self.seeds)} seeds."
             )
 
     def __len__(self) -> int:

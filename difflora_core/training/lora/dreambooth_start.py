@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...errors import ConfigError, LayoutError
+from ...errors import ConfigError, LayoutError, counted
 from ...lora.layout import LoRALayout
 from ...lora.weights import LoRALayer, LoRAWeights
 from .dreambooth_config import DreamBoothConfig
@@ -86,7 +86,8 @@ def _grown(initial: LoRAWeights, layout: LoRALayout, random: Mapping[str, Tensor
         if extra < 0 or own.batch_shape not in (torch.Size(), (people,)):
             raise LayoutError(
                 f"The LoRA to start from has rank {own.rank} and batch {tuple(own.batch_shape)}; "
-                f"at most rank {layout.rank} and one LoRA, or one for each of {people} people."
+                f"at most rank {layout.rank} and one LoRA, or one for each of "
+                f"{counted(people, 'person')}."
             )
         down = own.down.expand(people, -1, -1)
         fill = random[shape.name][:, own.rank :].to(down)

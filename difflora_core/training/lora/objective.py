@@ -20,7 +20,7 @@ from ...adapters.base import AdapterSet
 from ...adapters.lora import lora_adapter_set
 from ...config import check_range
 from ...diffusion.objective import LossWeight
-from ...errors import ConfigError, LayoutError
+from ...errors import ConfigError, LayoutError, counted
 from ...lora.layout import ATTENTION_PROJECTIONS, LoRALayout, module_size
 from ...lora.weights import LoRALayer, LoRAWeights
 from ...methods.base import Facts, TrainedAdaptation
@@ -176,8 +176,8 @@ def check_start(start: LoRAWeights, layout: LoRALayout, targets: str) -> None:
         ]
         remedy = f"set layers to {wider[0]}" if wider else "start from another LoRA, or from none"
         raise LayoutError(
-            f"The LoRA to start from edits {len(outside)} layers that {targets} leaves out (for "
-            f"example {outside[0]}): {remedy}."
+            f"The LoRA to start from edits {counted(len(outside), 'layer')} that {targets} "
+            f"leaves out (for example {outside[0]}): {remedy}."
         )
     highest = max(layer.rank for layer in start.layers.values())
     if highest > layout.rank:
