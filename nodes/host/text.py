@@ -22,6 +22,8 @@ from ...difflora_core.text.encoders import (
 from ...difflora_core.text.new_words import splice, superclass_token, word_encoding
 
 ENCODERS = ("clip_l", "clip_g")
+CLIP_LAYERS = (-2, -1, *range(-3, -13, -1))
+"""Settings of CLIP Set Last Layer to look for, SDXL's usual one first; CLIP-L has 12 layers."""
 
 
 def leave_inference(module: nn.Module) -> None:
@@ -122,9 +124,7 @@ class ComfyText:
         spliced = [splice(prompt, list(words), self.tokens) for prompt in prompts]
         blocks = token_blocks(spliced, self._first.max_length - 2, list(words))
         pieces = [piece for own in blocks for piece in own]
-        self.clip.cond_stage_model.reset_clip_options()
-        if self.clip.layer_idx is not None:
-            self.clip.cond_stage_model.set_clip_options({"layer": self.clip.layer_idx})
+        layers_read(self.clip)
         self.clip.load_model()
         device = self.clip.patcher.load_device
         self.clip.cond_stage_model.set_clip_options({"execution_device": device})
@@ -148,6 +148,23 @@ class ComfyText:
             for word in words
         }
         return EncodedPrompts(context, pooled, real, places)
+
+
+def layers_read(clip: CLIP) -> tuple[Any, ...]:
+    """Sets both encoders to the layer that a CLIP reads them at, and says which: see `layers_set`.
+
+    It is the usual one, or that of CLIP Set Last Layer.
+    """
+    clip.cond_stage_model.reset_clip_options()
+    if clip.layer_idx is not None:
+        clip.cond_stage_model.set_clip_options({"layer": clip.layer_idx})
+    return layers_set(clip.cond_stage_model)
+
+
+def layers_set(encoders: Any) -> tuple[Any, ...]:
+    """The layer that each encoder is read at now: "last", or the number of a hidden one."""
+    own = [getattr(encoders, name) for name in ENCODERS]
+    return tuple(part.layer_idx if part.layer == "hidden" else part.layer for part in own)
 
 
 def learned_words(clip: CLIP) -> tuple[str, ...]:
@@ -178,7 +195,31 @@ def prepare(adaptation: TrainedAdaptation, clip: CLIP) -> PreparedAdaptation:
         return PreparedAdaptation(adaptation)
     text = ComfyText(clip)
     with torch.no_grad():
-        check_probe(word.probe, text_probe(text), adaptation.title)
+        check_made_with(adaptation.title, word.probe, clip)
         embedding = text.embedding(superclass_token(text, word.superclass))
         encoding = word_encoding(text, embedding, word.contexts)
     return PreparedAdaptation(adaptation, encoding.cpu())
+
+
+@torch.no_grad()
+def check_made_with(title: str, probe: Tensor, clip: CLIP) -> None:
+    """Refuses a word that was learned with other text encoders, or at another layer of these.
+
+    Raises:
+        ConfigError: it names the right setting of CLIP Set Last Layer, where there is one.
+    """
+    try:
+        check_probe(probe, text_probe(ComfyText(clip)), title)
+    except ConfigError as refusal:
+        for layer in CLIP_LAYERS:
+            other = clip.clone()
+            other.clip_layer(layer)
+            try:
+                check_probe(probe, text_probe(ComfyText(other)), title)
+            except ConfigError:
+                continue
+            raise ConfigError(
+                f"{title} was learned at another layer of these text encoders. Set CLIP Set Last "
+                f"Layer to {layer} before this node."
+            ) from refusal
+        raise

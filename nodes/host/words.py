@@ -27,7 +27,7 @@ from ...difflora_core.text.new_words import (
     superclass_token,
 )
 from .browser import show_here
-from .text import ENCODERS, ComfyText, learned_words, table
+from .text import ENCODERS, ComfyText, layers_read, layers_set, learned_words, table
 
 MARK = "difflora_words"
 """In the options of a prompt, and on its encoding: word to tokens since it was written."""
@@ -36,14 +36,23 @@ SECTION = 77  # tokens that SDXL's encoders read at once
 _SECTIONS: OrderedDict[bytes, dict[str, list[float]]] = OrderedDict()
 """Marks by the digest of a section's encoding: joined prompts keep their numbers alone."""
 KEPT = 10_000  # sections
+OTHER_LAYER = (
+    "CLIP Set Last Layer stands between Load Concept and this prompt, so {word} is read at another "
+    "layer than it was learned at and may not look like itself. Put that node before Load Concept, "
+    "or leave it out."
+)
 
 
 @dataclass(frozen=True, eq=False)
 class TaughtWord:
-    """A word as a CLIP knows it: its vectors in each encoder, and the token of its kind."""
+    """A word as a CLIP knows it: its vectors in each encoder, and the token of its kind.
+
+    `layers`: that the encoders are read at for it, see `text.layers_set`.
+    """
 
     vectors: tuple[Tensor, ...]
     kind: int
+    layers: tuple[Any, ...]
 
 
 def teach(clip: CLIP, adaptation: TrainedAdaptation) -> CLIP:
@@ -71,7 +80,8 @@ def teach(clip: CLIP, adaptation: TrainedAdaptation) -> CLIP:
         inner = getattr(clip.tokenizer, name)
         own = WordTokenizer(inner, word.word, word.embeddings[k], tells=k == 0)
         setattr(clone.tokenizer, name, own)
-    taught = TaughtWord(word.embeddings, superclass_token(text, word.superclass))
+    kind = superclass_token(text, word.superclass)
+    taught = TaughtWord(word.embeddings, kind, layers_read(clip))
     clone.cond_stage_model = WordEncoders(clip.cond_stage_model, word.word, taught)
     return clone
 
@@ -105,12 +115,15 @@ class WordTokenizer:
                 show_here(f"{written} is no word that this CLIP was taught. Did you mean {word}?")
         reader = copy.copy(self.plain)
         reader.embedding_directory = self.plain.embedding_directory or []
+        usual = reader._try_get_embedding
 
-        def find(name: str) -> tuple[Tensor | None, str, str]:
+        def find(name: str) -> tuple[Any, ...]:
             first, _, rest = name.partition(" ")
-            if first in names:
-                return names[first], first, rest.strip()
-            return self.plain._try_get_embedding(name)
+            found = usual(name)
+            if first not in names:
+                return found
+            named = (first,) if len(found) == 3 else ()  # ComfyUI before 0.27 leaves it out
+            return (names[first], *named, rest.strip())
 
         reader._try_get_embedding = find
         return reader.tokenize_with_weights("".join(pieces) + text[end:], *args, **kwargs)
@@ -144,6 +157,10 @@ class WordEncoders:
             _remember(_section(context, number), own)
             for word, distances in own.items():
                 marks[word] += distances
+        layers = layers_set(self.inner)
+        for word, taught in self.words.items():
+            if 0 in marks[word] and taught.layers != layers:
+                show_here(OTHER_LAYER.format(word=word))
         setattr(context, MARK, marks)
         return context, pooled, {**(rest[0] if rest else {}), MARK: marks}
 
