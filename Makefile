@@ -1,7 +1,7 @@
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 RUN := .venv/bin/python
 export OMP_NUM_THREADS ?= 1
-.PHONY: setup browser test test-slow test-floors fuzz demo demo-world comfyui bench full-size contracts workflows pictures
+.PHONY: setup browser test test-slow test-floors test-oldest fuzz demo demo-world comfyui bench full-size contracts workflows pictures
 
 setup:  # private environment, real ComfyUI, this pack linked into it; instant the second time
 	@$(PYTHON) .ci/setup.py
@@ -43,6 +43,9 @@ pictures: setup  # docs/pictures/, from runs of the demo's workflows
 
 test-floors: setup  # tests with the oldest packages that requirements.txt allows
 	@$(RUN) .ci/floors.py $(args)
+
+test-oldest: setup  # tests in the oldest ComfyUI that the pack works with
+	@$(RUN) .ci/oldest.py $(args)
 
 fuzz: setup  # 100,000 hostile files for every reader; a table of what became of them
 	@$(RUN) -m tests.fuzz $(args)

@@ -1,12 +1,15 @@
 """DiffLoRA for ComfyUI: a reference photo becomes that person's SDXL LoRA."""
 
+import logging
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 WEB_DIRECTORY = "./web"  # help pages: web/docs/<node id>.md
 
 
-OLDEST = "0.30.0"
-"""The ComfyUI that this pack is tested with; older ones are tried."""
+OLDEST = "0.24.0"
+"""The oldest ComfyUI that this pack is tested with; older ones are tried, and told."""
 
 
 async def comfy_entrypoint() -> Any:
@@ -19,7 +22,8 @@ async def comfy_entrypoint() -> Any:
     """
     import comfyui_version
 
-    old = _numbers(comfyui_version.__version__) < _numbers(OLDEST)
+    version = comfyui_version.__version__
+    old = _numbers(version) < _numbers(OLDEST)
     try:
         from .nodes import NODES, DiffLoRAExtension, model_paths
 
@@ -31,9 +35,16 @@ async def comfy_entrypoint() -> Any:
         if not old:
             raise
         raise RuntimeError(
-            f"DiffLoRA needs ComfyUI {OLDEST} or newer, and this is {comfyui_version.__version__}. "
+            f"DiffLoRA needs ComfyUI {OLDEST} or newer, and this is {version}. "
             f"Update ComfyUI, then start it again. ({error})"
         ) from error
+    if old:
+        logger.warning(
+            "DiffLoRA is made for ComfyUI %s and newer, and this is %s: some of its nodes will "
+            "fail. Update ComfyUI.",
+            OLDEST,
+            version,
+        )
     return DiffLoRAExtension()
 
 

