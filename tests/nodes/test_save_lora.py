@@ -72,6 +72,9 @@ def test_file_is_small_described_and_the_same_person(comfy, comfy_server, person
     for key, value in tensors.items():
         assert value.dtype == (torch.float32 if key.endswith(".alpha") else torch.float16)
         torch.testing.assert_close(value.float(), whole[key], rtol=1e-3, atol=1e-7)
+    assert {value.dtype for value in whole.values()} == {torch.float32}
+    with safe_open(large, "pt") as file:
+        assert file.metadata() is None  # which is why there is a node of ours
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     assert {key.split(".")[-1].removeprefix("ss_") for key in metadata} == set(KNOWN)
