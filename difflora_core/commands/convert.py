@@ -10,7 +10,7 @@ from typing import Literal
 from rich.console import Console
 
 from ..config import Config, check_range
-from ..errors import DiffLoRAError, LoRAFileError, counted, shown
+from ..errors import DiffLoRAError, LoRAFileError, counted, percent, shown
 from ..limits import RANK
 from ..lora.canonical import truncated_layer
 from ..lora.formats.report import ReadResult
@@ -128,7 +128,9 @@ def convert(source: Path, target: Path, settings: Settings) -> str:
     state = to_state_dict(weights, NAMINGS[settings.to], names)
     info = _info(file.metadata, settings, source.stem)
     write_lora_state(target, state, base, info, PRECISIONS[settings.precision])
-    cut = f" Cut to rank {settings.rank}: at most {lost:.1%} of a layer lost." if lost else ""
+    cut = (
+        f" Cut to rank {settings.rank}: at most {percent(lost, 1)} of a layer lost." if lost else ""
+    )
     return f"for {base}. {result.report.summary()}{cut}"
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..errors import counted
 from ..models.difflora import DiffLoRAModel
 from ..storage.atomic import write_text
 
@@ -34,7 +35,7 @@ license_name: {json.dumps(license)}
 # {file.name}
 
 A DiffLoRA model: photos of a person to that person's LoRA of rank {model.layout.rank} for
-{model.layout.base}, in {len(model.layout)} layers. Preset {model.config.preset}, {count:,}
+{model.layout.base}, in {counted(len(model.layout), "layer")}. Preset {model.config.preset}, {count:,}
 numbers.
 
 Put it into ComfyUI's `models/difflora`, or run

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import DatasetError, shown
+from ..errors import DatasetError, counted, shown
 from .records import encoded
 from .sources import cleaned
 
@@ -72,8 +72,8 @@ def by_command(command: str, pictures: Sequence[np.ndarray[Any, Any]]) -> list[s
     captions = [cleaned([line]) for line in lines]
     if len(lines) != len(pictures) or not all(captions):
         raise DatasetError(
-            f"The caption command gave {len(lines)} lines for {len(pictures)} pictures; it must "
-            "give one caption a line, for each picture in order, and no blank one."
+            f"The caption command gave {len(lines)} lines for "
+            f"{counted(len(pictures), 'picture')}; it must give one caption a line, for each picture in order, and no blank one."
         )
     return [caption for (caption,) in captions]
 

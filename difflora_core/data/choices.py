@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from ..config import Config, check_range
+from ..errors import counted
 from .catalogue import Catalogue, Choice, Known
 from .duplicates import HASH_BITS, SAME, duplicates
 from .looks import SeenFace
@@ -203,7 +204,7 @@ def _not_crowded(choice: Choice, faces: Sequence[SeenFace], settings: ChoiceSett
     """The choice, unless several people make it drop."""
     if len(faces) == 1 or settings.several != "drop":
         return choice
-    return replace(choice, kind=CROWDED, reason=f"it shows {len(faces)} people")
+    return replace(choice, kind=CROWDED, reason=f"it shows {counted(len(faces), 'person')}")
 
 
 def _kept_by_person(catalogue: Catalogue) -> Iterator[list[Choice]]:

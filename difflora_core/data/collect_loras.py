@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..errors import DatasetError, DiffLoRAError, shown
+from ..errors import DatasetError, DiffLoRAError, percent, shown
 from ..storage.lora_file import load_lora
 from .lora_store import NewLoRA, StoreWriter
 
@@ -65,7 +65,7 @@ def _read(path: Path, name: str, source: str, writer: StoreWriter, most_lost: fl
     result = load_lora(path, writer.layout, writer.layout.rank)
     if result.report.total_error > most_lost:
         raise DatasetError(
-            f"{shown(path.name)} loses {result.report.total_error:.0%} of its change at rank "
+            f"{shown(path.name)} loses {percent(result.report.total_error)} of its change at rank "
             f"{writer.layout.rank}."
         )
     if len(result.report.missing) == len(writer.layout):

@@ -56,4 +56,4 @@ def test_numbers_of_messages_have_one_home(sources):
                 number = NUMBER.search(value) and not value.startswith("counted(")
                 if "%" in form or (number and not form and MANY.match(words)):
                     wrong.append(f"{source.path}:{part.lineno} {value}{words}")
-    assert not wrong, wrong
+    assert not wrong, "\n".join(wrong)
