@@ -35,8 +35,8 @@ license_name: {json.dumps(license)}
 # {file.name}
 
 A DiffLoRA model: photos of a person to that person's LoRA of rank {model.layout.rank} for
-{model.layout.base}, in {counted(len(model.layout), "layer")}. Preset {model.config.preset}, {count:,}
-numbers.
+{model.layout.base}, in {counted(len(model.layout), "layer")}.
+Preset {model.config.preset}, {count:,} numbers.
 
 Put it into ComfyUI's `models/difflora`, or run
 `python -m difflora_core generate {file.name} PHOTO`. It knows people by these encoders alone:

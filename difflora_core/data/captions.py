@@ -73,7 +73,8 @@ def by_command(command: str, pictures: Sequence[np.ndarray[Any, Any]]) -> list[s
     if len(lines) != len(pictures) or not all(captions):
         raise DatasetError(
             f"The caption command gave {len(lines)} lines for "
-            f"{counted(len(pictures), 'picture')}; it must give one caption a line, for each picture in order, and no blank one."
+            f"{counted(len(pictures), 'picture')}; it must give one caption a line, for each "
+            "picture in order, and no blank one."
         )
     return [caption for (caption,) in captions]
 
