@@ -69,6 +69,10 @@ class ConfigError(DiffLoRAError):
     """A setting is outside its range or unknown."""
 
 
+class DivergedError(ConfigError):
+    """A loss is no finite number any more: the settings or the pictures do not work."""
+
+
 class NoFaceError(DiffLoRAError):
     """No usable face was found in the reference images."""
 

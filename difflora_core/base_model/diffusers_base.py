@@ -53,11 +53,13 @@ class DiffusersBase:
     def encode_images(self, images: Tensor) -> Tensor:
         """Scaled latents (N, C, h, w) of images (N, H, W, 3) in [0, 1]; the posterior's mean.
 
-        float32 or better, whatever the VAE computes in.
+        float32 or better, whatever the VAE computes in, and where it computes, wherever the images
+        are.
         """
         dtype, count = self._vae_dtype, _at_once(images.shape[1] * images.shape[2])
+        place = next(self.vae.parameters()).device
         parts = [
-            self.vae.encode((chunk.permute(0, 3, 1, 2) * 2 - 1).to(dtype)).latent_dist.mean
+            self.vae.encode((chunk.permute(0, 3, 1, 2) * 2 - 1).to(place, dtype)).latent_dist.mean
             for chunk in images.split(count)
         ]
         fine = torch.promote_types(dtype, torch.float32)

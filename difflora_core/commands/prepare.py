@@ -11,8 +11,12 @@ from pathlib import Path
 from rich.console import Console
 
 from ..config import check_range
+from ..data.encodings import encode_latents, encode_prompts
 from ..data.prepare import PrepareConfig, prepare
-from ..data.prepared import summary
+from ..data.prepared import PreparedDataset, summary
+from ..training.fingerprint import weights_digest
+from .encoders import chosen_device
+from .local_base import open_base
 from .progress import Watch
 from .run_folder import RunFolder, run_folder
 
@@ -48,12 +52,19 @@ class Settings(PrepareConfig):
         encoding: how pictures are stored: jpeg or png.
         sheets: contact sheets at most.
         licence: of the pictures, in words.
+        base: base model whose latents and encoded captions are kept beside the pictures; empty
+            leaves that to the training.
+        mirrored: also keep latents of the mirrored pictures.
+        device: that the base computes on: auto, cpu, or cuda.
     """
 
     source: str
     out: str
     workers: int = 0
     update: bool = False
+    base: str = ""
+    mirrored: bool = False
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,11 +91,21 @@ def run(settings: Settings, console: Console) -> None:
             data = prepare(
                 settings.source, folder, settings.recipe, workers, settings.update, stages
             )
+            if settings.base:
+                _encode(data, settings, stages)
         own.say(f"{summary(data.facts)}.")
         for note in data.facts.notes:
             own.say(note)
         if (folder / "sheet-000.png").exists():
             own.say(f"Look at {folder / 'sheet-000.png'}; {folder / 'dropped.jsonl'} says why.")
+
+
+def _encode(data: PreparedDataset, settings: Settings, stages: _Stages) -> None:
+    """Keeps what the base's encoders make of the dataset."""
+    base = open_base(settings.base, chosen_device(settings.device)).model
+    vae, unet = weights_digest(base.vae), weights_digest(base.unet)
+    encode_latents(data, base, vae, settings.mirrored, stages)
+    encode_prompts(data, base, f"text encoders beside {unet}", stages)
 
 
 class _Stages:

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ..base_model.diffusers_base import DiffusersBase
-from ..base_model.protocol import BaseModel, TextCondition
+from ..base_model.protocol import TextCondition
 from ..data.encodings import Latents, encode_latents
 from ..data.prepared import PreparedDataset
 from ..data.records import PreparedPicture
@@ -222,29 +221,14 @@ def _people(dataset: PreparedDataset, rows: Sequence[int]) -> tuple[Tensor, tupl
     return torch.tensor(table), tuple(own)
 
 
-class _Bringing:
-    """A base model's VAE, with pictures brought to where it computes."""
-
-    def __init__(self, base: DiffusersBase) -> None:
-        self._base = base
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._base, name)
-
-    def encode_images(self, images: Tensor) -> Tensor:
-        """See `DiffusersBase.encode_images`."""
-        device = next(self._base.vae.parameters()).device
-        return self._base.encode_images(images.to(device))
-
-
 def _latents(dataset: PreparedDataset, base: DiffusersBase, progress: Progress) -> Latents:
     """Latents of all pictures, beside the dataset; encoded here where they are missing."""
 
     def report(what: str, done: int, total: int) -> None:
         progress(done, total, {})
 
-    there, maker = cast(BaseModel, _Bringing(base)), weights_digest(base.vae)
-    launched().on_main(lambda: encode_latents(dataset, there, maker, report=report))
+    maker = weights_digest(base.vae)
+    launched().on_main(lambda: encode_latents(dataset, base, maker, report=report))
     return Latents(dataset)
 
 

@@ -63,13 +63,15 @@ def encode_latents(
         dataset: prepared.
         base: its VAE encodes, one picture at a time: the result depends on the picture alone.
         maker: tells this VAE from others, such as a digest of its weights.
-        mirrored: also encodes every picture mirrored; a VAE is not symmetric.
+        mirrored: also encodes every picture mirrored; a VAE is not symmetric. What this VAE has
+            encoded mirrored before stays so.
         report: told what is being done.
 
     Raises:
         DatasetError: a file cannot be written, or a latent is not finite.
     """
     files = dataset.facts.files
+    mirrored = mirrored or _is_mirrored(dataset, maker)
     facts = EncodedFacts(dataset.facts.digest, maker, len(files), mirrored)
 
     def make(number: int) -> dict[str, Tensor]:
@@ -287,6 +289,15 @@ def _read_facts(folder: Path, dataset: PreparedDataset) -> EncodedFacts:
             "dataset as it was before. Run prepare with the base model again."
         )
     return facts
+
+
+def _is_mirrored(dataset: PreparedDataset, maker: str) -> bool:
+    """Whether there are latents of mirrored pictures of this dataset by this VAE."""
+    try:
+        facts = Latents(dataset).facts
+    except DatasetError:
+        return False
+    return facts.mirrored and facts.maker == maker
 
 
 def _half(tensor: Tensor) -> Tensor:

@@ -56,15 +56,17 @@ class NewLoRA:
 
     Attributes:
         identity: whose it is; once in a store.
-        weights: one LoRA of the store's layout.
+        weights: one LoRA of the store's layout; None where its training failed.
         likeness: that it reached, in [-1, 1]; None where nobody measured.
         source: what it was made from, for skipping it the next time; a digest or a name.
+        failure: why there are no weights.
     """
 
     identity: str
-    weights: LoRAWeights
+    weights: LoRAWeights | None
     likeness: float | None = None
     source: str = ""
+    failure: str = ""
 
 
 class StoreWriter:
@@ -99,22 +101,22 @@ class StoreWriter:
         tensors: dict[str, Tensor] = {}
         rows = []
         for lora in loras:
-            norm, reason = why_unusable(lora.weights)
-            place, digest = -1, ""
-            if not reason:
+            norm, reason, place, digest = 0.0, lora.failure or "its training failed", -1, ""
+            if lora.weights is not None:
+                norm, reason = why_unusable(lora.weights)
+            if lora.weights is not None and not reason:
                 flat = flatten(self.layout, lora.weights).detach().cpu().float().contiguous()
                 place, digest = len(tensors), _digest(flat)
                 tensors[str(place)] = flat
             likeness = None if lora.likeness is None else round(float(lora.likeness), 6)
-            rows.append(
-                IndexRow(lora.identity, "", place, norm, likeness, digest, lora.source, reason)
-            )
+            facts = (lora.identity, "", place, norm, likeness, digest, lora.source, reason)
+            rows.append(IndexRow(*facts))
         text = json.dumps([asdict(row) for row in rows])
         name = hashlib.sha256(text.encode()).hexdigest()[:24]
         path = self.folder / SHARDS / f"{name}.safetensors"
         if not path.exists():
-            facts = {_ROWS: text, "layout_hash": self.layout.hash}
-            write_atomic(tensors, facts, path, DatasetError)
+            metadata = {_ROWS: text, "layout_hash": self.layout.hash}
+            write_atomic(tensors, metadata, path, DatasetError)
         return rows
 
     def rows(self) -> Iterator[IndexRow]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..adapters.attach import hold
 from ..base_model.precision import autocast
-from ..errors import ConfigError, InterruptedTraining
+from ..errors import ConfigError, DivergedError, InterruptedTraining
 from .hooks import Batch, Hooks
 from .loop_config import LoopConfig
 from .loop_state import RunState, buffers_of, put
@@ -63,7 +63,7 @@ class Step:
 
         Raises:
             InterruptedTraining: a process was stopped; the state is that before the step.
-            ConfigError: the loss of a process is not a finite number.
+            DivergedError: the loss of a process is not a finite number.
         """
         before, drawn = {n: b.clone() for n, b in self.buffers.items()}, self.state.drawn()
         error = None
@@ -160,7 +160,7 @@ class Step:
             return
         who = f", {self.processes}" if self.processes.count > 1 else ""
         names = "".join(f", {n} {list(part[n])}" for n in ("names", "prompts") if n in part)
-        raise ConfigError(
+        raise DivergedError(
             f"The loss is no longer a number ({loss}) at step {self.state.done + 1}{who} (batch of "
             f"seed {self.config.seed}{names}): lower learning_rate, or look for damaged training "
             "pictures."

@@ -3,11 +3,14 @@
 import json
 
 import pytest
+import torch
 
 from difflora_core.commands.inspect import facts_of
 from difflora_core.commands.main import main
+from difflora_core.data.encodings import Latents, Prompts
 from difflora_core.data.prepared import PreparedDataset
-from difflora_core.demo.paths import FACES
+from difflora_core.demo.networks.base import load_base
+from difflora_core.demo.paths import BASE, FACES
 from difflora_core.demo.world.identities import split_seeds
 from difflora_core.demo.world.scenes import render_portraits
 from difflora_core.storage.image_files import write_image
@@ -53,6 +56,22 @@ def test_prepare_tells_what_became_of_the_photos(photos, capsys):
     (folder / "data-00000.arrow").write_bytes(b"x")
     assert main(["inspect", str(folder)]) == 1
     assert "was changed" in capsys.readouterr().err
+
+
+def test_a_base_that_is_named_encodes(photos):
+    """Latents and captions lie beside the pictures; a second call encodes nothing."""
+    assert main(words(photos, "--base", "demo", "--mirrored")) == 0
+    data = PreparedDataset(photos.parent / "set")
+    latents, prompts = Latents(data), Prompts(data)
+    base = load_base(BASE)
+    for row, record in enumerate(data):
+        expected = base.encode_images(record.picture[None].flip(2))[0]
+        assert torch.allclose(latents.read(row, mirrored=True).float(), expected, atol=4e-3)
+        assert prompts.of_row(row) == [1]
+    files = {path: path.stat().st_mtime_ns for path in data.folder.glob("encoded/*/0*")}
+    assert len(files) == 2
+    assert main(words(photos, "--base", "demo")) == 0
+    assert {path: path.stat().st_mtime_ns for path in files} == files
 
 
 def test_prepare_refuses(photos, capsys):

@@ -14,7 +14,7 @@ from test_lora_store import LAYOUT, lora
 
 from difflora_core.data.lora_store import NewLoRA, StoreWriter
 
-COUNT = 24
+COUNT = 12
 
 
 def child(folder: Path, share: int) -> int:
@@ -34,14 +34,14 @@ def child(folder: Path, share: int) -> int:
 
 
 def main(folder: Path, seed: int) -> None:
-    """Kills both after at most a third of the time that one takes undisturbed."""
+    """Kills both after at most half of the time that one takes undisturbed."""
     draw, killed = random.Random(seed), 0
     start = time.monotonic()
     os.waitpid(child(folder.with_name("undisturbed"), 0), 0)
     length = time.monotonic() - start
     while True:
         children = [child(folder, share) for share in (0, 1)]
-        time.sleep(draw.uniform(0, length / 3))
+        time.sleep(draw.uniform(0, length / 2))
         for number in children:
             os.kill(number, signal.SIGKILL)
         ends = [os.WIFSIGNALED(os.waitpid(number, 0)[1]) for number in children]

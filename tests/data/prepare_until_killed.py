@@ -20,7 +20,7 @@ from conftest import demo_settings
 from difflora_core.data import prepare as module
 from difflora_core.data import prepared, shards
 
-SHARE = 0.35
+SHARE = 0.5
 """A child is killed after at most this share of the time that an undisturbed one takes."""
 
 
