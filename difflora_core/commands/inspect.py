@@ -30,6 +30,7 @@ from ..storage.safetensors_io import Header, read_header
 from ..training.event_log import EVENTS
 from ..vision.face_folder import read_face_folder
 from . import run_folder
+from .machine import measure
 
 Facts = dict[str, str]
 """What is said of a file: name to value, in order."""
@@ -42,9 +43,11 @@ class Settings(Config):
     Args:
         path: a LoRA, a model, a concept or style, a corpus, a library, or the folder of a run, of a
             HyperLoRA model or of a face analysis.
+        measure: measures this machine for some seconds instead, and writes to path what plan reads.
     """
 
     path: str
+    measure: bool = False
 
 
 def run(settings: Settings, console: Console) -> None:
@@ -53,8 +56,16 @@ def run(settings: Settings, console: Console) -> None:
     Raises:
         DiffLoRAError: there is nothing, or it is damaged or unknown.
     """
-    for name, value in facts_of(Path(settings.path)).items():
+    path = Path(settings.path)
+    facts = _measured(path) if settings.measure else facts_of(path)
+    for name, value in facts.items():
         console.print(f"{name:<14}  {value}")
+
+
+def _measured(path: Path) -> Facts:
+    """What this machine can do, written to a file."""
+    found = measure(path)
+    return {"kind": "Machine"} | {name: f"{value}" for name, value in found.to_dict().items()}
 
 
 def facts_of(path: Path) -> Facts:

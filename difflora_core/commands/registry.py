@@ -6,6 +6,7 @@ COMMANDS = {
     "prepare": "photos of people to a dataset that training reads",
     "corpus": "LoRA files of people to a corpus that training reads",
     "train": "a dataset to a DiffLoRA model",
+    "plan": "what training will take: time, memory, disk",
     "generate": "photos of a person to a LoRA file",
     "convert": "LoRA files to another naming, rank or precision",
     "inspect": "what a file or folder is, and what it holds",
