@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..config import Config, check_range
-from ..errors import ConfigError
+from ..errors import ConfigError, percent
 from ..lora.layout import LoRALayout, layout_from_unet_config
 from ..models.difflora import DiffLoRAModel
 from ..vision.features import FeatureSizes
@@ -125,7 +125,8 @@ def run(settings: Settings, console: Console) -> None:
         f"{counts.step.operations(settings.checkpointing) / 1e12:.3g} TFLOP a sample"
     )
     for name, share in strains(settings, counts, here):
-        console.print(f"{name}: {share:.0%} of what there is{' — breaks' if share > 1 else ''}")
+        told = " — breaks" if share > 1 else ""
+        console.print(f"{name}: {percent(share)} of what there is{told}")
     check_fits(settings, counts, here)
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from .. import __version__
 from ..config import Config, check_range
+from ..data.lora_store import LoRAStore
 from ..data.prepared import PreparedDataset
 from ..diffusion.sampler import SampleSettings
 from ..errors import ConfigError, counted, shown
@@ -24,7 +25,6 @@ from ..models.lae.config import LAEConfig
 from ..models.layers import DrawnFrom
 from ..storage.checkpoint import save_model
 from ..storage.image_files import write_image
-from ..storage.lora_corpus import LoRACorpus, load_corpus
 from ..training.difflora import face_reader, functional, lae, latent_dit
 from ..training.difflora.preview import draw_people
 from ..training.fingerprint import weights_digest
@@ -58,7 +58,8 @@ class Settings(Config):
         method: functional, paper, or both, which leaves two models.
         base: the base model: demo.
         clip_vision: folder or file of the CLIP vision that photos will be shown to.
-        corpus: file of LoRAs by number of the dataset's people (paper and both).
+        corpus: what corpus wrote; its LoRAs have the names of the dataset's people (paper and
+            both).
         name: of the model.
         size: of the network: full (822 M numbers), small, or auto by the base.
         rank: of the LoRAs.
@@ -170,14 +171,15 @@ class _Work:
         """The autoencoder of LoRAs, then MIF and DiT on its latents (arXiv:2408.06740)."""
         s, path = self.settings, self.run.path / "paper"
         model = self._model("paper")
-        corpus = load_corpus(Path(s.corpus))
-        if corpus.layout != model.layout:
-            raise ConfigError(
-                f"The LoRAs of {shown(s.corpus)} are for {shown(corpus.layout.base)} at rank "
-                f"{corpus.layout.rank}; this model is for {model.layout.base} at rank {s.rank}."
-            )
-        sets = [_with_loras(own, corpus) for own in self.sets]
-        weights = [corpus.select(own.numbers).weights.to(device=self.device) for own in sets]
+        corpus = LoRAStore(s.corpus, model.layout)
+        names = [person.name for person in self.dataset.people]
+        places = {row.identity: place for place, row in enumerate(corpus.rows)}
+        rows = {n: places[name] for n, name in enumerate(names) if name in places}
+        sets = [_with_loras(own, rows) for own in self.sets]
+        weights = [
+            corpus.batch([rows[number] for number in own.numbers]).to(device=self.device)
+            for own in sets
+        ]
         with self.stage("autoencoder") as progress:
             figures = lae.fit(
                 model.lae, weights[0], s.lae, path / "lae", _second(weights), progress
@@ -306,18 +308,17 @@ def network_config(sizes: FeatureSizes, full: bool, **about: str) -> DiffLoRACon
     return replace(config, mif=mif)
 
 
-def _with_loras(people: People, corpus: LoRACorpus) -> People:
-    """Those of whom the corpus holds a LoRA.
+def _with_loras(people: People, rows: Mapping[int, int]) -> People:
+    """Those of whom the corpus holds a LoRA, by their number in the dataset.
 
     Raises:
         ConfigError: it holds none of them.
     """
-    there = set(corpus.identities)
-    chosen = [place for place, number in enumerate(people.numbers) if number in there]
+    chosen = [place for place, number in enumerate(people.numbers) if number in rows]
     if not chosen:
         raise ConfigError(
-            "The corpus holds a LoRA of none of these people: it was made of another dataset, or "
-            "of too few people for the share that is held out."
+            "The corpus holds a LoRA of none of these people: its names are not those of the "
+            "dataset, or it has too few people for the share that is held out."
         )
     return people.some(chosen)
 

@@ -22,6 +22,7 @@ from difflora_core.commands.run_folder import SETTINGS
 from difflora_core.commands.train import Settings, network_config, run
 from difflora_core.commands.train_data import Encoders, load_people, split_people
 from difflora_core.data.choices import ChoiceSettings
+from difflora_core.data.lora_store import NewLoRA, StoreWriter
 from difflora_core.data.prepare import PrepareConfig, prepare
 from difflora_core.data.prepared import PreparedDataset
 from difflora_core.demo import paths
@@ -32,7 +33,6 @@ from difflora_core.errors import ConfigError, DatasetError, DiffLoRAError
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.storage.checkpoint import load_model, read_description
 from difflora_core.storage.image_files import write_image
-from difflora_core.storage.lora_corpus import LoRACorpus, save_corpus
 from difflora_core.training.difflora.functional import FunctionalConfig
 from difflora_core.training.difflora.lae import LAETrainConfig
 from difflora_core.training.difflora.latent_dit import LatentDiTConfig
@@ -179,8 +179,11 @@ def corpus(tmp_path_factory):
         )
         for s in layout
     }
-    path = tmp_path_factory.mktemp("corpus") / "corpus.safetensors"
-    return save_corpus(LoRACorpus(layout, (0, 1, 3, 4), LoRAWeights(layers)), path)
+    writer = StoreWriter(tmp_path_factory.mktemp("corpus"), layout, "")
+    loras, names = LoRAWeights(layers), ("p0", "p1", "p3", "p4")
+    writer.add([NewLoRA(name, loras.batch_item(k)) for k, name in enumerate(names)])
+    writer.write_index()
+    return writer.folder
 
 
 def test_both_methods_leave_two_models(tmp_path, settings, corpus):
@@ -241,8 +244,8 @@ def test_what_does_not_suit_is_refused(tmp_path, settings, corpus, photos):
         [
             ({"clip_vision": ""}, "Name the CLIP vision"),
             ({"clip_vision": str(paths.OLD_LORA)}, "is no CLIP vision"),
-            ({"method": "paper", "corpus": str(corpus), "rank": 2}, "at rank 4; this model is"),
-            ({"method": "paper", "corpus": str(paths.OLD_LORA)}, "cannot be read as a LoRA corpus"),
+            ({"method": "paper", "corpus": str(corpus), "rank": 2}, "rank"),
+            ({"method": "paper", "corpus": str(tmp_path)}, "no corpus of LoRAs"),
             ({"dataset": str(tmp_path)}, "no prepared dataset"),
         ]
     ):
