@@ -59,7 +59,7 @@ NUMBER = 1e9
 PICTURE_BYTES = 2**28
 """A picture file to train on."""
 
-PICTURE_PIXELS = 2**27
+PICTURE_PIXELS = 2**26
 """Pixels of a picture. Cameras make 60 million; the picture is in memory with 3 bytes each."""
 
 CAPTION_LENGTH = 4000

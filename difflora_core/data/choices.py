@@ -19,7 +19,7 @@ from ..errors import counted
 from .catalogue import Catalogue, Choice, Known
 from .duplicates import HASH_BITS, SAME, duplicates
 from .looks import SeenFace
-from .people import Array, group, likeness, main_person, rivals
+from .people import Array, group, likeness, main_person, rivals, several
 
 UNUSABLE, FACELESS, STRANGER, CROWDED = "unusable", "faceless", "stranger", "crowded"
 DUPLICATE, TOO_FEW = "duplicate", "too few"
@@ -172,14 +172,14 @@ def _unnamed(catalogue: Catalogue, settings: ChoiceSettings, scratch: Path) -> I
         alike = _likeness_by_group(table, label)
         del table
         path.unlink(missing_ok=True)
-        names = {int(first): number + 1 for number, first in enumerate(np.unique(label))}
+        firsts = np.unique(label)
     row = 0
     for known in catalogue.pictures(usable):
         faces = catalogue.faces(known.key)
         if not faces:
             yield _faceless(known)
             continue
-        person = _MADE_UP.format(names[int(label[row])])
+        person = _MADE_UP.format(int(np.searchsorted(firsts, label[row])) + 1)
         choice = Choice(known.key, person, 0, round(float(alike[row]), 6))
         yield _not_crowded(choice, faces, settings)
         row += 1
@@ -188,8 +188,7 @@ def _unnamed(catalogue: Catalogue, settings: ChoiceSettings, scratch: Path) -> I
 def _likeness_by_group(table: Array, label: Array) -> Array:
     """`likeness` (N,) of each face within its group."""
     alike = np.ones(len(label), dtype=np.float32)
-    order = np.argsort(label, kind="stable")
-    for members in np.split(order, np.flatnonzero(np.diff(label[order])) + 1):
+    for members in several(label):
         alike[members] = likeness(np.asarray(table[members], dtype=np.float32))
     return alike
 

@@ -12,6 +12,7 @@ the same mean cosine.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -77,16 +78,23 @@ def group(faces: Array, threshold: float, block: int = BLOCK, largest: int = LAR
         (N,) int64, for each face the number of the first face of the same person.
     """
     label = parts(faces, threshold - _ROUNDING, block)
-    order = np.argsort(label, kind="stable")
-    edges = np.flatnonzero(np.diff(label[order])) + 1
     result = label.copy()
-    for members in np.split(order, edges):
+    for members in several(label):
         if len(members) > largest:
             result[members] = members[_leaders(faces, members, threshold)]
-        elif len(members) > 1:
+        else:
             own = np.asarray(faces[members], dtype=np.float64)
             result[members] = members[_average_linkage(own, threshold)]
     return result
+
+
+def several(label: Array) -> Iterator[Array]:
+    """The members (n,) of each group of more than one, in order; label (N,)."""
+    order = np.argsort(label, kind="stable")
+    ends = np.flatnonzero(np.diff(label[order], append=-1)) + 1
+    starts = np.concatenate([[0], ends[:-1]])
+    for place in np.flatnonzero(ends - starts > 1):
+        yield order[starts[place] : ends[place]]
 
 
 def _average_linkage(faces: Array, threshold: float) -> Array:

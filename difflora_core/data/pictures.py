@@ -36,7 +36,8 @@ def open_picture(data: bytes, smallest: int = 1) -> Image.Image:
             with Image.open(io.BytesIO(data), formats=_known()) as opened:
                 _check_size(opened, smallest)
                 opened.load()
-                return _plain(ImageOps.exif_transpose(opened))
+                ImageOps.exif_transpose(opened, in_place=True)
+                return _plain(opened)
     except DatasetError:
         raise
     except Exception as damage:  # Pillow's readers raise what their formats make them meet
@@ -65,7 +66,7 @@ def _check_size(opened: Image.Image, smallest: int) -> None:
 
 def _plain(picture: Image.Image) -> Image.Image:
     """Any mode of Pillow to RGB."""
-    if picture.mode == "RGB":
+    if picture.mode == "RGB" and "transparency" not in picture.info:
         return picture
     if picture.mode in WIDE:
         return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
@@ -76,6 +77,7 @@ def _plain(picture: Image.Image) -> Image.Image:
         return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(white, picture).convert("RGB")
+        white = Image.new("RGB", picture.size, "white")
+        white.paste(picture, mask=picture.getchannel("A"))
+        return white
     return picture.convert("RGB")

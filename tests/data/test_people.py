@@ -8,7 +8,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import pdist
 
 from difflora_core.data.duplicates import HASH_BITS, distances, duplicates
-from difflora_core.data.people import group, likeness, main_person, parts, rivals
+from difflora_core.data.people import group, likeness, main_person, parts, rivals, several
 
 
 def unit(generator, count, width):
@@ -57,6 +57,13 @@ def test_a_chain_is_taken_apart():
     assert 2 <= len(set(label)) < 10
     same = group(np.ones((60, 1)), 0.9, largest=20)  # one person with many pictures stays one
     assert set(same.tolist()) == {0}
+
+
+def test_groups_of_several_are_found_without_the_rest():
+    """Of no faces, of single ones alone, and in any order."""
+    assert [list(own) for own in several(np.array([0, 1, 0, 3, 3, 5, 0]))] == [[0, 2, 6], [3, 4]]
+    assert list(several(np.arange(4))) == []
+    assert list(several(np.zeros(0, dtype=np.int64))) == []
 
 
 def test_half_precision_from_disk(tmp_path):

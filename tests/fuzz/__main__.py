@@ -11,7 +11,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import face_folders, harness, lora_files, settings_files, stored_files, training_files
+from . import (
+    data_files,
+    face_folders,
+    harness,
+    lora_files,
+    settings_files,
+    stored_files,
+    training_files,
+)
 from .reader import Case, Reader
 
 FOUND = Path(__file__).with_name("found.json")
@@ -21,6 +29,7 @@ READERS: tuple[Reader, ...] = (
     *settings_files.READERS,
     *training_files.READERS,
     *face_folders.READERS,
+    *data_files.READERS,
 )
 
 
