@@ -25,6 +25,7 @@ CREATE TABLE IF NOT EXISTS picture(
     run INTEGER, looked INTEGER DEFAULT 0, settings TEXT DEFAULT '', digest TEXT DEFAULT '',
     reason TEXT DEFAULT '', height INTEGER DEFAULT 0, width INTEGER DEFAULT 0,
     hash BLOB DEFAULT x'') WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS named ON picture(person, key);
 CREATE TABLE IF NOT EXISTS face(
     key TEXT, number INTEGER, embedding BLOB, geometry BLOB, PRIMARY KEY(key, number)
     ) WITHOUT ROWID;

@@ -332,6 +332,18 @@ def test_a_full_disk_says_so(tmp_path):
         catalogue.list_entries(entries, 1)
 
 
+def test_pictures_of_a_person_are_found_by_an_index(tmp_path):
+    """A search of all pictures for each person would take days for a million of them."""
+    catalogue = Catalogue(tmp_path / "work" / "catalogue.sqlite3")
+    for query, index in (
+        ("SELECT * FROM picture WHERE refused='' AND reason='' AND person=? ORDER BY key", "named"),
+        ("SELECT * FROM choice WHERE person=? AND kind='' ORDER BY person, key", "chosen"),
+    ):
+        (plan,) = catalogue._db.execute(f"EXPLAIN QUERY PLAN {query}", ("anna",)).fetchall()
+        assert "SEARCH" in plan[-1]
+        assert index in plan[-1]
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("resolution", 8), ("face_margin", 0.5), ("encoding", "gif"), ("sheets", -1)],
