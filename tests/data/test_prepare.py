@@ -5,7 +5,6 @@ import json
 import shutil
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -318,18 +317,29 @@ def test_a_damaged_catalogue_says_so(people_folder, tmp_path, demo_config):
         prepare(people_folder, data.folder, demo_config)
 
 
-def test_a_full_disk_says_so(tmp_path):
-    """SQLite's own limit of pages stands for a disk that is full."""
-    catalogue = Catalogue(tmp_path / "work" / "catalogue.sqlite3")
-    catalogue._db.execute("PRAGMA max_page_count=20")
-    entries = (
-        SimpleNamespace(
-            key=f"{k:09d}" * 100, place=b"", person="", repeats=1, captions=(), refused=""
-        )
-        for k in range(1000)
-    )
-    with pytest.raises(DatasetError, match="Free space"):
-        catalogue.list_entries(entries, 1)
+@pytest.mark.parametrize("most", [4096, 150_000])
+def test_a_full_disk_says_so_and_the_next_run_goes_on(tmp_path, demo_config, most):
+    """Files that cannot grow stand for it: the catalogue, then a file of pictures."""
+    resource = pytest.importorskip("resource")
+    draw = np.random.default_rng(0)
+    for number in range(4):
+        noise = draw.integers(0, 255, (128, 128, 3), dtype=np.uint8)
+        path = tmp_path / "photos" / "anna" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise).save(path)
+    config = replace(demo_config, faces="", resolution=128)
+    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        with pytest.raises(DatasetError, match="Free space" if most < 10_000 else "data-00000"):
+            prepare(tmp_path / "photos", tmp_path / "set", config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
+    assert not (tmp_path / "set" / FACTS).exists()
+    assert not list((tmp_path / "set").glob("*.arrow"))
+    assert len(prepare(tmp_path / "photos", tmp_path / "set", config)) == 4
+    prepare(tmp_path / "photos", tmp_path / "whole", config)
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
 
 
 def test_pictures_of_a_person_are_found_by_an_index(tmp_path):
