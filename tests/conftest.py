@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from hypothesis import settings
 from safetensors.torch import save_file
 
 from difflora_core.adapters.base import AdapterSet
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionXLPipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 COMFYUI = Path(os.environ.get("COMFYUI_PATH", ROOT / ".comfyui")).resolve()
@@ -185,3 +189,42 @@ def write_hyperlora() -> Callable[..., Path]:
         return folder
 
     return write
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(
+    tmp_path_factory: pytest.TempPathFactory, comfyui: Path
+) -> tuple[Path, "StableDiffusionXLPipeline"]:
+    """SDXL's pipeline at tiny size with random weights: its folder, and the pipeline itself."""
+    import diffusers
+    import transformers
+
+    from difflora_core.demo.networks.base import UNET_CONFIG
+    from difflora_core.models.layers import DrawnFrom
+
+    words = comfyui / "comfy" / "sd1_tokenizer"
+    unet = {**UNET_CONFIG, "in_channels": 4, "out_channels": 4, "cross_attention_dim": 64}
+    unet["projection_class_embeddings_input_dim"] = 32 + 6 * unet["addition_time_embed_dim"]
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    sizes |= {"num_hidden_layers": 2, "projection_dim": 32, "vocab_size": 49408}
+    sizes |= {"max_position_embeddings": 77, "bos_token_id": 49406, "eos_token_id": 49407}
+    texts = [transformers.CLIPTextConfig(**sizes, hidden_act=a) for a in ("quick_gelu", "gelu")]
+    read = transformers.CLIPTokenizer.from_pretrained
+    with DrawnFrom(torch.Generator().manual_seed(1)):
+        pipe = diffusers.StableDiffusionXLPipeline(
+            vae=diffusers.AutoencoderKL(
+                down_block_types=["DownEncoderBlock2D"] * 3,
+                up_block_types=["UpDecoderBlock2D"] * 3,
+                block_out_channels=[32] * 3,
+                latent_channels=4,
+            ),
+            text_encoder=transformers.CLIPTextModel(texts[0]),
+            text_encoder_2=transformers.CLIPTextModelWithProjection(texts[1]),
+            tokenizer=read(words, model_max_length=77),
+            tokenizer_2=read(words, model_max_length=77, pad_token="!"),
+            unet=diffusers.UNet2DConditionModel(**unet),
+            scheduler=diffusers.DDIMScheduler(prediction_type="v_prediction"),
+        )
+    folder = tmp_path_factory.mktemp("tiny_sdxl")
+    pipe.save_pretrained(folder)
+    return folder, pipe

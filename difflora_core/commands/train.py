@@ -56,7 +56,9 @@ class Settings(Config):
         dataset: what prepare wrote.
         folder: of the run; the model lands there as difflora-NAME.safetensors.
         method: functional, paper, or both, which leaves two models.
-        base: the base model: demo.
+        base: the base model: demo, or a checkpoint file or a diffusers folder of SDXL.
+        tokenizer: folder of CLIP's vocab.json and merges.txt, for a checkpoint file; empty takes
+            that of ComfyUI (COMFYUI_PATH).
         clip_vision: folder or file of the CLIP vision that photos will be shown to.
         corpus: what corpus wrote; its LoRAs have the names of the dataset's people (paper and
             both).
@@ -81,6 +83,7 @@ class Settings(Config):
     folder: str
     method: Literal["functional", "paper", "both"] = "functional"
     base: str = "demo"
+    tokenizer: str = ""
     clip_vision: str = ""
     corpus: str = ""
     name: str = "model"
@@ -139,7 +142,7 @@ class _Work:
         self.settings, self.run = settings, folder
         self.device = launched().device or chosen_device(settings.device)
         self.dataset = PreparedDataset(settings.dataset)
-        self.base = open_base(settings.base, self.device)
+        self.base = open_base(settings.base, self.device, settings.tokenizer)
         if not settings.clip_vision:
             raise ConfigError("Name the CLIP vision that photos will be shown to: --clip-vision.")
         _, image = open_encoders("", settings.clip_vision, self.device)

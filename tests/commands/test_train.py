@@ -207,6 +207,20 @@ def test_both_methods_leave_two_models(tmp_path, settings, corpus):
     assert load_model(tmp_path / "difflora-two-paper.safetensors").license == "for tests"
 
 
+def test_sdxl_of_a_folder_in_half_precision(tmp_path, settings, tiny_sdxl):
+    """bfloat16, checkpointed, in parts, the average in the computer's memory: all together."""
+    folder, _ = tiny_sdxl
+    course = replace(
+        COURSE, precision="bf16", checkpointing=True, accumulate=2, ema=0.9, ema_on_cpu=True
+    )
+    sdxl = settings(tmp_path, base=str(folder), size="small", functional_loop=course)
+    run(sdxl, plain_console())
+    about = read_description(tmp_path / "difflora-model.safetensors")
+    assert about.layout.base == "sdxl"
+    assert about.source["base_model"].startswith(folder.name)
+    assert Image.open(tmp_path / "samples" / "model-000.png").size == (64, 64)
+
+
 def test_trackers_are_told(tmp_path, settings):
     quick = settings(tmp_path / "run", trackers=("tensorboard",), functional_loop=COURSE, samples=0)
     run(quick, plain_console())
