@@ -1,4 +1,4 @@
-"""Adapters under every guider of core, its guidances, HyperTile and torch.compile.
+"""Adapters on one of two models, beside other LoRAs, in areas, and under torch.compile.
 
 A prompt is known by what it is. The reference is core's own hook on a conditioning, which acts on
 that prompt alone by patching weights.
@@ -6,27 +6,24 @@ that prompt alone by patching weights.
 
 from importlib import import_module
 
-import numpy as np
 import pytest
 import torch
 
 from difflora_core.demo.comfyui.client import ComfyPromptError
-
-MODEL, CLIP, VAE = (["demo", k] for k in range(3))
-ROUNDING = 2  # grey levels between the same arithmetic in another order
-WHOLE = {
-    "strength": 1.0, "start_percent": 0.0, "end_percent": 1.0, "positive_only": False,
-    "input_blocks": 1.0, "middle_block": 1.0, "output_blocks": 1.0, "self_attention": 1.0,
-    "cross_attention": 1.0,
-}  # fmt: skip
-
-
-def node(class_type, **inputs):
-    return {"class_type": class_type, "inputs": inputs}
-
-
-def apply(model=MODEL, **changes):
-    return node("DiffLoRA_ApplyLoRA", model=model, lora=["lora", 0], **(WHOLE | changes))
+from tests.nodes.sampler_graphs import (
+    CLIP,
+    MODEL,
+    ROUNDING,
+    apply_lora,
+    cfg,
+    difference,
+    dual_model,
+    guided,
+    hooked,
+    invented_lora,
+    node,
+    sampling_nodes,
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,105 +31,21 @@ def parts():
     """A person's LoRA, prompts with and without a hook on them, and what every sampler needs."""
     return {
         "demo": node("DiffLoRA_LoadDemo"),
-        "latent": node(
-            "DiffLoRA_InventIdentity", difflora_model=["demo", 5], seed=3, count=1, steps=4,
-            guidance=1.0,
-        ),
-        "lora": node("DiffLoRA_DecodeLoRA", difflora_model=["demo", 5], lora_latent=["latent", 0]),
+        **invented_lora(),
+        **sampling_nodes(),
         "words": node("CLIPTextEncode", clip=CLIP, text="photo of a person, smiling"),
         "none": node("CLIPTextEncode", clip=CLIP, text="cartoon"),
         "hook": node("DiffLoRA_LoRAToHook", lora=["lora", 0], strength_model=1.0),
-        "hooked": node(
-            "ConditioningSetProperties", cond_NEW=["words", 0], strength=1.0,
-            set_cond_area="default", hooks=["hook", 0],
-        ),
-        "ours": apply(positive_only=True),
-        "noise": node("RandomNoise", noise_seed=3),
-        "sampler": node("KSamplerSelect", sampler_name="euler"),
-        "steps": node("BasicScheduler", model=MODEL, scheduler="normal", steps=3, denoise=1.0),
-        "empty": node("EmptyLatentImage", width=64, height=64, batch_size=2),
-    }  # fmt: skip
-
-
-def cfg(model, positive):
-    return node("CFGGuider", model=model, positive=positive, negative=["none", 0], cfg=2.0)
-
-
-def dual(model, positive, middle=None):
-    return node(
-        "DualCFGGuider", model=model, cond1=positive, cond2=middle or positive,
-        negative=["none", 0], cfg_conds=3.0, cfg_cond2_negative=2.0, style="regular",
-    )  # fmt: skip
-
-
-def perp_neg(model, positive):
-    return node(
-        "PerpNegGuider", model=model, positive=positive, negative=["none", 0],
-        empty_conditioning=["none", 0], cfg=2.0, neg_scale=0.7,
-    )  # fmt: skip
-
-
-def dual_model(model, positive):
-    return node(
-        "DualModelGuider", model=model, model_negative=MODEL, positive=positive,
-        negative=["none", 0], cfg=2.0,
-    )  # fmt: skip
-
-
-def basic(model, positive):
-    return node("BasicGuider", model=model, conditioning=positive)
-
-
-def guided(name, guider):
-    """Nodes that draw with a guider."""
-    return {
-        f"{name}_guider": guider,
-        f"{name}_latent": node(
-            "SamplerCustomAdvanced", noise=["noise", 0], guider=[f"{name}_guider", 0],
-            sampler=["sampler", 0], sigmas=["steps", 0], latent_image=["empty", 0],
-        ),
-        f"{name}_decoded": node("VAEDecode", samples=[f"{name}_latent", 0], vae=VAE),
-        name: node("PreviewImage", images=[f"{name}_decoded", 0]),
-    }  # fmt: skip
-
-
-def difference(a, b):
-    """Largest difference in grey levels over all pictures."""
-    return max(int(np.abs(x.astype(int) - y.astype(int)).max()) for x, y in zip(a, b, strict=True))
-
-
-GUIDERS = {
-    "CFG": cfg,
-    "Dual CFG": dual,
-    "PerpNeg": perp_neg,
-    "Dual Model": dual_model,
-    "Basic": basic,
-}
-
-
-@pytest.mark.parametrize("name", GUIDERS)
-def test_positive_only_is_a_hook_on_the_positive_prompts(comfy, parts, name):
-    make = GUIDERS[name]
-    nodes = {**parts, **guided("base", make(MODEL, ["words", 0]))}
-    nodes |= guided("ours_p", make(["ours", 0], ["words", 0]))
-    nodes |= guided("cores", make(MODEL, ["hooked", 0]))
-    shown = comfy.run(nodes).pictures
-    assert difference(shown["ours_p"], shown["base"]) > 8
-    assert difference(shown["ours_p"], shown["cores"]) <= ROUNDING
-
-
-def test_dual_cfg_with_equal_prompts_is_cfg(comfy, parts):
-    nodes = {**parts, **guided("one", cfg(["ours", 0], ["words", 0]))}
-    nodes |= guided("two", dual(["ours", 0], ["words", 0]))
-    shown = comfy.run(nodes).pictures
-    assert difference(shown["one"], shown["two"]) <= ROUNDING
+        "hooked": hooked(["words", 0], ["hook", 0]),
+        "ours": apply_lora(positive_only=True),
+    }
 
 
 def test_a_lora_on_one_model_of_two_leaves_the_other_alone(comfy, parts):
     """Dual Model Guider asks the second model for the negative prompt: nothing is on it."""
-    timed = apply(end_percent=0.999)
+    timed = apply_lora(end_percent=0.999)
     nodes = {**parts, "timed": timed, **guided("both", dual_model(["timed", 0], ["words", 0]))}
-    nodes["half"] = apply(end_percent=0.999, positive_only=True)
+    nodes["half"] = apply_lora(end_percent=0.999, positive_only=True)
     nodes |= guided("positive", cfg(["half", 0], ["words", 0]))
     nodes |= guided("everywhere", cfg(["timed", 0], ["words", 0]))
     shown = comfy.run(nodes).pictures
@@ -148,47 +61,9 @@ def test_on_the_second_model_it_is_refused_before_sampling(comfy, parts):
         comfy.run({**parts, **guided("out", guider)})
     both = dual_model(["ours", 0], ["words", 0])
     both["inputs"]["model_negative"] = ["other", 0]
-    other = apply(positive_only=True, strength=0.5)
+    other = apply_lora(positive_only=True, strength=0.5)
     with pytest.raises(ComfyPromptError, match="would have no effect on this model"):
         comfy.run({**parts, "other": other, **guided("out", both)})
-
-
-PATCHES = {
-    "SAG": {"class_type": "SelfAttentionGuidance", "scale": 0.7, "blur_sigma": 2.0},
-    "PAG": {"class_type": "PerturbedAttentionGuidance", "scale": 2.0},
-    "FreeU": {"class_type": "FreeU_V2", "b1": 1.1, "b2": 1.2, "s1": 0.9, "s2": 0.6},
-}
-
-
-@pytest.mark.parametrize("name", PATCHES)
-def test_under_other_guidances_too(comfy, parts, name):
-    def patched(model):
-        settings = dict(PATCHES[name])
-        return node(settings.pop("class_type"), model=model, **settings)
-
-    nodes = {**parts, "plain_m": patched(MODEL), "ours_m": patched(["ours", 0])}
-    nodes |= guided("base", cfg(["plain_m", 0], ["words", 0]))
-    nodes |= guided("ours_p", cfg(["ours_m", 0], ["words", 0]))
-    nodes |= guided("cores", cfg(["plain_m", 0], ["hooked", 0]))
-    shown = comfy.run(nodes).pictures
-    assert difference(shown["ours_p"], shown["base"]) > 8
-    assert difference(shown["ours_p"], shown["cores"]) <= ROUNDING
-
-
-def test_at_cfg_1(comfy, parts):
-    """The negative prompt is never asked for: positive only is the whole LoRA."""
-    nodes = {**parts, "whole": apply()}
-    for name, model, words in (
-        ("base", MODEL, "words"), ("ours_p", ["ours", 0], "words"), ("cores", MODEL, "hooked"),
-        ("patched", ["whole", 0], "words"),
-    ):  # fmt: skip
-        guider = cfg(model, [words, 0])
-        guider["inputs"]["cfg"] = 1.0
-        nodes |= guided(name, guider)
-    shown = comfy.run(nodes).pictures
-    assert difference(shown["ours_p"], shown["base"]) > 8
-    assert difference(shown["ours_p"], shown["cores"]) <= ROUNDING
-    assert difference(shown["ours_p"], shown["patched"]) <= ROUNDING
 
 
 def test_stacked_on_a_loaded_lora_and_before_one(comfy, parts):
@@ -199,7 +74,11 @@ def test_stacked_on_a_loaded_lora_and_before_one(comfy, parts):
             "LoraModelLoader", model=model, lora=["lora", 0], strength_model=-0.6, bypass=False
         )
 
-    nodes = {**parts, "below": loaded(MODEL), "on_top": apply(["below", 0], positive_only=True)}
+    nodes = {
+        **parts,
+        "below": loaded(MODEL),
+        "on_top": apply_lora(["below", 0], positive_only=True),
+    }
     nodes |= {"above": loaded(["ours", 0])}
     nodes |= guided("base", cfg(["below", 0], ["words", 0]))
     nodes |= guided("after", cfg(["on_top", 0], ["words", 0]))
@@ -209,19 +88,6 @@ def test_stacked_on_a_loaded_lora_and_before_one(comfy, parts):
     assert difference(shown["after"], shown["base"]) > 8
     assert difference(shown["after"], shown["cores"]) <= ROUNDING
     assert difference(shown["before"], shown["after"]) <= ROUNDING
-
-
-def test_under_hypertile(comfy, parts):
-    """It cuts the samples of self-attention into tiles: the batch of those layers grows."""
-    tile = {"tile_size": 32, "swap_size": 1, "max_depth": 2, "scale_depth": False}
-    nodes = {**parts, "plain_m": node("HyperTile", model=MODEL, **tile)}
-    nodes["ours_m"] = node("HyperTile", model=["ours", 0], **tile)
-    nodes |= guided("base", cfg(["plain_m", 0], ["words", 0]))
-    nodes |= guided("ours_p", cfg(["ours_m", 0], ["words", 0]))
-    nodes |= guided("cores", cfg(["plain_m", 0], ["hooked", 0]))
-    shown = comfy.run(nodes).pictures
-    assert difference(shown["ours_p"], shown["base"]) > 8
-    assert difference(shown["ours_p"], shown["cores"]) <= ROUNDING
 
 
 def test_prompts_in_areas(comfy, parts):

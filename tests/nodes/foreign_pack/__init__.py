@@ -2,6 +2,8 @@
 
 import torch
 
+from .model_patches import NODES
+
 
 class HyperLoRA:
     """HyperLoRA's `LORA`: the same kind of dict under another socket name."""
@@ -106,4 +108,5 @@ NODE_CLASS_MAPPINGS = {
     "TestFaceSockets": FaceSockets,
     "TestNoPictures": NoPictures,
     "TestTwoMasks": TwoMasks,
+    **NODES,
 }
