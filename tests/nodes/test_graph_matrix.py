@@ -5,7 +5,6 @@ concept or a style has no such way: where a graph is mathematically the plain on
 models, the picture has to be that of the other; elsewhere the effect has to lead the same way.
 """
 
-import shutil
 from functools import partial
 
 import numpy as np
@@ -250,21 +249,3 @@ def test_an_encoded_photo_in_tiles(comfy, common, face_picture, kind):
     assert max(np.abs(e).max() for e in effects["tiles"]) > VISIBLE
     assert cosine(effects["tiles"], effects["tiled"]) > 0.9
     assert cosine(effects["tiled"], effects["whole"]) > 0.9
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("g++") and not shutil.which("cl"), reason="no C++ compiler")
-def test_cores_torch_compile(comfy, common, drawn):
-    """Compiled after ours and before: the picture of the model that nobody compiled."""
-    kind = "LoRA, timed"
-    made = OURS[kind]()
-    nodes = common | made.nodes
-    nodes["after"] = node("TorchCompileModel", model=["on", 0], backend="inductor")
-    nodes["before"] = node("TorchCompileModel", model=MODEL, backend="inductor")
-    nodes["on it"] = {**nodes["on"], "inputs": nodes["on"]["inputs"] | {"model": ["before", 0]}}
-    nodes |= ksampler("bare", Placed(("before", 0)))
-    nodes |= ksampler("ours", Placed(("after", 0))) | ksampler("late", Placed(("on it", 0)))
-    shown = comfy.run(nodes).pictures
-    plain = drawn(PLAIN, kind)
-    for name, wanted in (("bare", "base"), ("ours", "ours"), ("late", "ours")):
-        assert difference(shown[name], plain[wanted]) <= ROUNDING, name

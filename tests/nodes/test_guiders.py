@@ -4,6 +4,7 @@ A prompt is known by what it is. The reference is core's own hook on a condition
 that prompt alone by patching weights.
 """
 
+import shutil
 from importlib import import_module
 
 import pytest
@@ -157,15 +158,23 @@ def call(model, sigma=5.0):
     )  # fmt: skip
 
 
+COMPILER = pytest.mark.skipif(
+    not shutil.which("g++") and not shutil.which("cl"), reason="no C++ compiler"
+)
+
+
+@pytest.mark.parametrize(
+    "backend", ["eager", pytest.param("inductor", marks=[pytest.mark.slow, COMPILER])]
+)
 @pytest.mark.parametrize("order", ["adapter first", "compiled first"])
 @pytest.mark.parametrize("link", [{"end": 0.6}, {"positive_only": True}])
-def test_a_compiled_model_has_its_adapters(comfyui, pack, unet, order, link):
+def test_a_compiled_model_has_its_adapters(comfyui, pack, unet, backend, order, link):
     """Also where it was compiled and called without them before: another branch, a late start."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
     def compiled(model):
         clone = model.clone()
-        set_torch_compile_wrapper(clone, backend="eager")
+        set_torch_compile_wrapper(clone, backend=backend)
         return clone
 
     wanted, bare = call(with_lora(pack, unet, **link)), call(unet)
