@@ -27,7 +27,7 @@ def _row(name: str, rank: int, rate: float, *others: float) -> StyleRow:
 
 
 ROWS = (
-    replace(_row(EQUAL, 11, 6e-3, 2e-3, 2e-2), late=True),
+    replace(_row(EQUAL, 11, 2e-3, 6e-3, 2e-2), late=True),
     _row(TIMES_4, 45, 2e-3, 6e-3, 2e-2),
     _row(TIMES_16, 180, 2e-3, 6e-4, 6e-3),
 )
