@@ -9,9 +9,9 @@ from __future__ import annotations
 import importlib
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from ..errors import ConfigError, EncoderError
 from .face_folder import find_face_folder
 from .face_providers import ProviderReport, choose_providers
 from .preprocess import as_picture, pad_border, shrink
+from .turns import quarter_turns, turn_box, turn_points
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 # they were trained on; a smaller input or a border makes such a face smaller again.
 DETECTOR_SIZES = (640, 512, 384, 256)
 BORDERS = (0.0, 0.25, 0.5, 1.0)
+TURNS = (1, 3, 2)
+"""Quarter turns of a picture in which no upright face was found; lying on a side comes first."""
 
 LANDMARKS = "landmark_2d_106"
 """insightface's name of the model that finds the outline of a face, and of what it finds."""
@@ -62,6 +65,22 @@ class DetectedFace:
         """Area of the box in square pixels."""
         x1, y1, x2, y2 = (float(value) for value in self.box)
         return max(0.0, x2 - x1) * max(0.0, y2 - y1)
+
+    @property
+    def quarter_turns(self) -> int:
+        """How often `torch.rot90` has to turn the picture for this face to stand upright."""
+        return quarter_turns(self.keypoints, self.area**0.5)
+
+    def turned(self, turns: int, height: int, width: int) -> DetectedFace:
+        """The face in its picture (height, width, 3) after `torch.rot90(picture, turns)`."""
+        where = (turns, height, width)
+        landmarks = self.landmarks
+        return replace(
+            self,
+            box=turn_box(self.box, *where),
+            keypoints=turn_points(self.keypoints, *where),
+            landmarks=None if landmarks is None else turn_points(landmarks, *where),
+        )
 
 
 class FaceEncoder(Protocol):
@@ -217,7 +236,7 @@ class InsightFaceEncoder:
         return Path(str(getattr(models.get("recognition"), "model_file", None) or "")).name
 
     def detect(self, image: Tensor) -> list[DetectedFace]:
-        """All faces of one picture, with retries for faces that fill it.
+        """All faces of one picture, with retries for faces that fill it or do not stand upright.
 
         Args:
             image: (H, W, 3) float32 in [0, 1]; any size, large ones are scaled down.
@@ -229,12 +248,29 @@ class InsightFaceEncoder:
             ImageError: NaN pixels or a wrong shape.
             EncoderError: The analysis has no recogniser or no face points.
         """
+        found = self.detect_as_it_is(image)
+        for turns in () if found else TURNS:
+            turned = torch.rot90(image, turns)
+            found = self.detect_as_it_is(turned, BORDERS[:2])
+            if found:
+                return [face.turned(-turns, *turned.shape[:2]) for face in found]
+        return found
+
+    def detect_as_it_is(
+        self, image: Tensor, borders: Sequence[float] = BORDERS
+    ) -> list[DetectedFace]:
+        """As `detect`, without turning the picture.
+
+        Args:
+            image: (H, W, 3).
+            borders: widths that are tried, as shares of the longer side.
+        """
         picture = as_picture(image)
         if min(picture.shape[:2]) < SHORTEST_SIDE:
             return []
         picture, scale = shrink(picture.cpu(), LONGEST_SIDE)
         pixels = _to_bgr(picture)
-        for border in BORDERS:
+        for border in borders:
             padded, width = pad_border(pixels, border)
             bgr = padded.numpy()
             for size in self._sizes:

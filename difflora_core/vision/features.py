@@ -343,6 +343,8 @@ def _image_region(picture: Tensor, face: DetectedFace, options: FaceOptions, siz
         return resize_square(picture, size)
     if options.image_region == "face_on_grey":
         return resize_square(cut_out(picture, landmarks_of(face)), size)
+    turns = face.quarter_turns
+    face, picture = face.turned(turns, *picture.shape[:2]), picture.rot90(turns)
     height, width = picture.shape[:2]
     square = square_around(face.box, height, width, options.region_factor)
     return resize_square(crop_square(picture, *square), size)
