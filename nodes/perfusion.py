@@ -24,9 +24,9 @@ class TrainPerfusionConcept(io.ComfyNode):
             display_name="Train Perfusion Concept",
             category=CATEGORY,
             description="Teaches the model a new word from one or a few pictures of a thing, an "
-            "animal or a person, and keeps it in models/difflora_concepts (about 170 KB for SDXL). "
-            "Stopping keeps the best so far; queueing again goes on. Without masks the whole "
-            "pictures count.",
+            "animal or a person, and keeps it in models/difflora_concepts (about 175 KiB for "
+            "SDXL). Stopping keeps the best so far; queueing again goes on. Without masks the "
+            "whole pictures count.",
             search_aliases=["perfusion", "textual inversion", "dreambooth", "train concept"],
             inputs=[
                 *training_widgets.picture_sockets(),

@@ -76,7 +76,7 @@ def main() -> int:
 def likeness(judges: Judges, pictures: Tensor, real: Tensor) -> float:
     """Mean cosine of pictures (N, H, W, 3) to the centre of real pictures of the person."""
     size = real.shape[1:3]
-    shown = torch.nn.functional.interpolate(pictures.permute(0, 3, 1, 2), size, mode="nearest")
+    shown = torch.nn.functional.interpolate(pictures.permute(0, 3, 1, 2), size, mode="area")
     centre = judges.embed(real).mean(0)
     found = judges.embed(shown.permute(0, 2, 3, 1))
     return float(torch.cosine_similarity(found, centre[None]).mean())

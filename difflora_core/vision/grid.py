@@ -93,9 +93,8 @@ def _tile(picture: Tensor, width: int, side: int) -> Image.Image:
     height, wide = picture.shape[:2]
     scale = min(side / height, width / wide)
     size = (max(1, round(wide * scale)), max(1, round(height * scale)))
-    method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
     pixels = (picture.detach().cpu().numpy() * 255).round().astype("uint8")
-    return Image.fromarray(pixels).resize(size, method)
+    return Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS)
 
 
 def _shortened(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:

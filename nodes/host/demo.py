@@ -7,6 +7,7 @@ configuration in the metadata. Nothing is registered with ComfyUI's loaders.
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import comfy.sdxl_clip
 import comfy.supported_models
 import comfy.supported_models_base
 import comfy.utils
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...difflora_core.config import parse_json
@@ -29,6 +31,7 @@ from ...difflora_core.demo.networks.stored import REMEDY, check_names
 from ...difflora_core.demo.networks.text import text_config
 from ...difflora_core.errors import CheckpointError
 from ...difflora_core.storage.safetensors_io import read_file
+from .browser import show_here
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 TEXT = {
@@ -55,6 +58,9 @@ PREVIEW_COLOURS = (
 PREVIEW_GREY = (0.201, 0.113, 0.025)
 """What each latent channel adds to red, green and blue in [-1, 1], and what is there without any:
 least squares over drawn portraits, as a test fits it again."""
+
+FAR = 4
+"""Times the demo's own area from which on a picture is too large for it."""
 
 # AutoencoderKL's names in diffusers and in LDM; `up` counts from the other end there.
 VAE_NAMES = (
@@ -176,9 +182,28 @@ def load_demo_unet(
     with fitting(path):
         model.load_model_weights(state, UNET, assign=patcher.is_dynamic())
     check_loaded(model.diffusion_model, names, path)
+    tell = partial(tell_far_size, config.picture_size, config.latent_format)
+    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "difflora_demo_size", tell)
     # Hooks and copies for other devices reload the model from its file.
     patcher.cached_patcher_init = (load_demo_unet, (path, words))
     return patcher
+
+
+def tell_far_size(
+    side: int, latents: Any, executor: Any, noise: Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    """Says on the sampler that a picture is far from the side that the demo learned.
+
+    ComfyUI's default of 512 x 512 takes minutes and shows nothing that anybody learned.
+    """
+    height, width = (latents.spacial_downscale_ratio * length for length in noise.shape[-2:])
+    if height * width > FAR * side**2:
+        show_here(
+            f"The demo learned pictures of {side} x {side}; {width} x {height} takes long and "
+            f"shows nothing it knows. Set Empty Latent Image to {side} x {side}, or to "
+            f"{2 * side} x {side} for two people."
+        )
+    return executor(noise, *args, **kwargs)
 
 
 def load_demo_vae(path: Path) -> comfy.sd.VAE:

@@ -15,12 +15,19 @@ from difflora_core.demo.comfyui.browser import (
 from difflora_core.demo.comfyui.client import ComfyPromptError
 from difflora_core.demo.comfyui.workflow_api import PACK, WorkflowError, workflow_to_prompt
 from difflora_core.demo.workflows.runner import FULL_SIZE, first_picture, read_workflow
+from difflora_core.demo.workflows.shown import complaints, crossings, shown
 
 pytestmark = pytest.mark.skipif(find_chromium() is None, reason=HOW_TO_INSTALL)
 
 WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
 QUICKSTART = PACK / "workflows" / "quickstart_demo.json"
 PERSONALIZE = "DiffLoRA_Personalize"
+FEW = 5
+"""Links through a group's title, of 22 to 48 in a file: where groups stand above each other."""
+HEARD = ["progress_text", "b_preview_with_metadata", "progress_state", "executed"]
+"""Events of the front end: a text on a node, a preview, progress, a result."""
+DRAWN = """() => app.graph.nodes.some(node => node.type === 'DiffLoRA_Personalize'
+    && (node.imgs?.length || node.widgets.some(widget => widget.name === '$$node-text-preview')))"""
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +49,59 @@ def front_end(chromium, comfy, uploaded):
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_workflow_loads_and_converts_as_we_convert_it(front_end, comfy, path):
-    """That it runs, draws its result and runs again the same is `make workflows`."""
+def test_workflow_can_be_read_and_converts_as_we_convert_it(front_end, comfy, path):
+    """It opens with its text drawn, and nothing covers anything.
+
+    That it runs, draws its result and runs again the same is `make workflows`.
+    """
     workflow = read_workflow(path)
     front_end.load(workflow, path.stem, complete=not path.name.startswith(FULL_SIZE))
+    seen = shown(front_end)
+    assert seen["links"] == len(workflow["links"])
+    assert complaints(seen) == []
+    assert crossings(seen) <= FEW
     assert front_end.prompt() == workflow_to_prompt(workflow, comfy.object_info())
     assert front_end.problems == []
+
+
+def test_what_cannot_be_read_is_noticed(front_end):
+    """The checker of looks can fail, in each of its sentences."""
+    workflow = read_workflow(QUICKSTART)
+    nodes = {node["type"]: node for node in workflow["nodes"]}
+    first, last = nodes["LoadImage"], nodes["SaveImage"]
+    first["pos"] = list(nodes["DiffLoRA_LoadDemo"]["pos"])
+    last["pos"][0] += 3000
+    front_end.load(workflow, "spoilt")
+    told = " ".join(complaints(shown(front_end)))
+    for sentence in ("no text is drawn", "covers", "stands in 0 groups"):
+        assert sentence in told
+
+
+def test_second_tab_sees_nothing_of_the_first(chromium, comfy):
+    """Texts, previews and results go to the page that queued, for the prompt that runs."""
+    with FrontEnd(chromium, comfy) as asked, FrontEnd(chromium, comfy) as other:
+        comfy.free()
+        for page in (asked, other):
+            page.load(read_workflow(QUICKSTART), "two tabs")
+            page.page.evaluate(
+                """kinds => {
+                    window.heard = {};
+                    for (const kind of kinds) app.api.addEventListener(
+                        kind, () => { heard[kind] = (heard[kind] ?? 0) + 1; });
+                    return app.extensionManager.setting.set(
+                        'Comfy.Execution.PreviewMethod', 'latent2rgb');
+                }""",
+                HEARD,
+            )
+        asked.queue()
+        heard = asked.page.evaluate("() => heard")
+        assert all(heard.get(kind) for kind in HEARD), heard
+        assert asked.page.evaluate(DRAWN)
+        assert other.page.evaluate("() => heard") == {}
+        assert not other.page.evaluate(DRAWN)
+        asked.page.evaluate(
+            "() => app.extensionManager.setting.set('Comfy.Execution.PreviewMethod', 'default')"
+        )
 
 
 def test_missing_node_and_missing_photo_are_seen(front_end):

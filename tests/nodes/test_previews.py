@@ -62,6 +62,29 @@ def test_sampler_shows_the_picture_on_its_way(comfy):
     assert np.corrcoef(small.ravel(), blocks.ravel())[0, 1] > 0.8
 
 
+@pytest.mark.parametrize(("width", "told"), [(64, False), (128, False), (288, True)])
+def test_a_picture_far_from_the_size_of_the_demo_is_told(comfy, width, told):
+    nodes = {
+        "demo": DEMO,
+        "words": node("CLIPTextEncode", clip=["demo", 1], text="photo of a person"),
+        "empty": node("EmptyLatentImage", width=width, height=64, batch_size=1),
+        "sampler": node(
+            "KSampler", model=["demo", 0], positive=["words", 0], negative=["words", 0],
+            latent_image=["empty", 0], seed=width, steps=1, cfg=1.0, sampler_name="euler",
+            scheduler="normal", denoise=1.0,
+        ),
+        "pixels": node("VAEDecode", samples=["sampler", 0], vae=["demo", 2]),
+        "show": node("PreviewImage", images=["pixels", 0]),
+    }  # fmt: skip
+    shown = []
+    comfy.run(nodes, shown=shown)
+    texts = [item for item in shown if isinstance(item, str)]
+    assert (
+        any(f"sampler: The demo learned pictures of 64 x 64; {width} x 64" in t for t in texts)
+        == told
+    )
+
+
 def extract(images, policy="image_only"):
     return node(
         "DiffLoRA_ExtractFeatures", images=images, clip_vision=["demo", 3],

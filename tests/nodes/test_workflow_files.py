@@ -25,6 +25,9 @@ BROUGHT = (
     "DiffLoRA_LoadLoRAFile",
 )
 
+OWN = BROUGHT[3:4] + BROUGHT[5:]
+"""Loaders of what nobody publishes, but for HyperLoRA."""
+
 
 @pytest.fixture(params=WORKFLOWS, ids=lambda path: path.stem)
 def workflow(request):
@@ -69,7 +72,12 @@ def test_links_and_nodes_agree(workflow):
 
 
 def test_nothing_overlaps_and_groups_hold_their_nodes(workflow):
-    nodes = [(*node["pos"], *node["size"], node["id"]) for node in workflow["nodes"]]
+    """By the file alone; what the front end makes of it is in test_frontend.py."""
+    nodes = [
+        (*node["pos"], node["size"][0], 0 if node["flags"].get("collapsed") else node["size"][1],
+         node["id"])
+        for node in workflow["nodes"]
+    ]  # fmt: skip
     groups = [(*group["bounding"], group["title"]) for group in workflow["groups"]]
     for boxes, title in ((nodes, 30), (groups, 0)):
         for k, (x, y, w, h, one) in enumerate(boxes):
@@ -81,6 +89,54 @@ def test_nothing_overlaps_and_groups_hold_their_nodes(workflow):
             inside = [a <= x and b <= y and x + w <= a + c and y + h <= b + d
                       for a, b, c, d, _ in groups]  # fmt: skip
             assert sum(inside) == 1, number
+
+
+def test_all_of_it_is_readable_in_a_usual_window(workflow):
+    """The front end fits the nodes, and 10 around them, into 3/4 of 1600 x 900; its font is 14."""
+    boxes = []
+    for node in workflow["nodes"]:
+        (x, y), (width, height) = node["pos"], node["size"]
+        boxes.append((x, y - 30, x + width, y + height * (not node["flags"].get("collapsed"))))
+    left, top, right, bottom = (
+        pick(side)
+        for pick, side in zip((min, min, max, max), zip(*boxes, strict=True), strict=True)
+    )
+    zoom = 0.75 * min(1600 / (right - left + 20), 900 / (bottom - top + 20))
+    assert zoom * 14 >= 8
+
+
+def test_pictures_are_shown_once_and_smoothly(workflow):
+    """A grid shows itself; saving it is folded. No mosaics of enlarged pixels."""
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    sources = {link[3]: nodes[link[1]]["type"] for link in workflow["links"]}
+    for node in nodes.values():
+        if node["type"] == "SaveImage" and sources[node["id"]] == "DiffLoRA_CompareGrid":
+            assert node["flags"].get("collapsed")
+        assert "nearest-exact" not in node["widgets_values"]
+
+
+def test_what_nobody_publishes_stands_in_the_title_of_its_group(workflow):
+    for node in workflow["nodes"]:
+        name = str(node["widgets_values"][0]) if node["widgets_values"] else ""
+        if node["type"] not in OWN or "demo" in name:
+            continue
+        x, y = node["pos"]
+        (title,) = [
+            group["title"] for group in workflow["groups"]
+            if 0 <= x - group["bounding"][0] < group["bounding"][2]
+            and 0 <= y - group["bounding"][1] < group["bounding"][3]
+        ]  # fmt: skip
+        assert re.search(": (train|teach|bring|download) .* first$", title)
+
+
+def test_a_note_for_sdxl_does_not_speak_of_the_demo(workflow):
+    (note,) = [node for node in workflow["nodes"] if node["type"] == "MarkdownNote"]
+    text = note["widgets_values"][0].lower()
+    if any(node["type"] == "CheckpointLoaderSimple" for node in workflow["nodes"]):
+        assert "demo" not in text
+    if any(node["type"] == "DiffLoRA_TrainPerfusionConcept" for node in workflow["nodes"]):
+        sdxl = any(node["type"] == "CheckpointLoaderSimple" for node in workflow["nodes"])
+        assert ("about 175 kib" if sdxl else "of 4 kib") in text
 
 
 def test_a_note_says_what_to_change(workflow):
@@ -102,7 +158,10 @@ def test_full_size_workflows_name_their_files(workflow):
 
 
 def test_full_size_notes_begin_with_what_the_artist_must_bring(workflow):
-    """Every file that a loader names, where it lies and where it comes from, and no other."""
+    """Every file that a loader names, where it lies and where it comes from, and no other.
+
+    First what nobody publishes.
+    """
     (note,) = [node for node in workflow["nodes"] if node["type"] == "MarkdownNote"]
     _, first, *rest = note["widgets_values"][0].split("\n")
     loaded = {
@@ -110,16 +169,19 @@ def test_full_size_notes_begin_with_what_the_artist_must_bring(workflow):
         for node in workflow["nodes"]
         if node["type"] in BROUGHT and "demo" not in str(node["widgets_values"][0])
     }
-    assert (first == "**Bring these files first**") == bool(loaded)
+    assert first.startswith("**Bring first** `models/") == bool(loaded)
     if loaded:
-        lines = rest[: rest.index("")]
+        lines = [first, *rest[: rest.index("")]]
         assert len(lines) == len(loaded)
         for name in loaded:
             (line,) = [line for line in lines if f"/{name}" in line.split("`")[1]]
-            assert line.startswith("- `models/")
+            assert line == first or line.startswith("- `models/")
             assert re.search(
                 r"from https://|workflow \*sdxl_|that you have|has to be trained", line
             )
+    own = [str(n["widgets_values"][0]) for n in workflow["nodes"] if n["type"] in OWN]
+    if loaded and own:
+        assert any(name.split("/")[-1] in first for name in own)
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,8 @@ SWITCHES = (
     "--disable-component-update",
     "--disable-sync",
 )
-WINDOW = (2560, 1440)
-"""Large enough that a whole workflow is drawn with its titles and widgets."""
+WINDOW = (1600, 900)
+"""A usual one."""
 HOST_NOISE = (
     "Failed to load resource",
     "ComfyApp graph accessed before initialization",
@@ -52,6 +52,14 @@ FAULTY = """complete => app.graph.nodes
     .filter(node => complete && node.has_errors
         || !(node.type in LiteGraph.registered_node_types))
     .map(node => node.type)"""
+FIT = """() => {
+    const boxes = app.graph.nodes.map(node => node.boundingRect);
+    const low = [0, 1].map(axis => Math.min(...boxes.map(box => box[axis])) - 10);
+    const high = [0, 1].map(axis => Math.max(...boxes.map(box => box[axis] + box[axis + 2])) + 10);
+    app.canvas.ds.fitToBounds([...low, high[0] - low[0], high[1] - low[1]]);
+    app.canvas.setDirty(true, true);
+}"""
+"""As a template opens: the nodes, and 10 around them, in three quarters of the window."""
 SHOWN = """() => app.graph.nodes.every(node => {
     const images = app.nodeOutputs[node.id]?.images ?? [];
     return node.imgs?.length >= images.length || images.length === 0;
@@ -175,8 +183,7 @@ class FrontEnd:
         loaded, saved = self.page.evaluate("() => app.graph.nodes.length"), len(workflow["nodes"])
         if loaded != saved:
             raise BrowserError(f"The front end shows {loaded} of {saved} nodes.")
-        fit = "() => app.extensionManager.command.execute('Comfy.Canvas.FitView')"
-        self.page.evaluate(fit)
+        self.page.evaluate(FIT)
 
     def find_template(self, pack: str, name: str) -> None:
         """Waits until a template of a pack is shown in the template browser of a first visit."""

@@ -1,8 +1,7 @@
 """Writes workflow files in the form the front end saves (schema 0.4) from a short description.
 
 Sockets, widgets and their order come from ComfyUI's /object_info, so a file can only be built when
-every node, input and output it names exists. Nodes stand in columns; every group is a row of
-columns, and the groups follow each other from left to right or one below the other.
+every node, input and output it names exists. Where they stand is layout.py's.
 """
 
 from __future__ import annotations
@@ -14,32 +13,44 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..comfyui.workflow_api import WIDGET_TYPES, WorkflowError, schema_inputs
+from .layout import COLUMN, Group, arrange
 
 Info = Mapping[str, Any]
 
-GAP, TITLE, TOP = 40, 30, 50
-"""Pixels between nodes, of a node's title, and of a group's."""
-COLUMN, GRID_COLUMN = 300, 560
-"""Widths of a column of nodes, and of one that shows a grid of pictures."""
 MATCHES = "COMFY_MATCHTYPE_V3"
 GROUP_COLOURS = ("#3f789e", "#3f9e56", "#8a5ba8", "#88885b", "#a1693b")
 OURS = {"color": "#232", "bgcolor": "#353"}
-SHOWS_PICTURES = {
-    "LoadImage": 240,
-    "SaveImage": 320,
-    "PreviewImage": 300,
-    "DiffLoRA_CompareGrid": 260,
-    "DiffLoRA_CompareIdentities": 330,
-    "DiffLoRA_Personalize": 280,
-    "DiffLoRA_ExtractFeatures": 280,
-    "DiffLoRA_MixFeatures": 230,
-    "DiffLoRA_PickFromLibrary": 230,
-    "DiffLoRA_ListLibrary": 230,
-    "DiffLoRA_AddToLibrary": 90,
-    "DiffLoRA_EncodeLoRA": 100,
-    "DiffLoRA_StyleRouter": 420,
+SOCKET, WIDGET, TEXT_BOX, EDGE = 20, 24, 74, 14
+"""Heights of a row of sockets, a widget, a box of text, and what a node has around them."""
+PICTURE, REPORT = 224, 64
+"""The least that the front end gives a picture and a text on a node."""
+SHOWS = {
+    "LoadImage": PICTURE,
+    "LoadImageMask": PICTURE,
+    "SaveImage": PICTURE,
+    "PreviewImage": PICTURE,
+    "PreviewAny": 200,
+    "DiffLoRA_CompareGrid": PICTURE,
+    "DiffLoRA_CompareIdentities": 260,
+    "DiffLoRA_Personalize": PICTURE + REPORT,
+    "DiffLoRA_ExtractFeatures": PICTURE + REPORT,
+    "DiffLoRA_MixFeatures": PICTURE,
+    "DiffLoRA_PickFromLibrary": PICTURE,
+    "DiffLoRA_ListLibrary": PICTURE,
+    "DiffLoRA_AddToLibrary": REPORT,
+    "DiffLoRA_EncodeLoRA": REPORT,
+    "DiffLoRA_StyleRouter": 236,
+    "DiffLoRA_TrainLoRA": PICTURE + REPORT,
+    "DiffLoRA_TrainPerfusionConcept": PICTURE + REPORT,
+    "DiffLoRA_TrainStyleInject": PICTURE + REPORT,
+    "DiffLoRA_TrainPaRa": PICTURE + REPORT,
 }
-"""Height that a node's picture or answer takes; the front end gives a picture 220 at least."""
+"""Height of the pictures and texts that a node shows when it has run, or while it runs."""
+FOLDED = {
+    *("VAEDecode", "VAEEncode", "RebatchImages", "SetLatentNoiseMask", "SetHookKeyframes"),
+    *("SolidMask", "ImageScaleBy"),
+}
+"""Nodes that nobody has to set: their titles alone are shown."""
 
 
 @dataclass(frozen=True)
@@ -76,58 +87,32 @@ class Graph:
         self.name, self.info, self.version = name, info, version
         self.nodes: list[dict[str, Any]] = []
         self.links: list[list[Any]] = []
-        self.groups: list[dict[str, Any]] = []
-        self._left, self._right, self._bottom = 40, 40, 0
-        self._cursor: dict[int, int] = {}
-        self._width = COLUMN
+        self.groups: list[Group] = []
+        self._note: dict[str, Any] | None = None
 
-    def note(self, text: str, width: int = 400) -> None:
+    def note(self, text: str) -> None:
         """The note at the far left that says what this is and what to change."""
-        self._append(
-            {"type": "MarkdownNote", "title": "Read me", "pos": [40, 40 + TITLE]},
-            {"size": _note_size(text, width), "properties": {}, "widgets_values": [text]},
+        self._note = self._append(
+            {"type": "MarkdownNote", "title": "Read me", "pos": [0, 0], "size": [0, 0]},
+            {"properties": {}, "widgets_values": [text]},
         )
-        self._left = self._right = 40 + width + GAP
 
     def note_first(self, text: str) -> None:
         """Put text into the note, directly below its title."""
         note = self.nodes[0]
         title, _, rest = note["widgets_values"][0].partition("\n")
-        whole = f"{title}\n{text}\n\n{rest}"
-        note["widgets_values"] = [whole]
-        note["size"] = _note_size(whole, note["size"][0])
+        note["widgets_values"] = [f"{title}\n{text}\n\n{rest}"]
 
     @contextmanager
-    def group(self, title: str, below: bool = False, width: int = COLUMN) -> Iterator[None]:
+    def group(self, title: str, wide: bool = False) -> Iterator[None]:
         """What is added inside stands in a box of its own.
 
         Args:
             title: of the box, in the artist's words.
-            below: under the group before instead of right of it.
-            width: of its columns.
+            wide: its nodes show a row of pictures.
         """
-        first = len(self.nodes)
-        left = self._left if below else self._right
-        top = self._bottom + GAP if below else 0
-        self._left, self._width = left, width
-        self._cursor, self._start = {}, top + TOP + TITLE
+        self.groups.append(Group(title, wide))
         yield
-        added = self.nodes[first:]
-        right = max(n["pos"][0] + n["size"][0] for n in added) + GAP // 2
-        bottom = max(n["pos"][1] + n["size"][1] for n in added) + GAP // 2
-        self._right = max(self._right, right + GAP)
-        self._bottom = bottom
-        colour = GROUP_COLOURS[len(self.groups) % len(GROUP_COLOURS)]
-        self.groups.append(
-            {
-                "id": len(self.groups) + 1,
-                "title": title,
-                "bounding": [left, top, right - left, bottom - top],
-                "color": colour,
-                "font_size": 24,
-                "flags": {},
-            }
-        )
 
     def add(
         self,
@@ -137,15 +122,17 @@ class Graph:
         *,
         title: str = "",
         models: Sequence[Mapping[str, str]] = (),
+        folded: bool = False,
         **inputs: Any,
     ) -> Node:
-        """Add a node under the ones that stand in the column already.
+        """Add a node to the group.
 
         Args:
             kind: node type.
-            column: within the group, from 0.
+            column: nodes of a lower column stand before those of a higher one.
             title: shown instead of the node's own name.
             models: files it needs: name, url and directory each.
+            folded: show its title alone, as of the kinds in FOLDED.
             inputs: outputs to link, lists of outputs for growing inputs, and widget values.
 
         Raises:
@@ -165,22 +152,28 @@ class Graph:
         if models:
             properties["models"] = [dict(model) for model in models]
         outputs = _outputs(schema, sockets)
-        height = 20 + 20 * max(len(sockets), len(outputs)) + self._widget_height(schema)
-        height += SHOWS_PICTURES.get(kind, 0)
         entry = {
             "type": kind,
-            "pos": self._place(column, height),
-            "size": [self._width, height],
+            "pos": [0, 0],
+            "size": [COLUMN, _height(kind, schema, sockets, outputs)],
+            "flags": {"collapsed": True} if folded or kind in FOLDED else {},
             "inputs": sockets,
             "outputs": outputs,
             "properties": properties,
             "widgets_values": widgets,
         }
         rest = {"title": title} if title else {}
-        return Node(self._append(entry, rest | (OURS if ours else {})))
+        made = self._append(entry, rest | (OURS if ours else {}))
+        self.groups[-1].nodes.append((column, made))
+        return Node(made)
 
     def build(self) -> dict[str, Any]:
-        """The content of the file."""
+        """The content of the file.
+
+        Raises:
+            WorkflowError: too many nodes to be opened readable.
+        """
+        boxes = arrange(self._note, self.groups, self.links)
         return {
             "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"difflora/{self.name}")),
             "revision": 0,
@@ -188,9 +181,19 @@ class Graph:
             "last_link_id": len(self.links),
             "nodes": self.nodes,
             "links": self.links,
-            "groups": self.groups,
+            "groups": [
+                {
+                    "id": number + 1,
+                    "title": group.title,
+                    "bounding": list(box),
+                    "color": GROUP_COLOURS[number % len(GROUP_COLOURS)],
+                    "font_size": 24,
+                    "flags": {},
+                }
+                for number, (group, box) in enumerate(zip(self.groups, boxes, strict=True))
+            ],
             "config": {},
-            "extra": {"ds": {"scale": 0.7, "offset": [40, 60]}},
+            "extra": {"ds": {"scale": 0.6, "offset": [120, 160]}},
             "version": 0.4,
         }
 
@@ -200,12 +203,6 @@ class Graph:
         made = {**plain, "inputs": [], "outputs": [], **entry, **rest}
         self.nodes.append(made)
         return made
-
-    def _place(self, column: int, height: int) -> list[int]:
-        x = self._left + GAP // 2 + column * (self._width + GAP)
-        y = self._cursor.get(column, self._start)
-        self._cursor[column] = y + height + TITLE + GAP // 2
-        return [x, y]
 
     def _inputs(
         self, number: int, kind: str, schema: Info, given: dict[str, Any]
@@ -252,19 +249,22 @@ class Graph:
             raise WorkflowError(f"{name} of node {number} needs a link, got {source!r}.")
         sockets.append({"name": name, "type": kind, "link": link})
 
-    def _widget_height(self, schema: Info) -> int:
-        height = 0
-        for name, kind, options in schema_inputs(schema):
-            if kind in WIDGET_TYPES and not options.get("forceInput"):
-                height += 100 if options.get("multiline") else 26
-                height += 26 * (name in ("seed", "noise_seed"))
-        return height
 
-
-def _note_size(text: str, width: int) -> list[int]:
-    """A note as high as its text."""
-    lines = sum(1 + len(line) // (width // 6) for line in text.splitlines())
-    return [width, 60 + 14 * lines]
+def _height(
+    kind: str,
+    schema: Info,
+    sockets: Sequence[Mapping[str, Any]],
+    outputs: Sequence[Mapping[str, Any]],
+) -> int:
+    """Height of a node with what it shows when it has run."""
+    rows = sum("widget" not in socket for socket in sockets)
+    height = EDGE + SHOWS.get(kind, 0)
+    for name, type_name, options in schema_inputs(schema):
+        rows += type_name.startswith("COMFY_AUTOGROW")  # the empty one
+        if type_name in WIDGET_TYPES and not options.get("forceInput"):
+            height += TEXT_BOX if options.get("multiline") else WIDGET
+            height += WIDGET * (name in ("seed", "noise_seed") or "image_upload" in options)
+    return height + SOCKET * max(rows, len(outputs))
 
 
 def _outputs(schema: Info, sockets: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -49,7 +49,7 @@ def teach_concept(graph: Graph, target: Target) -> None:
             reach=target.pick(0, -1),
             guidance=target.pick(1.5, 1.0),
         )
-        add("PreviewAny", 1, title="What was kept", source=trained["report"])
+        add("PreviewAny", 0, title="What was kept", source=trained["report"])
     with graph.group("3 The word in a prompt"):
         apply = _apply_concept(builder, builder.model, trained["concept"], 0)
         builder.clip = trained["CLIP"]
@@ -82,7 +82,7 @@ def one_concept(graph: Graph, target: Target) -> None:
         for k, bias in enumerate(BIASES):
             model = _apply_concept(builder, builder.model, concept, k % 2, bias=bias)
             drawn.append(builder.draw(k % 2, f"Bias {bias:g}", model, prompts, canvas, 5))
-    with graph.group("4 Compare", width=640):
+    with graph.group("4 Compare", wide=True):
         labels = ("a hat", *(f"bias {bias:g}" for bias in BIASES))
         save_grid(builder, builder.grid(0, builder.batch(0, drawn), labels, 4), "one_concept")
 
@@ -141,7 +141,7 @@ def concept_person(graph: Graph, target: Target) -> None:
                 ("Both", model),
             )
         ]
-    with graph.group("4 Compare", width=640):
+    with graph.group("4 Compare", wide=True):
         labels = ("photo", "the word alone", "the person alone", "both")
         everything = builder.batch(0, [photo, *drawn])
         save_grid(builder, builder.grid(0, everything, labels, 4), "concept_person")
@@ -154,7 +154,14 @@ def _training_photos(builder: WorkflowBuilder) -> tuple[Out, Out]:
         photos = [builder.photo(photo_name(k), f"Picture {k + 1}") for k in numbers]
         files = [photo_name(k, True) for k in numbers]
         masks = [
-            add("LoadImageMask", 1, title=f"Where it is, {k + 1}", image=file, channel="red")
+            add(
+                "LoadImageMask",
+                1,
+                title=f"Where it is, {k + 1}",
+                folded=True,
+                image=file,
+                channel="red",
+            )
             for k, file in enumerate(files)
         ]
         places = [mask["MASK"] for mask in masks]

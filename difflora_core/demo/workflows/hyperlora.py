@@ -55,6 +55,6 @@ def hyperlora_portrait(graph: Graph, target: Target) -> None:
         canvas = builder.canvas(0, batch=2)
         pictures = builder.draw(1, "With the LoRA", model, prompts, canvas, 7)
         builder.save(2, pictures, "hyperlora_portrait", "The person")
-    with graph.group("The untouched base beside it", below=True):
+    with graph.group("The untouched base beside it"):
         plain = builder.draw(0, "Without it, same seed", builder.model, prompts, canvas, 7)
         builder.save(1, plain, "base", "The base model alone")

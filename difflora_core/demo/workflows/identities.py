@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .builder import GRID_COLUMN, Graph, Out
+from .builder import Graph, Out
 from .notes import NOTES
 from .people import PERSON, SECOND, save_grid
 from .targets import Target, WorkflowBuilder
@@ -25,7 +25,7 @@ def blend(graph: Graph, target: Target) -> None:
         canvas = builder.canvas(1)
     with graph.group("2 Two identities"):
         latents = [
-            builder.latent(photo, f"person {name}", (0, 1, 1))["DIFFLORA_LATENT"]
+            builder.latent(photo, f"person {name}", folded=True)["DIFFLORA_LATENT"]
             for photo, name in zip(photos, "AB", strict=True)
         ]
     with graph.group("3 Half and half"):
@@ -50,7 +50,7 @@ def blend(graph: Graph, target: Target) -> None:
             steps=5,
         )["DIFFLORA_LATENT"]
         steps = _everybody(builder, way, prompts, canvas)
-    with graph.group("5 The way", width=GRID_COLUMN):
+    with graph.group("5 The way", wide=True):
         labels = ("A", "3/4 A", "half", "3/4 B", "B")
         save_grid(builder, builder.grid(0, steps, labels, 5), "from_a_to_b")
 
@@ -81,7 +81,7 @@ def invented(graph: Graph, target: Target) -> None:
     )
     with graph.group("2 Four scenes"):
         pictures = _scenes(builder, scenes, [model])[0]
-    with graph.group("3 The same person", width=GRID_COLUMN):
+    with graph.group("3 The same person", wide=True):
         labels = ("scene 1", "scene 2", "scene 3", "scene 4")
         save_grid(builder, builder.grid(0, pictures, labels, 4), "invented")
 
@@ -130,7 +130,7 @@ def fade_in(graph: Graph, target: Target) -> None:
             ),
             builder.draw(1, "All the time", model, prompts, canvas),
         ]
-    with graph.group("4 Compare", width=GRID_COLUMN):
+    with graph.group("4 Compare", wide=True):
         variants, labels = builder.batch(0, drawn), ("without", "fading in", "all the time")
         save_grid(builder, builder.grid(0, variants, labels, 3, reference=photo), "fade_in")
 
@@ -175,8 +175,8 @@ def pose(graph: Graph, target: Target) -> None:
         free = builder.draw(0, "Without the pose", model, prompts, canvas)
         controlled = (steered["positive"], steered["negative"])
         drawn = builder.draw(1, "In that pose", model, controlled, canvas)
-        builder.save(1, drawn, "pose", "The person in that pose")
-    with graph.group("4 Compare", width=GRID_COLUMN):
+        builder.save(1, drawn, "pose", "Keep the picture", folded=True)
+    with graph.group("4 Compare", wide=True):
         pictures = builder.batch(0, [points, free, drawn])
         labels = ("its points", "free", "in that pose")
         grid = builder.grid(0, pictures, labels, 3, reference=posed)
@@ -208,7 +208,7 @@ def prompt_grid(graph: Graph, target: Target) -> None:
     )
     with graph.group("3 The prompts"):
         rows = _scenes(builder, texts, [builder.model, model])
-    with graph.group("4 Compare", width=GRID_COLUMN):
+    with graph.group("4 Compare", wide=True):
         pictures = builder.batch(0, rows)
         labels = ["base: prompt 1", *(f"prompt {k}" for k in (2, 3, 4))]
         labels += ["person: prompt 1", *(f"prompt {k}" for k in (2, 3, 4))]
@@ -247,6 +247,7 @@ def _everybody(
         "DiffLoRA_DecodeLoRA",
         0,
         title="A LoRA for every step",
+        folded=True,
         difflora_model=builder.difflora,
         lora_latent=latents,
         base_model=builder.model,

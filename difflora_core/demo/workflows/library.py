@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .builder import GRID_COLUMN, Graph
+from .builder import Graph
 from .notes import NOTES
 from .people import PERSON, SECOND, save_grid
 from .targets import Target, WorkflowBuilder
@@ -21,10 +21,10 @@ def library(graph: Graph, target: Target) -> None:
     with graph.group("2 Add two people"):
         shelf = None
         for (name, _), photo in zip(people, photos, strict=True):
-            latent = builder.latent(photo, name, (0, 1, 2))
+            latent = builder.latent(photo, name, folded=True)
             kept = add(
                 "DiffLoRA_AddToLibrary",
-                2,
+                0,
                 title=f"Keep {name}",
                 difflora_model=builder.difflora,
                 identity=latent["DIFFLORA_LATENT"],
@@ -84,6 +84,6 @@ def compress_lora(graph: Graph, target: Target) -> None:
             builder.draw(1, title, model, prompts, canvas, 7)
             for title, model in zip(titles, models, strict=True)
         ]
-    with graph.group("4 Compare", width=GRID_COLUMN):
+    with graph.group("4 Compare", wide=True):
         labels = ("without", "old LoRA", "came back")
         save_grid(builder, builder.grid(0, builder.batch(0, drawn), labels, 3), "compressed_lora")

@@ -25,7 +25,16 @@ SDXL_FILES = {
     ),
 }
 """Folder to file name and address of what others publish."""
-_FACES = "https://github.com/deepinsight/insightface/tree/master/model_zoo"
+_FACES = "https://github.com/deepinsight/insightface/releases/download/v0.7"
+HYPER = "hyper_lora/"
+"""The names of HyperLoRA's variants begin so."""
+_OWN_FILES = {
+    "DiffLoRA_LoadModel": "train",
+    "DiffLoRA_LoadConcept": "teach",
+    "DiffLoRA_LoadStyle": "train",
+    "DiffLoRA_LoadLoRAFile": "bring",
+}
+"""Loaders of what is the artist's own, and how one comes by it."""
 _OWN_PICTURES = (
     "Put your own picture into every **Load Image**; the drawn ones only hold the place."
 )
@@ -34,18 +43,35 @@ _OWN_PICTURES = (
 def files_to_bring(nodes: Sequence[Mapping[str, Any]]) -> str:
     """The part of a note (Markdown) that names the files of a graph's loaders.
 
+    What nobody publishes comes first: without it the other files are of no use.
+
     Args:
         nodes: of a workflow file.
     """
-    lines = ["**Bring these files first**"]
-    for node in nodes:
-        says = _LOADERS.get(node["type"])
-        line = f"- {says(str(node['widgets_values'][0]))}" if says else ""
-        if line and line not in lines:
-            lines.append(line)
+    ordered = sorted(nodes, key=lambda node: node["type"] not in _OWN_FILES)
+    says = [_LOADERS[n["type"]](_file(n)) for n in ordered if n["type"] in _LOADERS]
+    first, *others = dict.fromkeys(says)
+    lines = [f"**Bring first** {first}", *(f"- {line}" for line in others)]
     if any(node["type"] == "LoadImage" for node in nodes):
         lines += ["", _OWN_PICTURES]
     return "\n".join(lines)
+
+
+def what_is_missing(nodes: Sequence[Mapping[str, Any]]) -> str:
+    """A few words for a group's title: what its nodes load and nobody publishes; or nothing."""
+    for kind, verb in _OWN_FILES.items():
+        names = [_file(node) for node in nodes if node["type"] == kind]
+        if any(name.startswith(HYPER) for name in names):
+            return "download HyperLoRA first"
+        if names:
+            names = [name.removesuffix(".safetensors") for name in names]
+            return f"{verb} {' and '.join(names)} first"
+    return ""
+
+
+def _file(node: Mapping[str, Any]) -> str:
+    """What a loader loads."""
+    return str(node["widgets_values"][0])
 
 
 def _published(folder: str, remark: str) -> Callable[[str], str]:
@@ -60,15 +86,14 @@ def _published(folder: str, remark: str) -> Callable[[str], str]:
 
 
 def _identity_model(name: str) -> str:
-    folder, _, variant = name.partition("/")
-    if folder == "hyper_lora":
+    if name.startswith(HYPER):
         return (
-            f"`models/hyper_lora/hyper_lora/{variant}/`: the four files as they are published "
+            f"`models/hyper_lora/{name}/`: the four files as they are published "
             f"(3 GB), from {_HUB}/bytedance-research/HyperLoRA"
         )
     return (
-        f"`models/difflora/{name}`: a DiffLoRA model for SDXL. None is published with this pack "
-        "yet; it has to be trained (README, For trainers)"
+        f"`models/difflora/{name}`: a DiffLoRA model for SDXL. None is published yet; it has to be "
+        "trained (README, For trainers). Public weights are in *sdxl_hyperlora_portrait*"
     )
 
 
@@ -78,7 +103,7 @@ _LOADERS: dict[str, Callable[[str], str]] = {
     "ControlNetLoader": _published("controlnet", ""),
     "DiffLoRA_LoadFaceAnalysis": lambda name: (
         f"`models/insightface/models/{name}/`: its .onnx files, `2d106det.onnx` too (weights for "
-        f"non-commercial research), from {_FACES}"
+        f"non-commercial research), unpacked from {_FACES}/{name}.zip"
     ),
     "DiffLoRA_LoadModel": _identity_model,
     "DiffLoRA_LoadConcept": lambda name: (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .builder import GRID_COLUMN, Graph, Out
+from .builder import Graph, Out
 from .notes import NOTES
 from .targets import Target, WorkflowBuilder
 
@@ -37,7 +37,7 @@ def quickstart(graph: Graph, target: Target) -> None:
         canvas = builder.canvas(0, batch=4)
         pictures = builder.draw(1, "With the LoRA", model, prompts, canvas, 7)
         builder.save(2, pictures, "personalized", "The person")
-    with graph.group("The untouched base beside it", below=True):
+    with graph.group("The untouched base beside it"):
         plain = builder.draw(0, "Without it, same seed", builder.model, prompts, canvas, 7)
         builder.save(1, plain, "base", "The base model alone")
 
@@ -61,7 +61,7 @@ def portrait(graph: Graph, target: Target) -> None:
         )
         pictures = builder.draw(1, "Draw", apply["MODEL"], prompts, builder.canvas(1, batch=2))
         builder.save(2, pictures, "portrait")
-    with graph.group("4 How alike?", width=GRID_COLUMN):
+    with graph.group("4 How alike?", wide=True):
         add(
             "DiffLoRA_CompareIdentities",
             0,
@@ -95,7 +95,7 @@ def several_photos(graph: Graph, target: Target) -> None:
         for lora, title in zip(loras, ("one photo", "all photos"), strict=True):
             model = builder.apply_lora(lora, 1)
             drawn.append(builder.draw(1, f"From {title}", model, prompts, canvas))
-    with graph.group("4 Compare", width=GRID_COLUMN):
+    with graph.group("4 Compare", wide=True):
         labels = ("one photo", "one photo", "all photos", "all photos")
         grid = builder.grid(0, builder.batch(0, drawn), labels, 4, reference=first)
         save_grid(builder, grid, "several_photos")
@@ -126,7 +126,7 @@ def two_people(graph: Graph, target: Target) -> None:
         canvas = builder.canvas(0, wide=2)
         picture = builder.draw(0, "Each in a mask", builder.model, placed, canvas)
         builder.save(1, picture, "two_people", "Two people")
-    with graph.group("Without masks, same seed", below=True):
+    with graph.group("Without masks, same seed"):
         model = builder.apply_lora(loras[0], 0, 0.7, "Left person on the whole picture")
         add = graph.add
         both = add(
@@ -174,7 +174,7 @@ def edit_face(graph: Graph, target: Target) -> None:
         masked = add("SetLatentNoiseMask", 1, samples=encoded, mask=mask["MASK"])["LATENT"]
         new = builder.draw(2, "Draw the face", model, prompts, masked, denoise=0.9)
         builder.save(3, new, "new_face", "New face, old picture")
-    with graph.group("4 The whole picture", below=True):
+    with graph.group("4 The whole picture"):
         again = builder.draw(0, "Draw it all again", model, prompts, encoded, denoise=0.7)
         builder.save(1, again, "image_to_image", "Image to image")
 
@@ -236,4 +236,7 @@ def _in_masks(
 
 def save_grid(builder: WorkflowBuilder, grid: Out, name: str) -> None:
     """Keep a comparison grid."""
-    builder.graph.add("SaveImage", 0, images=grid, filename_prefix=f"DiffLoRA/{name}")
+    prefix = f"DiffLoRA/{name}"
+    builder.graph.add(
+        "SaveImage", 0, title="Keep the grid", folded=True, images=grid, filename_prefix=prefix
+    )

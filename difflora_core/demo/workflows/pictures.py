@@ -131,11 +131,8 @@ def _place(
     if not what:
         return Image.new("RGB", (SIDE, SIDE), "white")
     picture = Image.open(WORKFLOWS / what) if isinstance(what, str) else saved[what]
-    # What the demo draws is 64 pixels high and saved enlarged pixel by pixel.
-    small = picture.convert("RGB").resize(
-        (64 * picture.width // picture.height, 64), Image.Resampling.NEAREST
-    )
-    return small.resize((SIDE * small.width // 64, SIDE), Image.Resampling.BICUBIC)
+    size = (SIDE * picture.width // picture.height, SIDE)
+    return picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
 
 
 def main() -> int:

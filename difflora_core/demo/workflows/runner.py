@@ -14,6 +14,7 @@ from ..comfyui.browser import Chromium, FrontEnd
 from ..comfyui.client import PromptResult
 from ..comfyui.server import ComfyServer
 from ..comfyui.workflow_api import PACK, WorkflowError, workflow_to_prompt
+from .shown import complaints, shown
 
 OUTPUT = PACK / "output" / "workflows"
 FULL_SIZE = "sdxl_"
@@ -35,7 +36,8 @@ def run_workflow(server: ComfyServer, path: Path) -> PromptResult:
 def check_workflow(server: ComfyServer, front_end: FrontEnd, path: Path) -> str:
     """One workflow file as its artist meets it: loaded, queued, looked at, queued again.
 
-    The front end's own conversion must equal ours, and both runs must give the same pixels: the
+    Nothing may cover anything, before the run and with its pictures (see shown.py). The front end's
+    own conversion must equal ours, and both runs must give the same pixels: the
     first queued by a click, the second through /prompt with nothing cached. A full-size workflow is
     loaded and converted only.
 
@@ -49,23 +51,31 @@ def check_workflow(server: ComfyServer, front_end: FrontEnd, path: Path) -> str:
     full_size = path.name.startswith(FULL_SIZE)
     server.client.free()  # or a node that the workflow before has run as well would show nothing
     front_end.load(workflow, path.stem, complete=not full_size)
+    _check_looks(front_end)
     prompt = workflow_to_prompt(workflow, server.client.object_info())
     if front_end.prompt() != prompt:
         raise WorkflowError("The front end converts it to another prompt than we do.")
     if not full_size:
         begun = server.cpu_seconds()
-        shown = front_end.queue()
+        result = front_end.queue()
         taken = server.cpu_seconds() - begun
+        _check_looks(front_end)
     front_end.screenshot(OUTPUT / f"{path.stem}.png")
     if front_end.problems:
         raise WorkflowError("The page complains: " + "; ".join(front_end.problems))
     if full_size:
         return "loads and converts; not run, it needs model files that do not come with the pack"
-    compare(shown, server.client.run_fresh(prompt))
+    compare(result, server.client.run_fresh(prompt))
     return (
-        f"{shown.seconds:.1f} s in the front end, {taken:.1f} s of processor time, the same pixels "
-        "twice"
+        f"{result.seconds:.1f} s in the front end, {taken:.1f} s of processor time, the same "
+        "pixels twice"
     )
+
+
+def _check_looks(front_end: FrontEnd) -> None:
+    found = complaints(shown(front_end))
+    if found:
+        raise WorkflowError(" ".join(found))
 
 
 def first_picture(server: ComfyServer, chromium: Chromium) -> tuple[PromptResult, float, float]:

@@ -34,7 +34,7 @@ no prompt says. It is kept in `models/difflora_styles`.
 six.
 - **prompts**: one line for each picture, in their order; what a line says is not learned.
 - **styles**: 1 for one artist, more for a collection; **rank**: higher is more faithful.
-- **steps**: the demo takes few, to be done in a minute; 500 to 2000 are usual. Stopping keeps \
+- **steps**: {demo: few here, to be done in a minute; }500 to 2000 are usual. Stopping keeps \
 the best so far.""",
     "para_style": """
 ## Take a style out of the model
@@ -44,8 +44,8 @@ draws like the given pictures. It suits looks of few colours and tones.
 - **Your pictures**: connect them to *All pictures*, which grows. Three to ten are enough.
 - **rank**: directions taken out of every layer. Higher: more faithful; lower: more room for the \
 prompt.
-- **bound** keeps all PaRa of a model from taking too much. SDXL: 0.025; the narrow demo needs \
-more.
+- **bound** keeps all PaRa of a model from taking too much. {demo: The narrow demo needs \
+much; SDXL takes 0.025.}{sdxl: 0.025 is usual.}
 - **strength**: 0.5 takes half of it out, below 0 makes more of what 1 takes out.
 - **With a LoRA** it goes first wherever its node stands, and the LoRA stays whole.""",
 }

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..world.shipped_styles import EXAMPLE_PHOTOS, SHIPPED, photo_name, style_pictures
-from .builder import GRID_COLUMN, Graph, Node, Out
+from .builder import Graph, Node, Out
 from .identities import POSE
 from .people import PERSON, save_grid
 from .style_notes import STYLE_NOTES
 from .targets import Target, WorkflowBuilder
 
 SEED = 10
-STRENGTHS = (0.0, 0.5, 1.0, -0.4)
+STRENGTHS = (0.5, -0.4)
+"""Beside none, and 1."""
 SCENE = (
     "photo of a person, smiling, green background, red shirt",
     "portrait of a woman smiling, red coat, green park",
@@ -20,10 +22,6 @@ SCENE = (
 PERSON_SCENE = (
     "photo of a person, smiling, blue background, purple shirt",
     "portrait of a person smiling, dark coat, in a street",
-)
-OTHER_SCENE = (
-    "photo of a person, surprised, blue background, orange shirt",
-    "photo of an old man with a hat, fishing at a lake",
 )
 
 
@@ -37,20 +35,22 @@ def apply_style(graph: Graph, target: Target) -> None:
         prompts = builder.prompts(0, *SCENE)
         canvas = builder.canvas(0)
     with graph.group("3 Strength"):
-        models = [_apply(builder, builder.model, style, s, k % 2) for k, s in enumerate(STRENGTHS)]
-        titles = [f"Strength {strength:g}" for strength in STRENGTHS]
+        half, back = (_apply(builder, builder.model, style, s, 0) for s in STRENGTHS)
+        whole = _apply(builder, builder.model, style, 1.0, 1)
         drawn = [
-            builder.draw(k % 2, title, model, prompts, canvas, SEED)
-            for k, (title, model) in enumerate(zip(titles, models, strict=True))
+            builder.draw(1, title, model, prompts, canvas, SEED)
+            for title, model in (
+                ("Without it", builder.model),
+                ("Strength 0.5", half),
+                ("Strength -0.4", back),
+            )
         ]
-    with graph.group("4 Compare", width=640):
-        grid = builder.grid(0, builder.batch(0, drawn), [t.lower() for t in titles], 4)
-        save_grid(builder, grid, "apply_style")
-    with graph.group("5 Which look acted where", below=True, width=GRID_COLUMN):
-        graph.add(
+    with graph.group("4 Strength 1, and which look acted where", wide=True):
+        routed = graph.add(
             "DiffLoRA_StyleRouter",
             0,
-            model=models[2],
+            title="Strength 1",
+            model=whole,
             positive=prompts[0],
             negative=prompts[1],
             latent_image=canvas,
@@ -58,6 +58,11 @@ def apply_style(graph: Graph, target: Target) -> None:
             denoise=1.0,
             **target.sampler,
         )
+        full = graph.add("VAEDecode", 0, samples=routed["LATENT"], vae=builder.vae)["IMAGE"]
+    with graph.group("5 Compare", wide=True):
+        pictures = builder.batch(0, [*drawn[:2], full, drawn[2]])
+        grid = builder.grid(0, pictures, ("without it", "0.5", "1", "-0.4"), 4)
+        save_grid(builder, grid, "apply_style")
 
 
 def style_person(graph: Graph, target: Target) -> None:
@@ -76,6 +81,7 @@ def style_person(graph: Graph, target: Target) -> None:
             "DiffLoRA_ExtractFeatures",
             1,
             title="Face points of the pose",
+            folded=True,
             images=posed,
             clip_vision=builder.clip_vision,
             face_analysis=builder.faces,
@@ -96,11 +102,11 @@ def style_person(graph: Graph, target: Target) -> None:
     with graph.group("3 One by one"):
         canvas = builder.canvas(0)
         drawn = [
-            builder.draw(0, "The person", person, prompts, canvas, SEED),
+            builder.draw(0, "The person", person, prompts, canvas, SEED, folded=True),
             builder.draw(1, "In the style", both, prompts, canvas, SEED),
             builder.draw(1, "And in that pose", both, controlled, canvas, SEED),
         ]
-    with graph.group("4 Compare", width=GRID_COLUMN):
+    with graph.group("4 Compare", wide=True):
         labels = ("the person", "in the style", "and in that pose")
         grid = builder.grid(0, builder.batch(0, drawn), labels, 3, reference=photo)
         save_grid(builder, grid, "style_person")
@@ -113,7 +119,7 @@ def few_shot_style(graph: Graph, target: Target) -> None:
     trained = _train(
         builder,
         "DiffLoRA_TrainStyleInject",
-        images=pictures,
+        pictures,
         prompts=prompts,
         steps=target.pick(100, 800),
         styles=2,
@@ -124,7 +130,7 @@ def few_shot_style(graph: Graph, target: Target) -> None:
         layers=target.pick("distillation", "recommended"),
         held_out=0,
     )
-    _drawn_before_and_after(builder, trained["style"], trained["report"], "few_shot_style")
+    _drawn_before_and_after(builder, trained["style"], "few_shot_style")
 
 
 def para_style(graph: Graph, target: Target) -> None:
@@ -134,7 +140,7 @@ def para_style(graph: Graph, target: Target) -> None:
     trained = _train(
         builder,
         "DiffLoRA_TrainPaRa",
-        images=pictures,
+        pictures,
         prompts=prompts,
         steps=target.pick(100, 1000),
         rank=target.pick(8, 4),
@@ -144,43 +150,40 @@ def para_style(graph: Graph, target: Target) -> None:
         layers=target.pick("all", "no_cross_attention"),
         bound=target.pick(0.5, 0.025),
     )
-    _drawn_before_and_after(builder, trained["style"], trained["report"], "para_style")
+    _drawn_before_and_after(builder, trained["style"], "para_style")
 
 
-def _train(builder: WorkflowBuilder, kind: str, **inputs: Any) -> Node:
+def _train(builder: WorkflowBuilder, kind: str, photos: Sequence[Out], **inputs: Any) -> Node:
     """A node that trains a style on the base model."""
+    add = builder.graph.add
     with builder.graph.group("2 Load and train"):
         builder.load_base()
-        return builder.graph.add(
-            kind, 0, model=builder.model, clip=builder.clip, vae=builder.vae, **inputs
-        )
+        inputs["images"] = builder.batch(0, photos, "All pictures")
+        node = add(kind, 1, model=builder.model, clip=builder.clip, vae=builder.vae, **inputs)
+        add("PreviewAny", 0, title="What was kept", source=node["report"])
+    return node
 
 
-def _training_pictures(builder: WorkflowBuilder, style: str) -> tuple[Out, str]:
+def _training_pictures(builder: WorkflowBuilder, style: str) -> tuple[list[Out], str]:
     """Pictures of one look, and what they show besides, one line for each."""
     numbers = range(EXAMPLE_PHOTOS)
     with builder.graph.group("1 Pictures of one look"):
         photos = [builder.photo(photo_name(style, k), f"Picture {k + 1}", k % 2) for k in numbers]
-        captions = style_pictures(SHIPPED[style], EXAMPLE_PHOTOS)[1]
-        return builder.batch(0, photos, "All pictures"), builder.target.pick(
-            "\n".join(captions), "a portrait of a person"
-        )
+    captions = style_pictures(SHIPPED[style], EXAMPLE_PHOTOS)[1]
+    return photos, builder.target.pick("\n".join(captions), "a portrait of a person")
 
 
-def _drawn_before_and_after(builder: WorkflowBuilder, style: Out, report: Out, name: str) -> None:
-    """Two prompts without and with what was trained."""
+def _drawn_before_and_after(builder: WorkflowBuilder, style: Out, name: str) -> None:
+    """A prompt without and with what was trained."""
     with builder.graph.group("3 Without and with it"):
-        builder.graph.add("PreviewAny", 0, title="What was kept", source=report)
         model = _apply(builder, builder.model, style, 1.0, 0)
-        canvas, drawn = builder.canvas(0), []
-        for column, scene in enumerate((SCENE, OTHER_SCENE)):
-            prompts = builder.prompts(column, *scene)
-            drawn += [
-                builder.draw(column, "Without it", builder.model, prompts, canvas, SEED),
-                builder.draw(column, "In the style", model, prompts, canvas, SEED),
-            ]
-    with builder.graph.group("4 Compare", width=640):
-        labels = ("without", "in the style") * 2
+        canvas, prompts = builder.canvas(0, batch=2), builder.prompts(0, *SCENE)
+        drawn = [
+            builder.draw(1, "Without it", builder.model, prompts, canvas, SEED, folded=True),
+            builder.draw(1, "In the style", model, prompts, canvas, SEED),
+        ]
+    with builder.graph.group("4 Compare", wide=True):
+        labels = ("without", "without", "in the style", "in the style")
         save_grid(builder, builder.grid(0, builder.batch(0, drawn), labels, 4), name)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,12 @@ class Target:
         """Name of a workflow's file for this target, without suffix."""
         return f"{workflow}_demo" if self.name == "demo" else f"sdxl_{workflow}"
 
+    def words(self, text: str) -> str:
+        """A text with its parts {demo: ...} and {sdxl: ...} kept or left out."""
+        return re.sub(
+            r"\{(\w+): ([^}]*)\}", lambda part: part[2] if part[1] == self.name else "", text
+        )
+
     def pick(self, demo: Any, sdxl: Any) -> Any:
         """What fits this target."""
         return demo if self.name == "demo" else sdxl
@@ -69,7 +76,7 @@ class WorkflowBuilder:
 
     def __init__(self, graph: Graph, target: Target, about: str, words: bool = False) -> None:
         self.graph, self.target, self.words = graph, target, words
-        graph.note(f"{about.strip()}\n{target.about}".strip())
+        graph.note(f"{target.words(about.strip())}\n{target.about}".strip())
 
     def load(self, column: int = 0, control: bool = False, model: str = SDXL_MODEL) -> None:
         """The loaders; afterwards `model`, `clip`, `vae` and the rest are outputs.
@@ -106,8 +113,8 @@ class WorkflowBuilder:
         self.model, self.clip, self.vae = (base[kind] for kind in ("MODEL", "CLIP", "VAE"))
         return base
 
-    def photo(self, picture: str, title: str, column: int = 0) -> Out:
-        """A photo from the input folder."""
+    def photo(self, picture: str, title: str, column: int = 1) -> Out:
+        """A photo from the input folder, beside the loaders."""
         return self.graph.add("LoadImage", column, title=title, image=picture)["IMAGE"]
 
     def personalize(self, photos: Out, column: int = 0, title: str = "", **widgets: Any) -> Node:
@@ -124,12 +131,12 @@ class WorkflowBuilder:
             **widgets,
         )
 
-    def latent(self, photo: Out, who: str, columns: Sequence[int] = (0, 0, 0)) -> Node:
-        """Photo to LoRA latent by the single steps, in three columns."""
+    def latent(self, photo: Out, who: str, column: int = 0, folded: bool = False) -> Node:
+        """Photo to LoRA latent by the single steps; `folded`: those after the first."""
         add = self.graph.add
         features = add(
             "DiffLoRA_ExtractFeatures",
-            columns[0],
+            column,
             title=f"Features of {who}",
             images=photo,
             clip_vision=self.clip_vision,
@@ -137,13 +144,15 @@ class WorkflowBuilder:
         )
         condition = add(
             "DiffLoRA_MixFeatures",
-            columns[1],
+            column,
+            folded=folded,
             difflora_model=self.difflora,
             features=features["DIFFLORA_FEATURES"],
         )
         return add(
             "DiffLoRA_SampleLatent",
-            columns[2],
+            column,
+            folded=folded,
             title=f"Latent of {who}",
             difflora_model=self.difflora,
             condition=condition["DIFFLORA_CONDITION"],
@@ -180,7 +189,12 @@ class WorkflowBuilder:
         text = self.target.pick(demo, sdxl)
         first = add("CLIPTextEncode", column, title="Prompt", clip=self.clip, text=text)
         second = add(
-            "CLIPTextEncode", column, title="Negative prompt", clip=self.clip, text=negative
+            "CLIPTextEncode",
+            column,
+            title="Negative prompt",
+            folded=not negative,
+            clip=self.clip,
+            text=negative,
         )
         return first["CONDITIONING"], second["CONDITIONING"]
 
@@ -202,12 +216,14 @@ class WorkflowBuilder:
         latent: Out,
         seed: int = 3,
         denoise: float = 1.0,
+        folded: bool = False,
     ) -> Out:
         """KSampler and VAE Decode; gives the pictures."""
         sampler = self.graph.add(
             "KSampler",
             column,
             title=title,
+            folded=folded,
             model=model,
             positive=prompts[0],
             negative=prompts[1],
@@ -219,8 +235,10 @@ class WorkflowBuilder:
         decoded = self.graph.add("VAEDecode", column, samples=sampler["LATENT"], vae=self.vae)
         return decoded["IMAGE"]
 
-    def save(self, column: int, pictures: Out, name: str, title: str = "") -> None:
-        """Save pictures; small ones enlarged, pixel by pixel."""
+    def save(
+        self, column: int, pictures: Out, name: str, title: str = "", folded: bool = False
+    ) -> None:
+        """Save pictures, small ones enlarged; `folded` where a grid shows them too."""
         add, zoom = self.graph.add, self.target.zoom
         if zoom > 1:
             larger = add(
@@ -228,16 +246,25 @@ class WorkflowBuilder:
                 column,
                 title="Enlarge to look at",
                 image=pictures,
-                upscale_method="nearest-exact",
+                upscale_method="lanczos",
                 scale_by=float(zoom),
             )
             pictures = larger["IMAGE"]
         prefix = f"DiffLoRA/{name}"
-        add("SaveImage", column, title=title or "Result", images=pictures, filename_prefix=prefix)
+        add(
+            "SaveImage",
+            column,
+            title=title or "Result",
+            folded=folded,
+            images=pictures,
+            filename_prefix=prefix,
+        )
 
     def batch(self, column: int, pictures: Sequence[Out], title: str = "") -> Out:
-        """Several pictures as one batch."""
-        node = self.graph.add("BatchImagesNode", column, title=title, images=list(pictures))
+        """Several pictures as one batch; with a title the artist may add some."""
+        node = self.graph.add(
+            "BatchImagesNode", column, title=title, folded=not title, images=list(pictures)
+        )
         return node["IMAGE"]
 
     def grid(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .builder import GRID_COLUMN, Graph, Node, Out
+from .builder import Graph, Node, Out
 from .people import MORE_PHOTOS, PERSON, save_grid
 from .targets import SDXL_FACES, Target, WorkflowBuilder
 
@@ -62,14 +62,14 @@ def train_person(graph: Graph, target: Target) -> None:
             mirror=target.pick(False, True),
             face_analysis=faces,
         )
-        graph.add("PreviewAny", 1, title="What became of it", source=trained["report"])
+        graph.add("PreviewAny", 0, title="What became of it", source=trained["report"])
     with graph.group("3 Draw"):
         model = builder.apply_lora(trained["LORA_MODEL"])
         prompts = builder.prompts(0, *SCENE)
         canvas = builder.canvas(0, batch=2)
         plain = builder.draw(1, "Without the LoRA", builder.model, prompts, canvas, 7)
         drawn = builder.draw(1, "With the LoRA", model, prompts, canvas, 7)
-    with graph.group("4 Compare", width=GRID_COLUMN):
+    with graph.group("4 Compare", wide=True):
         labels = ("base", "base", "trained", "trained")
         grid = builder.grid(0, builder.batch(0, [plain, drawn]), labels, 4, reference=photos[0])
         save_grid(builder, grid, "train_person")
@@ -106,7 +106,7 @@ def refine_person(graph: Graph, target: Target) -> None:
             builder.draw(1, title, builder.apply_lora(lora, 1), prompts, canvas, 7)
             for title, lora in (("Predicted", predicted), ("Refined", refined))
         ]
-    with graph.group("4 Compare", width=GRID_COLUMN):
+    with graph.group("4 Compare", wide=True):
         labels = ("predicted", "predicted", "refined", "refined")
         grid = builder.grid(0, builder.batch(0, drawn), labels, 4, reference=photo)
         save_grid(builder, grid, "refine_person")

@@ -1,14 +1,14 @@
 """Writes the files in workflows/: `python -m difflora_core.demo.workflows.writer [NAME ...]`.
 
-Every graph is drawn once for the demo and once for SDXL; the demo files are run in real ComfyUI and
-their thumbnails are cut from what they made. Without names all of them are written.
+Every graph is drawn once for the demo and once for SDXL. The demo files are run in real ComfyUI and
+their thumbnails are cut from what they made; those for SDXL show the graph. Without names all of
+them are written.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,8 +32,9 @@ from .concepts import concept_person, one_concept, teach_concept, two_concepts
 from .hyperlora import hyperlora_portrait
 from .identities import blend, fade_in, invented, pose, prompt_grid
 from .library import compress_lora, library
-from .needs import files_to_bring
+from .needs import files_to_bring, what_is_missing
 from .people import edit_face, portrait, quickstart, several_photos, two_people
+from .plan import plan
 from .runner import run_workflow
 from .styles import apply_style, few_shot_style, para_style, style_person
 from .targets import DEMO, GRID_SIDE, SDXL, Target
@@ -65,10 +66,10 @@ WORKFLOWS: dict[str, Callable[[Graph, Target], None]] = {
     "para_style": para_style,
 }
 """In the order in which an artist may want to meet them."""
-FULL_SIZE_ALONE: dict[str, tuple[Callable[[Graph, Target], None], str]] = {
-    "hyperlora_portrait": (hyperlora_portrait, "quickstart"),
+FULL_SIZE_ALONE: dict[str, Callable[[Graph, Target], None]] = {
+    "hyperlora_portrait": hyperlora_portrait,
 }
-"""Workflows that the demo world has no model for, each with the workflow whose picture it shows."""
+"""Workflows that the demo world has no model for."""
 THUMBNAIL = 384
 
 
@@ -81,10 +82,13 @@ def build(name: str, target: Target, info: Mapping[str, Any]) -> dict[str, Any]:
         info: ComfyUI's /object_info.
     """
     graph = Graph(target.file(name), info, __version__)
-    draw = FULL_SIZE_ALONE[name][0] if name in FULL_SIZE_ALONE else WORKFLOWS[name]
+    draw = {**WORKFLOWS, **FULL_SIZE_ALONE}[name]
     draw(graph, target)
     if target is SDXL:
         graph.note_first(files_to_bring(graph.nodes))
+        for group in graph.groups:
+            missing = what_is_missing(group.in_order)
+            group.title += f": {missing}" if missing else ""
     return graph.build()
 
 
@@ -132,34 +136,31 @@ def main(arguments: list[str] | None = None) -> int:
     write_style_photos(FOLDER)
     with tempfile.TemporaryDirectory() as folder, ComfyServer(Path(folder)) as server:
         for name in names:
-            if name in FULL_SIZE_ALONE:
-                write_full_size(name, server)
-            else:
+            write_full_size(name, server)
+            if name in WORKFLOWS:
                 console.print(f"{name}: {write(name, server):.1f} s")
     return 0
 
 
 def write(name: str, server: ComfyServer) -> float:
-    """Write both files of a workflow and both thumbnails; returns how long the demo ran."""
-    info = server.client.object_info()
-    for target in (SDXL, DEMO):
-        path = FOLDER / f"{target.file(name)}.json"
-        workflow = build(name, target, info)
-        write_text(path, to_text(workflow))
+    """Write the demo's file of a workflow and what it drew; returns how long that took."""
+    path = FOLDER / f"{DEMO.file(name)}.json"
+    workflow = build(name, DEMO, server.client.object_info())
+    write_text(path, to_text(workflow))
     result = run_workflow(server, path)
-    picture = thumbnail(workflow, result)
-    for target in (SDXL, DEMO):
-        picture.save(_thumbnail_path(target.file(name)), quality=88)
+    thumbnail(workflow, result).save(_thumbnail_path(path.stem), quality=88)
     return result.seconds
 
 
 def write_full_size(name: str, server: ComfyServer) -> None:
-    """Write the one file of a workflow of FULL_SIZE_ALONE, with another's picture."""
+    """Write the SDXL file of a workflow, with a picture of its graph.
+
+    What the demo draws would promise the look of another model.
+    """
     stem = SDXL.file(name)
     workflow = build(name, SDXL, server.client.object_info())
     write_text(FOLDER / f"{stem}.json", to_text(workflow))
-    shown = _thumbnail_path(SDXL.file(FULL_SIZE_ALONE[name][1]))
-    shutil.copyfile(shown, _thumbnail_path(stem))
+    plan(workflow).save(_thumbnail_path(stem), quality=88)
 
 
 def _thumbnail_path(stem: str) -> Path:
