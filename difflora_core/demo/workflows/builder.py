@@ -144,13 +144,7 @@ class Graph:
         number = len(self.nodes) + 1
         sockets, widgets = self._inputs(number, kind, schema, dict(inputs))
         ours = str(schema.get("python_module", "")).startswith("custom_nodes")
-        properties: dict[str, Any] = {
-            "cnr_id": "difflora" if ours else "comfy-core",
-            "ver": self.version if ours else "0.30.0",
-            "Node name for S&R": kind,
-        }
-        if models:
-            properties["models"] = [dict(model) for model in models]
+        properties = self._properties(kind, ours, models)
         outputs = _outputs(schema, sockets)
         entry = {
             "type": kind,
@@ -195,6 +189,17 @@ class Graph:
             "config": {},
             "extra": {"ds": {"scale": 0.6, "offset": [120, 160]}},
             "version": 0.4,
+        }
+
+    def _properties(
+        self, kind: str, ours: bool, models: Sequence[Mapping[str, str]]
+    ) -> dict[str, Any]:
+        """What the front end keeps of a node: whose it is, and files that it needs."""
+        return {
+            "cnr_id": "difflora" if ours else "comfy-core",
+            "ver": self.version if ours else "0.30.0",
+            "Node name for S&R": kind,
+            **({"models": [dict(model) for model in models]} if models else {}),
         }
 
     def _append(self, entry: dict[str, Any], rest: Mapping[str, Any]) -> dict[str, Any]:

@@ -215,22 +215,19 @@ class WorkflowBuilder:
         prompts: tuple[Out, Out],
         latent: Out,
         seed: int = 3,
-        denoise: float = 1.0,
-        folded: bool = False,
+        **rest: Any,
     ) -> Out:
-        """KSampler and VAE Decode; gives the pictures."""
+        """KSampler and VAE Decode; gives the pictures. `rest`: `denoise` below 1, or `folded`."""
         sampler = self.graph.add(
             "KSampler",
             column,
             title=title,
-            folded=folded,
             model=model,
             positive=prompts[0],
             negative=prompts[1],
             latent_image=latent,
             seed=seed,
-            denoise=denoise,
-            **self.target.sampler,
+            **{"denoise": 1.0, **self.target.sampler, **rest},
         )
         decoded = self.graph.add("VAEDecode", column, samples=sampler["LATENT"], vae=self.vae)
         return decoded["IMAGE"]
