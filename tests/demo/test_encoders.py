@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from difflora_core.demo import paths
 from difflora_core.demo.networks import (
     clip_vision,
-    detector,
     detector_targets,
+    faceless,
     judges,
     recogniser,
     views,
@@ -76,7 +76,7 @@ def test_insightface_finds_both_people(faces):
 
 
 def test_no_face_on_empty_pictures(faces):
-    nobody = detector.empty_pictures(20, torch.Generator().manual_seed(99))
+    nobody = faceless.empty_pictures(20, torch.Generator().manual_seed(99))
     assert sum(len(faces.detect(image)) for image in nobody) <= 1
 
 
@@ -213,3 +213,21 @@ def test_a_stopped_training_of_a_network_goes_on_as_if_nothing_had_been(tmp_path
     other = judges.JudgeTraining("attributes", pool, replace(recipe, shift=3.0))
     with pytest.raises(CheckpointError, match="another training"):
         other.run(tmp_path / "b")
+
+
+def test_no_face_in_noise_or_in_a_disc(faces):
+    draw = torch.Generator().manual_seed(98)
+    white = [torch.rand(side, side, 3, generator=draw) for side in (64, 96, 128, 256)] * 3
+    nobody = [*faceless.noise_pictures(20, 64, draw), *faceless.disc_pictures(20, 64, draw), *white]
+    assert sum(len(faces.detect(image)) for image in nobody) <= 1
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_a_portrait_that_lies_or_stands_on_its_head_is_the_same_person(portraits, faces, turns):
+    """Its picture is turned until an upright face is found; on its head often a wrong one is."""
+    same = []
+    for image in portraits.images[::3]:
+        (upright,), found = faces.detect(image), faces.detect(image.rot90(turns))
+        cosines = [torch.cosine_similarity(f.embedding, upright.embedding, 0) for f in found]
+        same.append(max(cosines, default=torch.tensor(0.0)) > 0.9)
+    assert torch.tensor(same).float().mean() >= (0.3 if turns == 2 else 0.75)
