@@ -21,7 +21,8 @@ def test_pack_is_loaded_without_a_warning(comfy_server):
     log = comfy_server.log_file.read_text()
     log = log[: log.index("To see the GUI go to")]  # what tests did to it later is theirs
     assert "DiffLoRA" in log
-    assert "IMPORT FAILED" not in log
+    failed = [line for line in log.splitlines() if "IMPORT FAILED" in line]
+    assert not [line for line in failed if "custom_nodes" in line]  # core's own are core's
     lines = [line for line in log.splitlines() if "custom_nodes/DiffLoRA" in line]
     assert not [line for line in lines if "WARNING" in line.upper() or "ERROR" in line.upper()]
 
