@@ -62,7 +62,7 @@ FIT = """() => {
 """As a template opens: the nodes, and 10 around them, in three quarters of the window."""
 SHOWN = """() => app.graph.nodes.every(node => {
     const images = app.nodeOutputs[node.id]?.images ?? [];
-    return node.imgs?.length >= images.length || images.length === 0;
+    return node.flags.collapsed || node.imgs?.length >= images.length || images.length === 0;
 })"""
 
 
