@@ -65,6 +65,9 @@ SHOWN = """() => app.graph.nodes.every(node => {
     return node.flags.collapsed || node.imgs?.length >= images.length || images.length === 0;
 })"""
 
+KEPT = "async id => id in await (await app.api.fetchApi(`/history/${id}`)).json()"
+"""ComfyUI writes its history after it has told of a success."""
+
 
 class BrowserError(DiffLoRAError):
     """There is no browser, or the front end does not do what an artist expects."""
@@ -227,6 +230,7 @@ class FrontEnd:
         except Error as error:
             raise BrowserError("A node does not show the picture that it made.") from error
         seconds = time.monotonic() - begun
+        self.page.wait_for_function(KEPT, arg=answer["prompt_id"])
         return self.client.result(answer["prompt_id"], seconds=seconds)
 
     def screenshot(self, path: Path) -> None:
