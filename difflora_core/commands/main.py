@@ -66,13 +66,18 @@ def plain_console(stderr: bool = False) -> Console:
 
 @contextmanager
 def _stops() -> Iterator[list[int]]:
-    """SIGTERM stops a command as Ctrl-C does; gives the list of what came."""
+    """SIGTERM stops a command as Ctrl-C does; gives the list of what came.
+
+    In the background of a script Ctrl-C is ignored, and SIGTERM must still be heard.
+    """
     received: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        del frame
         received.append(number)
-        signal.raise_signal(signal.SIGINT)
+        as_ctrl_c = signal.getsignal(signal.SIGINT)
+        if not callable(as_ctrl_c):
+            raise KeyboardInterrupt
+        as_ctrl_c(signal.SIGINT, frame)
 
     before = signal.signal(signal.SIGTERM, stop)
     try:

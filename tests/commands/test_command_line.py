@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import time
 import types
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -201,13 +202,30 @@ def test_ends_and_their_statuses(toy, capsys):
         main(["toy", "it"])
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_stop_a_command(toy, capsys, number, status):
+@pytest.fixture
+def ctrl_c():
+    """Sets what Ctrl-C does in this process: in the background of a script it is ignored."""
+    before = signal.getsignal(signal.SIGINT)
+    yield lambda handler: signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "on_ctrl_c"),
+    [
+        (signal.SIGINT, 130, signal.default_int_handler),
+        (signal.SIGTERM, 143, signal.default_int_handler),
+        (signal.SIGTERM, 143, signal.SIG_IGN),
+    ],
+)
+def test_signals_stop_a_command(toy, capsys, ctrl_c, number, status, on_ctrl_c):
+    ctrl_c(on_ctrl_c)
     before = signal.getsignal(signal.SIGTERM)
 
     def run(settings, console):
         os.kill(os.getpid(), number)
-        signal.pause()
+        time.sleep(60)
+        raise AssertionError("the signal was not heard")
 
     toy(run)
     assert main(["toy", "it"]) == status
