@@ -140,6 +140,7 @@ def test_every_task_and_conclusion_is_there(report):
         assert set(written["options"][task]) == options
 
 
+@pytest.mark.slow
 def test_every_claim_is_judged_where_all_rows_are(one_task):
     claims = {f"{better} > {other}" for better, other in CLAIMS}
     assert set(one_task.facts["ordering_holds"]["scenario 1"]) == claims
@@ -151,6 +152,7 @@ def test_the_teacher_is_its_own_pattern(report):
         assert report.rows[f"{task}: {BASE}"]["teacher_distance"] > 0.01
 
 
+@pytest.mark.slow
 def test_every_row_changes_the_pictures(one_task):
     """Two steps at these rates move every method to a place of its own."""
     distances = [row["teacher_distance"] for row in one_task.rows.values()]
