@@ -323,7 +323,9 @@ def _table(path: Path) -> dict[str, Any]:
     try:
         data = parse_json(path.read_bytes(), shown(path.name), CheckpointError)
     except OSError as error:
-        raise CheckpointError(f"{shown(str(path))} cannot be read: {error.strerror}.") from error
+        raise CheckpointError(
+            f"{shown(str(path), 300)} cannot be read: {error.strerror}."
+        ) from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{shown(path.name)} is damaged: it holds no table.")
     return data

@@ -142,4 +142,6 @@ def _disk(folder: Path, size: int = 2**26) -> float:
             os.fsync(file.fileno())
             return size / (time.perf_counter() - begun)
     except OSError as error:
-        raise ConfigError(f"{shown(str(folder))} cannot be written: {error.strerror}.") from error
+        raise ConfigError(
+            f"{shown(str(folder), 300)} cannot be written: {error.strerror}."
+        ) from error

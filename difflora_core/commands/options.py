@@ -73,7 +73,7 @@ def _read(kind: type[Config], path: Path) -> dict[str, Any]:
     try:
         data = parse_json(path.read_bytes(), shown(path.name))
     except OSError as error:
-        raise ConfigError(f"{shown(str(path))} cannot be read: {error.strerror}.") from error
+        raise ConfigError(f"{shown(str(path), 300)} cannot be read: {error.strerror}.") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{shown(path.name)} is no table of settings.")
     own = {field.name: field for field in _fields(kind)}

@@ -152,7 +152,7 @@ def test_a_wrong_file_of_settings_is_refused(tmp_path, text, said):
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"gone\.json cannot be read"):
-        read("a", "--config", str(tmp_path / "gone.json"))
+        read("a", "--config", str(tmp_path / ("a long folder " * 8) / "gone.json"))
     with pytest.raises(ConfigError, match="needs the name of a file"):
         read("a", "--config")
 

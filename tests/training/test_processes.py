@@ -101,7 +101,7 @@ def test_one_process_takes_over_from_two(launched, alone, program):
         ("stop", "Stopped", "stopped after step 12"),
         ("stop for one", "Stopped", "stopped after step 15"),
         ("keyboard", "Stopped", "stopped after step 4"),
-        ("not a number", "ConfigError", "step 7, process"),
+        ("not a number", "DivergedError", "step 7, process"),
         ("failure", ("DiffLoRAError", "ValueError"), "a broken picture"),
         ("validation fails", ("DiffLoRAError", "ValueError"), "a broken judge"),
         ("validation stops", "Stopped", "stopped after step 20"),
