@@ -48,13 +48,13 @@ def tracked(
         tracker.store_init_configuration(dict(_flat(settings.to_dict())))
         trackers.append(tracker)
 
-    def tell(step: int, total: int, metrics: dict[str, float]) -> None:
+    def report(step: int, total: int, metrics: dict[str, float]) -> None:
         for tracker in trackers:
             tracker.log(metrics, step=step)
         progress(step, total, metrics)
 
     try:
-        yield tell
+        yield report
     finally:
         for tracker in trackers:
             tracker.finish()
