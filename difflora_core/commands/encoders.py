@@ -9,6 +9,7 @@ import torch
 
 from ..errors import ConfigError, EncoderError, shown
 from ..storage.clip_vision_file import load_clip_vision
+from ..storage.file_digest import hashed
 from ..vision.face_encoder import FaceEncoder, InsightFaceEncoder
 from ..vision.image_encoder import ImageEncoder
 from ..vision.no_encoder import NoFaceEncoder, NoImageEncoder
@@ -66,9 +67,7 @@ def file_digest(path: Path) -> str:
     try:
         for file in files:
             digest.update(file.name.encode())
-            with file.open("rb") as opened:
-                while block := opened.read(2**20):
-                    digest.update(block)
+            hashed(file, digest)
     except OSError as error:
         raise EncoderError(f"{shown(str(path), 300)} cannot be read: {error.strerror}.") from error
     return digest.hexdigest()

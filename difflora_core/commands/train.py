@@ -146,12 +146,12 @@ class _Work:
         if not settings.clip_vision:
             raise ConfigError("Name the CLIP vision that photos will be shown to: --clip-vision.")
         _, image = open_encoders("", settings.clip_vision, self.device)
-        encoders = Encoders(self.base.model, image, settings.clip_vision)
+        self.clip_digest = file_digest(Path(settings.clip_vision))
+        encoders = Encoders(self.base.model, image, self.clip_digest)
         with self.stage("encode") as progress:
             everyone = load_people(self.dataset, encoders, folder.path / "encoded", progress)
         self.prompts = encode_all(self.base.model, [settings.sample_prompt, ""])
         self.base.without_encoders()
-        self.clip_digest = file_digest(Path(settings.clip_vision))
         self.people, self.others = split_people(everyone, settings.held_out, settings.seed)
         judges = 0 if self.others is None else len(self.others)
         folder.say(f"{counted(len(self.people), 'identity')} to learn, {judges} to judge by")

@@ -28,7 +28,6 @@ from ..vision.face_choice import FaceOptions
 from ..vision.face_encoder import DetectedFace
 from ..vision.features import TENSORS, ImageFeatures, extract_features
 from ..vision.image_encoder import ImageEncoder
-from .encoders import file_digest
 
 PART = 256
 """Pictures that are encoded and written at once."""
@@ -43,12 +42,12 @@ class Encoders:
     Attributes:
         base: its VAE and text encoders.
         image: CLIP vision.
-        image_place: where it lies; its digest tells it from others.
+        image_digest: of its file, which tells it from others.
     """
 
     base: DiffusersBase
     image: ImageEncoder
-    image_place: str
+    image_digest: str
 
 
 class RecordedFace:
@@ -124,7 +123,7 @@ def load_people(
     _check(dataset)
     rows = _usable(dataset)
     latents = _latents(dataset, encoders.base, progress)
-    digest = fingerprint(dataset.facts.digest, rows, file_digest(Path(encoders.image_place)))
+    digest = fingerprint(dataset.facts.digest, rows, encoders.image_digest)
     parts = []
     for start in range(0, len(rows), PART):
         path = folder / f"features-{digest[:16]}-{start:08d}.safetensors"

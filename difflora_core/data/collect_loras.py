@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import DatasetError, DiffLoRAError, percent, shown
+from ..storage.file_digest import hashed
 from ..storage.lora_file import load_lora
 from .lora_store import NewLoRA, StoreWriter
 
@@ -79,11 +79,7 @@ def _digest(path: Path) -> str:
     Raises:
         DatasetError: it cannot be read.
     """
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        return hashed(path).hexdigest()
     except OSError as closed:
         raise DatasetError(f"{shown(path.name)} cannot be read: {closed.strerror}.") from closed
-    return digest.hexdigest()

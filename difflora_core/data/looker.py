@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from PIL import Image
 
 from ..config import Config, check_range
 from ..errors import DatasetError
+from ..storage.file_digest import hashed
 from ..vision.face_encoder import LONGEST_SIDE, InsightFaceEncoder
 from ..vision.face_folder import find_face_folder
 from .catalogue import Known
@@ -52,7 +52,7 @@ class LookSettings(Config):
         if self.faces:
             folder = find_face_folder(self.faces)
             for name in folder.files:
-                digest.update(name.encode() + _file_digest(folder.path / name))
+                digest.update(name.encode() + hashed(folder.path / name).digest())
         return digest.hexdigest()
 
 
@@ -112,12 +112,3 @@ class Looker:
 def face_encoder(folder: str, provider: str) -> InsightFaceEncoder:
     """The face package of a folder, loaded once a process."""
     return InsightFaceEncoder(folder, provider=provider)
-
-
-def _file_digest(path: Path) -> bytes:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.digest()

@@ -14,6 +14,7 @@ from PIL import Image
 
 from ..errors import DatasetError, shown
 from ..storage.atomic import replacing
+from ..storage.file_digest import hashed
 from .catalogue import Choice, Known
 from .framing import Framed, frame
 from .libraries import arrow_library
@@ -153,7 +154,7 @@ class ShardWriter:
                     part = job.rows[start : start + _BATCH_ROWS]
                     values = [self._values(row) for row in part]
                     to.write_batch(arrow.RecordBatch.from_pylist(values, schema=schema))
-            size, digest = temporary.stat().st_size, _digest(temporary)
+            size, digest = temporary.stat().st_size, hashed(temporary).hexdigest()
         return ShardFile(job.name, size, len(job.rows), digest)
 
     def _values(self, row: Row) -> dict[str, Any]:
@@ -190,19 +191,11 @@ class ShardWriter:
         }
 
 
-def _digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def check_files(folder: Path, files: Sequence[ShardFile]) -> list[str]:
     """Names of the files that do not hold the bytes that were written; all are read."""
+    places = {file: folder / file.name for file in files}
     return [
         file.name
-        for file in files
-        if not (folder / file.name).is_file() or _digest(folder / file.name) != file.digest
+        for file, place in places.items()
+        if not place.is_file() or hashed(place).hexdigest() != file.digest
     ]

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from difflora_core.commands import generate
-from difflora_core.commands.encoders import open_encoders
+from difflora_core.commands.encoders import file_digest, open_encoders
 from difflora_core.commands.local_base import open_base
 from difflora_core.commands.main import plain_console
 from difflora_core.commands.run_folder import SETTINGS
@@ -232,7 +232,7 @@ def test_trackers_are_told(tmp_path, settings):
 def test_people_are_split_and_those_with_fewer_pictures_kept(dataset, tmp_path):
     device = torch.device("cpu")
     _, image = open_encoders("", str(paths.CLIP_VISION), device)
-    encoders = Encoders(open_base("demo", device).model, image, str(paths.CLIP_VISION))
+    encoders = Encoders(open_base("demo", device).model, image, file_digest(paths.CLIP_VISION))
     prepared = PreparedDataset(dataset)
     people = load_people(prepared, encoders, tmp_path, lambda *_: None)
     assert [int((row >= 0).sum()) for row in people.pictures.people] == [4, 3, 4, 3, 4]
