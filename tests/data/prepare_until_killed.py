@@ -1,8 +1,8 @@
 """Prepares in child processes that are killed at random moments until one comes to its end.
 
-Called by test_kills.py with the folder of pictures, that of the dataset, a command for captions and
-a seed; writes how many children were killed. One process imports everything; its children are
-forks, so that they start at once.
+Called by test_kills.py with the folder of pictures, that of the datasets, a command for captions,
+a seed and a number of kills; datasets are begun one after another until so many children were
+killed. One process imports everything; its children are forks, so that they start at once.
 """
 
 import os
@@ -33,25 +33,33 @@ def child(place: str, folder: str, command: str) -> int:
     os._exit(0)
 
 
-def main(place: str, folder: str, command: str, seed: str) -> None:
-    """Kills until a child is faster; small steps, so that there is much between two of them."""
-    module.LOOKS = 2
-    prepared.SHARD_ROWS = shards.SHARD_ROWS = module.SHARD_ROWS = 4
-    draw, killed = random.Random(int(seed)), 0
-    start = time.monotonic()
-    os.waitpid(child(place, f"{folder}-whole", command), 0)
-    length = time.monotonic() - start
+def until_whole(place: str, folder: Path, command: str, longest: float, draw: random.Random) -> int:
+    """Kills until a child is faster; returns how many were killed."""
+    killed = 0
     while True:
-        number = child(place, folder, command)
-        time.sleep(draw.uniform(0, SHARE * length))
+        number = child(place, str(folder), command)
+        time.sleep(draw.uniform(0, longest))
         os.kill(number, signal.SIGKILL)
         _, status = os.waitpid(number, 0)
-        if (Path(folder) / prepared.FACTS).exists():
+        if (folder / prepared.FACTS).exists():
             prepared.PreparedDataset(folder)  # what is there is whole
         if not os.WIFSIGNALED(status):
-            break
+            assert status == 0
+            return killed
         killed += 1
-    sys.stdout.write(f"{killed} {status}")
+
+
+def main(place: str, folder: str, command: str, seed: str, kills: str) -> None:
+    """Small steps, so that there is much between two of them."""
+    module.LOOKS = 2
+    prepared.SHARD_ROWS = shards.SHARD_ROWS = module.SHARD_ROWS = 4
+    start = time.monotonic()
+    os.waitpid(child(place, str(Path(folder) / "undisturbed"), command), 0)
+    longest = SHARE * (time.monotonic() - start)
+    draw, killed, number = random.Random(int(seed)), 0, 0
+    while killed < int(kills):
+        number += 1
+        killed += until_whole(place, Path(folder) / f"killed {number}", command, longest, draw)
 
 
 if __name__ == "__main__":
