@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -13,7 +13,7 @@ from difflora_core.base_model.diffusers_base import DiffusersBase
 from difflora_core.demo import paths
 from difflora_core.demo.build.features import demo_encoders
 from difflora_core.demo.networks.base import load_base
-from difflora_core.demo.networks.judges import Judges, load_judges
+from difflora_core.demo.networks.judges import Judges, load_judge, load_judges
 from difflora_core.lora.layout import LoRALayout
 from difflora_core.models.difflora import DiffLoRAModel
 from difflora_core.storage.checkpoint import load_model
@@ -36,7 +36,7 @@ class Artefacts:
     """Everything frozen: base model, encoders, judges, trained DiffLoRA models, linear baselines.
 
     `models`: row name to model; `linear`: None when not fitted; `cache`: folder for DreamBooth
-    LoRAs and trials; `log`: prints a line.
+    LoRAs and trials; `log`: prints a line; `megabytes`: size of each model's file, by row name.
     """
 
     base: DiffusersBase
@@ -48,6 +48,7 @@ class Artefacts:
     linear: Linear | None
     cache: Path
     log: Log = silent
+    megabytes: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def shared_down(self) -> dict[str, Tensor] | None:
@@ -81,24 +82,27 @@ def load_artefacts(models: Mapping[str, Path] | None = None, log: Log = silent) 
         log: prints a line.
     """
     wanted = MODELS | dict(models or {})
-    found = {}
+    found, megabytes = {}, {}
     for name, path in wanted.items():
         if Path(path).exists():
             found[name] = load_model(path).eval().requires_grad_(False)
+            megabytes[name] = Path(path).stat().st_size / 1e6
         else:
             log(f"left out: {name}, there is no {Path(path).name}")
     base = load_base(paths.BASE)
+    prompts = load_judge(paths.PROMPT_JUDGE)  # reads expressions better than the one it replaces
     layout = next(iter(found.values())).layout if found else base.layout("demo", SETTINGS.rank)
     return Artefacts(
         base=base,
         base_hash=hashlib.sha256(paths.BASE.read_bytes()).hexdigest(),
         layout=layout,
-        judges=load_judges(paths.JUDGES),
+        judges=Judges({**load_judges(paths.JUDGES).networks, "attributes": prompts}),
         encoders=demo_encoders(),
         models=found,
         linear=_linear(found, log),
         cache=CACHE,
         log=log,
+        megabytes=megabytes,
     )
 
 

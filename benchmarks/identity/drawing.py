@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from statistics import median
+from typing import Protocol
 
 import torch
 from diffusers import DDIMScheduler
@@ -23,6 +26,9 @@ from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.training.losses import NoisedBatch, denoising_error
 
 from .people import RealPictures
+
+TIMED_STEPS = 21
+"""UNet calls whose median is a step's price; the first does not count."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,33 @@ class Plan(Config):
         return first + [(number, 1) for number in range(min(self.repeats, len(self.scenes)))]
 
 
+class Personal(Protocol):
+    """What a method that is no LoRA made of some people's photos, one condition per person."""
+
+    def encode(self, base: DiffusersBase, captions: Sequence[str], owner: Tensor) -> TextCondition:
+        """Captions (B) as the person `owner` (B,) of each is drawn with."""
+        ...
+
+    def steered(
+        self, base: DiffusersBase, owner: Tensor, strength: float
+    ) -> AbstractContextManager[DiffusersBase]:
+        """The base as it draws the person `owner` (B,) of each sample."""
+        ...
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """All that its pictures depend on beside the base."""
+        ...
+
+    @property
+    def kilobytes(self) -> float:
+        """What is kept for one person."""
+        ...
+
+
+Adaptation = LoRAWeights | Personal
+"""What draws a person: a batch of one LoRA per person, or a condition of another method."""
+
+
 class PictureSampler:
     """Draws a fixed set of pictures of fixed people, whatever LoRA they are given.
 
@@ -67,8 +100,7 @@ class PictureSampler:
         self.base, self.plan = base, plan
         self.names = layout.module_names
         self.people = len(seeds)
-        self.text = base.encode_prompts([scene.caption() for scene in plan.scenes])
-        self.null = base.encode_prompts([""])
+        self.captions = [scene.caption() for scene in plan.scenes]
         config = base.unet.config
         shape = (config.in_channels, config.sample_size, config.sample_size)
         cells = plan.cells
@@ -82,38 +114,51 @@ class PictureSampler:
         self.owner = torch.arange(self.people).repeat_interleave(len(cells))
 
     @torch.no_grad()
-    def pictures(self, weights: LoRAWeights | None = None, strength: float = 1.0) -> Tensor:
-        """Pictures (I, cells, H, W, 3) in [0, 1]; `weights` is a batch of one LoRA per person."""
+    def pictures(self, adaptation: Adaptation | None = None, strength: float = 1.0) -> Tensor:
+        """Pictures (I, cells, H, W, 3) in [0, 1] of people who each have their own adaptation."""
         parts = []
         for rows in torch.arange(len(self.owner)).split(self.plan.batch):
-            with self._with_loras(weights, self.owner[rows], strength):
-                parts.append(self._draw(rows))
+            captions = [self.captions[number] for number in self.prompt[rows].tolist()]
+            text = self._encoded(adaptation, captions, self.owner[rows])
+            with self._steered(adaptation, self.owner[rows], strength) as base:
+                parts.append(self._draw(base, rows, text))
         return torch.cat(parts).unflatten(0, (self.people, len(self.plan.cells)))
 
     @torch.no_grad()
     def losses(
-        self, unseen: UnseenLatents, weights: LoRAWeights | None = None, strength: float = 1.0
+        self, unseen: UnseenLatents, adaptation: Adaptation | None = None, strength: float = 1.0
     ) -> Tensor:
         """Mean denoising loss of each person's unseen pictures: (I,)."""
         parts = []
         for rows in torch.arange(len(unseen.owner)).split(self.plan.batch):
+            owner, captions = unseen.owner[rows], [unseen.captions[k] for k in rows.tolist()]
+            text = self._encoded(adaptation, captions, owner)
             batch = NoisedBatch(
-                unseen.latents[rows],
-                unseen.noise[rows],
-                unseen.timesteps[rows],
-                unseen.text.select(unseen.caption[rows]),
+                unseen.latents[rows], unseen.noise[rows], unseen.timesteps[rows], text
             )
-            with self._with_loras(weights, unseen.owner[rows], strength), self._precision():
-                parts.append(denoising_error(self.base, batch, "uniform"))
+            with self._steered(adaptation, owner, strength) as base, self._precision():
+                parts.append(denoising_error(base, batch, "uniform"))
         return torch.cat(parts).float().unflatten(0, (self.people, -1)).mean(1)
 
-    def _draw(self, rows: Tensor) -> Tensor:
+    @torch.no_grad()
+    def step_milliseconds(self, adaptation: Personal | None = None) -> float:
+        """Median milliseconds of the UNet for one picture; a LoRA in its weights adds nothing."""
+        owner, z = self.owner[:1], self.noise[:1]
+        text, timestep = self._encoded(adaptation, self.captions[:1], owner), torch.tensor([500.0])
+        seconds = []
+        with self._steered(adaptation, owner, 1.0) as base, self._precision():
+            for _ in range(TIMED_STEPS):
+                started = time.perf_counter()
+                base.predict(z, timestep, text)
+                seconds.append(time.perf_counter() - started)
+        return 1000 * median(seconds[1:])
+
+    def _draw(self, base: DiffusersBase, rows: Tensor, text: TextCondition) -> Tensor:
         """Sample and decode the pictures of these rows."""
-        text = self.text.select(self.prompt[rows])
-        null = self.null.select(torch.zeros(len(rows), dtype=torch.long))
+        null = self.base.encode_prompts([""] * len(rows))
 
         def denoise(z: Tensor, timestep: Tensor, conditional: bool) -> Tensor:
-            return self.base.predict(z, timestep, text if conditional else null).float()
+            return base.predict(z, timestep, text if conditional else null).float()
 
         settings = SampleSettings(self.plan.steps, self.plan.guidance)
         scheduler = DDIMScheduler.from_config(
@@ -123,12 +168,28 @@ class PictureSampler:
             z = sample(denoise, self.noise[rows], scheduler, settings)
             return self.base.decode_latents(z)
 
-    def _with_loras(self, weights: LoRAWeights | None, owner: Tensor, strength: float):
-        """The base with each sample's own LoRA attached."""
-        if weights is None:
-            return nullcontext()
-        own = lora_adapter_set(select(weights, owner))
-        return attach(self.base.unet, own, strength, self.names)
+    def _encoded(
+        self, adaptation: Adaptation | None, captions: Sequence[str], owner: Tensor
+    ) -> TextCondition:
+        """What each sample's prompt says, in the words of the method."""
+        if adaptation is None or isinstance(adaptation, LoRAWeights):
+            return self.base.encode_prompts(captions)
+        return adaptation.encode(self.base, captions, owner)
+
+    @contextmanager
+    def _steered(
+        self, adaptation: Adaptation | None, owner: Tensor, strength: float
+    ) -> Iterator[DiffusersBase]:
+        """The base as it draws each sample's own person."""
+        if adaptation is None:
+            yield self.base
+        elif isinstance(adaptation, LoRAWeights):
+            own = lora_adapter_set(select(adaptation, owner))
+            with attach(self.base.unet, own, strength, self.names):
+                yield self.base
+        else:
+            with adaptation.steered(self.base, owner, strength) as base:
+                yield base
 
     def _precision(self) -> torch.autocast:
         """bfloat16 products where the plan says so."""
@@ -142,8 +203,7 @@ class UnseenLatents:
     latents: Tensor
     noise: Tensor
     timesteps: Tensor
-    text: TextCondition
-    caption: Tensor
+    captions: list[str]
     owner: Tensor
 
 
@@ -162,13 +222,11 @@ def unseen_latents(
         generator = torch.Generator().manual_seed(plan.seed * 10**12 + seed + 5 * 10**9)
         noise.append(torch.randn((per_person, *latents.shape[1:]), generator=generator))
         timesteps.append(stratified_timesteps(per_person, generator, steps))
-    unique = list(dict.fromkeys(captions))
     return UnseenLatents(
         latents=latents,
         noise=torch.cat(noise),
         timesteps=torch.cat(timesteps),
-        text=base.encode_prompts(unique),
-        caption=torch.tensor([unique.index(c) for c in captions]).repeat_interleave(plan.noises),
+        captions=[caption for caption in captions for _ in range(plan.noises)],
         owner=torch.arange(people).repeat_interleave(per_person),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from rich.console import Console
@@ -16,12 +17,12 @@ from difflora_core.lora.weights import LoRAWeights
 from difflora_core.storage.safetensors_io import write_atomic
 
 from .artefacts import Artefacts
-from .drawing import PictureSampler, Plan, unseen_latents
+from .drawing import Adaptation, PictureSampler, Plan, unseen_latents
 from .measure import Evaluator, file_kilobytes
 from .people import People, benchmark_people
 from .rows import BASE, REAL, REAL_VAE, DreamBoothRuns, Row, build_rows
 
-PROTOCOL = 2
+PROTOCOL = 3
 """To be raised with every change of drawing or judging: it makes cached trials invalid."""
 
 Columns = dict[str, Tensor]
@@ -29,7 +30,8 @@ Columns = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Trial:
-    """One row at one strength: `columns` (I,) each; `facts`: numbers of the whole row."""
+    """One row at one strength: `columns` (I,) each, or () where they are of all people together;
+    `facts`: what the row costs."""
 
     row: str
     strength: float
@@ -73,23 +75,38 @@ class Experiment:
         """The base model without any LoRA."""
         columns = self.evaluator.columns(self.sampler.pictures())
         columns["denoising_loss"] = self.sampler.losses(self.unseen)
-        return Trial(BASE, 0.0, columns, {})
+        return Trial(BASE, 0.0, columns, {"step_ms": self.step_ms})
+
+    @cached_property
+    def step_ms(self) -> float:
+        """What the base alone takes for a step; a LoRA in its weights takes no more."""
+        return self.sampler.step_milliseconds()
 
     def trial(self, row: Row, strength: float) -> Trial:
         """A row at a strength; what was measured before is read from the cache."""
-        path = self.artefacts.cache / "trials" / f"{self._key(row.weights, strength)}.safetensors"
+        made = row.weights
+        path = self.artefacts.cache / "trials" / f"{self._key(made, strength)}.safetensors"
         if path.exists():
             columns = load_file(path)
         else:
-            columns = self.evaluator.columns(self.sampler.pictures(row.weights, strength))
-            columns["denoising_loss"] = self.sampler.losses(self.unseen, row.weights, strength)
+            columns = self.evaluator.columns(self.sampler.pictures(made, strength))
+            columns["denoising_loss"] = self.sampler.losses(self.unseen, made, strength)
             write_atomic(columns, {}, path)
-        facts = {"strength": strength, "file_kb": file_kilobytes(row.weights)}
-        if row.seconds is not None:
-            facts["seconds"] = row.seconds
-        return Trial(row.name, strength, columns, facts)
+        return Trial(row.name, strength, columns, self._costs(row) | {"strength": strength})
 
-    def _key(self, weights: LoRAWeights, strength: float) -> str:
+    def _costs(self, row: Row) -> dict[str, float]:
+        """Seconds from photos to person, milliseconds a step, sizes."""
+        made = row.weights
+        lora = isinstance(made, LoRAWeights)
+        costs = {
+            "step_ms": self.step_ms if lora else self.sampler.step_milliseconds(made),
+            "file_kb": file_kilobytes(made) if lora else made.kilobytes,
+            "seconds": row.seconds,
+            "model_mb": row.megabytes,
+        }
+        return {name: value for name, value in costs.items() if value is not None}
+
+    def _key(self, made: Adaptation, strength: float) -> str:
         """Digest of all that a trial's columns depend on, but the benchmark's own code."""
         digest = hashlib.sha256()
         facts = (self.artefacts.base_hash, self.plan, self.people.seeds, strength, PROTOCOL)
@@ -97,10 +114,17 @@ class Experiment:
         for judge in self.artefacts.judges.networks.values():
             for tensor in judge.state_dict().values():
                 digest.update(tensor.numpy().tobytes())
-        for name, layer in weights.layers.items():
-            digest.update(f"{name} {layer.alpha}".encode())
-            for factor in (layer.down, layer.up):
-                digest.update(factor.detach().float().contiguous().numpy().tobytes())
+        if isinstance(made, LoRAWeights):
+            parts = {
+                f"{name} {layer.alpha}": (layer.down, layer.up)
+                for name, layer in made.layers.items()
+            }
+        else:
+            parts = {name: (tensor,) for name, tensor in made.tensors().items()}
+        for name, tensors in parts.items():
+            digest.update(name.encode())
+            for tensor in tensors:
+                digest.update(tensor.detach().float().contiguous().numpy().tobytes())
         return digest.hexdigest()[:32]
 
     def trials(self, wanted: list[tuple[Row, float]], console: Console) -> list[Trial]:

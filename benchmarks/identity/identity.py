@@ -14,23 +14,23 @@ from pathlib import Path
 
 from rich.console import Console
 
-from difflora_core.evaluation.report import Report, recovered_share, share_improved
+from difflora_core.evaluation.report import Report
 
 from ..command import benchmark_console, command_parser, commit, machine, set_threads, write_report
 from ..prompts import PROMPTS, QUICK
 from .artefacts import STRENGTHS, load_artefacts
 from .choose_strength import read_strengths
+from .conclusions import conclusions, label, sentences
 from .drawing import Plan
 from .experiment import Experiment, Trial
 from .measure import COLUMNS
-from .people import PHOTOS
-from .rows import BASE, CONTROLS, HEADLINE, DreamBoothRuns, Row, wanted_row
+from .rows import DreamBoothRuns, Row, wanted_row
 
 FULL_PLAN = Plan(PROMPTS, repeats=6, noises=4)
 QUICK_PLAN = Plan(QUICK, repeats=1, noises=2)
 QUICK_RUNS = DreamBoothRuns(one_photo=(), all_photos=(300,))
 PEOPLE, QUICK_PEOPLE = 25, 5
-YARDSTICK = f"DreamBooth, {PHOTOS} photos"
+DIGITS = {"strength": 2, "denoising_loss": 4, "kid": 4, "step_ms": 1, "file_kb": 0, "model_mb": 1}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,7 +76,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="NAME=FILE",
-        help="a further DiffLoRA model as rows of its own (ablations, other seeds)",
+        help="a further DiffLoRA model as rows of its own (ablations); one that is called "
+        "'functional, seed N' counts for the interval over seeds",
     )
     parser.add_argument(
         "--rows",
@@ -105,11 +106,6 @@ def strengths_of(row: Row, strengths: Mapping[str, float]) -> list[float]:
     return list(dict.fromkeys([1.0, strengths.get(row.strength_of, 1.0)]))
 
 
-def label(trial: Trial) -> str:
-    """Row name in the table."""
-    return trial.row if trial.strength in (0.0, 1.0) else f"{trial.row} x {trial.strength:g}"
-
-
 def make_report(
     trials: Sequence[Trial], experiment: Experiment, facts: Mapping[str, object]
 ) -> Report:
@@ -119,7 +115,7 @@ def make_report(
         means = trial.means()
         rows[label(trial)] = {name: means[name] for name in COLUMNS if name in means}
     people = {
-        label(trial): {name: values.tolist() for name, values in trial.columns.items()}
+        label(trial): {name: v.tolist() for name, v in trial.columns.items() if v.ndim}
         for trial in trials
     }
     plan = experiment.plan
@@ -129,6 +125,7 @@ def make_report(
         "steps": plan.steps,
         "guidance": plan.guidance,
         "noises_per_unseen_picture": plan.noises,
+        "pictures_of_fid_and_kid": len(experiment.people) * len(plan.scenes),
     }
     everything = {
         **conclusions(trials),
@@ -142,76 +139,12 @@ def make_report(
     return Report(rows, everything)
 
 
-def conclusions(trials: Sequence[Trial]) -> dict[str, object]:
-    """Recovered shares, share of people that improve, gaps of the controls."""
-    base = next(trial for trial in trials if trial.row == BASE)
-    copying = {label(t): t.means()["copy_paste"] for t in trials if "copy_paste" in t.columns}
-    result: dict[str, object] = {
-        "recovered_share": None,
-        "recovered_share_ci95": [None, None],
-        "recovered_share_parameters": None,
-        "recovered_share_parameters_ci95": [None, None],
-        "control_gaps": control_gaps(trials, base),
-        "copy_paste": copying,
-    }
-    predicted = last(trials, HEADLINE)
-    best = {
-        "face_similarity": best_dreambooth(trials, "face_similarity", max),
-        "parameter_error": best_dreambooth(trials, "parameter_error", min),
-    }
-    if predicted is None or None in best.values():
-        return result
-    for column, suffix in (("face_similarity", ""), ("parameter_error", "_parameters")):
-        share = recovered_share(
-            predicted.columns[column], base.columns[column], best[column].columns[column]
-        )
-        result[f"recovered_share{suffix}"] = share.value
-        result[f"recovered_share{suffix}_ci95"] = [share.low, share.high]
-        result[f"improved{suffix}"] = share_improved(
-            predicted.columns[column], base.columns[column], column == "parameter_error"
-        )
-        result[f"yardstick{suffix}"] = label(best[column])
-    return result
-
-
-def last(trials: Sequence[Trial], row: str) -> Trial | None:
-    """A row at its chosen strength: the last of its trials."""
-    found = [trial for trial in trials if trial.row == row]
-    return found[-1] if found else None
-
-
-def best_dreambooth(trials: Sequence[Trial], column: str, choose) -> Trial | None:
-    """The best DreamBooth row from all photos, at its chosen strength, by one judge."""
-    names = dict.fromkeys(trial.row for trial in trials if trial.row.startswith(YARDSTICK))
-    rows = [last(trials, name) for name in names]
-    return choose(rows, key=lambda trial: float(trial.columns[column].mean())) if rows else None
-
-
-def control_gaps(trials: Sequence[Trial], base: Trial) -> dict[str, float]:
-    """Face similarity of each control minus the base's; should stay within 0.1."""
-    start = base.means()["face_similarity"]
-    return {
-        label(trial): trial.means()["face_similarity"] - start
-        for trial in trials
-        if trial.row in CONTROLS
-    }
-
-
 def print_results(report: Report, console: Console) -> None:
     """Print the table and, as the last line, the recovered share."""
-    console.print(report.to_markdown({"strength": 2, "file_kb": 0, "denoising_loss": 4}))
+    console.print(report.to_markdown(DIGITS))
     facts = report.facts
     gaps = "  ".join(f"{name} {gap:+.3f}" for name, gap in facts["control_gaps"].items())
     console.print(f"controls minus base, face similarity: {gaps}")
     console.print(f"{facts['machine']}, {facts['commit'][:12]}, {facts['minutes']:.1f} minutes")
-    if facts["recovered_share"] is None:
-        console.print("recovered share: not known without the functional model")
-        return
-    parts = []
-    for suffix, judge in (("", "face judge"), ("_parameters", "parameter judge")):
-        low, high = facts[f"recovered_share{suffix}_ci95"]
-        parts.append(
-            f"{facts[f'recovered_share{suffix}']:.2f} [{low:.2f}, {high:.2f}] by the {judge} "
-            f"(against {facts[f'yardstick{suffix}']}; {facts[f'improved{suffix}']:.0%} improve)"
-        )
-    console.print(f"recovered share: {'; '.join(parts)}")
+    for line in sentences(facts):
+        console.print(line)

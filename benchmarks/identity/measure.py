@@ -7,6 +7,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from difflora_core.demo.networks.judges import PLAIN_LOOKS, Judges
+from difflora_core.evaluation.distribution import frechet_distance, kernel_distance
 from difflora_core.evaluation.metrics import (
     attribute_agreement,
     centroid,
@@ -33,15 +34,23 @@ COLUMNS = (
     "copy_paste",
     "prompt_agreement",
     "seed_diversity",
+    "fid",
+    "kid",
     "seconds",
+    "step_ms",
     "file_kb",
+    "model_mb",
 )
 """Columns of the table.
 
 `parameter_error` is against the true parameters, `parameter_error_read` against what the same
 regressor reads off other real pictures of the person. Likeness is judged on photo and cartoon
 prompts alone, because a painting veils the hues. `copy_paste` compares with the first photo, which
-every row is made from, and with the real pictures that no row has seen.
+every row is made from, and with the real pictures that no row has seen. `fid` and `kid` are of the
+first seeds of all people and prompts against as many real pictures, by features of the judge of
+prompts; with so few pictures FID is far too large, so it compares rows of one table alone. KID is
+unbiased. `seconds`: from photos to what is drawn with; `step_ms`: of the UNet for one picture;
+`file_kb`: what is kept for each person; `model_mb`: what is kept for all of them.
 """
 
 
@@ -62,12 +71,16 @@ class Evaluator:
         self.others = judges.embed(flat).unflatten(0, (-1, count))
         self.centroids = centroid(self.others)
         self.photo = judges.embed(people.photos.images[:, 0])[:, None]
+        self.real = judges.features(people.again.images.flatten(0, 1))
         self.read = judges.parameters(flat).unflatten(0, (-1, count)).mean(1)
         plain = [k for k, scene in enumerate(plan.scenes) if scene.look in PLAIN_LOOKS]
         self.plain = torch.tensor(plain or range(len(plan.scenes)))
 
     def columns(self, images: Tensor) -> dict[str, Tensor]:
-        """Columns (I,) of pictures (I, cells, H, W, 3); a second seed counts for diversity only."""
+        """Columns of pictures (I, cells, H, W, 3); a second seed counts for diversity only.
+
+        One number per person (I,), but `fid` and `kid` (), which are of all pictures together.
+        """
         prompts = len(self.plan.scenes)
         first = images[:, :prompts]
         plain = first[:, self.plain]
@@ -79,7 +92,10 @@ class Evaluator:
         answers = self.judges.attributes(first.flatten(0, 1))
         wanted = [asked(scene) for scene in self.plan.scenes] * people
         truth = self.people.parameters[:, None]
+        features = self.judges.features(first.flatten(0, 1))
         columns = {
+            "fid": torch.tensor(frechet_distance(features, self.real)),
+            "kid": torch.tensor(kernel_distance(features, self.real)),
             "face_similarity": face_similarity(embeddings, self.centroids[:, None]).mean(1),
             "parameter_error": parameter_error(parameters, truth).mean(1),
             "parameter_error_read": parameter_error(parameters, self.read[:, None]).mean(1),

@@ -17,7 +17,8 @@ PHOTOS = 8
 """Reference pictures per person: four photos (the first is "the photo"), then any look."""
 
 _PHOTO_NUMBERS, _MORE_NUMBERS = range(0, 4), range(4, PHOTOS)
-_UNSEEN_NUMBERS, _OTHER_NUMBERS, _PROMPTED_NUMBERS = range(20, 28), range(40, 56), range(100, 200)
+_UNSEEN_NUMBERS, _OTHER_NUMBERS = range(20, 28), range(40, 56)
+_PROMPTED_NUMBERS, _AGAIN_NUMBERS = range(100, 200), range(200, 300)
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class People:
 
     `seeds`: identity seeds; `parameters`: (I, P) true renderer parameters; `photos`: reference
     pictures, for conditioning and DreamBooth; `unseen`: for the denoising loss; `others`: what
-    the judges know of the person; `prompted`: real pictures of the prompted scenes, the ceiling.
+    the judges know of the person; `prompted`: real pictures of the prompted scenes, the ceiling;
+    `again`: more of these in other poses, which sets of pictures are compared with.
     """
 
     seeds: tuple[int, ...]
@@ -43,6 +45,7 @@ class People:
     unseen: RealPictures
     others: RealPictures
     prompted: RealPictures
+    again: RealPictures
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -53,6 +56,11 @@ def benchmark_people(split: str, count: int, scenes: Sequence[Scene], start: int
     seeds = split_seeds(split, count, start)
     photos = _render(seeds, _PHOTO_NUMBERS, ("photo",))
     more = _render(seeds, _MORE_NUMBERS, LOOKS)
+    nothing = RealPictures(photos.images[:, :0], [[] for _ in seeds])
+
+    def prompted(numbers: Sequence[int]) -> RealPictures:
+        return _render(seeds, numbers[: len(scenes)], LOOKS, scenes) if scenes else nothing
+
     return People(
         seeds=tuple(seeds),
         parameters=identity_parameters(seeds),
@@ -62,9 +70,8 @@ def benchmark_people(split: str, count: int, scenes: Sequence[Scene], start: int
         ),
         unseen=_render(seeds, _UNSEEN_NUMBERS, LOOKS),
         others=_render(seeds, _OTHER_NUMBERS, PLAIN_LOOKS),
-        prompted=_render(seeds, _PROMPTED_NUMBERS[: len(scenes)], LOOKS, scenes)
-        if scenes
-        else RealPictures(photos.images[:, :0], [[] for _ in seeds]),
+        prompted=prompted(_PROMPTED_NUMBERS),
+        again=prompted(_AGAIN_NUMBERS),
     )
 
 

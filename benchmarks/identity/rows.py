@@ -17,7 +17,7 @@ from difflora_core.models.lae.autoencoder import LoRALatent
 from difflora_core.training.difflora.refine import refine, refinement_config
 
 from .artefacts import Artefacts
-from .drawing import groups, select
+from .drawing import Adaptation, groups, select
 from .dreambooth import CORPUS_SETTINGS, GROUP, SETTINGS, concatenate
 from .people import PHOTOS, People, RealPictures
 
@@ -37,13 +37,16 @@ TIMED_PEOPLE = 5
 class Row:
     """One LoRA per person: `weights` batched (I, ...), `seconds` from photo to LoRA for one person.
 
-    `like`: the row whose validation-chosen strength it takes; its own name unless it is a control.
+    `weights` may be what another method has in place of LoRAs, see `drawing.Personal`. `like`: the
+    row whose validation-chosen strength it takes; its own name unless it is a control; `megabytes`:
+    of the file that serves all people.
     """
 
     name: str
-    weights: LoRAWeights
+    weights: Adaptation
     seconds: float | None = None
     like: str = ""
+    megabytes: float | None = None
 
     @property
     def strength_of(self) -> str:
@@ -141,9 +144,17 @@ def predicted_rows(
     one = [row.select([0]) for row in features]
     seconds = seconds_to_lora(artefacts, model, people.photos.images[:, :1])
     four_seconds = seconds_to_lora(artefacts, model, people.photos.images[:, :4])
+    size, kind = artefacts.megabytes.get(name), name.split(", seed ")[0]
+    made = {"1 photo": (one, seconds), "4 photos": (features, four_seconds)}
     rows = [
-        Row(f"{name}, 1 photo", predict(model, one), seconds),
-        Row(f"{name}, 4 photos", predict(model, features), four_seconds),
+        Row(
+            f"{name}, {photos}",
+            predict(model, seen),
+            took,
+            "" if kind == name else f"{kind}, {photos}",
+            size,
+        )
+        for photos, (seen, took) in made.items()
     ]
     if name == "functional":
         for source, gate in SOURCES.items():

@@ -62,6 +62,41 @@ def bootstrap_interval(
     return Interval(float(statistic(table.mean(0))), low, high)
 
 
+def crossed_interval(
+    values: Tensor, level: float = 0.95, draws: int = 10_000, seed: int = 0
+) -> Interval:
+    """Mean of a table whose rows and columns are both drawn by chance, with its interval.
+
+    Rows and columns are resampled independently (Owen's pigeonhole bootstrap, 2007), so what
+    one training seed does to all people counts as one draw, as does one person under all seeds. Few
+    rows make it too narrow by sqrt((S - 1) / S) in their part; a single row adds nothing.
+
+    Args:
+        values: (S, I) of S training seeds and I identities.
+        level: coverage.
+        draws: resamples.
+        seed: of the resampling.
+
+    Raises:
+        ConfigError: an empty table.
+    """
+    if values.ndim != 2 or not values.numel():
+        raise ConfigError("An interval over seeds and identities needs at least one of each.")
+    table, generator = values.double(), torch.Generator().manual_seed(seed)
+    counts = [_resampled(size, draws, generator) for size in table.shape]
+    means = torch.einsum("ds,si,di->d", counts[0], table, counts[1])
+    tail = (1 - level) / 2
+    low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=means.dtype)).tolist()
+    return Interval(float(table.mean()), low, high)
+
+
+def _resampled(size: int, draws: int, generator: torch.Generator) -> Tensor:
+    """Shares (draws, size) that each of `size` rows has of a resample with replacement."""
+    rows = torch.randint(size, (draws, size), generator=generator)
+    counts = torch.zeros(draws, size, dtype=torch.float64)
+    return counts.scatter_add_(1, rows, torch.ones(rows.shape, dtype=torch.float64)) / size
+
+
 def recovered_share(predicted: Tensor, base: Tensor, best: Tensor, seed: int = 0) -> Interval:
     """(predicted - base) / (best - base) over identities, with a 95 % bootstrap (ours).
 

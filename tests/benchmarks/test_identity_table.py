@@ -15,17 +15,10 @@ from benchmarks.identity.choose_strength import (
     read_strengths,
     write_strengths,
 )
+from benchmarks.identity.conclusions import conclusions, label, last, sentences
 from benchmarks.identity.drawing import select
 from benchmarks.identity.experiment import Experiment, Trial, score
-from benchmarks.identity.identity import (
-    conclusions,
-    label,
-    last,
-    make_report,
-    parse,
-    run,
-    strengths_of,
-)
+from benchmarks.identity.identity import make_report, parse, run, strengths_of
 from benchmarks.identity.linear import fit_linear
 from benchmarks.identity.people import benchmark_people
 from benchmarks.identity.rows import BASE, HEADLINE, DreamBoothRuns, Row
@@ -72,6 +65,48 @@ def test_conclusions_by_hand(trials):
     assert facts["yardstick_parameters"] == "DreamBooth, 8 photos, 100 steps"
     assert (facts["improved"], facts["improved_parameters"]) == (1.0, 1.0)
     assert facts["control_gaps"] == {"wrong photo": pytest.approx(0.03)}
+
+
+def test_shares_of_real_pictures_by_hand(trials):
+    through = trial("real pictures through the VAE", [0.8, 0.8], [0.2, 0.3], 0.0)
+    facts = conclusions([*trials, through])
+    assert facts["of_real"]["face"] == pytest.approx(0.4 / 0.9)
+    assert facts["of_real"]["parameters"] == pytest.approx(0.35 / 0.25)
+    assert conclusions(trials)["of_real"]["parameters"] is None
+
+
+def test_the_paper_preset_has_its_own_share(trials):
+    assert conclusions(trials)["paper"]["recovered_share"] is None
+    facts = conclusions([*trials, trial("paper, 1 photo", [0.1, 0.1], [0.45, 0.45])])
+    assert facts["paper"]["recovered_share"] == pytest.approx(0.25)
+    assert facts["paper"]["recovered_share_parameters"] == pytest.approx(0.05 / 0.3)
+    assert facts["recovered_share"] == pytest.approx(1.0)
+    assert any(line.startswith("recovered share, paper: 0.25 [") for line in sentences(facts))
+
+
+def test_seeds_of_the_headline_are_counted_with_people(trials):
+    again = trial("functional, seed 1, 1 photo", [0.8, 0.6], [0.2, 0.1], 1.5)
+    stranger = trial("functional, seed 1, 4 photos", [0.0, 0.0], [1.0, 1.0])
+    seeds = conclusions([*trials, again, stranger])["seeds"]
+    assert seeds["count"] == 2
+    value, low, high = seeds["face_similarity"]
+    assert value == pytest.approx((0.4 + 0.7) / 2)
+    assert low == pytest.approx(0.3)  # the worst cell
+    assert high == pytest.approx(0.8)  # the best
+    assert conclusions(trials)["seeds"]["count"] == 1
+
+
+def test_another_seed_is_drawn_at_the_strength_of_its_kind(artefacts, plan, short):
+    model = artefacts.models["functional"]
+    two = replace(
+        artefacts, models={"functional, seed 1": model}, megabytes={"functional, seed 1": 7}
+    )
+    people = benchmark_people("validation", 1, plan.scenes)
+    features = artefacts.features(people.photos.images[:, :4])
+    made = rows.predicted_rows(two, "functional, seed 1", model, features, people)
+    strengths = {row.name: row.strength_of for row in made}
+    assert strengths["functional, seed 1, 1 photo"] == HEADLINE
+    assert made[0].megabytes == 7
 
 
 def test_without_the_functional_model_the_share_is_unknown(trials):
@@ -177,6 +212,11 @@ def test_whole_table_on_a_tiny_world(artefacts, plan, short, tmp_path):
         row
     )
     assert {"prompt_agreement", "seed_diversity", "seconds", "file_kb", "strength"} <= set(row)
+    assert {"fid", "kid", "step_ms", "copy_paste"} <= set(row)
+    assert row["step_ms"] == read["rows"]["base"]["step_ms"] > 0  # a LoRA in its weights is free
+    assert read["protocol"]["pictures_of_fid_and_kid"] == 4
+    assert {"of_real", "paper", "seeds", "copy_paste"} <= set(read)
+    assert "fid" not in read["per_identity"]["base"]
     dreambooth_steps = [
         read["rows"][f"DreamBooth, 8 photos, {steps} steps"]["seconds"] / steps for steps in (1, 2)
     ]

@@ -10,6 +10,7 @@ from difflora_core.errors import ConfigError
 from difflora_core.evaluation.report import (
     Report,
     bootstrap_interval,
+    crossed_interval,
     recovered_share,
     share_improved,
 )
@@ -80,3 +81,23 @@ def test_report_as_json_and_markdown():
     assert lines[0] == "| | likeness | seconds |"
     assert lines[2] == "| base | 0.123 | – |"
     assert lines[3] == "| LoRA | – | 1.5 |"
+
+
+def test_crossed_interval_of_rows_and_columns_by_hand():
+    """A table that is row effect + column effect: its variance is that of both means."""
+    rows, columns = torch.tensor([0.0, 1.0, 5.0]), torch.linspace(-1, 1, 40)
+    table = rows[:, None] + columns
+    found = crossed_interval(table, draws=20_000)
+    assert found.value == pytest.approx(2.0)
+    spread = float((rows.var(correction=0) / 3 + columns.var(correction=0) / 40).sqrt())
+    normal = 2 * 1.96 * spread
+    assert found.high - found.low == pytest.approx(normal, rel=0.1)
+
+
+def test_crossed_interval_of_one_seed_is_that_of_people():
+    values = torch.randn(30, generator=torch.Generator().manual_seed(5))
+    crossed, plain = crossed_interval(values[None]), bootstrap_interval(values)
+    assert crossed.value == pytest.approx(plain.value)
+    assert (crossed.low, crossed.high) == pytest.approx((plain.low, plain.high), abs=0.02)
+    with pytest.raises(ConfigError, match="at least one"):
+        crossed_interval(torch.zeros(0, 4))

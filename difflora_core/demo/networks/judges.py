@@ -144,9 +144,12 @@ class JudgeNetwork(nn.Module):
 
     def features(self, planes: Tensor) -> Tensor:
         """What the answers are read from: (B, 16 w3) of pictures (B, 3, 64, 64)."""
+        return self.norm(self.places(planes).flatten(1))  # B 16*w3
+
+    def places(self, planes: Tensor) -> Tensor:
+        """The last features by place: (B, w3, 4, 4) of pictures (B, 3, 64, 64)."""
         x = F.silu(self.stem(planes * 4 - 2))  # B w0 32 32
-        x = self.blocks(x)  # B w3 4 4
-        return self.norm(x.flatten(1))  # B 16*w3
+        return self.blocks(x)  # B w3 4 4
 
 
 class JudgeTraining(nn.Module):
@@ -225,7 +228,7 @@ class JudgeTraining(nn.Module):
 class Judges:
     """Judges under the keys of RECIPES: all three, or those that will be asked."""
 
-    networks: Mapping[str, nn.Module]
+    networks: Mapping[str, JudgeNetwork]
 
     def embed(self, images: Tensor) -> Tensor:
         """Unit embeddings (N, E) of pictures (N, H, W, 3) in [0, 1]; likeness is their product."""
@@ -247,12 +250,27 @@ class Judges:
         }
 
     @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """What FID and KID compare (N, w3) of pictures (N, H, W, 3) in [0, 1].
+
+        The last features of the attributes judge, mean over places, as pool3 is of Inception.
+        """
+        network = self.networks["attributes"]
+        parts = [network.places(as_planes(part)) for part in _sized(images).split(_CHUNK)]
+        return torch.cat(parts).mean((2, 3))
+
+    @torch.no_grad()
     def _ask(self, name: str, images: Tensor) -> Tensor:
         """Run one network in chunks; pictures of other sizes are brought to 64 px first."""
-        if images.shape[1:3] != (PICTURE_SIZE, PICTURE_SIZE):
-            images = torch.stack([resize_square(image, PICTURE_SIZE) for image in images])
         network = self.networks[name]
-        return torch.cat([network(as_planes(part)) for part in images.split(_CHUNK)])
+        return torch.cat([network(as_planes(part)) for part in _sized(images).split(_CHUNK)])
+
+
+def _sized(images: Tensor) -> Tensor:
+    """Pictures (N, H, W, 3) at the size that the judges read."""
+    if images.shape[1:3] == (PICTURE_SIZE, PICTURE_SIZE):
+        return images
+    return torch.stack([resize_square(image, PICTURE_SIZE) for image in images])
 
 
 def judge_figures(judges: Judges, pool: PicturePool) -> dict[str, dict[str, float]]:
