@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from difflora_core.config import Config
+from difflora_core.diffusion.sampler import SampleSettings
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.models.difflora import DiffLoRAModel
 from difflora_core.models.lae.autoencoder import LoRALatent
@@ -180,8 +181,9 @@ def predict(
 
 @torch.no_grad()
 def sampled_latent(model: DiffLoRAModel, features: list) -> LoRALatent:
-    """One DiT sample per person; every person has the same seed, as the node's default."""
-    return model.sample_latent(model.condition(features), [0] * len(features))
+    """One DiT sample per person, all of one seed, that spread as the latents of people do."""
+    settings = SampleSettings(solver="second_order")
+    return model.sample_latent(model.condition(features), [0] * len(features), settings)
 
 
 def seconds_to_lora(artefacts: Artefacts, model: DiffLoRAModel, photos: Tensor) -> float:

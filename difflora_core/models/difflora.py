@@ -194,7 +194,7 @@ class DiffLoRAModel(IdentityModel):
             seeds: B seeds; the same seed gives the same latent whatever the batch or device.
             settings: steps and guidance.
             callback: `callback(step, total, z)`, may raise to interrupt.
-            scheduler: a diffusers scheduler to use instead of DDIM.
+            scheduler: a diffusers scheduler to use instead of `settings.solver`.
             initial: latents to vary by `settings.strength`, one for all seeds or one per seed.
 
         Raises:
@@ -203,6 +203,7 @@ class DiffLoRAModel(IdentityModel):
         """
         if initial is not None:
             self.check_latent(initial)
+        settings = settings or SampleSettings()
         generators = seeded_generators(seeds)
         shape = (self.config.lae.latent_tokens, self.config.lae.latent_dim)
         noise = initial_noise(generators, shape).to(self.device)
@@ -215,8 +216,8 @@ class DiffLoRAModel(IdentityModel):
         z = sample(
             denoise,
             noise,
-            scheduler or self.config.schedule.scheduler(),
-            settings or SampleSettings(),
+            scheduler or self.config.schedule.solver(settings.solver),
+            settings,
             generators=generators,
             callback=callback,
             initial=None if initial is None else initial.z.to(noise).expand_as(noise),

@@ -1,5 +1,7 @@
 """The sampling loop on a Gaussian whose best denoiser is known in closed form."""
 
+import sys
+
 import pytest
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
@@ -52,6 +54,60 @@ def test_the_gaussian_is_recovered() -> None:
     z = run("sample", list(range(800)), steps=100)
     assert abs(float(z.mean()) - MEAN) < 0.03
     assert abs(float(z.std()) - SPREAD) < 0.03
+
+
+def spread_of(solver: str, spread: float, monkeypatch, steps: int = 20) -> float:
+    """Deviation of samples over that of the Gaussian, from noise of deviation 1 to rounding."""
+    monkeypatch.setattr(sys.modules[__name__], "SPREAD", spread)
+    scheduler = NoiseSchedule().solver(solver)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
+    noise = initial_noise(seeded_generators([0]), (1, 4000)).double()
+    noise = (noise - noise.mean()) / noise.std()
+    z = sample(gaussian_denoiser("sample", scheduler), noise, scheduler, SampleSettings(steps))
+    assert abs(float(z.mean()) - MEAN) < 1e-3
+    return float(z.std()) / spread
+
+
+def test_second_order_samples_spread_as_the_data_do(monkeypatch):
+    """The exact flow maps unit noise to MEAN + SPREAD * noise: the ratio of deviations is 1."""
+    for spread, lost in ((1.0, 0.005), (0.4, 0.01), (0.2, 0.09)):
+        first, second = (spread_of(s, spread, monkeypatch) for s in ("ddim", "second_order"))
+        assert 0.8 < first < 0.95  # what old graphs have, and keep
+        assert abs(second - 1) < lost
+
+
+def test_second_order_errors_fall_faster(monkeypatch):
+    """Twice the steps: half the error by DDIM, about a quarter by the other."""
+    errors = {
+        solver: [1 - spread_of(solver, 0.4, monkeypatch, steps) for steps in (25, 50)]
+        for solver in ("ddim", "second_order")
+    }
+    assert errors["ddim"][0] / errors["ddim"][1] < 3
+    assert max(map(abs, errors["second_order"])) < min(errors["ddim"]) / 5
+
+
+def test_second_order_in_any_batch_and_from_latents_that_exist():
+    settings = SampleSettings(20, strength=0.4, solver="second_order")
+
+    def once(seeds: list[int]) -> Tensor:
+        scheduler = NoiseSchedule().solver(settings.solver)
+        noise = initial_noise(seeded_generators(seeds), (2, 3))
+        denoise = gaussian_denoiser("sample", scheduler)
+        return sample(denoise, noise, scheduler, settings, initial=torch.full((1, 2, 3), MEAN))
+
+    together = once([1, 2, 3])
+    torch.testing.assert_close(once([3])[0], together[2])
+    assert torch.isfinite(together).all()
+    assert 0 < float((together - MEAN).std()) < SPREAD
+
+
+def test_unknown_solvers_are_refused():
+    for refused in (
+        lambda: NoiseSchedule().solver("euler"),
+        lambda: SampleSettings(solver="euler"),
+    ):
+        with pytest.raises(ConfigError, match="euler"):
+            refused()
 
 
 @pytest.mark.parametrize("strength", [0.1, 0.4, 0.7])
