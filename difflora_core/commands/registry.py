@@ -4,7 +4,7 @@ from __future__ import annotations
 
 COMMANDS = {
     "prepare": "photos of people to a dataset that training reads",
-    "corpus": "LoRA files of people to a corpus that training reads",
+    "corpus": "a dataset, or LoRA files of people, to a corpus that training reads",
     "train": "a dataset to a DiffLoRA model",
     "plan": "what training will take: time, memory, disk",
     "generate": "photos of a person to a LoRA file",

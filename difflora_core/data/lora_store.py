@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -125,13 +125,17 @@ class StoreWriter:
             with open_tensors(path, _KIND, DatasetError) as file:
                 yield from _shard_rows(file, self.layout)
 
-    def write_index(self, checks: LoRACheckSettings | None = None) -> LoRAStore:
+    def write_index(
+        self, checks: LoRACheckSettings | None = None, sources: Mapping[str, str] | None = None
+    ) -> LoRAStore:
         """Makes the index of all shards.
 
         A LoRA that can be used takes the place of one of the same identity that could not.
 
         Args:
             checks: which LoRAs are kept.
+            sources: identity to what its LoRA is made from now; what was made from something else,
+                as from pictures that have changed since, does not count. None counts everything.
 
         Returns:
             The store, to read.
@@ -142,6 +146,8 @@ class StoreWriter:
         """
         unique: dict[str, IndexRow] = {}
         for row in self.rows():
+            if sources is not None and sources.get(row.identity) != row.source:
+                continue
             other = unique.setdefault(row.identity, row)
             if other.reason and not row.reason:
                 unique[row.identity] = row

@@ -1,13 +1,33 @@
-"""`corpus` on the command line: a folder of LoRA files becomes a store."""
+"""`corpus` on the command line: LoRA files, or people of a dataset, become a store."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 import torch
 
+from difflora_core.commands.corpus import Settings
 from difflora_core.commands.inspect import facts_of
 from difflora_core.commands.main import main
+from difflora_core.commands.run_folder import SETTINGS
+from difflora_core.data.choices import ChoiceSettings
+from difflora_core.data.encodings import Latents
 from difflora_core.data.lora_store import LoRAStore
-from difflora_core.demo.networks.base import demo_layout
+from difflora_core.data.prepare import PrepareConfig, prepare
+from difflora_core.data.prepared import PreparedDataset
+from difflora_core.demo import paths
+from difflora_core.demo.networks.base import demo_layout, load_base
+from difflora_core.demo.world.identities import split_seeds
+from difflora_core.demo.world.scenes import render_portraits
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
+from difflora_core.storage.image_files import write_image
 from difflora_core.storage.lora_file import write_lora_file
+from difflora_core.training.difflora.dataset_people import DatasetPeople, seed_of
+from difflora_core.training.lora.dreambooth import DreamBoothExamples, train_dreambooth
+
+PEOPLE, KILLS = 3, 3
 
 
 def write(path, seed, strength=1.0):
@@ -45,4 +65,115 @@ def test_corpus_of_files(tmp_path, capsys):
     assert main([*words, "--rank", "4"]) == 1
     assert "at rank 2" in capsys.readouterr().err
     assert main(["corpus", str(tmp_path / "none"), str(tmp_path / "x")]) == 1
-    assert "no LoRA file" in capsys.readouterr().err
+    assert "neither a dataset" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """Drawn people, prepared; the first has a picture more than the others."""
+    photos, folder = tmp_path_factory.mktemp("photos"), tmp_path_factory.mktemp("dataset")
+    for who, seed in enumerate(split_seeds("train", PEOPLE, 70)):
+        own = render_portraits([seed] * 3, range(3))
+        (photos / f"p{who}").mkdir()
+        for number in range(2 + (who == 0)):
+            write_image(own.images[number], photos / f"p{who}" / f"{number}.png")
+            (photos / f"p{who}" / f"{number}.txt").write_text(own.captions[number])
+    choices = ChoiceSettings(same_person=0.3)
+    faces = {"faces": str(paths.FACES), "smallest_face": 12}
+    prepare(photos, folder, PrepareConfig(resolution=64, encoding="png", choices=choices, **faces))
+    return folder
+
+
+def of_people(dataset, *more):
+    """Words of a training of seconds."""
+    course = {"steps": 3, "precision": "no", "learning-rate": 0.01, "checkpoint-every": 1}
+    options = [word for k, v in course.items() for word in (f"--training.{k}", str(v))]
+    usual = [str(dataset), "--base", "demo", "--rank", "2", "--group", "2", *options]
+    return [*usual, "--training.no-checkpointing", "--device", "cpu", *more]
+
+
+def corpus(folder, words):
+    """Runs the command; gives its exit status."""
+    return main(["corpus", words[0], str(folder), *words[1:]])
+
+
+def test_corpus_of_a_dataset(dataset, tmp_path, capsys):
+    """Everybody's LoRA is what training alone gives; what is done is not done again."""
+    judge = ["--judge.faces", str(paths.FACES), "--judge.pictures", "2", "--judge.steps", "2"]
+    assert corpus(tmp_path / "out", of_people(dataset, *judge)) == 0
+    assert f"{PEOPLE} LoRAs in the corpus, 0 left out." in capsys.readouterr().out
+    store = LoRAStore(tmp_path / "out", demo_layout(2))
+    assert [row.identity for row in store.rows] == [f"p{n}" for n in range(PEOPLE)]
+    assert all(row.likeness is not None and -1 <= row.likeness <= 1 for row in store.rows)
+    base, data = load_base(paths.BASE), PreparedDataset(dataset)
+    people = DatasetPeople(data, Latents(data))
+    course = Settings.from_json((tmp_path / "out" / SETTINGS).read_text()).course
+    for number in (0, 2):
+        name = store.rows[number].identity
+        pictures = [data[row] for row in people.rows(name)]
+        alone = DreamBoothExamples(
+            torch.stack([base.encode_images(p.picture[None])[0].half().float() for p in pictures])[
+                None
+            ],
+            [[p.captions[0] for p in pictures]],
+            [seed_of(name)],
+            torch.tensor([[p.time_ids() for p in pictures]]),
+        )
+        expected = train_dreambooth(base, alone, course)[3].batch_item(0)
+        for layer in expected:
+            found = store[number][layer]
+            torch.testing.assert_close(found.delta(), expected[layer].delta(), atol=1e-5, rtol=1e-3)
+    before = files(tmp_path / "out")
+    assert not (tmp_path / "out" / "work").exists()
+    assert corpus(tmp_path / "out", of_people(dataset, *judge)) == 0
+    assert files(tmp_path / "out") == before
+    strict = ["--checks.likeness", "1"]
+    assert corpus(tmp_path / "out", of_people(dataset, *judge, *strict)) == 0
+    assert "its likeness is" in capsys.readouterr().out
+    assert len(LoRAStore(tmp_path / "out")) == 0
+
+
+def files(folder):
+    """Bytes of what a corpus is."""
+    kept = [*folder.glob("shards/*"), *(folder / n for n in ("index.parquet", "store.json"))]
+    return {path.name: path.read_bytes() for path in [*kept, folder / "index.json"]}
+
+
+def test_other_settings_take_the_place_of_what_was_trained(dataset, tmp_path, capsys):
+    words = of_people(dataset)
+    assert corpus(tmp_path / "out", words) == 0
+    first = [row.digest for row in LoRAStore(tmp_path / "out").rows]
+    assert corpus(tmp_path / "out", [*words, "--training.steps", "2"]) == 0
+    second = LoRAStore(tmp_path / "out")
+    assert len(second) == PEOPLE
+    assert not {row.digest for row in second.rows} & set(first)
+    assert corpus(tmp_path / "out", words) == 0  # trained before: nothing is to be done
+    assert [row.digest for row in LoRAStore(tmp_path / "out").rows] == first
+
+
+def test_what_a_training_cannot_do(dataset, tmp_path, capsys):
+    """No model to train on, two ranks, a rate out of range, a judge that is not there."""
+    words = of_people(dataset)
+    for more, said in (
+        (["--base", "sdxl"], "name the checkpoint file"),
+        (["--training.rank", "5"], "one rank"),
+        (["--training.learning-rate", "1e9"], "learning_rate"),
+        (["--judge.faces", str(paths.CLIP_VISION.parent)], "no .onnx files"),
+    ):
+        assert corpus(tmp_path / "out", [*words, *more]) == 1
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_random_moments(dataset, tmp_path):
+    """SIGKILL while it encodes, trains, writes, indexes: the same bytes as without."""
+    script = Path(__file__).with_name("corpus_until_killed.py")
+    words = ["3", str(KILLS), str(tmp_path / "out"), *of_people(dataset)]
+    subprocess.run(
+        [sys.executable, str(script), *words],
+        env={**os.environ, "PYTHONPATH": str(paths.ROOT), "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=280,
+    )
+    assert files(tmp_path / "out") == files(tmp_path / "out-whole")
+    assert len(LoRAStore(tmp_path / "out")) == PEOPLE

@@ -28,7 +28,8 @@ def examples(people):
 
 def test_a_store_holds_what_training_alone_gives(base, examples, tmp_path):
     writer = open_store(tmp_path, base, CONFIG)
-    assert not train_store(base, NAMES, examples, CONFIG, writer, lambda name, w: int(name) / 10)
+    course = train_store(base, NAMES, examples, CONFIG, writer, lambda name, w: int(name) / 10)
+    assert not course.failed
     store = writer.write_index(LoRACheckSettings(likeness=0.45, spread=1e6))
     assert [row.identity for row in store.rows] == ["5", "9"]
     assert "0.400, below 0.45" in store.left_out[0].reason
@@ -57,7 +58,7 @@ def test_what_is_done_is_not_trained_again(base, examples, tmp_path):
 
 def test_a_stopped_training_goes_on(base, examples, tmp_path):
     def stop(step, total, metrics):
-        if step == 2 and (tmp_path / "s" / "shards").exists():
+        if step == 5 and (tmp_path / "s" / "shards").exists():
             raise InterruptedTraining("enough")
 
     whole = open_store(tmp_path / "whole", base, CONFIG)
@@ -83,7 +84,7 @@ def test_who_diverges_is_named_and_the_rest_kept(base, examples, tmp_path):
 
     wide = replace(CONFIG, group=3)
     writer = open_store(tmp_path, base, wide)
-    failed = train_store(base, NAMES, damaged, wide, writer)
+    failed = train_store(base, NAMES, damaged, wide, writer).failed
     assert set(failed) == {"9"}
     assert "no longer a number" in failed["9"]
     store = writer.write_index(LoRACheckSettings(spread=1e6))
@@ -92,6 +93,6 @@ def test_who_diverges_is_named_and_the_rest_kept(base, examples, tmp_path):
     alone = train_dreambooth(base, examples(["5"]), ALONE)[3].batch_item(0)
     for name, layer in store[1].layers.items():
         torch.testing.assert_close(layer.delta(), alone[name].delta(), atol=1e-6, rtol=1e-4)
-    assert train_store(base, NAMES, damaged, wide, writer) == failed
+    assert train_store(base, NAMES, damaged, wide, writer).failed == failed
     train_store(base, NAMES, examples, wide, writer)  # its pictures are whole again
     assert len(writer.write_index(LoRACheckSettings(spread=1e6))) == 3

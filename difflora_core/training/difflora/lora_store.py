@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ...base_model.protocol import BaseModel
@@ -19,6 +19,8 @@ from .lora_corpus import CorpusConfig
 
 Examples = Callable[[Sequence[str]], DreamBoothExamples]
 Likeness = Callable[[str, LoRAWeights], float]
+WORK = "work"
+"""Folder in the store, of groups that are in training."""
 
 
 def open_store(folder: Path, base: BaseModel, config: CorpusConfig) -> StoreWriter:
@@ -36,6 +38,19 @@ def open_store(folder: Path, base: BaseModel, config: CorpusConfig) -> StoreWrit
     return StoreWriter(folder, layout, weights_digest(base.unet))
 
 
+@dataclass(frozen=True)
+class Course:
+    """How a run of `train_store` was: what it leaves beside the store.
+
+    Attributes:
+        sources: name to the digest of what its LoRA is made from, for `StoreWriter.write_index`.
+        failed: name to reason of each identity that could not be trained.
+    """
+
+    sources: Mapping[str, str]
+    failed: Mapping[str, str]
+
+
 def train_store(
     base: BaseModel,
     identities: Sequence[str],
@@ -44,7 +59,7 @@ def train_store(
     writer: StoreWriter,
     likeness: Likeness | None = None,
     progress: Progress | None = None,
-) -> dict[str, str]:
+) -> Course:
     """Trains the LoRAs that a store lacks; each finished group is a shard.
 
     What is there is known by the pictures, captions and settings that it was made from. One whose
@@ -53,74 +68,73 @@ def train_store(
     Args:
         base: frozen base model.
         identities: names; LoRAs do not depend on how they are grouped.
-        examples: gives pictures, captions and a seed of some of them.
+        examples: gives pictures, captions and seeds of some of them: their own, whatever the group.
         config: settings of the training, and how many are trained in one batch.
         writer: of the store, see `open_store`.
         likeness: measures how like the person the pictures of a LoRA are, in [-1, 1].
-        progress: called after every step as (step, steps, metrics) of the running group; it may
-            raise InterruptedTraining.
-
-    Returns:
-        Name to reason of each identity that could not be trained.
+        progress: called after every step as (step, steps, metrics) over all groups; it may raise
+            InterruptedTraining.
 
     Raises:
         InterruptedTraining: stopped; the same call goes on.
         DatasetError: the store cannot be written.
     """
-    missing, failed = _missing(identities, examples, config, writer)
-    for start in range(0, len(missing), config.group):
-        own = missing[start : start + config.group]
-        run = writer.folder / "work" / fingerprint(own)[:24]
-        names, course = [name for name, _ in own], config.dreambooth
-        trained = _trained(base, names, examples, course, run, progress)
+    there = {(row.identity, row.source): row.reason for row in writer.rows()}
+    sources = {name: _source(examples([name]), config, writer) for name in identities}
+    failed = {own[0]: there[own] for own in sources.items() if there.get(own)}
+    missing = [name for name, source in sources.items() if (name, source) not in there]
+    course = config.dreambooth
+    starts = range(0, len(missing), config.group)
+    for number, start in enumerate(starts):
+        names = missing[start : start + config.group]
+        run = writer.folder / WORK / fingerprint([(name, sources[name]) for name in names])[:24]
+        report = _shifted(progress, number * course.steps, len(starts) * course.steps)
+        group = _Group(base, examples, course, report)
         loras = []
-        for (identity, source), (weights, reason) in zip(own, trained, strict=True):
+        for identity, (weights, reason) in zip(names, group.train(names, run), strict=True):
             alike = likeness(identity, weights) if likeness and weights is not None else None
-            loras.append(NewLoRA(identity, weights, alike, source, reason))
+            loras.append(NewLoRA(identity, weights, alike, sources[identity], reason))
             failed |= {identity: reason} if reason else {}
         launched().on_main(lambda added=loras: writer.add(added))  # type: ignore[misc]
         launched().on_main(lambda folder=run: remove_run(folder))  # type: ignore[misc]
-    return failed
+    return Course(sources, failed)
 
 
-def _missing(
-    identities: Sequence[str], examples: Examples, config: CorpusConfig, writer: StoreWriter
-) -> tuple[list[tuple[str, str]], dict[str, str]]:
-    """Who is not in the store as made from these pictures and settings, with the digest of both;
-    and who could not be trained on them before, with the reason."""
-    there = {(row.identity, row.source): row.reason for row in writer.rows()}
-    sources = [
-        fingerprint(examples([name]), config.dreambooth, writer.layout.hash) for name in identities
-    ]
-    pairs = list(zip(identities, sources, strict=True))
-    failed = {pair[0]: there[pair] for pair in pairs if there.get(pair)}
-    return [pair for pair in pairs if pair not in there], failed
+def _source(pictures: DreamBoothExamples, config: CorpusConfig, writer: StoreWriter) -> str:
+    """Digest of what a LoRA is made from."""
+    return fingerprint(pictures, config.dreambooth, writer.layout.hash)
 
 
-def _trained(
-    base: BaseModel,
-    identities: Sequence[str],
-    examples: Examples,
-    config: DreamBoothConfig,
-    run: Path,
-    progress: Progress | None,
-) -> Iterator[tuple[LoRAWeights | None, str]]:
-    """Weights of each, or None and the reason; a group that diverges is trained one by one."""
-    pictures = examples(identities)
-    try:
-        folder = run / "group"
-        weights = train_dreambooth(base, pictures, config, progress, folder=folder)[config.steps]
-    except DivergedError as failure:
-        if len(identities) == 1:
-            yield None, str(failure)
+def _shifted(progress: Progress | None, done: int, total: int) -> Progress | None:
+    """Progress of one group told as progress of the whole."""
+    if progress is None:
+        return None
+    return lambda step, steps, metrics: progress(done + step, total, metrics)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """What the training of a group needs, whoever is in it."""
+
+    base: BaseModel
+    examples: Examples
+    config: DreamBoothConfig
+    progress: Progress | None
+
+    def train(
+        self, identities: Sequence[str], run: Path
+    ) -> Iterator[tuple[LoRAWeights | None, str]]:
+        """Weights of each, or None and the reason; a group that diverges is trained one by one."""
+        try:
+            trained = train_dreambooth(
+                *(self.base, self.examples(identities), self.config, self.progress),
+                folder=run / "group",
+            )[self.config.steps]
+        except DivergedError as failure:
+            if len(identities) == 1:
+                yield None, str(failure)
+                return
+            for row, identity in enumerate(identities):
+                yield from self.train([identity], run / str(row))
             return
-        for row, identity in enumerate(identities):
-            alone = _only(examples, identity, pictures.seeds[row])
-            yield from _trained(base, [identity], alone, config, run / str(row), progress)
-        return
-    yield from ((weights.batch_item(row), "") for row in range(len(identities)))
-
-
-def _only(examples: Examples, identity: str, seed: int) -> Examples:
-    """Examples of one person with the seed that it has in its group."""
-    return lambda names: replace(examples([identity]), seeds=(seed,))
+        yield from ((trained.batch_item(row), "") for row in range(len(identities)))

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 
-from ...adapters.attach import attach
-from ...adapters.lora import lora_adapter_set
 from ...base_model.diffusers_base import DiffusersBase
-from ...base_model.protocol import TextCondition, compute_device
-from ...diffusion.sampler import SampleSettings, initial_noise, sample, seeded_generators
+from ...base_model.protocol import TextCondition
+from ...diffusion.sampler import SampleSettings
 from ...models.identity_model import IdentityModel
 from ...vision.features import ImageFeatures
-from ..losses import predict
+from ..drawing import draw
 
 
 @torch.no_grad()
@@ -40,19 +37,11 @@ def draw_people(
     Returns:
         Scaled latents (P, C, h, w); the same for the same people, whatever else is drawn.
     """
-    device = compute_device(base)
     pictures = []
-    scheduler = DDIMScheduler.from_config(base.scheduler.config, timestep_spacing="trailing")
     for number, photos in enumerate(people):
         condition = model.condition(model.complete(photos.to(model.device, torch.float32)))
         guess = model.mean_latent(condition) if model.has_best_guess else None
         latent = guess or model.sample_latent(condition, [number], SampleSettings())
-
-        def denoise(z: Tensor, timestep: Tensor, conditional: bool) -> Tensor:
-            return predict(base, z, timestep, text.select(torch.tensor([int(not conditional)])))
-
-        noise = initial_noise(seeded_generators([number]), shape).to(device)
-        names = model.layout.module_names
-        with attach(base.unet, lora_adapter_set(model.decode(latent)), names=names):
-            pictures.append(sample(denoise, noise, scheduler, settings))
+        weights, names = model.decode(latent), model.layout.module_names
+        pictures.append(draw(base, weights, names, text, [number], settings, shape))
     return torch.cat(pictures)

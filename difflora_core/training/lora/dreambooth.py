@@ -8,12 +8,13 @@ in a group gives what training alone gives, to rounding (ours).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ...adapters.attach import attach
 from ...adapters.lora import lora_adapter_set
@@ -119,12 +120,12 @@ class DreamBoothObjective(nn.Module):
         """Sum () over people of their mean losses (`loss` among the metrics is the mean).
 
         A batch holds m draws for each of B people: scaled `latents` and `noise` (m, B, C, h, w),
-        `timesteps` (m, B), `captions` (m, B), rows of the encoded captions. The sum,
-        because a person's gradient must not depend on the size of the group.
+        `timesteps` (m, B), `captions` (m, B), rows of the encoded captions, and perhaps `time_ids`
+        (m, B, 6). The sum, because a person's gradient must not depend on the size of the group.
         """
         people = batch["captions"].shape[1]
         flat = {name: part.flatten(0, 1) for name, part in batch.items()}  # m B ... -> mB ...
-        text = self.text.select(flat["captions"])
+        text = replace(self.text.select(flat["captions"]), time_ids=flat.get("time_ids"))
         noised = NoisedBatch(flat["latents"], flat["noise"], flat["timesteps"], text)
         error = denoising_error(self.base, noised, self.config.loss_weighting)
         losses = error.unflatten(0, (-1, people)).mean(0)  # B
@@ -249,24 +250,28 @@ class _Source:
         text = base.encode_prompts(unique)
         self.text = TextCondition(text.context.to(weight), text.pooled.to(weight))
         number = {prompt: index for index, prompt in enumerate(unique)}
-        self.caption = torch.tensor([[number[p] for p in row] for row in examples.prompts])
+        rows = [torch.tensor([number[p] for p in row]) for row in examples.prompts]
+        self.caption = pad_sequence(rows, batch_first=True)  # B M
 
     def batch(self, step: int) -> dict[str, Any]:
         """Samples of one step: entry (k, b) of every tensor (m, B, ...) is sample k of person b."""
-        draws = [self._draw(seed, step) for seed in self.examples.seeds]
+        draws = [self._draw(row, step) for row in range(len(self.examples))]
         pictures, times, noise = (torch.stack(part, 1) for part in zip(*draws, strict=True))
         people = torch.arange(len(self.examples)).expand_as(pictures)  # m B
-        return {
+        batch = {
             "latents": self.examples.latents[people, pictures],
             "noise": noise,
             "timesteps": times,
             "captions": self.caption[people, pictures],
         }
+        if self.examples.time_ids is not None:
+            batch["time_ids"] = self.examples.time_ids[people, pictures]
+        return batch
 
-    def _draw(self, seed: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _draw(self, row: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Picture numbers (m,), timesteps (m,), noise (m, C, h, w) of one person."""
-        m, pictures = self.config.samples_per_step, self.examples.latents.shape[1]
-        generator = mixed_generator(self.config.seed, seed, step + 1)
+        m, pictures = self.config.samples_per_step, len(self.examples.prompts[row])
+        generator = mixed_generator(self.config.seed, self.examples.seeds[row], step + 1)
         rounds = [torch.randperm(pictures, generator=generator) for _ in range(-(-m // pictures))]
         times = stratified_timesteps(m, generator, self.train_steps)
         shape = (m, *self.examples.latents.shape[2:])

@@ -38,6 +38,8 @@ class DreamBoothConfig(Config):
         weight_decay: of AdamW.
         precision: see `LoopConfig`.
         seed: together with each identity's seed it fixes start and draws.
+        same_start: draw one start for everybody. LoRAs that begin at one place stay comparable
+            factor by factor, which is what an autoencoder of LoRAs learns from (ours).
         checkpoint_every: steps between checkpoints, when a folder is given.
         accumulate, checkpointing: see `LoopConfig`; both save memory.
 
@@ -60,6 +62,7 @@ class DreamBoothConfig(Config):
     weight_decay: float = 0.0
     precision: Precision = "no"
     seed: int = 0
+    same_start: bool = False
     checkpoint_every: int = field(default=500, metadata=SAME_COURSE)
     accumulate: int = field(default=1, metadata=SAME_COURSE)
     checkpointing: bool = field(default=False, metadata=SAME_COURSE)
@@ -97,13 +100,16 @@ class DreamBoothConfig(Config):
 
 @dataclass(frozen=True, eq=False)
 class DreamBoothExamples:
-    """Pictures of B people, M of each, with their captions.
+    """Pictures of B people, at most M of each, with their captions.
 
     Args:
-        latents: (B, M, C, h, w) scaled latents.
-        prompts: B lists of M captions.
+        latents: (B, M, C, h, w) scaled latents. Who has fewer than M captions has as many pictures:
+            what stands behind them is not looked at.
+        prompts: B lists of captions, one a picture; the longest has M.
         seeds: one integer of 0 or more per person, which fixes this person's random draws whatever
             the group; 0 to B - 1 unless given.
+        time_ids: (B, M, 6) what SDXL is told of the pictures, see `TextCondition`; None: whole
+            pictures of the size that is drawn.
 
     Raises:
         ConfigError: the counts do not agree, or there is no picture.
@@ -112,6 +118,7 @@ class DreamBoothExamples:
     latents: Tensor
     prompts: Sequence[Sequence[str]]
     seeds: Sequence[int] = ()
+    time_ids: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not self.seeds:
@@ -119,7 +126,8 @@ class DreamBoothExamples:
         shape = tuple(self.latents.shape)
         counts = {len(row) for row in self.prompts}
         fits = len(shape) == 5 and len(self.prompts) == shape[0] == len(self.seeds)
-        if not fits or 0 in shape or counts != {shape[1]}:
+        told = self.time_ids is None or tuple(self.time_ids.shape) == (*shape[:2], 6)
+        if not fits or not told or 0 in {*shape, *counts} or max(counts) != shape[1]:
             raise ConfigError(
                 f"The training pictures do not fit: latents {shape}, expected (people, pictures, "
                 f"channels, height, width); captions for {counted(len(self.prompts), 'person')} "
@@ -131,7 +139,8 @@ class DreamBoothExamples:
 
     def select(self, rows: Sequence[int]) -> DreamBoothExamples:
         """The people of these rows."""
-        prompts = [self.prompts[row] for row in rows]
-        return DreamBoothExamples(
-            self.latents[list(rows)], prompts, [self.seeds[row] for row in rows]
-        )
+        few, prompts = list(rows), [self.prompts[row] for row in rows]
+        most = max(map(len, prompts))
+        told = None if self.time_ids is None else self.time_ids[few, :most]
+        seeds = [self.seeds[row] for row in rows]
+        return DreamBoothExamples(self.latents[few, :most], prompts, seeds, told)

@@ -39,7 +39,7 @@ def starting_weights(
     """
     if initial is not None and shared_down is not None:
         raise ConfigError("DreamBooth starts from a LoRA or from a shared down, not from both.")
-    random = _random_down(layout, seeds, config.seed)
+    random = _random_down(layout, [0] * len(seeds) if config.same_start else seeds, config.seed)
     if initial is not None:
         return _grown(initial, layout, random)
     layers = {}
