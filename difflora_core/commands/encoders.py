@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 
 from ..errors import ConfigError, EncoderError, shown
+from ..models.identity_model import IdentityModel
 from ..storage.clip_vision_file import load_clip_vision
 from ..storage.file_digest import hashed
+from ..vision.face_choice import FaceOptions
 from ..vision.face_encoder import FaceEncoder, InsightFaceEncoder
 from ..vision.image_encoder import ImageEncoder
 from ..vision.no_encoder import NoFaceEncoder, NoImageEncoder
@@ -37,6 +39,22 @@ def open_encoders(
     if clip_vision:
         image = load_clip_vision(clip_vision, device)
     return face, image
+
+
+def options_for(model: IdentityModel, given: FaceOptions, faces: bool) -> FaceOptions:
+    """Face options as a model saw photos in training, unless something else is asked for.
+
+    Args:
+        model: that makes the LoRA.
+        given: what is asked for.
+        faces: whether anything looks for faces.
+    """
+    own = given.to_dict()
+    if given.image_region == FaceOptions().image_region:
+        own["image_region"] = model.image_region
+    if not faces:
+        own |= {"on_missing": "image_only", "image_region": "crop"}
+    return FaceOptions(**own)
 
 
 def chosen_device(name: str) -> torch.device:

@@ -8,15 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from rich.console import Console
 from torch import Tensor
 
 from ..config import Config, check_range
 from ..diffusion.sampler import MAX_SEED, SampleSettings
-from ..errors import ConfigError, ImageError, shown
+from ..errors import ConfigError, shown
 from ..limits import RANK
 from ..lora.canonical import canonical
 from ..lora.formats.state_dict import to_state_dict
@@ -25,10 +23,11 @@ from ..models.lae.autoencoder import LoRALatent
 from ..models.latent_math import select
 from ..models.mif import IdentityCondition
 from ..storage.identity_models import load_identity_model
+from ..storage.image_files import read_image
 from ..storage.lora_file import PRECISIONS, LoRAInfo, write_lora_state
 from ..vision.face_choice import FaceOptions
 from ..vision.features import extract_features
-from .encoders import chosen_device, open_encoders
+from .encoders import chosen_device, open_encoders, options_for
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def run(settings: Settings, console: Console) -> None:
     begun, device = time.monotonic(), chosen_device(settings.device)
     model = load_identity_model(settings.model).to(device)
     encoders = open_encoders(settings.faces, settings.clip_vision, device)
-    options = _options(settings, model)
+    options = options_for(model, settings.face_options, bool(settings.faces))
     loaded = time.monotonic()
     found = extract_features(pictures, *encoders, options)
     for note in (*found.notes, model.other_recogniser(found.features)):
@@ -110,24 +109,7 @@ def read_photo(path: Path) -> Tensor:
     Raises:
         ImageError: it cannot be read.
     """
-    try:
-        with Image.open(path) as opened:
-            turned = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError) as error:
-        raise ImageError(
-            f"{shown(str(path), 300)} cannot be read as a picture: {error}."
-        ) from error
-    return torch.from_numpy(np.array(turned)).float() / 255
-
-
-def _options(settings: Settings, model: IdentityModel) -> FaceOptions:
-    """The face options, as the model saw photos in training unless something else is asked for."""
-    own = settings.face_options.to_dict()
-    if settings.face_options.image_region == FaceOptions().image_region:
-        own["image_region"] = model.image_region
-    if not settings.faces:
-        own |= {"on_missing": "image_only", "image_region": "crop"}
-    return FaceOptions(**own)
+    return read_image(path)[0]
 
 
 def _latents(model: IdentityModel, condition: IdentityCondition, settings: Settings) -> LoRALatent:

@@ -7,6 +7,7 @@ COMMANDS = {
     "corpus": "a dataset, or LoRA files of people, to a corpus that training reads",
     "train": "a dataset to a DiffLoRA model",
     "plan": "what training will take: time, memory, disk",
+    "evaluate": "models, LoRAs and pictures to a table of measures, with the pictures",
     "generate": "photos of a person to a LoRA file",
     "convert": "LoRA files to another naming, rank or precision",
     "inspect": "what a file or folder is, and what it holds",

@@ -25,18 +25,31 @@ class ModelFolder:
             kind, then the rest of the way.
         holds: whether a folder is one, complete or not.
         load: reads it; takes the folder and a namespace of layer classes.
+        trigger: words that its LoRAs need at the beginning of a prompt.
     """
 
     title: str
     place: tuple[str, ...]
     holds: Callable[[Path], bool]
     load: Callable[[str | Path, Any], IdentityModel]
+    trigger: str = ""
 
 
 MODEL_FOLDERS = (
-    ModelFolder("HyperLoRA", ("hyper_lora", "hyper_lora"), is_hyperlora_folder, load_hyperlora),
+    ModelFolder(
+        title="HyperLoRA",
+        place=("hyper_lora", "hyper_lora"),
+        holds=is_hyperlora_folder,
+        load=load_hyperlora,
+        trigger="fcsks fxhks fhyks",
+    ),
 )
 """A kind of folder is known by its line here."""
+
+
+def model_folder(path: Path) -> ModelFolder | None:
+    """The kind of model that a folder holds; None for another folder, or a file."""
+    return next((kind for kind in MODEL_FOLDERS if path.is_dir() and kind.holds(path)), None)
 
 
 def load_identity_model(
@@ -55,7 +68,6 @@ def load_identity_model(
     path = Path(path)
     if not path.is_dir():
         return load_model(path, operations, as_stored=as_stored)
-    for kind in MODEL_FOLDERS:
-        if kind.holds(path):
-            return kind.load(path, operations)
+    if (kind := model_folder(path)) is not None:
+        return kind.load(path, operations)
     raise CheckpointError(f"The folder {shown(str(path), 300)} holds no model that is known here.")

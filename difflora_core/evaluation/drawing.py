@@ -1,0 +1,114 @@
+"""Pictures of a protocol, drawn by a base model that wears a LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from torch import Tensor
+
+from ..adapters.attach import attach
+from ..adapters.lora import lora_adapter_set
+from ..base_model.diffusers_base import DiffusersBase
+from ..base_model.protocol import TextCondition, compute_device, compute_dtype
+from ..diffusion.sampler import SampleSettings, initial_noise, sample, seeded_generators
+from ..errors import ConfigError
+from ..lora.weights import LoRAWeights
+from .protocol import Protocol
+
+
+@dataclass(frozen=True, eq=False)
+class Adaptation:
+    """What a base model is given for a person.
+
+    Attributes:
+        weights: a LoRA; None leaves the base as it is.
+        modules: layer of the LoRA to module of the UNet.
+        strength: of the LoRA.
+        trigger: words that it needs at the beginning of a prompt.
+        seconds: that making it took; None where it came from a file.
+    """
+
+    weights: LoRAWeights | None = None
+    modules: Mapping[str, str] | None = None
+    strength: float = 1.0
+    trigger: str = ""
+    seconds: float | None = None
+
+
+class ProtocolDrawer:
+    """Draws what a protocol asks for; the same seed gives the same noise for every model.
+
+    Args:
+        base: the base model; unchanged afterwards.
+        protocol: what to draw.
+
+    Raises:
+        ConfigError: the base cannot draw pictures of that size.
+    """
+
+    def __init__(self, base: DiffusersBase, protocol: Protocol) -> None:
+        self.base, self.protocol = base, protocol
+        scale = 2 ** (len(base.vae.config.block_out_channels) - 1)
+        least = scale * 2 ** (len(base.unet.config.block_out_channels) - 1)
+        if protocol.side % least:
+            raise ConfigError(
+                f"This base draws sides that are multiples of {least} pixels, not {protocol.side}."
+            )
+        side = protocol.side // scale
+        self.shape = (int(base.unet.config.in_channels), side, side)
+        self._texts: dict[str, TextCondition] = {}
+
+    @torch.no_grad()
+    def draw(self, adaptation: Adaptation, person: str, cells: Sequence[tuple[int, int]]) -> Tensor:
+        """Pictures (N, H, W, 3) in [0, 1] of N (prompt, seed), on the CPU.
+
+        Args:
+            adaptation: of the person.
+            person: name, part of the seed of the noise.
+            cells: numbers from 0.
+        """
+        p, device = self.protocol, compute_device(self.base)
+        texts = self._encoded([p.text(prompt, adaptation.trigger) for prompt, _ in cells])
+        nothing = self._encoded([p.negative] * len(cells))
+        seeds = [p.noise_seed(person, prompt, seed) for prompt, seed in cells]
+        noise = initial_noise(seeded_generators(seeds), self.shape).to(device)
+        dtype = compute_dtype(self.base)
+
+        def denoise(z: Tensor, timestep: Tensor, conditional: bool) -> Tensor:
+            text = texts if conditional else nothing
+            here = TextCondition(text.context.to(device, dtype), text.pooled.to(device, dtype))
+            return self.base.predict(z.to(dtype), timestep, here).to(z)
+
+        weights = adaptation.weights
+        worn: Any = nullcontext()
+        if weights is not None:
+            adapters = lora_adapter_set(weights)
+            worn = attach(self.base.unet, adapters, adaptation.strength, adaptation.modules)
+        with worn:
+            settings = SampleSettings(p.steps, p.guidance)
+            z = sample(denoise, noise, self._scheduler(), settings)
+        return self.base.decode_latents(z).float().cpu()
+
+    def _encoded(self, prompts: Sequence[str]) -> TextCondition:
+        """Prompts, each encoded once."""
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self._texts:
+                self._texts[prompt] = self.base.encode_prompts([prompt])
+        rows = [self._texts[prompt] for prompt in prompts]
+        return TextCondition(
+            torch.cat([row.context for row in rows]), torch.cat([row.pooled for row in rows])
+        )
+
+    def _scheduler(self) -> Any:
+        """A new one: several keep what they did last."""
+        config = self.base.scheduler.config
+        if self.protocol.sampler == "ddim":
+            return DDIMScheduler.from_config(config, timestep_spacing="trailing")
+        return DPMSolverMultistepScheduler.from_config(
+            config, algorithm_type="dpmsolver++", use_karras_sigmas=True
+        )
