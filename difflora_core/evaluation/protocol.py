@@ -34,10 +34,6 @@ class Prompt(Config):
     text: str
     kind: str = ""
 
-    def __post_init__(self) -> None:
-        if PLACE not in self.text:
-            raise ConfigError(f"The prompt {shown(self.text)} lacks {PLACE}, the person's place.")
-
 
 @dataclass(frozen=True)
 class Protocol(Config):
@@ -61,7 +57,7 @@ class Protocol(Config):
         ConfigError: a value is out of range.
     """
 
-    prompts: tuple[Prompt, ...]
+    prompts: tuple[Prompt, ...] = (Prompt(PLACE),)
     title: str = "evaluation"
     base: str = "sdxl"
     people: tuple[str, ...] = ()
@@ -79,6 +75,11 @@ class Protocol(Config):
         self.check_choices("Protocol")
         if not self.prompts:
             raise ConfigError("A protocol needs prompts.")
+        for prompt in self.prompts:
+            if PLACE not in prompt.text:
+                raise ConfigError(
+                    f"The prompt {shown(prompt.text)} lacks {PLACE}, the person's place."
+                )
         check_range("Protocol", "count", self.count, 1, 100_000)
         check_range("Protocol", "seeds", self.seeds, 1, 1000)
         check_range("Protocol", "seed", self.seed, 0, MAX_SEED)
