@@ -202,7 +202,7 @@ def sampling_widgets() -> list[io.Input]:
             default=0,
             min=0,
             max=MAX_SEED,
-            control_after_generate=True,
+            control_after_generate=io.ControlAfterGenerate.fixed,  # the best guess has no seed
             tooltip="Which variant (sampled only). The same seed gives the same LoRA everywhere.",
         ),
         io.Int.Input(

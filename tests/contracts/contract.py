@@ -86,9 +86,12 @@ def socket_breaks(old: Json, new: Json) -> list[str]:
     before, after = set(old["type"].split(",")), set(new["type"].split(","))
     if not (before <= after if "id" in old else before == after):
         breaks.append(f"{name} was {old['type']} and is {new['type']}")
-    for field in ("default", "list", "control_after_generate"):
+    for field in ("default", "list"):
         if old.get(field) != new.get(field):
             breaks.append(f"{name}: {field} was {old.get(field)!r} and is {new.get(field)!r}")
+    control = "control_after_generate"  # how it starts is no promise: files hold how it was left
+    if bool(old.get(control)) != bool(new.get(control)):
+        breaks.append(f"{name}: {control} was {old.get(control)!r} and is {new.get(control)!r}")
     if not set(old.get("options", ())) <= set(new.get("options", ())):
         breaks.append(f"{name} lost a choice of {old['options']}")
     if new.get("min", -1e99) > old.get("min", -1e99) or new.get("max", 1e99) < old.get("max", 1e99):
