@@ -1,4 +1,4 @@
-"""Where and when a LoRA acts: as hooks for masks and keyframes, or on a model by part and time."""
+"""Where and when a LoRA acts: as hooks for masks and keyframes, by part and time, by words."""
 
 import logging
 
@@ -11,6 +11,7 @@ from . import sockets
 from .host import lora as host_lora
 from .host import models
 from .host.adapters import Link, with_link
+from .host.words import marking
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +144,79 @@ class ApplyLoRA(io.ComfyNode):
         return io.NodeOutput(patched, licensed)
 
 
+OR_ANOTHER = "or that of the node for another person."
+
+
+class PlaceLoRA(io.ComfyNode):
+    """A LoRA on a model, where the picture shows the person of some words."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DiffLoRA_PlaceLoRA",
+            display_name="Place LoRA by Words",
+            category=CATEGORY,
+            description="Several people in one picture, without masks. Each LoRA acts where the "
+            "picture shows the person that some words of the prompt name; the first steps find "
+            "where that is. Use one of these nodes for each person, one after another.",
+            search_aliases=["freefuse", "two people", "regional", "auto mask", "multiple lora"],
+            inputs=[
+                io.Model.Input("model", tooltip=f"The base model, {OR_ANOTHER}"),
+                io.Clip.Input("clip", tooltip=f"The base model's CLIP, {OR_ANOTHER}"),
+                sockets.lora_socket(),
+                io.String.Input(
+                    "words",
+                    default="",
+                    tooltip="Words of the positive prompt that name this person and nobody else, "
+                    "just as they stand there: woman in a red dress.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-20.0,
+                    max=20.0,
+                    step=0.01,
+                    tooltip="How strongly the LoRA acts. 0 leaves this person to the base model "
+                    "and still keeps the others out of their place.",
+                ),
+                io.Float.Input(
+                    "find_percent",
+                    default=0.15,
+                    min=0.0,
+                    max=0.9,
+                    step=0.01,
+                    tooltip="The share of the steps in which the base model lays out the picture "
+                    "and the people are found; then the LoRAs act. More finds people better, less "
+                    "makes them more like themselves.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="To sample with."),
+                io.Clip.Output(
+                    display_name="clip",
+                    tooltip="For CLIP Text Encode; it tells the model where the words stand.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model, clip, lora, words, strength, find_percent):
+        words = words.strip()
+        marked = marking(clip, words)
+        read = host_lora.read_lora(host_lora.check_lora(lora), model)
+        if read.note:
+            logger.warning(read.note)
+            models.show_text(cls, read.note)
+        made = read.adaptation(1.0, GroupStrengths(), model)
+        if made is None:
+            return io.NodeOutput(model.clone(), marked)
+        applied = AppliedAdaptation(PreparedAdaptation(made), made.settings, strength)
+        node_id = cls.hidden.unique_id
+        link = Link(applied, node_id=node_id, place=words, find=find_percent)
+        return io.NodeOutput(with_link(model, link), marked)
+
+
 def _placed(model, read, strength, groups, span):
     """A clone of a model with a LoRA: in its weights, or beside its layers for a part of a run."""
     if span == (0.0, 1.0, False):
@@ -153,4 +227,4 @@ def _placed(model, read, strength, groups, span):
     return with_link(model, Link(AppliedAdaptation(PreparedAdaptation(made), made.settings), *span))
 
 
-NODES = [LoRAToHook, ApplyLoRA]
+NODES = [LoRAToHook, ApplyLoRA, PlaceLoRA]

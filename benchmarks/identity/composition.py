@@ -1,7 +1,8 @@
 """`make bench name=composition args='--quick --json FILE'`: identities as material, judged.
 
-- `two_people`: real ComfyUI puts two people side by side, with masks and without; each half is
-  read by the judge that conditions nothing.
+- `two_people`: real ComfyUI puts two people side by side: with masks, without, and by words of the
+  prompt without masks, once in the order of the prompt and once in the other one; each half is read
+  by the judge that conditions nothing.
 - `blend`: along the slerp from A to B likeness to A falls and likeness to B rises.
 - `invented`: people without a photo are distinct from each other and from the training people, and
   the same in every picture; real people give the scale.
@@ -13,9 +14,10 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,7 +26,12 @@ from torch import Tensor
 from difflora_core.config import Config
 from difflora_core.demo.comfyui.server import ComfyServer
 from difflora_core.demo.networks.judges import PLAIN_LOOKS, Judges
-from difflora_core.demo.workflows.masked_people import PICTURE, MaskedScene, masked_people
+from difflora_core.demo.workflows.masked_people import (
+    PICTURE,
+    MaskedScene,
+    masked_people,
+    people_by_words,
+)
 from difflora_core.demo.world.identities import split_seeds
 from difflora_core.demo.world.scenes import PICTURE_SIZE, Scene, render_portraits
 from difflora_core.evaluation.metrics import centroid
@@ -189,20 +196,40 @@ def measure_two_people(server: ComfyServer, judges: Judges, cast: Cast) -> dict[
         write_image(photo, path)
         names.append(server.client.upload_picture(path))
     result: dict[str, object] = {"pairs": len(cast.pairs)}
-    for masks, word in ((True, "masked"), (False, "unmasked")):
+    for word, draw in WAYS.items():
         halves = [
-            two_halves(server, [names[a], names[b]], MaskedScene(masks=masks, seed=number))
+            two_halves(server, draw([names[a], names[b]], number))
             for number, (a, b) in enumerate(cast.pairs)
         ]
         faces = judges.embed(torch.cat(halves)).unflatten(0, (-1, 2))  # pair, half, E
+        if word == SWAPPED:
+            faces = faces.flip(1)
         right = placed_right(faces, cast)
         result |= {f"{word}_{name}": float(share.float().mean()) for name, share in right.items()}
     return result
 
 
-def two_halves(server: ComfyServer, photos: Sequence[str], scene: MaskedScene) -> Tensor:
+def _by_words(photos: Sequence[str], seed: int, swapped: bool = False) -> dict[str, Any]:
+    """Without masks; swapped, the first person has the words that stand on the right."""
+    scene = MaskedScene(seed=seed)
+    words = scene.words[::-1] if swapped else scene.words
+    return people_by_words(photos, replace(scene, words=words))
+
+
+SWAPPED = "maskless_swapped"
+WAYS: dict[str, Callable[[Sequence[str], int], dict[str, Any]]] = {
+    "masked": lambda photos, seed: masked_people(photos, MaskedScene(seed=seed)),
+    "unmasked": lambda photos, seed: masked_people(photos, MaskedScene(seed=seed, masks=False)),
+    "maskless": _by_words,
+    SWAPPED: lambda photos, seed: _by_words(photos, seed, swapped=True),
+}
+"""Ways to put two people into a picture, by photos and seed; the first person left, but where they
+are swapped."""
+
+
+def two_halves(server: ComfyServer, prompt: dict[str, Any]) -> Tensor:
     """The left and the right half (2, H, W, 3) of a picture of two people."""
-    picture = server.client.run(masked_people(photos, scene)).picture(PICTURE)
+    picture = server.client.run(prompt).picture(PICTURE)
     return torch.stack(torch.from_numpy(picture.copy()).float().div(255).split(PICTURE_SIZE, 1))
 
 
@@ -256,7 +283,7 @@ def print_results(results: Mapping[str, Mapping[str, object]], console: Console)
         f"themselves than to any of {invented['training_people']} training people (people with a "
         f"photo: {invented['photo_distinct']:.0%})"
     )
-    for word in ("masked", "unmasked"):
+    for word in WAYS:
         console.print(
             f"two people, {word}: {two[f'{word}_correct']:.0%} of {two['pairs']} pairs right, "
             f"{two[f'{word}_regions']:.0%} of the halves, {two[f'{word}_rank1']:.0%} nearest "

@@ -7,8 +7,8 @@ never see them, and nothing of this is left on the network between two calls.
 
 import logging
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -21,14 +21,16 @@ from torch import Tensor
 
 from ...difflora_core.adapters.attach import attach
 from ...difflora_core.adapters.base import AdapterSet
+from ...difflora_core.adapters.regions import attach_in_regions
 from ...difflora_core.errors import ConfigError, percent
 from ...difflora_core.lora.block_groups import GroupStrengths
 from ...difflora_core.methods.base import AppliedAdaptation
 from ...difflora_core.methods.registry import method
 from .base import check_fits
 from .browser import show
+from .regions import RegionFinder, own_tokens
 from .weights import has_additions, weights_of, with_weights
-from .words import heard
+from .words import heard, mark_of
 
 logger = logging.getLogger(__name__)
 
@@ -49,14 +51,21 @@ UNSPOKEN = (
     "The word %s stands in no prompt of this run, so its concept changes nothing. Write it in CLIP "
     "Text Encode, with the CLIP of Load Concept or of the training node connected there."
 )
-KEPT = 8  # sets of adapters: of the steps of a run, with and without the negative prompt
+NOWHERE = (
+    "The words %s stand in no positive prompt of this run, so nobody can say where that person is. "
+    "Write them there just so, in CLIP Text Encode with the CLIP of the last Place LoRA by Words."
+)
+SAME = "Two people are placed by the same words, %s. Give each words of their own in the prompt."
+KEPT = 16  # sets of adapters: of the steps of a run, with and without the negative prompt
 
 
 @dataclass(frozen=True, eq=False)
 class Link:
     """An adaptation in a chain: from and up to which share of the steps it acts, and on what.
 
-    `node_id`: of the node that put it there, which shows what there is to say of it.
+    `node_id`: of the node that put it there, which shows what there is to say of it. `place`: the
+    words of a prompt that say where it acts, found in the steps up to the share `find`, in which it
+    does not act yet; None for the whole picture.
 
     Raises:
         ConfigError: it would end before it starts.
@@ -67,6 +76,8 @@ class Link:
     end: float = 1.0
     positive_only: bool = False
     node_id: str | None = None
+    place: str | None = None
+    find: float = 0.0
 
     def __post_init__(self) -> None:
         if self.start > self.end:
@@ -80,7 +91,8 @@ class Link:
     def always(self) -> bool:
         """Whether it acts in every step, on every prompt, and equally in every part."""
         everywhere = self.applied.blocks == GroupStrengths()
-        return everywhere and (self.start, self.end, self.positive_only) == (0.0, 1.0, False)
+        span = (self.start, self.end, self.positive_only, self.place)
+        return everywhere and span == (0.0, 1.0, False, None)
 
     @property
     def of_base(self) -> bool:
@@ -92,6 +104,16 @@ class Link:
         """The word that it is called by."""
         word = self.applied.adaptation.word
         return word.word if word else None
+
+    @property
+    def term(self) -> str | None:
+        """The name by which prompts say where its words stand."""
+        return self.word if self.place is None else mark_of(self.place)
+
+    @property
+    def unspoken(self) -> str:
+        """What to say where its words stand in no prompt."""
+        return UNSPOKEN % self.word if self.place is None else NOWHERE % self.place
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +140,8 @@ class AdapterChain:
 
     def __init__(self, links: Sequence[Link]) -> None:
         self.links, self.prepared = tuple(links), False
+        self.placed = tuple(link for link in self.links if link.place is not None)
+        self.finder = RegionFinder([link.place for link in self.placed if link.place is not None])
         self._moved: dict[tuple[int, str], AppliedAdaptation] = {}
         self._built: dict[Any, AdapterSet] = {}
 
@@ -146,25 +170,39 @@ class AdapterChain:
         The mark travels with the prompt, so that it is known whatever its place in a batch: guiders
         with three prompts, and those that ask for one at a time, number them in other ways.
         """
-        words = [link.word for link in self.links if link.word is not None]
-        spoken: set[str] = set()
+        marks = [link.term for link in self.links if link.term is not None]
+        spoken: set[tuple[str, bool]] = set()
         for name, own in conds.items():
-            flag = comfy.conds.CONDRegular(torch.full((1,), float("negative" in name)))
+            negative = "negative" in name
+            flag = comfy.conds.CONDRegular(torch.full((1,), float(negative)))
             for cond in own or ():
-                marks = {NEGATIVE: flag}
-                if words:
-                    where = heard(cond, words)
-                    marks[HEARD] = comfy.conds.CONDCrossAttn(where)
-                    spoken |= {
-                        w for w, own in zip(words, where.unbind(-1), strict=True) if 0 in own
-                    }
-                cond["model_conds"] = {**cond["model_conds"], **marks}
-        for link in self.links:
-            if link.word is not None and link.word not in spoken:
-                logger.warning(UNSPOKEN, link.word)
-                show(link.node_id, UNSPOKEN % link.word)
+                added = {NEGATIVE: flag}
+                if marks:
+                    where = heard(cond, marks)
+                    added[HEARD] = comfy.conds.CONDCrossAttn(where)
+                    here = zip(marks, where.unbind(-1), strict=True)
+                    spoken |= {(m, negative) for m, distances in here if 0 in distances}
+                cond["model_conds"] = {**cond["model_conds"], **added}
+        self._check_spoken(spoken)
+        if self.placed:
+            self.finder.begin(noise_shape)
         self.prepared = True
         return executor(model, noise_shape, conds, *args, **kwargs)
+
+    def _check_spoken(self, spoken: Collection[tuple[str, bool]]) -> None:
+        """Tells of words in no prompt; `spoken` are marks, and whether of a negative prompt.
+
+        Raises:
+            ConfigError: they would say where somebody is, in a positive prompt.
+        """
+        for link in self.links:
+            if link.term is None or (link.term, False) in spoken:
+                continue
+            if link.place is not None:
+                raise ConfigError(link.unspoken)
+            if (link.term, True) not in spoken:
+                logger.warning(link.unspoken)
+                show(link.node_id, link.unspoken)
 
     def begin(self, patcher: ModelPatcher) -> None:
         """ComfyUI starts to sample with a model.
@@ -188,6 +226,10 @@ class AdapterChain:
         self.prepared = False
         self._moved.clear()
         self._built.clear()
+        for number, link in enumerate(self.placed):
+            if told := self.finder.described(number):
+                show(link.node_id, told)
+        self.finder.end()
 
     def __call__(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Any:
         """One call of the network on x (B, ...) at noise t.
@@ -212,18 +254,46 @@ class AdapterChain:
         rows = tuple(bool(flag == 0) for flag in negative.flatten().tolist())
         samples = [self._samples(link, rows, where) for link in acting]
         shares = tuple(own for own in zip(acting, samples, strict=True) if any(own[1].rows))
-        if not shares:
+        whole = tuple(own for own in shares if own[0].place is None)
+        with ExitStack() as stack:
+            if shares or self.placed:
+                stack.enter_context(_eager())
+            network = base.diffusion_model
+            if whole:
+                stack.enter_context(attach(network, self.adapters(whole, x.device)))
+            if self.placed and self._finding(sigma, percent):
+                stack.enter_context(self.finder.watched(network, x, self._tokens(rows, where)))
+            elif self.placed:
+                regions = zip(self.placed, self.finder.regions(x), strict=True)
+                parts = [
+                    (self.adapters((own,), x.device), region)
+                    for link, region in regions
+                    for own in shares
+                    if own[0] is link
+                ]
+                stack.enter_context(attach_in_regions(network, parts))
             return executor(x, t, *args, **kwargs)
-        with _eager(), attach(base.diffusion_model, self.adapters(shares, x.device)):
-            return executor(x, t, *args, **kwargs)
+
+    def _finding(self, sigma: float, percent: Callable[[float], float]) -> bool:
+        """Whether people are still being found in a call at this noise."""
+        return self.finder.looking or sigma > min(percent(link.find) for link in self.placed)
+
+    def _tokens(self, rows: Sequence[bool], where: Tensor | None) -> Tensor:
+        """Tokens of the words of those placed, in positive prompts: (R, L, J)."""
+        if where is None:
+            return torch.zeros(len(rows), 1, len(self.placed))
+        marks = [link.term for link in self.links if link.term is not None]
+        columns = [marks.index(link.term) for link in self.placed if link.term is not None]
+        positive = torch.tensor(rows, dtype=torch.float32)[:, None, None]
+        return own_tokens(where[..., columns].float().cpu()) * positive
 
     def _samples(self, link: Link, rows: Sequence[bool], where: Tensor | None) -> Samples:
         """Of samples of which `rows` are positive those that a link acts on."""
         own = [positive or not link.positive_only for positive in rows]
-        words = [one.word for one in self.links if one.word is not None]
+        marks = [one.term for one in self.links if one.term is not None]
         if link.word is None or where is None:
             return Samples(tuple(own))
-        since = where[..., words.index(link.word)].float().cpu()
+        since = where[..., marks.index(link.word)].float().cpu()
         there = since.isfinite().any(-1).tolist()
         return Samples(tuple(a and b for a, b in zip(own, there, strict=True)), since)
 
@@ -302,8 +372,9 @@ def with_link(model: ModelPatcher, link: Link) -> ModelPatcher:
         ConfigError, LayoutError: it cannot be on this model, or not beside the links there.
     """
     links = chain_of(model)
-    if link.word is not None and link.word in [before.word for before in links]:
-        raise ConfigError(f"{link.applied.adaptation.title} is on this model already.")
+    if link.term is not None and link.term in [before.term for before in links]:
+        title = link.applied.adaptation.title
+        raise ConfigError(f"{title} is on this model already." if link.word else SAME % link.place)
     check_fits(model, link.applied.adaptation)
     chain = [*links, link]
     everything = [*weights_of(model), *(one.applied for one in chain)]

@@ -1,8 +1,8 @@
-"""Clones of ComfyUI's CLIP that know a new word, and where it stands in what they encoded.
+"""Clones of ComfyUI's CLIP that know new words, and where words stand in what they encoded.
 
 Encodings do not tell a new word from the plain word of its kind. So the CLIP writes into every
 prompt's options where its words stand, as it does with pooled vectors, and adapters act there and
-nowhere else.
+nowhere else. The same marks say where plain words stand that name a person.
 """
 
 import copy
@@ -17,7 +17,7 @@ import torch
 from comfy.sd import CLIP
 from torch import Tensor
 
-from ...difflora_core.errors import LayoutError
+from ...difflora_core.errors import ConfigError, LayoutError
 from ...difflora_core.methods.base import TrainedAdaptation
 from ...difflora_core.text.new_words import (
     check_new_word,
@@ -32,6 +32,8 @@ from .text import ENCODERS, ComfyText, layers_read, layers_set, learned_words, t
 MARK = "difflora_words"
 """In the options of a prompt, and on its encoding: word to tokens since it was written."""
 Marks = Mapping[str, Sequence[float]]
+FIRST = "clip_l"
+"""The tokenizer by whose tokens places are counted."""
 SECTION = 77  # tokens that SDXL's encoders read at once
 _SECTIONS: OrderedDict[bytes, dict[str, list[float]]] = OrderedDict()
 """Marks by the digest of a section's encoding: joined prompts keep their numbers alone."""
@@ -53,6 +55,28 @@ class TaughtWord:
     vectors: tuple[Tensor, ...]
     kind: int
     layers: tuple[Any, ...]
+
+    def since(self, section: Sequence[Any]) -> list[float]:
+        """Tokens since the word was written, for each token, number or vector, of a section."""
+        places = [torch.is_tensor(t) and _same(t, self.vectors[0]) for t in section]
+        return since_word(places, [not torch.is_tensor(t) and t == self.kind for t in section])
+
+
+@dataclass(frozen=True, eq=False)
+class Phrase:
+    """Plain words, as the tokens that a CLIP reads them as."""
+
+    tokens: tuple[Any, ...]
+
+    def since(self, section: Sequence[Any]) -> list[float]:
+        """0 at the tokens of the phrase, wherever it stands in a section; elsewhere infinity."""
+        marks = [math.inf] * len(section)
+        count = len(self.tokens)
+        for start in range(len(section) - count + 1):
+            own = slice(start, start + count)
+            if all(_equal(a, b) for a, b in zip(section[own], self.tokens, strict=True)):
+                marks[own] = [0.0] * count
+        return marks
 
 
 def teach(clip: CLIP, adaptation: TrainedAdaptation) -> CLIP:
@@ -84,6 +108,34 @@ def teach(clip: CLIP, adaptation: TrainedAdaptation) -> CLIP:
     taught = TaughtWord(word.embeddings, kind, layers_read(clip))
     clone.cond_stage_model = WordEncoders(clip.cond_stage_model, word.word, taught)
     return clone
+
+
+def marking(clip: CLIP, phrase: str) -> CLIP:
+    """A clone of a CLIP that marks where plain words stand in what it encodes, see `mark_of`.
+
+    Raises:
+        ConfigError: there are no words, or the CLIP is of another kind.
+    """
+    if not hasattr(clip.tokenizer, FIRST):
+        raise ConfigError("Words are found in the prompts of SDXL's or SD1.5's CLIP; connect one.")
+    end = getattr(clip.tokenizer, FIRST).end_token
+    section = [entry[0] for entry in clip.tokenize(phrase)["l"][0]][1:]
+    ends = [k for k, token in enumerate(section) if not torch.is_tensor(token) and token == end]
+    tokens = tuple(section[: ends[0]] if ends else section)
+    if not tokens:
+        raise ConfigError(
+            "There are no words. Write those of your prompt that name this person, for example "
+            "woman in a red dress."
+        )
+    clone = clip.clone()
+    encoders = WordEncoders(clip.cond_stage_model, mark_of(phrase), Phrase(tokens))
+    clone.cond_stage_model = encoders
+    return clone
+
+
+def mark_of(phrase: str) -> str:
+    """The name of a phrase among the marks; with its space it is no taught word's."""
+    return f"where {phrase}"
 
 
 class WordTokenizer:
@@ -135,7 +187,7 @@ class WordTokenizer:
 class WordEncoders:
     """ComfyUI's text encoders of a CLIP, which also say where its new words stand."""
 
-    def __init__(self, inner: Any, word: str, taught: TaughtWord) -> None:
+    def __init__(self, inner: Any, word: str, taught: TaughtWord | Phrase) -> None:
         self.inner = getattr(inner, "inner", inner)
         self.words = {**getattr(inner, "words", {}), word: taught}
 
@@ -153,22 +205,16 @@ class WordEncoders:
         sections = [[entry[0] for entry in section] for section in tokens["l"]]
         marks: dict[str, list[float]] = {word: [] for word in self.words}
         for number, section in enumerate(sections):
-            own = {word: since(section, taught) for word, taught in self.words.items()}
+            own = {word: taught.since(section) for word, taught in self.words.items()}
             _remember(_section(context, number), own)
             for word, distances in own.items():
                 marks[word] += distances
-        layers = layers_set(self.inner)
         for word, taught in self.words.items():
-            if 0 in marks[word] and taught.layers != layers:
-                show_here(OTHER_LAYER.format(word=word))
+            if isinstance(taught, TaughtWord) and 0 in marks[word]:
+                if taught.layers != layers_set(self.inner):
+                    show_here(OTHER_LAYER.format(word=word))
         setattr(context, MARK, marks)
         return context, pooled, {**(rest[0] if rest else {}), MARK: marks}
-
-
-def since(section: Sequence[Any], word: TaughtWord) -> list[float]:
-    """Tokens since a word was written, for each token, number or vector, of a section."""
-    places = [torch.is_tensor(t) and _same(t, word.vectors[0]) for t in section]
-    return since_word(places, [not torch.is_tensor(t) and t == word.kind for t in section])
 
 
 def heard(cond: Mapping[str, Any], words: Sequence[str]) -> Tensor:
@@ -213,6 +259,13 @@ def _digest(section: Tensor) -> bytes:
     """Digest of numbers, whatever their kind."""
     data = section.detach().cpu().contiguous().view(torch.uint8).numpy()
     return hashlib.blake2b(data.tobytes(), digest_size=16).digest()
+
+
+def _equal(token: Any, own: Any) -> bool:
+    """Whether two tokens, numbers or vectors, are the same."""
+    if torch.is_tensor(token) and torch.is_tensor(own):
+        return _same(token, own)
+    return not torch.is_tensor(token) and not torch.is_tensor(own) and bool(token == own)
 
 
 def _same(vector: Tensor, own: Tensor) -> bool:

@@ -14,6 +14,7 @@ from tests.nodes.sampler_graphs import (
     sampling_nodes,
 )
 
+SMILING = "photo of a person, smiling"
 HAT = "photo of a person, smiling, wearing a <demo-hat>"
 
 
@@ -65,6 +66,14 @@ def two_people(name, hooks):
     return {**halves, name: both}
 
 
+def placed(model, clip, lora, words, strength=1.0):
+    """A person by the words of a prompt."""
+    return node(
+        "DiffLoRA_PlaceLoRA", model=model, clip=clip, lora=[lora, 0], words=words,
+        strength=strength, find_percent=0.15,
+    )  # fmt: skip
+
+
 def ours_to_hook(lora="lora"):
     return node("DiffLoRA_LoRAToHook", lora=[lora, 0], strength_model=1.0)
 
@@ -100,6 +109,14 @@ def by_mask():
     nodes |= two_people("our words", ("hook", "hook4"))
     nodes |= two_people("core's", ("core hook", "core hook4"))
     return Ours(nodes, Placed(positive=("our words", 0)), cores=Placed(positive=("core's", 0)))
+
+
+def by_words():
+    """Two people in regions that the first step finds; what the words are hardly matters."""
+    nodes = {"place0": placed(MODEL, CLIP, "lora", "person")}
+    nodes["place1"] = placed(["place0", 0], ["place0", 1], "lora4", "smiling")
+    nodes["placed words"] = node("CLIPTextEncode", clip=["place1", 1], text=SMILING)
+    return Ours(nodes, Placed(("place1", 0), ("placed words", 0)))
 
 
 def concept():
@@ -144,6 +161,7 @@ OURS: dict[str, Callable[[], Ours]] = {
     "LoRA, positive only": positive_only,
     "LoRA to Hook": hook,
     "two people by mask": by_mask,
+    "two people by words": by_words,
     "concept": concept,
     "style of StyleInject": partial(style, "cyanotype"),
     "style of PaRa": exported_style,
@@ -166,6 +184,6 @@ def common_nodes(comfy, comfy_server):
         file = max(comfy_server.output_directory.glob(f"loras/{name}_*")).name
         hook = node("CreateHookLoraModelOnly", lora_name=file, strength_model=1.0)
         nodes[lora.replace("lora", "core hook")] = hook
-    words = {"words": "photo of a person, smiling", "none": "cartoon"}
+    words = {"words": SMILING, "none": "cartoon"}
     encoded = {name: node("CLIPTextEncode", clip=CLIP, text=text) for name, text in words.items()}
     return nodes | encoded | sampling_nodes()

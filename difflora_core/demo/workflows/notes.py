@@ -44,6 +44,18 @@ works, one painted by hand with the mask editor too. White is where the person s
 third mask.
 - The lower row shows the same with both LoRAs on the whole picture: the faces mix.
 - Hooks switch weights at every step, so this draws slower than one LoRA on the model.""",
+    "people_by_words": """
+## Two people without masks
+Each LoRA acts where the picture shows the person of some **words** of the prompt. The first steps \
+find where that is; nothing is painted.
+
+- **Who**: the two photos.
+- **Who is who**: *words* of each *Place LoRA by Words* stand in the prompt just so. Swap them and \
+the people change places; each node says afterwards where its person is.
+- **A third person**: one more *Place LoRA by Words* between the second one and the samplers, and \
+words for them in the prompt.
+- **Somebody without a LoRA**: their words, with any LoRA at strength 0.
+- With masks you decide yourself who stands where: see the workflow *two people*.""",
     "inpaint_face": """
 ## The person in a picture that exists
 Above: **inpainting**. The face in the picture is found, its mask grown, and only that part is \

@@ -142,6 +142,46 @@ def two_people(graph: Graph, target: Target) -> None:
         builder.save(1, mixed, "two_people_without_masks", "The faces mix")
 
 
+def people_by_words(graph: Graph, target: Target) -> None:
+    """Two people side by side, each where the picture shows their words."""
+    builder = WorkflowBuilder(graph, target, NOTES["people_by_words"])
+    with graph.group("1 Load"):
+        photos = [builder.photo(PERSON, "One person"), builder.photo(SECOND, "The other person")]
+        builder.load(1)
+    with graph.group("2 Two LoRAs"):
+        loras = [
+            builder.personalize(photo, 0, f"LoRA of {name}")["LORA_MODEL"]
+            for photo, name in zip(photos, ("one person", "the other"), strict=True)
+        ]
+    with graph.group("3 Whose words?"):
+        model, clip = builder.model, builder.clip
+        words = target.pick(
+            ("white shirt", "green shirt"), ("person in a white shirt", "person in a green shirt")
+        )
+        for lora, own, name in zip(loras, words, ("One person", "The other"), strict=True):
+            placed = graph.add(
+                "DiffLoRA_PlaceLoRA",
+                0,
+                title=f"{name}, by words",
+                model=model,
+                clip=clip,
+                lora=lora,
+                words=own,
+            )
+            model, clip = placed["MODEL"], placed["CLIP"]
+        builder.clip = clip
+        prompts = builder.prompts(
+            1,
+            "photo of two people, blue background, white shirt, green shirt",
+            "photo of two people side by side, person in a white shirt on the left, person in a "
+            "green shirt on the right, blue background",
+        )
+    with graph.group("4 Draw"):
+        canvas = builder.canvas(0, batch=2, wide=2)
+        picture = builder.draw(0, "Each by their words", model, prompts, canvas)
+        builder.save(1, picture, "people_by_words", "Two people")
+
+
 def edit_face(graph: Graph, target: Target) -> None:
     """Image to image, and a new face in an old picture."""
     builder = WorkflowBuilder(graph, target, NOTES["inpaint_face"])

@@ -33,7 +33,14 @@ from .hyperlora import hyperlora_portrait
 from .identities import blend, fade_in, invented, pose, prompt_grid
 from .library import compress_lora, library
 from .needs import files_to_bring, what_is_missing
-from .people import edit_face, portrait, quickstart, several_photos, two_people
+from .people import (
+    edit_face,
+    people_by_words,
+    portrait,
+    quickstart,
+    several_photos,
+    two_people,
+)
 from .plan import plan
 from .runner import run_workflow
 from .styles import apply_style, few_shot_style, para_style, style_person
@@ -48,6 +55,7 @@ WORKFLOWS: dict[str, Callable[[Graph, Target], None]] = {
     "blend": blend,
     "invented_person": invented,
     "two_people": two_people,
+    "people_by_words": people_by_words,
     "fade_in": fade_in,
     "controlnet_pose": pose,
     "inpaint_face": edit_face,
