@@ -11,6 +11,7 @@ BENCHMARKS = {
     "composition": ("identity.composition", "people blended, invented and put side by side"),
     "compression": ("identity.compression", "how far a LoRA can be compressed"),
     "seeds": ("identity.seeds", "spread of the two headline rows between seeds"),
+    "train_baselines": ("identity.train_baselines", "baselines of the main table, trained once"),
     "train_lora": ("identity.train_lora", "Train Identity LoRA against DreamBooth and core's node"),
     "choose_strength": ("identity.choose_strength", "strengths, chosen on validation people"),
     "fit_linear": ("identity.fit_linear", "fits the linear baselines, PCA and ridge regression"),

@@ -20,6 +20,8 @@ from difflora_core.storage.atomic import write_text
 from ..command import benchmark_console, command_parser, set_threads
 from ..prompts import PROMPTS
 from .artefacts import STRENGTHS, load_artefacts
+from .baselines.rows import baseline_rows
+from .baselines.training import BUDGETS, Budget
 from .drawing import Plan
 from .experiment import Experiment, Trial, score
 from .rows import DreamBoothRuns, wanted_row
@@ -40,12 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="TEXT",
         help="only rows whose name contains one of these; =TEXT: is TEXT",
     )
+    parser.add_argument("--baselines", choices=BUDGETS, help="also the rows of these baselines")
     options = parser.parse_args(arguments)
     set_threads(options.threads)
     console = benchmark_console()
     plan = Plan(_SCENES[: options.prompts], repeats=0, seed=1)
     experiment = Experiment(load_artefacts(log=console.print), plan, "validation", options.people)
-    chosen = choose(experiment, options.rows, console)
+    chosen = choose(experiment, options.rows, console, baselines=BUDGETS.get(options.baselines))
     others = read_choices(STRENGTHS) if options.rows else {}
     write_strengths(STRENGTHS, others | chosen)
     console.print(f"wrote {STRENGTHS.name}")
@@ -57,6 +60,7 @@ def choose(
     wanted: Sequence[str] | None,
     console: Console,
     grid: Sequence[float] = GRID,
+    baselines: Budget | None = None,
 ) -> dict[str, dict[str, object]]:
     """Best strength of each row that has its own, with the score of every strength.
 
@@ -66,10 +70,14 @@ def choose(
             trained only when they are wanted.
         console: where to print.
         grid: strengths.
+        baselines: budget of the baselines that are chosen for too.
     """
     base, real = experiment.base(), experiment.real()[0]
     result: dict[str, dict[str, object]] = {}
-    for row in experiment.rows(DreamBoothRuns().only(wanted)):
+    rows = experiment.rows(DreamBoothRuns().only(wanted))
+    if baselines is not None:
+        rows += baseline_rows(experiment.artefacts, experiment.people, baselines, wanted)
+    for row in rows:
         if row.like or not wanted_row(row.name, wanted):
             continue
         trials = experiment.trials([(row, strength) for strength in grid], console)

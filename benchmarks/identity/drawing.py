@@ -59,7 +59,9 @@ class Plan(Config):
 class Personal(Protocol):
     """What a method that is no LoRA made of some people's photos, one condition per person."""
 
-    def encode(self, base: DiffusersBase, captions: Sequence[str], owner: Tensor) -> TextCondition:
+    def encode(
+        self, base: DiffusersBase, captions: Sequence[str], owner: Tensor, strength: float
+    ) -> TextCondition:
         """Captions (B) as the person `owner` (B,) of each is drawn with."""
         ...
 
@@ -119,7 +121,7 @@ class PictureSampler:
         parts = []
         for rows in torch.arange(len(self.owner)).split(self.plan.batch):
             captions = [self.captions[number] for number in self.prompt[rows].tolist()]
-            text = self._encoded(adaptation, captions, self.owner[rows])
+            text = self._encoded(adaptation, captions, self.owner[rows], strength)
             with self._steered(adaptation, self.owner[rows], strength) as base:
                 parts.append(self._draw(base, rows, text))
         return torch.cat(parts).unflatten(0, (self.people, len(self.plan.cells)))
@@ -132,7 +134,7 @@ class PictureSampler:
         parts = []
         for rows in torch.arange(len(unseen.owner)).split(self.plan.batch):
             owner, captions = unseen.owner[rows], [unseen.captions[k] for k in rows.tolist()]
-            text = self._encoded(adaptation, captions, owner)
+            text = self._encoded(adaptation, captions, owner, strength)
             batch = NoisedBatch(
                 unseen.latents[rows], unseen.noise[rows], unseen.timesteps[rows], text
             )
@@ -144,7 +146,8 @@ class PictureSampler:
     def step_milliseconds(self, adaptation: Personal | None = None) -> float:
         """Median milliseconds of the UNet for one picture; a LoRA in its weights adds nothing."""
         owner, z = self.owner[:1], self.noise[:1]
-        text, timestep = self._encoded(adaptation, self.captions[:1], owner), torch.tensor([500.0])
+        text = self._encoded(adaptation, self.captions[:1], owner, 1.0)
+        timestep = torch.tensor([500.0])
         seconds = []
         with self._steered(adaptation, owner, 1.0) as base, self._precision():
             for _ in range(TIMED_STEPS):
@@ -169,12 +172,16 @@ class PictureSampler:
             return self.base.decode_latents(z)
 
     def _encoded(
-        self, adaptation: Adaptation | None, captions: Sequence[str], owner: Tensor
+        self,
+        adaptation: Adaptation | None,
+        captions: Sequence[str],
+        owner: Tensor,
+        strength: float,
     ) -> TextCondition:
         """What each sample's prompt says, in the words of the method."""
         if adaptation is None or isinstance(adaptation, LoRAWeights):
             return self.base.encode_prompts(captions)
-        return adaptation.encode(self.base, captions, owner)
+        return adaptation.encode(self.base, captions, owner, strength)
 
     @contextmanager
     def _steered(

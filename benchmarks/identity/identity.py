@@ -19,6 +19,8 @@ from difflora_core.evaluation.report import Report
 from ..command import benchmark_console, command_parser, commit, machine, set_threads, write_report
 from ..prompts import PROMPTS, QUICK
 from .artefacts import STRENGTHS, load_artefacts
+from .baselines.rows import baseline_rows
+from .baselines.training import BUDGETS, Budget
 from .choose_strength import read_strengths
 from .conclusions import conclusions, label, sentences
 from .drawing import Plan
@@ -50,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not strengths:
         console.print("no strengths chosen yet: run make bench name=choose_strength")
     runs = QUICK_RUNS if options.quick else DreamBoothRuns()
-    trials = run(experiment, runs.only(options.rows), strengths, console, options.rows)
+    runs = runs.only(options.rows)
+    budget = BUDGETS.get(options.baselines)
+    trials = run(experiment, runs, strengths, console, options.rows, budget)
     minutes = (time.perf_counter() - started) / 60
     facts = {"split": options.split, "quick": options.quick, "minutes": minutes}
     report = make_report(trials, experiment, facts)
@@ -80,6 +84,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "'functional, seed N' counts for the interval over seeds",
     )
     parser.add_argument(
+        "--baselines",
+        choices=BUDGETS,
+        help="also rows of other papers' methods, as make bench name=train_baselines trained them",
+    )
+    parser.add_argument(
         "--rows",
         nargs="+",
         metavar="TEXT",
@@ -94,9 +103,12 @@ def run(
     strengths: Mapping[str, float],
     console: Console,
     only: Sequence[str] | None = None,
+    baselines: Budget | None = None,
 ) -> list[Trial]:
     """Real pictures, base, and every row (or `only` some) at strength 1 and at the chosen one."""
     rows = [row for row in experiment.rows(runs) if wanted_row(row.name, only)]
+    if baselines is not None:
+        rows += baseline_rows(experiment.artefacts, experiment.people, baselines, only)
     wanted = [(row, strength) for row in rows for strength in strengths_of(row, strengths)]
     return [*experiment.real(), experiment.base(), *experiment.trials(wanted, console)]
 

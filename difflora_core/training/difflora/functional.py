@@ -168,8 +168,9 @@ def person_batches(
     Returns:
         From a generator to a batch. Of the photos: what `MixedImageFeatures.forward` takes, (B, N,
         ...), and `centroids` (B, Df), unit faces. Of the picture to draw: scaled `latents` and
-        `noise` (B, C, h, w), `timesteps` (B,), `context` (B, L, C), `pooled` (B, P). And unit
-        `feature_noise` (B, D) and `latent_noise` (B, K, Dz) for condition and LoRA latent.
+        `noise` (B, C, h, w), `timesteps` (B,), `context` (B, L, C), `pooled` (B, P), and its number
+        `pictures` (B,). And unit `feature_noise` (B, D) and `latent_noise` (B, K, Dz) for condition
+        and LoRA latent.
     """
     count, width, lae = config.batch, model.config.mif.width, model.config.lae
     latent = (count, lae.latent_tokens, lae.latent_dim)
@@ -202,6 +203,7 @@ def person_batches(
             "feature_noise": torch.randn(count, width, generator=generator),
             "latent_noise": torch.randn(latent, generator=generator),
             "centroids": centroids[people],
+            "pictures": target,
             "latents": latents,
             "noise": torch.randn(latents.shape, generator=generator),
             "timesteps": stratified_timesteps(count, generator, steps),

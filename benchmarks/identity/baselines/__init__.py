@@ -1,0 +1,1 @@
+"""What other papers do with a photo, on our base: one file a method, one line in the registry."""
