@@ -16,7 +16,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import LayoutError
+from ..errors import LayoutError, counted
 from .attach import AttachHandle, attach
 from .base import AdapterSet, LayerAdapter
 
@@ -56,7 +56,7 @@ class Region:
         if key not in self._fitted:
             self._fitted[key] = self._shaped(x)
         if len(x) != len(self.mask):
-            raise LayoutError(CUT.format(f"{len(x)} pictures instead of {len(self.mask)}"))
+            raise LayoutError(CUT.format(f"{counted(len(x), 'picture')} for {len(self.mask)}"))
         return self._fitted[key].to(x)
 
     def _shaped(self, x: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def token_grid(tokens: int, size: Sequence[int]) -> tuple[int, int]:
     while height * width > tokens and (height > 1 or width > 1):
         height, width = -(-height // 2), -(-width // 2)
     if height * width != tokens:
-        raise LayoutError(CUT.format(f"{tokens} places of {size[0]} x {size[1]}"))
+        raise LayoutError(CUT.format(f"{counted(tokens, 'place')} of {size[0]} x {size[1]}"))
     return height, width
 
 
