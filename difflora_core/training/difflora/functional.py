@@ -189,16 +189,13 @@ def person_batches(
         reference = pictures[:, 1 : 1 + seen]  # B N
         flat = data.features.select(reference.clamp(min=0).flatten())
         latents, text = data.latents[target].float(), data.text.select(data.prompts[target])
-
-        def rows(x: Tensor) -> Tensor:
-            return x.reshape(count, seen, *x.shape[1:])
-
+        rows = (count, seen)
         sizes = {} if data.time_ids is None else {"time_ids": data.time_ids[target]}
         return sizes | {
-            "face": rows(flat.face).float(),
-            "face_found": rows(flat.face_found),
-            "image": rows(flat.image).float(),
-            "image_tokens": rows(flat.image_tokens).float(),
+            "face": flat.face.float().unflatten(0, rows),
+            "face_found": flat.face_found.unflatten(0, rows),
+            "image": flat.image.float().unflatten(0, rows),
+            "image_tokens": flat.image_tokens.float().unflatten(0, rows),
             "photo_mask": reference >= 0,
             "feature_noise": torch.randn(count, width, generator=generator),
             "latent_noise": torch.randn(latent, generator=generator),
