@@ -48,7 +48,8 @@ class Hooks:
         after_step: called on every process with the number of steps done.
         scale_gradients: changes the gradients of the whole batch in place, instead of `clip`.
         matrices: what Muon trains; the weights of all linear layers unless given.
-        splits: False when the loss compares the samples of a batch with each other.
+        splits: False when the loss compares the samples of a batch with each other: every process
+            then computes the whole batch.
         base: the frozen base model that the loss runs through. Its layers are computed again in
             the backward pass where `checkpointing` says so, and the loss is scaled where it
             computes in float16.

@@ -5,8 +5,9 @@ computes its own rows of it, part by part where `accumulate` says so; gradients 
 run on 1, 2 or 4 processes, with any `accumulate`, gives the same weights to rounding, as long as
 the loss is a mean over samples. What else it needs of the whole batch, a norm for example, the
 drawing function puts into it as a scalar or a tuple, which all parts share. A loss that compares
-samples with each other says so with `Hooks.splits`. Every part of a step starts from the buffers
-that the step before left; what the parts make of them is averaged.
+samples with each other says so with `Hooks.splits`: every process then computes the whole batch.
+Every part of a step starts from the buffers that the step before left; what the parts make of them
+is averaged.
 
 A run that was stopped and resumed, on as many processes or others, repeats exactly what the
 uninterrupted run would have done.
@@ -292,13 +293,13 @@ class _Run:
 
     def _check(self) -> None:
         """Refuse, before the first step, a batch that cannot be split."""
-        if self.work.parts == 1 or self.finished:
-            return
-        if not self.hooks.splits:
+        if not self.hooks.splits and self.config.accumulate > 1 and not self.finished:
             raise ConfigError(
                 "The loss of this training compares the samples of a batch with each other, so a "
-                "batch cannot be split: train in one process, with accumulate 1."
+                "batch cannot be computed in parts: train with accumulate 1."
             )
+        if self.work.parts == 1 or self.finished:
+            return
         drawn = self.state.drawn()
         split(dict(self._batch()), self.work.parts)
         self.state.draw_again(drawn)

@@ -52,7 +52,7 @@ class Step:
         for parameter in self.trained:
             parameter.grad = None  # a stopped run may have left some
         self.device = next(objective.parameters()).device
-        self.parts = processes.count * config.accumulate
+        self.parts = processes.count * config.accumulate if hooks.splits else 1
         self.metrics: list[Mapping[str, Any]] = []
 
     def gradients(self, batch: Callable[[], Batch]) -> None:
@@ -113,7 +113,7 @@ class Step:
     def _own_gradients(self, batch: Batch, before: Mapping[str, Tensor]) -> None:
         """Gradients of this process's parts, each from the buffers that there were before."""
         accumulate, scaler = self.config.accumulate, self.state.scaler
-        first = self.processes.rank * accumulate
+        first = self.processes.rank * accumulate if self.hooks.splits else 0  # or all of it
         made: list[dict[str, Tensor]] = []
         self.metrics = []
         for part in split(dict(batch), self.parts)[first : first + accumulate]:

@@ -80,6 +80,14 @@ def test_two_processes_give_the_weights_of_one(launched, alone, case):
         assert first["result"][name] == pytest.approx(alone["result"][name], rel=1e-3)
 
 
+def test_a_loss_that_compares_samples_is_computed_whole_by_everyone(launched, program, tmp_path):
+    alone = program.run(tmp_path, draws=program.compared, splits=False)
+    for found in launched[0]:
+        close(found["compared"]["weights"], alone["weights"])
+    plain = program.run(tmp_path / "plain")
+    assert (torch.tensor(plain["weights"]) - torch.tensor(alone["weights"])).abs().max() > 1e-2
+
+
 def test_a_resumed_run_of_two_is_that_of_two(launched):
     found, folder = launched
     assert found[0]["resume"] == found[0]["finish"]

@@ -36,6 +36,7 @@ class Line(nn.Module):
             self.follows.lerp_(batch["x"].mean(0), 0.1)
         error = (self.net(batch["x"]) - batch["y"]).square()[:, 0]
         loss = (batch["weights"] * error).mean() / batch["mean_weight"]
+        loss = loss + batch.get("compared", 0.0) * self.net(batch["x"]).mean().square()
         return loss * batch.get("bad", 1.0), {"error": error.detach().mean()}
 
 
@@ -45,6 +46,11 @@ def draw(generator):
     y = x.sum(1, keepdim=True) + torch.randn(16, 1, generator=generator)
     weights = torch.rand(16, generator=generator)
     return {"x": x, "y": y, "weights": weights, "mean_weight": weights.mean()}
+
+
+def compared(generator):
+    """The same; the loss then depends on the mean over the whole batch."""
+    return {**draw(generator), "compared": torch.tensor(1.0)}
 
 
 def weights(module):
@@ -83,6 +89,7 @@ def ends(folder, last):
     asked = iter([False] * 12 + [last] + [False] * 100)
     yield "finish", lambda: run(folder / "finish")
     yield "parts", lambda: run(folder / "parts", replace(LOOP, accumulate=2))
+    yield "compared", lambda: run(folder / "compared", draws=compared, splits=False)
     yield "taken over", lambda: run(folder / "one process stopped")
     yield "stop", lambda: run(folder / "stop", stop=lambda: next(asked))
     yield "resume", lambda: run(folder / "stop")
