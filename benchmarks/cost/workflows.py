@@ -34,8 +34,8 @@ from .sdxl import graphs
 from .sdxl.files import build
 
 FOLDER = WORK / "full-size"
-LIMIT_GB = 16.0
-"""Of ComfyUI's memory: what a computer with a small card usually has."""
+LIMIT_GB = 16 * 2**30 / 1e9
+"""Of ComfyUI's memory, 17.2: a computer with a small card usually has 16 GB, sold in powers of two."""
 SHOWN = 4
 """Nodes named in the table, the slowest first."""
 COMFYUI = ("--bf16-unet", "--cache-classic")
