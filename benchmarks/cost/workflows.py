@@ -35,7 +35,7 @@ from .sdxl.files import build
 
 FOLDER = WORK / "full-size"
 LIMIT_GB = 16 * 2**30 / 1e9
-"""Of ComfyUI's memory, 17.2: a computer with a small card usually has 16 GB, sold in powers of two."""
+"""Of ComfyUI's memory: a computer with a small card has 16 GB, which are powers of two."""
 SHOWN = 4
 """Nodes named in the table, the slowest first."""
 COMFYUI = ("--bf16-unet", "--cache-classic")
