@@ -14,6 +14,7 @@ from rich.console import Console
 
 from .. import __version__
 from ..config import Config, check_range
+from ..data.lora_rows import LoRARows
 from ..data.lora_store import LoRAStore
 from ..data.prepared import PreparedDataset
 from ..diffusion.sampler import SampleSettings
@@ -179,10 +180,7 @@ class _Work:
         places = {row.identity: place for place, row in enumerate(corpus.rows)}
         rows = {n: places[name] for n, name in enumerate(names) if name in places}
         sets = [_with_loras(own, rows) for own in self.sets]
-        weights = [
-            corpus.batch([rows[number] for number in own.numbers]).to(device=self.device)
-            for own in sets
-        ]
+        weights = [LoRARows(corpus, [rows[number] for number in own.numbers]) for own in sets]
         with self.stage("autoencoder") as progress:
             figures = lae.fit(
                 model.lae, weights[0], s.lae, path / "lae", _second(weights), progress

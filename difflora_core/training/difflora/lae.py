@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...config import Config, check_ranges
+from ...data.lora_rows import LoRARows
 from ...errors import ConfigError
 from ...lora.canonical import align_to, canonical
 from ...lora.distance import squared_relative_error
@@ -32,6 +33,7 @@ from ..losses import (
     relative_delta_loss,
     weight_preserved_loss,
 )
+from . import lae_stream
 
 START_LOG_VARIANCE = -6.0
 
@@ -191,17 +193,18 @@ def prepare(
 
 def fit(
     lae: LoRAAutoencoder,
-    corpus: LoRAWeights,
+    corpus: LoRAWeights | LoRARows,
     config: LAETrainConfig,
     folder: Path,
-    validation: LoRAWeights | None = None,
+    validation: LoRAWeights | LoRARows | None = None,
     progress: Progress | None = None,
 ) -> dict[str, float]:
     """Train the autoencoder on a corpus; resumable, see `loop.train`.
 
     Args:
         lae: changed in place: shared `down`, statistics, weights.
-        corpus: batched LoRAs of M identities.
+        corpus: batched LoRAs of M identities; or those of a store, which are read as they are
+            drawn, so that memory does not depend on how many there are.
         config: settings.
         folder: of checkpoints and log.
         validation: LoRAs of other identities; the weights of their lowest squared relative delta W
@@ -213,36 +216,89 @@ def fit(
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.json", config.to_json() + "\n")
-    tokens, reference = prepare(lae, corpus, config)
+    data: _Streamed | _InMemory
+    if isinstance(corpus, LoRARows):
+        data = _Streamed(lae, corpus, config)
+    else:
+        data = _InMemory(lae, corpus, config)
     lae.shared_down.requires_grad_(False)
     _quiet_posterior(lae)
     objective = LAEObjective(lae, config)
     latent = (lae.config.latent_tokens, lae.config.latent_dim)
 
     def draw(generator: torch.Generator) -> dict[str, Tensor]:
-        rows = torch.randint(len(tokens), (config.batch,), generator=generator)
+        rows = torch.randint(data.count, (config.batch,), generator=generator)
+        tokens = data.tokens(rows)
         return {
-            "tokens": tokens[rows],
+            "tokens": tokens,
             "noise": torch.randn(config.batch, *latent, generator=generator),
-            "weight": objective.weight(tokens[rows]),
+            "weight": objective.weight(tokens),
         }
 
     hooks = Hooks(
         progress=progress,
-        validate=_validation(lae, validation, reference),
-        fingerprint=fingerprint(config, tokens, validation),
+        validate=_validation(lae, validation, data.reference),
+        fingerprint=fingerprint(config, data.identity, _identity(validation)),
     )
     return train(objective, draw, config.loop, folder, hooks)
 
 
+class _InMemory:
+    """Tokens of a corpus that is in memory, all made at once."""
+
+    def __init__(self, lae: LoRAAutoencoder, corpus: LoRAWeights, config: LAETrainConfig) -> None:
+        self.identity, self.reference = prepare(lae, corpus, config)
+        self.count = len(self.identity)
+
+    def tokens(self, rows: Tensor) -> Tensor:
+        """(B, T, L) of rows (B,)."""
+        return self.identity[rows]
+
+
+class _Streamed:
+    """Tokens of a store's LoRAs, made as they are drawn."""
+
+    def __init__(self, lae: LoRAAutoencoder, corpus: LoRARows, config: LAETrainConfig) -> None:
+        self.lae, self.corpus, self.identity = lae, corpus, corpus.digest
+        self.count = len(corpus)
+        self.device = next(lae.parameters()).device
+        self.reference = lae_stream.prepare(lae, corpus, config.canonical, self.device)
+
+    def tokens(self, rows: Tensor) -> Tensor:
+        """(B, T, L) of rows (B,)."""
+        weights = self.corpus.batch(rows.tolist()).to(device=self.device)
+        return lae_stream.tokens(self.lae, weights, self.reference)
+
+
+def _identity(validation: LoRAWeights | LoRARows | None) -> object:
+    """What tells LoRAs from others."""
+    return validation.digest if isinstance(validation, LoRARows) else validation
+
+
 def _validation(
-    lae: LoRAAutoencoder, weights: LoRAWeights | None, reference: LoRAWeights | None
+    lae: LoRAAutoencoder,
+    weights: LoRAWeights | LoRARows | None,
+    reference: LoRAWeights | None,
 ) -> Callable[[], float] | None:
     """Reconstruction error of other LoRAs, in the standard form of the corpus."""
     if weights is None:
         return None
-    turned = weights if reference is None else standard_form(weights, lae.layout.rank, reference)[0]
-    return lambda: reconstruction_error(lae, turned)
+
+    def turned(loras: LoRAWeights) -> LoRAWeights:
+        return loras if reference is None else standard_form(loras, lae.layout.rank, reference)[0]
+
+    if not isinstance(weights, LoRARows):
+        whole = turned(weights)
+        return lambda: reconstruction_error(lae, whole)
+
+    def error() -> float:
+        device, total = next(lae.parameters()).device, 0.0
+        for part in weights.parts(lae_stream.AT_ONCE):
+            loras = turned(part.to(device=device))
+            total += reconstruction_error(lae, loras) * loras.batch_shape[0]
+        return total / len(weights)
+
+    return error
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...config import Config, check_ranges
+from ...data.lora_rows import LoRARows
 from ...diffusion.objective import (
     LossWeight,
     abar_at,
@@ -32,6 +33,7 @@ from ...models.mif import balance_loss
 from ...vision.features import ImageFeatures
 from ..fingerprint import fingerprint
 from ..loop import Hooks, LoopConfig, Progress, train
+from . import lae_stream
 
 VALIDATION_DRAWS = 8  # batches of fixed noise that one judgement averages over
 
@@ -105,10 +107,11 @@ class LatentExamples:
 
 
 @torch.no_grad()
-def corpus_latents(model: DiffLoRAModel, weights: LoRAWeights) -> Tensor:
+def corpus_latents(model: DiffLoRAModel, weights: LoRAWeights | LoRARows) -> Tensor:
     """Targets of the `paper` preset: encodings of P LoRAs, raw, (P, 1, K, Dz)."""
-    device = model.device
-    return model.lae.encode_weights(weights.to(torch.float32, device))[:, None].cpu()
+    parts = weights.parts(lae_stream.AT_ONCE) if isinstance(weights, LoRARows) else [weights]
+    found = [model.lae.encode_weights(part.to(torch.float32, model.device)) for part in parts]
+    return torch.cat(found)[:, None].cpu()
 
 
 @torch.no_grad()
