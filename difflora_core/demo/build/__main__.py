@@ -1,13 +1,13 @@
 """`make demo-world`: rebuild every artefact of the demo world from seeds, stage by stage.
 
 A stage that is done is skipped, a stopped one goes on where it was; delete .cache/build to start
-anew. The manifest beside the artefacts says what each stage measured and how long it took.
+anew. A file that is no longer what its stage made stops the build, and what another commit made is
+said. The manifest beside the artefacts says what each stage measured and how long it took.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import platform
@@ -15,19 +15,19 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ...config import parse_json
 from ...errors import InterruptedTraining
 from ...storage.atomic import write_text
+from ...storage.file_digest import hashed
 from .. import paths
 from . import (
     controlnet,
+    made,
     stages,
     stages_concepts,
     stages_faces,
@@ -87,11 +87,14 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = [s for s in STAGES if not options.only or s.name in options.only]
     left = [s for s in chosen if not _done(s.name)]
     for stage in chosen:
-        state = "done" if stage not in left else f"about {stage.minutes:g} min"
-        console.print(f"  {stage.name:<14}{state}")
+        console.print(f"  {stage.name:<14}{_state(stage)}")
     console.print(f"about {sum(s.minutes for s in left):.0f} minutes on 2 cores")
-    if options.list:
-        return 0
+    done = [(s.name, made.read(made.marker(s.name))) for s in STAGES if _done(s.name)]
+    problems = list(made.foreign(done))
+    for problem in problems:
+        console.print(problem)
+    if options.list or problems:
+        return int(bool(problems))
     for stage in left:
         try:
             _run(stage, console)
@@ -107,18 +110,18 @@ def write_manifest() -> None:
 
     A stage that was not run here keeps the record of the run that made its artefacts.
     """
-    before = _read(paths.MANIFEST)["stages"] if paths.MANIFEST.exists() else {}
+    before = made.read(paths.MANIFEST)["stages"] if paths.MANIFEST.exists() else {}
     files = sorted(p for p in paths.ARTEFACTS.rglob("*") if p.is_file() and p != paths.MANIFEST)
     manifest = {
         "files": {
             str(path.relative_to(paths.ARTEFACTS)): {
                 "bytes": path.stat().st_size,
-                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+                "sha256": hashed(path).hexdigest(),
             }
             for path in files
         },
         "stages": {
-            s.name: _read(_marker(s.name)) if _done(s.name) else before[s.name]
+            s.name: _record(s.name) if _done(s.name) else before[s.name]
             for s in STAGES
             if _done(s.name) or s.name in before
         },
@@ -126,8 +129,22 @@ def write_manifest() -> None:
     write_text(paths.MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
+def _record(name: str) -> dict[str, Any]:
+    """What the manifest says of a stage: its record, but the files, which the manifest lists."""
+    record = made.read(made.marker(name))
+    return {key: value for key, value in record.items() if key != "files"}
+
+
+def _state(stage: Stage) -> str:
+    """What is to be said of a stage before the build goes on."""
+    if not _done(stage.name):
+        return f"about {stage.minutes:g} min"
+    commit = made.read(made.marker(stage.name)).get("commit", "unknown")
+    return "done" if commit == _commit() else f"done, by commit {commit[:12]}"
+
+
 def _run(stage: Stage, console: Console) -> None:
-    started = time.monotonic()
+    started, begun = time.monotonic(), made.begin(stage.name)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
         row = bar.add_task(stage.name, total=None)
@@ -145,22 +162,15 @@ def _run(stage: Stage, console: Console) -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores"
         + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"),
         "torch": torch.__version__,
+        "files": made.made_since(begun),
     }
-    write_text(_marker(stage.name), json.dumps(record, indent=1))
+    write_text(made.marker(stage.name), json.dumps(record, indent=1))
+    made.end(stage.name)
     console.print(f"{stage.name}: {seconds / 60:.1f} min  {figures}")
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON table."""
-    return dict(parse_json(path.read_bytes(), path.name))
-
-
-def _marker(name: str) -> Path:
-    return paths.BUILD / "done" / f"{name}.json"
-
-
 def _done(name: str) -> bool:
-    return _marker(name).exists()
+    return made.marker(name).exists()
 
 
 def _commit() -> str:
