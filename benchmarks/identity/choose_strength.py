@@ -74,7 +74,7 @@ def choose(
     """
     base, real = experiment.base(), experiment.real()[0]
     result: dict[str, dict[str, object]] = {}
-    rows = experiment.rows(DreamBoothRuns().only(wanted))
+    rows = experiment.rows(DreamBoothRuns().only(wanted), wanted)
     if baselines is not None:
         rows += baseline_rows(experiment.artefacts, experiment.people, baselines, wanted)
     for row in rows:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -59,9 +59,9 @@ class Experiment:
         self.unseen = unseen_latents(artefacts.base, self.people.unseen, plan, self.people.seeds)
         self.evaluator = Evaluator(artefacts.judges, self.people, plan)
 
-    def rows(self, runs: DreamBoothRuns) -> list[Row]:
-        """Train, predict, reconstruct."""
-        return build_rows(self.artefacts, self.people, runs)
+    def rows(self, runs: DreamBoothRuns, wanted: Sequence[str] | None = None) -> list[Row]:
+        """Train, predict, reconstruct; see `build_rows`."""
+        return build_rows(self.artefacts, self.people, runs, wanted)
 
     def real(self) -> list[Trial]:
         """The ceiling: real pictures of the prompted scenes, as they are and through the VAE."""

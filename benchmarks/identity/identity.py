@@ -106,7 +106,7 @@ def run(
     baselines: Budget | None = None,
 ) -> list[Trial]:
     """Real pictures, base, and every row (or `only` some) at strength 1 and at the chosen one."""
-    rows = [row for row in experiment.rows(runs) if wanted_row(row.name, only)]
+    rows = [row for row in experiment.rows(runs, only) if wanted_row(row.name, only)]
     if baselines is not None:
         rows += baseline_rows(experiment.artefacts, experiment.people, baselines, only)
     wanted = [(row, strength) for row in rows for strength in strengths_of(row, strengths)]

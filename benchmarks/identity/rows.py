@@ -86,11 +86,21 @@ def dreambooth_name(photos: str, steps: int) -> str:
     return f"DreamBooth, {photos}, {steps} steps"
 
 
-def build_rows(artefacts: Artefacts, people: People, runs: DreamBoothRuns) -> list[Row]:
-    """Every row that the artefacts allow, in the order of the table."""
+def build_rows(
+    artefacts: Artefacts,
+    people: People,
+    runs: DreamBoothRuns,
+    wanted: Sequence[str] | None = None,
+) -> list[Row]:
+    """Every row that the artefacts allow, in the order of the table.
+
+    Of rows that are not `wanted` (see `wanted_row`) those are left out that would be trained.
+    """
     features = artefacts.features(people.photos.images[:, :4])
     trained = dreambooth_rows(artefacts, people, runs)
-    original = corpus_row(artefacts, people)
+    of_corpus = (CORPUS_LORA, MEAN, *reconstruction_names(artefacts))
+    asked = any(wanted_row(name, wanted) for name in of_corpus)
+    original = corpus_row(artefacts, people) if asked else None
     rows = controls(trained[-1], original) if trained else []
     functional = artefacts.models.get("functional")
     if functional is not None:
@@ -101,7 +111,7 @@ def build_rows(artefacts: Artefacts, people: People, runs: DreamBoothRuns) -> li
     for name, model in artefacts.models.items():
         rows += predicted_rows(artefacts, name, model, features, people)
     rows += trained
-    if functional is not None:
+    if functional is not None and wanted_row(refined_name(artefacts), wanted):
         rows.append(refined_row(artefacts, people, guess, rows))
     return rows + ridge_row(artefacts, [row.select([0]) for row in features])
 
@@ -128,14 +138,25 @@ def corpus_row(artefacts: Artefacts, people: People) -> Row | None:
 def reconstructions(artefacts: Artefacts, original: Row) -> list[Row]:
     """The originals through every autoencoder whose encoder was trained, and through PCA."""
     rows = []
-    for name, model in artefacts.models.items():
-        if learned_to_encode(model):
+    for name, model in reconstruction_names(artefacts).items():
+        if model is not None:
             again = model.decode(model.encode(original.weights))
-            rows.append(Row(f"LAE reconstruction, {name}", again))
-    if artefacts.linear is not None:
-        again = artefacts.linear.reconstruct(original.weights, artefacts.layout)
-        rows.append(Row(f"PCA-{artefacts.linear.size} reconstruction", again))
+        else:
+            again = artefacts.linear.reconstruct(original.weights, artefacts.layout)
+        rows.append(Row(name, again))
     return rows
+
+
+def reconstruction_names(artefacts: Artefacts) -> dict[str, DiffLoRAModel | None]:
+    """Rows of reconstructions and the model of each; None is PCA."""
+    names: dict[str, DiffLoRAModel | None] = {
+        f"LAE reconstruction, {name}": model
+        for name, model in artefacts.models.items()
+        if learned_to_encode(model)
+    }
+    if artefacts.linear is not None:
+        names[f"PCA-{artefacts.linear.size} reconstruction"] = None
+    return names
 
 
 def predicted_rows(
@@ -224,7 +245,12 @@ def refined_row(artefacts: Artefacts, people: People, guess: LoRAWeights, rows: 
     per_step = artefacts.trainer.seconds_alone(pictures, config)
     start = next(row.seconds for row in rows if row.name == HEADLINE)
     seconds = (start or 0.0) + per_step * config.steps
-    return Row(f"{HEADLINE}, {config.steps} refinement steps", concatenate(parts), seconds)
+    return Row(refined_name(artefacts), concatenate(parts), seconds)
+
+
+def refined_name(artefacts: Artefacts) -> str:
+    """Name of the row of refined predictions."""
+    return f"{HEADLINE}, {refinement_config(artefacts.layout.rank).steps} refinement steps"
 
 
 def ridge_row(artefacts: Artefacts, photos: list) -> list[Row]:

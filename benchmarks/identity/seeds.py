@@ -15,7 +15,7 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from difflora_core.demo.build import stages_lora
-from difflora_core.evaluation.report import Report
+from difflora_core.evaluation.report import Report, crossed_interval
 from difflora_core.models.difflora import DiffLoRAModel
 from difflora_core.storage.checkpoint import load_model, save_model
 
@@ -50,12 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for row in (functional_row(experiment, model), dreambooth_row(experiment, seed)):
             trials[row.name].append(experiment.trial(row, strengths.get(row.name, 1.0)))
     facts = {"steps": options.steps, "commit": commit(), "machine": machine()}
-    report = Report(table(trials), {**facts, "differences": differences(trials)})
+    found = {"over seeds": differences(trials), "over people and seeds": crossed(trials)}
+    report = Report(table(trials), {**facts, "differences": found})
     console.print(report.to_markdown({"strength": 2, "denoising_loss": 4}))
-    for judge, (value, low, high) in differences(trials).items():
-        console.print(
-            f"{HEADLINE} minus {DREAMBOOTH}, {judge}: {value:+.3f} [{low:+.3f}, {high:+.3f}]"
-        )
+    for way, intervals in found.items():
+        for judge, (value, low, high) in intervals.items():
+            interval_text = f"{value:+.3f} [{low:+.3f}, {high:+.3f}] {way}"
+            console.print(f"{HEADLINE} minus {DREAMBOOTH}, {judge}: {interval_text}")
     write_report(report, options.json, console)
     return 0
 
@@ -112,6 +113,22 @@ def differences(trials: dict[str, list[Trial]]) -> dict[str, tuple[float, float,
     for judge in JUDGES:
         ours, theirs = (seed_means(trials[name], judge) for name in (HEADLINE, DREAMBOOTH))
         result[judge] = interval(ours - theirs)
+    return result
+
+
+def crossed(trials: dict[str, list[Trial]]) -> dict[str, tuple[float, float, float]]:
+    """Prediction minus DreamBooth by each judge; the interval resamples people and seeds.
+
+    The two rows of a seed are paired by person, as both draw the same people.
+    """
+    result = {}
+    for judge in JUDGES:
+        ours, theirs = (
+            torch.stack([trial.columns[judge] for trial in trials[name]])
+            for name in (HEADLINE, DREAMBOOTH)
+        )
+        found = crossed_interval(ours - theirs)
+        result[judge] = (found.value, found.low, found.high)
     return result
 
 

@@ -224,6 +224,18 @@ def test_whole_table_on_a_tiny_world(artefacts, plan, short, tmp_path):
     assert len(read["per_identity"]["base"]["face_similarity"]) == 2
 
 
+def test_rows_that_nobody_wants_are_not_trained(artefacts, plan, short, monkeypatch):
+    for name in ("corpus_row", "refined_row"):
+        monkeypatch.setattr(rows, name, lambda *_: 1 / 0)
+    people = benchmark_people("validation", 1, plan.scenes)
+    made = rows.build_rows(artefacts, people, DreamBoothRuns((), ()), [f"={HEADLINE}"])
+    assert HEADLINE in [row.name for row in made]
+    own = replace(artefacts, linear=linear_baselines(artefacts))
+    for wanted in ("PCA", "mean LoRA", "refinement"):
+        with pytest.raises(ZeroDivisionError):
+            rows.build_rows(own, people, DreamBoothRuns((), ()), [wanted])
+
+
 def test_dreambooth_is_trained_once(artefacts, plan, short):
     lines = []
     logged = replace(artefacts, log=lines.append, cache=artefacts.cache / "once")

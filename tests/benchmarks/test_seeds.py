@@ -38,6 +38,9 @@ def test_table_and_differences_by_hand():
     deviation = rows[f"{HEADLINE}, standard deviation"]["face_similarity"]
     assert deviation == pytest.approx(0.02**0.5)
     assert seeds.differences(made)["parameter_error"][0] == pytest.approx(0.25)
+    value, low, high = seeds.crossed(made)["face_similarity"]  # of 0.1, 0.3; 0.3, 0.3
+    assert value == pytest.approx(0.25)
+    assert (low, high) == pytest.approx((0.1, 0.3))
 
 
 def test_another_seed_trains_another_lora(artefacts, monkeypatch):

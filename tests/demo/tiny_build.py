@@ -22,6 +22,7 @@ from difflora_core.demo.build import (
     stages_styles,
     words,
 )
+from difflora_core.demo.networks import concept_judge
 from difflora_core.demo.world import pool
 from difflora_core.training import loop
 from difflora_core.training.difflora.lora_corpus import CorpusConfig
@@ -33,15 +34,14 @@ PEOPLE = 24
 
 def in_folder(folder: Path) -> None:
     """Everything is written here."""
+    work, shipped = paths.WORK, paths.ARTEFACTS.parent
     for name, value in list(vars(paths).items()):
-        if isinstance(value, Path) and name not in ("ROOT", "WORK"):
-            start, place = (
-                (paths.WORK, folder / "work")
-                if value.is_relative_to(paths.WORK)
-                else (paths.ARTEFACTS.parent, folder)
-            )
-            moved = place / value.relative_to(start)
-            setattr(paths, name, moved)
+        if not isinstance(value, Path) or name == "ROOT":
+            continue
+        inside = value.is_relative_to(work)
+        place = folder / "work" if inside else folder
+        setattr(paths, name, place / value.relative_to(work if inside else shipped))
+    paths.ROOT = folder
 
 
 def few_steps() -> None:
@@ -72,6 +72,7 @@ def few_people() -> None:
                 setattr(module, name, tiny)
     smaller = {
         controlnet: {"POSED": PEOPLE, "PAIRS": PEOPLE, "MEASURED": 2},
+        concept_judge: {"PICTURES": 96, "CHUNK": 96},
         words: {"PAIR_PICTURES": 32, "CHUNK": 32},
         stages_concepts: {"CAPTIONS": 50, "JUDGED": 2},
         stages_styles: {"DRAWN": 2},
@@ -98,7 +99,6 @@ def main(folder: Path) -> int:
     in_folder(folder)
     few_steps()
     few_people()
-    paths.ROOT = folder
     (folder / "workflows").mkdir(parents=True, exist_ok=True)
     return build.main([])
 
