@@ -48,6 +48,7 @@ from .drawing import PictureSampler, Plan
 from .likeness import rank_correlation, three_distributions
 
 PLAIN_PROMPTS = tuple(scene for scene in PROMPTS if scene.look in PLAIN_LOOKS)
+PARTS = ("blend", "invented", "two_people")
 INVENTED_PROMPTS = 8
 KNOWN_PICTURES = range(40, 56)
 """Rendered pictures by which the judge knows a person; the photo has number 0."""
@@ -95,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="5 pairs, 8 invented people")
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     parser.add_argument("--model", type=Path, help="another model than the shipped one")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="only these parts")
     options = parser.parse_args(arguments)
     set_threads(options.threads)
     console, started = benchmark_console(), time.perf_counter()
@@ -102,12 +104,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     models = {"functional": options.model} if options.model else None
     artefacts = load_artefacts(models, console.print)
     cast = make_cast(artefacts.judges, options.split, size.pairs)
-    results: dict[str, Mapping[str, object]] = {
-        "blend": measure_blend(artefacts, cast, size),
-        "invented": measure_invented(artefacts, cast, size),
-    }
-    with tempfile.TemporaryDirectory() as folder, ComfyServer(Path(folder)) as server:
-        results["two_people"] = measure_two_people(server, artefacts.judges, cast)
+    results: dict[str, Mapping[str, object]] = {}
+    if "blend" in options.only:
+        results["blend"] = measure_blend(artefacts, cast, size)
+    if "invented" in options.only:
+        results["invented"] = measure_invented(artefacts, cast, size)
+    if "two_people" in options.only:
+        with tempfile.TemporaryDirectory() as folder, ComfyServer(Path(folder)) as server:
+            results["two_people"] = measure_two_people(server, artefacts.judges, cast)
     print_results(results, console)
     facts = {
         **results,
@@ -271,21 +275,23 @@ def person_sampler(artefacts: Artefacts, seeds: Sequence[int], scenes: Sequence[
 
 def print_results(results: Mapping[str, Mapping[str, object]], console: Console) -> None:
     """Print what was found."""
-    blended, invented, two = (results[name] for name in ("blend", "invented", "two_people"))
-    for end in ("a", "b"):
-        curve = "  ".join(f"{value:.3f}" for value in blended[f"likeness_to_{end}"])
-        console.print(f"blend: likeness to {end.upper()} along the way: {curve}")
-    console.print(f"blend: Spearman {blended['spearman']:.3f} over {blended['pairs']} pairs")
-    rows = {name: value for name, value in invented.items() if isinstance(value, dict)}
-    console.print(Report(rows).to_markdown())
-    console.print(
-        f"invented: {invented['distinct']:.0%} of {invented['people']} people are nearer to "
-        f"themselves than to any of {invented['training_people']} training people (people with a "
-        f"photo: {invented['photo_distinct']:.0%})"
-    )
-    for word in WAYS:
+    if blended := results.get("blend"):
+        for end in ("a", "b"):
+            curve = "  ".join(f"{value:.3f}" for value in blended[f"likeness_to_{end}"])
+            console.print(f"blend: likeness to {end.upper()} along the way: {curve}")
+        console.print(f"blend: Spearman {blended['spearman']:.3f} over {blended['pairs']} pairs")
+    if invented := results.get("invented"):
+        rows = {name: value for name, value in invented.items() if isinstance(value, dict)}
+        console.print(Report(rows).to_markdown())
         console.print(
-            f"two people, {word}: {two[f'{word}_correct']:.0%} of {two['pairs']} pairs right, "
-            f"{two[f'{word}_regions']:.0%} of the halves, {two[f'{word}_rank1']:.0%} nearest "
-            "among everybody"
+            f"invented: {invented['distinct']:.0%} of {invented['people']} people are nearer to "
+            f"themselves than to any of {invented['training_people']} training people (people with "
+            f"a photo: {invented['photo_distinct']:.0%})"
         )
+    if two := results.get("two_people"):
+        for word in WAYS:
+            console.print(
+                f"two people, {word}: {two[f'{word}_correct']:.0%} of {two['pairs']} pairs right, "
+                f"{two[f'{word}_regions']:.0%} of the halves, {two[f'{word}_rank1']:.0%} nearest "
+                "among everybody"
+            )
