@@ -68,13 +68,14 @@ def encode_latents(
         report: told what is being done.
 
     Raises:
-        DatasetError: a file cannot be written, or a latent is not finite.
+        DatasetError: pictures are damaged, a file cannot be written, or a latent is not finite.
     """
     files = dataset.facts.files
     mirrored = mirrored or _is_mirrored(dataset, maker)
     facts = EncodedFacts(dataset.facts.digest, maker, len(files), mirrored)
 
     def make(number: int) -> dict[str, Tensor]:
+        dataset.check_file(number)
         tensors, start = {}, number * SHARD_ROWS
         for row in range(start, start + files[number].rows):
             image = dataset[row].picture[None]

@@ -23,6 +23,7 @@ import numpy as np
 from ..config import build, parse_json
 from ..errors import CheckpointError, ConfigError, DatasetError, counted, shown
 from ..limits import JSON_BYTES
+from ..storage.file_digest import hashed
 from .libraries import arrow_library
 from .records import PreparedPicture, from_row
 
@@ -149,6 +150,23 @@ class PreparedDataset:
         """One column, row after row, without touching the pictures."""
         for number in range(len(self.facts.files)):
             yield from self._shard(number).column(name).to_pylist()
+
+    def check_file(self, number: int) -> None:
+        """Reads one of `facts.files` from end to end; its size alone is looked at before.
+
+        Raises:
+            DatasetError: it does not hold the bytes that were written.
+        """
+        file = self.facts.files[number]
+        try:
+            whole = hashed(self.folder / file.name).hexdigest() == file.digest
+        except OSError:
+            whole = False
+        if not whole:
+            raise DatasetError(
+                f"{shown(file.name)} is damaged: it does not hold what was written. Prepare the "
+                "dataset again."
+            )
 
     @cached_property
     def people(self) -> tuple[PersonRows, ...]:

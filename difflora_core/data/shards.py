@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -189,13 +189,3 @@ class ShardWriter:
             "keypoints": places[4:].tolist(),
             "score": 0.0 if face is None else face.score,
         }
-
-
-def check_files(folder: Path, files: Sequence[ShardFile]) -> list[str]:
-    """Names of the files that do not hold the bytes that were written; all are read."""
-    places = {file: folder / file.name for file in files}
-    return [
-        file.name
-        for file, place in places.items()
-        if not place.is_file() or hashed(place).hexdigest() != file.digest
-    ]

@@ -94,6 +94,18 @@ def test_a_stop_leaves_nothing_that_reads_as_whole(data):
         Prompts(data)
 
 
+def test_damaged_pictures_are_not_encoded(data):
+    """One byte of a picture, which its decoder would take for another colour."""
+    shard = data.folder / data.facts.files[0].name
+    changed = bytearray(shard.read_bytes())
+    changed[len(changed) // 2] ^= 1
+    shard.write_bytes(changed)
+    base = Counting()
+    with pytest.raises(DatasetError, match=f"{shard.name} is damaged"):
+        encode_latents(data, base, "one")
+    assert base.pictures == 0
+
+
 def test_those_of_another_dataset_are_refused(people_folder, data, demo_config):
     encode_latents(data, Counting(), "one")
     (people_folder / "bodo" / "0.png").unlink()

@@ -17,7 +17,6 @@ from difflora_core.data.contact_sheet import ROWS
 from difflora_core.data.looker import face_encoder
 from difflora_core.data.prepare import prepare
 from difflora_core.data.prepared import FACTS, PreparedDataset
-from difflora_core.data.shards import check_files
 from difflora_core.demo.paths import FACES
 from difflora_core.demo.world.identities import split_seeds
 from difflora_core.demo.world.scenes import render_pairs
@@ -251,14 +250,15 @@ def test_a_dataset_that_is_not_whole_is_refused(people_folder, tmp_path, demo_co
     data = prepare(people_folder, tmp_path / "set", demo_config)
     shard = data.folder / data.facts.files[0].name
     whole = shard.read_bytes()
-    assert check_files(data.folder, data.facts.files) == []
+    data.check_file(0)
     shard.write_bytes(whole[:-100])
     with pytest.raises(DatasetError, match="was changed"):
         PreparedDataset(data.folder)
     prepare(people_folder, data.folder, demo_config)
     assert shard.read_bytes() == whole
     shard.write_bytes(b"x" * len(whole))
-    assert check_files(data.folder, data.facts.files) == [shard.name]
+    with pytest.raises(DatasetError, match=rf"{shard.name} is damaged: .* Prepare the dataset"):
+        PreparedDataset(data.folder).check_file(0)
     with pytest.raises(DatasetError, match="damaged"):
         PreparedDataset(data.folder)[0]
     shard.write_bytes(whole)
