@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ROOT / ".cache" / "floors"
 ROOMS = (
     *("lora", "storage", "text", "vision", "adapters", "methods", "models", "training"),
-    *("diffusion", "fuzz", "commands"),
+    *("diffusion", "fuzz", "commands", "data"),
 )
 
 
