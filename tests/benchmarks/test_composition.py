@@ -43,9 +43,7 @@ def test_everything_is_measured(artefacts, few_pictures, capsys):
         "blend": measure_blend(artefacts, cast, SMALL),
         "invented": measure_invented(artefacts, cast, SMALL),
         "two_people": {"pairs": 2}
-        | {
-            f"{w}_{n}": 1.0 for w in ("masked", "unmasked") for n in ("correct", "regions", "rank1")
-        },
+        | {f"{w}_{n}": 1.0 for w in composition.WAYS for n in ("correct", "regions", "rank1")},
     }
     print_results(results, benchmark_console())
     printed = capsys.readouterr().out
@@ -54,6 +52,9 @@ def test_everything_is_measured(artefacts, few_pictures, capsys):
     )
     assert f"Spearman {blended['spearman']:.3f} over 2 pairs" in printed
     assert "nearest_training" in printed
+    assert "two people, maskless: 100% of 2 pairs right" in printed
+    print_results({"two_people": results["two_people"]}, benchmark_console())
+    assert "blend" not in capsys.readouterr().out
     every = blended["spearman_falls"] + blended["spearman_rises"]
     assert len(every) == 2 * SMALL.pairs
     assert blended["spearman"] == pytest.approx(sum(every) / len(every))
