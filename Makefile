@@ -1,7 +1,7 @@
 PYTHON ?= $(shell command -v python3.11 || echo python3)
 RUN := .venv/bin/python
 export OMP_NUM_THREADS ?= 1
-.PHONY: setup browser test test-slow test-floors test-oldest fuzz demo demo-world comfyui bench full-size contracts workflows pictures
+.PHONY: setup browser test test-slow test-floors test-oldest fuzz demo demo-world comfyui bench full-size full-size-road contracts workflows pictures
 
 setup:  # private environment, real ComfyUI, this pack linked into it; instant the second time
 	@$(PYTHON) .ci/setup.py
@@ -31,6 +31,9 @@ bench: setup  # make bench name=identity args='--quick'
 
 full-size: setup  # every SDXL workflow with random weights of full size; 15 GB, args='--remove'
 	@$(RUN) -m benchmarks workflows $(args)
+
+full-size-road: setup  # its second part: photos to dataset, corpus, model, picture, at full size
+	@$(RUN) -m benchmarks road $(args)
 
 contracts: setup  # record new nodes, inputs and file fields; refuses what would break old ones
 	@PYTHONPATH=. $(RUN) tests/contracts/contract.py

@@ -26,6 +26,7 @@ BENCHMARKS = {
     "lora_files": ("files.lora_files", "what of LoRA files of every family our nodes keep"),
     "hyperlora": ("cost.hyperlora", "HyperLoRA's public size: loading, memory, the first LoRA"),
     "workflows": ("cost.workflows", "every SDXL workflow at full size, in ComfyUI"),
+    "road": ("cost.road", "from photos to a model in ComfyUI at full size, command by command"),
     "full_size": ("cost.full_size", "time and memory of the full-size model"),
 }
 """Name to module and what it measures: one line a benchmark. The module has `main(arguments)`."""
