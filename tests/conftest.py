@@ -228,3 +228,16 @@ def tiny_sdxl(
     folder = tmp_path_factory.mktemp("tiny_sdxl")
     pipe.save_pretrained(folder)
     return folder, pipe
+
+
+@pytest.fixture(scope="module")
+def ray_cluster():
+    """A Ray cluster whose head does no work; tests add machines and kill them."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        made = Cluster(True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        yield made
+        made.shutdown()

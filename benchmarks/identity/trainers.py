@@ -89,7 +89,7 @@ def compare_trainers(
     judge = _Judge(experiment)
     rows: dict[str, dict[str, float]] = {"base": {"loss at 0": judge.loss(None)}}
     with tempfile.TemporaryDirectory() as folder, ComfyServer(Path(folder)) as server:
-        photos = _upload(server, experiment)
+        photos = upload_photos(server, experiment)
         info = server.client.object_info()
         for name, (kind, own) in TRAINERS.items():
             seconds, rows[name] = [], {}
@@ -155,7 +155,7 @@ class _Judge:
             return float(self.sampler.losses(self.unseen).mean())
 
 
-def _upload(server: ComfyServer, experiment: Experiment) -> list[str]:
+def upload_photos(server: ComfyServer, experiment: Experiment) -> list[str]:
     """The first person's photos in ComfyUI's input folder."""
     names = []
     for number in range(PHOTOS):

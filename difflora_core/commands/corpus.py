@@ -11,17 +11,15 @@ from ..config import Config, check_range
 from ..data.collect_loras import collect_loras
 from ..data.lora_checks import LoRACheckSettings
 from ..data.lora_store import LoRAStore, StoreWriter
-from ..data.prepared import FACTS, PreparedDataset
+from ..data.prepared import FACTS
+from ..data.workers import open_workers
 from ..errors import ConfigError, DatasetError, counted, shown
 from ..limits import RANK
 from ..lora.layout import layout_from_unet_config
 from ..training.difflora.dataset_people import JudgeSettings
-from ..training.difflora.lora_corpus import CorpusConfig
 from ..training.lora.dreambooth_config import DreamBoothConfig
 from .bases import unet_config
-from .corpus_training import check_trainable, train_people
-from .encoders import chosen_device
-from .local_base import open_base
+from .corpus_training import PeopleJob, train_people
 from .run_folder import RunFolder, run_folder
 
 COURSE = DreamBoothConfig(
@@ -66,6 +64,11 @@ class Settings(Config):
         tokenizer: folder of CLIP's vocab.json and merges.txt, for a checkpoint file; empty takes
             that of ComfyUI (COMFYUI_PATH).
         device: to train on: auto, cpu, or cuda.
+        workers: processes that train a group each; they need the memory of as many models. 0 takes
+            all that a cluster has.
+        ray: address of a Ray cluster that trains them, auto, or local to start one; the folders
+            must be the same on all its machines. Empty takes processes.
+        gpus: that each worker of a cluster needs.
     """
 
     source: str
@@ -79,11 +82,16 @@ class Settings(Config):
     judge: JudgeSettings = field(default_factory=JudgeSettings)
     tokenizer: str = ""
     device: str = "auto"
+    workers: int = 1
+    ray: str = ""
+    gpus: float = 0.0
 
     def __post_init__(self) -> None:
         check_range("Corpus", "rank", self.rank, 1, RANK)
         check_range("Corpus", "most_lost", self.most_lost, 0, 1)
         check_range("Corpus", "group", self.group, 1, 65_536)
+        check_range("Corpus", "workers", self.workers, 0 if self.ray else 1, 100_000)
+        check_range("Corpus", "gpus", self.gpus, 0, 1024)
         if self.training.rank not in (COURSE.rank, self.rank):
             raise ConfigError(
                 f"A corpus has one rank: --rank is {self.rank}, --training.rank is "
@@ -122,11 +130,12 @@ def run(settings: Settings, console: Console) -> None:
 
 def _train(settings: Settings, own: RunFolder) -> tuple[LoRAStore, dict[str, str]]:
     """A dataset's people to a corpus; and of whom the training failed, with the reason."""
-    check_trainable(settings.base)
-    dataset = PreparedDataset(settings.source)
-    base = open_base(settings.base, chosen_device(settings.device), settings.tokenizer)
-    config = CorpusConfig(base.family, settings.group, settings.course)
-    return train_people(dataset, base, config, settings.judge, settings.checks, own)
+    training = PeopleJob(
+        *(settings.source, settings.out, settings.base, settings.tokenizer, settings.device),
+        *(settings.group, settings.course, settings.judge),
+    )
+    with open_workers(settings.workers, settings.ray, settings.gpus) as workers:
+        return train_people(training, settings.checks, workers, own)
 
 
 def _collect(

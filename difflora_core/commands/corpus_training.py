@@ -3,52 +3,117 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
 
 from ..base_model.protocol import compute_device
-from ..data.encodings import encode_latents
+from ..data.encodings import Latents, encode_latents
 from ..data.lora_checks import LoRACheckSettings
 from ..data.lora_store import LoRAStore
 from ..data.prepared import PreparedDataset
+from ..data.workers import Crew
 from ..errors import ConfigError, counted
 from ..training.difflora.dataset_people import DatasetPeople, JudgeSettings, LikenessJudge
 from ..training.difflora.lora_corpus import CorpusConfig
-from ..training.difflora.lora_store import WORK, open_store, train_store
+from ..training.difflora.lora_store import WORK, StorePlan, StoreTrainer, open_store
 from ..training.fingerprint import weights_digest
+from ..training.lora.dreambooth_config import DreamBoothConfig
 from .bases import UNETS
-from .encoders import open_encoders
-from .local_base import DEMO, LocalBase
+from .encoders import chosen_device, open_encoders
+from .local_base import DEMO, LocalBase, open_base
+from .progress import Watch
 from .run_folder import RunFolder
 
 
-def check_trainable(base: str) -> None:
-    """Refuses a base that is only known by its name.
+@dataclass(frozen=True)
+class PeopleJob:
+    """What is trained on what; every process that takes part makes the rest of it.
 
-    Raises:
-        ConfigError: it is one.
+    Attributes:
+        dataset: folder of a prepared dataset.
+        folder: of the corpus.
+        base, tokenizer, device: see `local_base.open_base`.
+        group: people that are trained at once.
+        course: settings of their training.
+        judge: measures likeness, if it names a face analysis.
     """
-    if base in UNETS and base != DEMO:
-        raise ConfigError(
-            f"LoRAs are trained on a model: name the checkpoint file or the diffusers folder of "
-            f"SDXL with --base, not {base}. The name alone is enough for LoRA files."
-        )
+
+    dataset: str
+    folder: str
+    base: str
+    tokenizer: str
+    device: str
+    group: int
+    course: DreamBoothConfig
+    judge: JudgeSettings
+
+    @cached_property
+    def opened(self) -> LocalBase:
+        """The base model.
+
+        Raises:
+            DiffLoRAError: it is known by its name alone, or cannot be read.
+        """
+        if self.base in UNETS and self.base != DEMO:
+            raise ConfigError(
+                f"LoRAs are trained on a model: name the checkpoint file or the diffusers folder "
+                f"of SDXL with --base, not {self.base}. The name alone is enough for LoRA files."
+            )
+        return open_base(self.base, chosen_device(self.device), self.tokenizer)
+
+    @cached_property
+    def data(self) -> PreparedDataset:
+        """The dataset."""
+        return PreparedDataset(self.dataset)
+
+    @cached_property
+    def people(self) -> DatasetPeople:
+        """Those who are trained; their latents are there."""
+        return DatasetPeople(self.data, Latents(self.data))
+
+    @cached_property
+    def trainer(self) -> StoreTrainer:
+        """Trains groups of them.
+
+        Raises:
+            DiffLoRAError: the dataset does not suit, or the corpus is of another base.
+        """
+        base, likeness = self.opened.model, None
+        config = CorpusConfig(self.opened.family, self.group, self.course)
+        if self.judge.faces:
+            encoder, _ = open_encoders(self.judge.faces, "", compute_device(base))
+            likeness = LikenessJudge(base, self.people, self.data, encoder, self.judge)
+        writer = open_store(Path(self.folder), base, config)
+        return StoreTrainer(base, self.people, config, writer, likeness)
+
+
+class GroupWork:
+    """Trains a group; it can be sent to another process, which opens what it needs once."""
+
+    def __init__(self, training: PeopleJob) -> None:
+        self._training = replace(training)  # without what is open here
+
+    def __call__(self, names: tuple[str, ...]) -> dict[str, str]:
+        """Name to reason of each that could not be trained."""
+        return _kept(self._training).trainer.train(names)
+
+
+@lru_cache(1)
+def _kept(training: PeopleJob) -> PeopleJob:
+    """What this process has opened for a training."""
+    return training
 
 
 def train_people(
-    dataset: PreparedDataset,
-    base: LocalBase,
-    config: CorpusConfig,
-    judge: JudgeSettings,
-    checks: LoRACheckSettings,
-    run: RunFolder,
+    training: PeopleJob, checks: LoRACheckSettings, workers: Crew, run: RunFolder
 ) -> tuple[LoRAStore, dict[str, str]]:
     """Trains the LoRAs that the corpus in a run's folder lacks, and indexes it.
 
     Args:
-        dataset: prepared.
-        base: to train on.
-        config: of the training.
-        judge: measures likeness, if it names a face analysis.
+        training: what on what.
         checks: which LoRAs are used.
+        workers: who trains the groups.
         run: its folder is the corpus's.
 
     Returns:
@@ -58,25 +123,39 @@ def train_people(
         InterruptedTraining: stopped; the same call goes on.
         DiffLoRAError: the dataset does not suit, or the corpus is of another base.
     """
-    writer = open_store(run.path, base.model, config)
+    vae = weights_digest(training.opened.model.vae)
     with run.watch("encode") as watch:
-        latents = encode_latents(
-            *(dataset, base.model, weights_digest(base.model.vae)),
+        encode_latents(
+            *(training.data, training.opened.model, vae),
             report=lambda what, done, total: watch(done, total, {}),
         )
-    people = DatasetPeople(dataset, latents)
-    likeness = None
-    if judge.faces:
-        encoder, _ = open_encoders(judge.faces, "", compute_device(base.model))
-        likeness = LikenessJudge(base.model, people, dataset, encoder, judge)
-    run.say(f"{counted(len(people.names), 'person')}, {config.group} at once")
+    trainer, names = training.trainer, training.people.names
+    plan = trainer.plan(names)
+    missing = sum(map(len, plan.groups))
+    run.say(f"{counted(len(names), 'identity')}, {missing} to train, {training.group} at once")
     with run.watch("train") as watch:
-        course = train_store(
-            base.model, people.names, people, config, writer, likeness, progress=watch
-        )
-    store = writer.write_index(checks, course.sources)
+        if workers.alone:
+            failed = trainer.train_all(plan, watch)
+        else:
+            failed = _train_elsewhere(training, plan, workers, watch)
+    store = trainer.writer.write_index(checks, plan.sources)
     shutil.rmtree(run.path / WORK, ignore_errors=True)  # of groups that were stopped at their end
     unknown = sum(row.likeness is None for row in store.rows)
-    if likeness and unknown:
+    if training.judge.faces and unknown:
         run.say(f"Of {counted(unknown, 'LoRA')} nobody measured the likeness when they were made.")
-    return store, dict(course.failed)
+    return store, failed
+
+
+def _train_elsewhere(
+    training: PeopleJob, plan: StorePlan, workers: Crew, watch: Watch
+) -> dict[str, str]:
+    """Trains a plan's groups in other processes; progress counts people."""
+    failed, done, total = dict(plan.failed), 0, sum(map(len, plan.groups))
+    watch(done, total, {})
+    for names, missed in zip(
+        plan.groups, workers.each(GroupWork(training), plan.groups), strict=True
+    ):
+        failed |= missed
+        done += len(names)
+        watch(done, total, {})
+    return failed

@@ -14,6 +14,7 @@ from ..config import check_range
 from ..data.encodings import encode_latents, encode_prompts
 from ..data.prepare import PrepareConfig, prepare
 from ..data.prepared import PreparedDataset, summary
+from ..data.workers import open_workers
 from ..training.fingerprint import weights_digest
 from .encoders import chosen_device
 from .local_base import open_base
@@ -32,7 +33,9 @@ class Settings(PrepareConfig):
         source: a folder with one folder a person, of kohya's (10_name), with metadata.jsonl, of
             parquet files, or a dataset that `datasets` saved to disk.
         out: folder of the dataset.
-        workers: processes that open pictures; 0 takes one a core.
+        workers: processes that open pictures; 0 takes one a core, or all that a cluster has.
+        ray: address of a Ray cluster that opens them, auto, or local to start one; the folders
+            must be the same on all its machines. Empty takes processes.
         update: take up pictures and settings that have changed since the dataset was made.
         kind: of the source: auto, folders, kohya, metadata, parquet or arrow.
         picture_column: of a table; empty takes image or picture.
@@ -61,6 +64,7 @@ class Settings(PrepareConfig):
     source: str
     out: str
     workers: int = 0
+    ray: str = ""
     update: bool = False
     base: str = ""
     mirrored: bool = False
@@ -85,12 +89,10 @@ def run(settings: Settings, console: Console) -> None:
     """
     folder = Path(settings.out)
     with run_folder(folder, settings, console) as own:
-        workers = settings.workers or os.cpu_count() or 1
-        with ExitStack() as shown:
+        workers = settings.workers if settings.ray else settings.workers or os.cpu_count() or 1
+        with ExitStack() as shown, open_workers(workers, settings.ray) as crew:
             stages = _Stages(own, shown)
-            data = prepare(
-                settings.source, folder, settings.recipe, workers, settings.update, stages
-            )
+            data = prepare(settings.source, folder, settings.recipe, crew, settings.update, stages)
             if settings.base:
                 _encode(data, settings, stages)
         own.say(f"{summary(data.facts)}.")

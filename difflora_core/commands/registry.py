@@ -5,6 +5,7 @@ from __future__ import annotations
 COMMANDS = {
     "prepare": "photos of people to a dataset that training reads",
     "corpus": "a dataset, or LoRA files of people, to a corpus that training reads",
+    "multiply": "a portrait a person to pictures of each, drawn by ComfyUI",
     "train": "a dataset to a DiffLoRA model",
     "plan": "what training will take: time, memory, disk",
     "evaluate": "models, LoRAs and pictures to a table of measures, with the pictures",

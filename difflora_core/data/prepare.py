@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -39,7 +39,7 @@ from .records import columns
 from .shards import Framing, Row, ShardJob, ShardWriter, jobs
 from .sources import Source
 from .table_sources import TableNames
-from .workers import Workers
+from .workers import Crew, Workers
 
 MOST_NOTES = 200
 LOOKS = 32
@@ -123,7 +123,7 @@ def prepare(
     place: str | Path,
     folder: str | Path,
     config: PrepareConfig | None = None,
-    workers: int = 1,
+    workers: int | Crew = 1,
     update: bool = False,
     report: Report | None = None,
 ) -> PreparedDataset:
@@ -135,7 +135,7 @@ def prepare(
         place: of the pictures, see `find_source`.
         folder: of the dataset, see `prepared`.
         config: settings.
-        workers: processes that open pictures.
+        workers: that open pictures: so many processes, or those of an engine, opened.
         update: takes up changes of the pictures or settings since the dataset was prepared.
         report: told what is being done.
 
@@ -150,7 +150,8 @@ def prepare(
     config = config or PrepareConfig()
     by_template(config.template, "")
     source = find_source(place, config.kind, config.tables)
-    with _alone(Path(folder)), Workers(workers) as processes:
+    own = Workers(workers) if isinstance(workers, int) else nullcontext(workers)
+    with _alone(Path(folder)), own as processes:
         run = _Run(source, Path(folder), config, processes, report or _silent)
         catalogue = Catalogue(run.folder / "work" / "catalogue.sqlite3")
         try:
@@ -176,7 +177,7 @@ class _Run:
     source: Source
     folder: Path
     config: PrepareConfig
-    workers: Workers
+    workers: Crew
     report: Report
 
 

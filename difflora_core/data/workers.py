@@ -11,14 +11,44 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from ..errors import DatasetError
+from .ray_workers import RayWorkers
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 AHEAD = 2
 """Jobs that wait for a worker, for each worker: more would only fill the memory."""
+
+
+class Crew(Protocol):
+    """Workers of any engine; a context."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether the work is done in this process."""
+
+    def __enter__(self) -> Crew: ...
+
+    def __exit__(self, *failure: object) -> None: ...
+
+    def each(self, work: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
+        """What `work` gives for each job, in the order of the jobs; see `Workers.each`."""
+
+
+def open_workers(count: int, ray: str = "", gpus: float = 0.0) -> Crew:
+    """Workers: processes of this machine, or of a Ray cluster.
+
+    Args:
+        count: of them; 1 does the work here. On a cluster 0 takes all that it has.
+        ray: address of the cluster, see `RayWorkers`; empty takes processes.
+        gpus: that each worker of a cluster needs.
+
+    Raises:
+        ConfigError: Ray is not installed.
+    """
+    return RayWorkers(ray, count, gpus) if ray else Workers(count)
 
 
 class Workers:
@@ -31,6 +61,11 @@ class Workers:
     def __init__(self, count: int) -> None:
         self._count = count
         self._pool: ProcessPoolExecutor | None = None
+
+    @property
+    def alone(self) -> bool:
+        """Whether the work is done in this process."""
+        return self._count <= 1
 
     def __enter__(self) -> Workers:
         return self
@@ -51,7 +86,7 @@ class Workers:
             DatasetError: a process died, as for want of memory.
             Exception: what `work` raises.
         """
-        if self._count <= 1:
+        if self.alone:
             yield from map(work, jobs)
             return
         if self._pool is None:

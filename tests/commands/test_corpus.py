@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -177,3 +179,30 @@ def test_killed_at_random_moments(dataset, tmp_path):
     )
     assert files(tmp_path / "out") == files(tmp_path / "out-whole")
     assert len(LoRAStore(tmp_path / "out")) == PEOPLE
+
+
+@pytest.mark.slow
+def test_corpus_on_a_cluster_that_loses_a_machine(ray_cluster, dataset, tmp_path, monkeypatch):
+    """The bytes are those of one process with as many threads; so are those of two processes."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    words = [*of_people(dataset), "--group", "1", "--training.steps", "20"]
+    assert corpus(tmp_path / "alone", words) == 0
+    assert corpus(tmp_path / "processes", [*words, "--workers", "2"]) == 0
+    assert files(tmp_path / "processes") == files(tmp_path / "alone")
+    nodes = [ray_cluster.add_node(num_cpus=1) for _ in range(2)]
+
+    def kill():
+        while not list((tmp_path / "ray" / "shards").glob("*")):
+            time.sleep(0.02)
+        ray_cluster.remove_node(nodes[0], allow_graceful=False)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    assert corpus(tmp_path / "ray", [*words, "--workers", "2", "--ray", ray_cluster.address]) == 0
+    killer.join(30)
+    assert not killer.is_alive()
+    assert files(tmp_path / "ray") == files(tmp_path / "alone")
+    assert len(LoRAStore(tmp_path / "ray")) == PEOPLE
+    torch.set_num_threads(threads)

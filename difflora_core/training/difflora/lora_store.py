@@ -12,7 +12,7 @@ from ...errors import DivergedError
 from ...lora.weights import LoRAWeights
 from ..fingerprint import fingerprint, weights_digest
 from ..loop import Progress
-from ..lora.dreambooth import DreamBoothConfig, DreamBoothExamples, train_dreambooth
+from ..lora.dreambooth import DreamBoothExamples, train_dreambooth
 from ..processes import launched
 from ..state_file import remove_run
 from .lora_corpus import CorpusConfig
@@ -39,70 +39,115 @@ def open_store(folder: Path, base: BaseModel, config: CorpusConfig) -> StoreWrit
 
 
 @dataclass(frozen=True)
-class Course:
-    """How a run of `train_store` was: what it leaves beside the store.
+class StorePlan:
+    """What a store lacks.
 
     Attributes:
         sources: name to the digest of what its LoRA is made from, for `StoreWriter.write_index`.
-        failed: name to reason of each identity that could not be trained.
+        failed: name to reason of each identity that could not be trained before.
+        groups: those who are missing, as they are trained together. What is stopped and planned
+            again has the same groups, but for those that are done.
     """
 
     sources: Mapping[str, str]
     failed: Mapping[str, str]
+    groups: tuple[tuple[str, ...], ...]
 
 
-def train_store(
-    base: BaseModel,
-    identities: Sequence[str],
-    examples: Examples,
-    config: CorpusConfig,
-    writer: StoreWriter,
-    likeness: Likeness | None = None,
-    progress: Progress | None = None,
-) -> Course:
-    """Trains the LoRAs that a store lacks; each finished group is a shard.
+@dataclass(frozen=True, eq=False)
+class StoreTrainer:
+    """Trains LoRAs of a store; any number of them, in as many processes, may.
 
     What is there is known by the pictures, captions and settings that it was made from. One whose
     loss is no number any more is named and noted, and the rest of its group is trained without it.
 
     Args:
         base: frozen base model.
-        identities: names; LoRAs do not depend on how they are grouped.
-        examples: gives pictures, captions and seeds of some of them: their own, whatever the group.
+        examples: gives pictures, captions and seeds of some people: their own, whatever the group.
         config: settings of the training, and how many are trained in one batch.
         writer: of the store, see `open_store`.
         likeness: measures how like the person the pictures of a LoRA are, in [-1, 1].
-        progress: called after every step as (step, steps, metrics) over all groups; it may raise
-            InterruptedTraining.
-
-    Raises:
-        InterruptedTraining: stopped; the same call goes on.
-        DatasetError: the store cannot be written.
     """
-    there = {(row.identity, row.source): row.reason for row in writer.rows()}
-    sources = {name: _source(examples([name]), config, writer) for name in identities}
-    failed = {own[0]: there[own] for own in sources.items() if there.get(own)}
-    missing = [name for name, source in sources.items() if (name, source) not in there]
-    course = config.dreambooth
-    starts = range(0, len(missing), config.group)
-    for number, start in enumerate(starts):
-        names = missing[start : start + config.group]
-        run = writer.folder / WORK / fingerprint([(name, sources[name]) for name in names])[:24]
-        report = _shifted(progress, number * course.steps, len(starts) * course.steps)
-        group = _Group(base, examples, course, report)
+
+    base: BaseModel
+    examples: Examples
+    config: CorpusConfig
+    writer: StoreWriter
+    likeness: Likeness | None = None
+
+    def plan(self, identities: Sequence[str]) -> StorePlan:
+        """Who has to be trained.
+
+        Raises:
+            DatasetError: the store cannot be read.
+        """
+        there = {(row.identity, row.source): row.reason for row in self.writer.rows()}
+        sources = {name: self._source(name) for name in identities}
+        failed = {own[0]: there[own] for own in sources.items() if there.get(own)}
+        missing = [name for name, source in sources.items() if (name, source) not in there]
+        starts = range(0, len(missing), self.config.group)
+        groups = (tuple(missing[start : start + self.config.group]) for start in starts)
+        return StorePlan(sources, failed, tuple(groups))
+
+    def train(self, names: Sequence[str], progress: Progress | None = None) -> dict[str, str]:
+        """Trains a group and adds it to the store.
+
+        Args:
+            names: of people.
+            progress: called after every step as (step, steps, metrics); it may raise
+                InterruptedTraining.
+
+        Returns:
+            Name to reason of each that could not be trained.
+
+        Raises:
+            InterruptedTraining: stopped; the same call goes on.
+            DatasetError: the store cannot be written.
+        """
+        sources = [self._source(name) for name in names]
+        run = self.writer.folder / WORK / fingerprint(names, sources)[:24]
         loras = []
-        for identity, (weights, reason) in zip(names, group.train(names, run), strict=True):
-            alike = likeness(identity, weights) if likeness and weights is not None else None
-            loras.append(NewLoRA(identity, weights, alike, sources[identity], reason))
-            failed |= {identity: reason} if reason else {}
-        launched().on_main(lambda added=loras: writer.add(added))  # type: ignore[misc]
-        launched().on_main(lambda folder=run: remove_run(folder))  # type: ignore[misc]
-    return Course(sources, failed)
+        trained = self._weights(names, run, progress)
+        for name, source, (weights, reason) in zip(names, sources, trained, strict=True):
+            alike = self.likeness(name, weights) if self.likeness and weights is not None else None
+            loras.append(NewLoRA(name, weights, alike, source, reason))
+        launched().on_main(lambda: self.writer.add(loras))
+        launched().on_main(lambda: remove_run(run))
+        return {lora.identity: lora.failure for lora in loras if lora.failure}
 
+    def train_all(self, plan: StorePlan, progress: Progress | None = None) -> dict[str, str]:
+        """Trains every group of a plan, one after the other; progress is that of the whole.
 
-def _source(pictures: DreamBoothExamples, config: CorpusConfig, writer: StoreWriter) -> str:
-    """Digest of what a LoRA is made from."""
-    return fingerprint(pictures, config.dreambooth, writer.layout.hash)
+        Returns:
+            Name to reason of each that could not be trained, now or before.
+        """
+        steps, failed = self.config.dreambooth.steps, dict(plan.failed)
+        for number, names in enumerate(plan.groups):
+            report = _shifted(progress, number * steps, len(plan.groups) * steps)
+            failed |= self.train(names, report)
+        return failed
+
+    def _source(self, name: str) -> str:
+        """Digest of what a LoRA is made from."""
+        layout = self.writer.layout
+        return fingerprint(self.examples([name]), self.config.dreambooth, layout.hash)
+
+    def _weights(
+        self, names: Sequence[str], run: Path, progress: Progress | None
+    ) -> Iterator[tuple[LoRAWeights | None, str]]:
+        """Weights of each, or None and the reason; a group that diverges is trained one by one."""
+        course = self.config.dreambooth
+        pictures, folder = self.examples(names), run / "group"
+        try:
+            trained = train_dreambooth(self.base, pictures, course, progress, folder=folder)
+        except DivergedError as failure:
+            if len(names) == 1:
+                yield None, str(failure)
+                return
+            for row, name in enumerate(names):
+                yield from self._weights([name], run / str(row), progress)
+            return
+        yield from ((trained[course.steps].batch_item(row), "") for row in range(len(names)))
 
 
 def _shifted(progress: Progress | None, done: int, total: int) -> Progress | None:
@@ -110,31 +155,3 @@ def _shifted(progress: Progress | None, done: int, total: int) -> Progress | Non
     if progress is None:
         return None
     return lambda step, steps, metrics: progress(done + step, total, metrics)
-
-
-@dataclass(frozen=True)
-class _Group:
-    """What the training of a group needs, whoever is in it."""
-
-    base: BaseModel
-    examples: Examples
-    config: DreamBoothConfig
-    progress: Progress | None
-
-    def train(
-        self, identities: Sequence[str], run: Path
-    ) -> Iterator[tuple[LoRAWeights | None, str]]:
-        """Weights of each, or None and the reason; a group that diverges is trained one by one."""
-        try:
-            trained = train_dreambooth(
-                *(self.base, self.examples(identities), self.config, self.progress),
-                folder=run / "group",
-            )[self.config.steps]
-        except DivergedError as failure:
-            if len(identities) == 1:
-                yield None, str(failure)
-                return
-            for row, identity in enumerate(identities):
-                yield from self.train([identity], run / str(row))
-            return
-        yield from ((trained.batch_item(row), "") for row in range(len(identities)))
