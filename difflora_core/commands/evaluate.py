@@ -305,7 +305,7 @@ class _Work:
         named = [Path(place) for place in (s.faces, s.clip_vision) if place]
         return Setting(
             photos={person: own[: s.photos] for person, own in self.photos.items()},
-            unet=dict(self.base.model.unet.config),
+            unet=self.base.model.unet,
             encoders=cache(lambda: open_encoders(s.faces, s.clip_vision, self.device)),
             faces=bool(s.faces),
             encoder_key=fingerprint([weight_files(path) for path in named]),
@@ -334,6 +334,7 @@ def _narrowed(protocol: Protocol, settings: Settings) -> Protocol:
     s = settings
     return replace(
         protocol,
+        people=protocol.people[: s.first_people or None],
         prompts=protocol.prompts[: s.first_prompts or None],
         seeds=s.seeds or protocol.seeds,
         steps=s.steps or protocol.steps,

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..errors import CheckpointError, ConfigError, counted, shown
+from ..adapters.base import AdapterEntry, AdapterSet
+from ..errors import CheckpointError, ConfigError, LayoutError, LoRAFileError, counted, shown
 from ..evaluation.backbones import weight_files
 from ..evaluation.drawing import Adaptation
-from ..lora.formats.report import ReadResult
-from ..lora.formats.state_dict import from_state_dict, to_state_dict
-from ..lora.layout import unet_name_map
+from ..lora.formats.change import is_constant, keys_by_role, kind_of
+from ..lora.formats.state_dict import to_state_dict, with_peft_alphas
+from ..lora.formats.stems import other_part, stem_table, why_nothing
+from ..lora.layout import module_size, unet_name_map
 from ..lora.weights import LoRAWeights
+from ..methods.lora import layer_adapter, layer_tensors
 from ..models.identity_model import IdentityModel
 from ..storage.checkpoint import METADATA_KEY
 from ..storage.identity_models import load_identity_model, model_folder
@@ -28,7 +34,6 @@ from ..vision.face_choice import FaceOptions
 from ..vision.face_encoder import FaceEncoder
 from ..vision.features import extract_features
 from ..vision.image_encoder import ImageEncoder
-from .convert import COMPUTED_RANK
 from .encoders import options_for
 
 BASE, PHOTOS, REAL = "base", "photos", "real"
@@ -42,7 +47,7 @@ class Setting:
 
     Attributes:
         photos: person to the photos that a model is shown.
-        unet: configuration of the base's UNet.
+        unet: of the base.
         encoders: of photos, opened when the first model asks; they are the same for all.
         faces: whether a face analysis is among them.
         encoder_key: of the encoders' files.
@@ -51,7 +56,7 @@ class Setting:
     """
 
     photos: Mapping[str, Sequence[Path]]
-    unet: Mapping[str, object]
+    unet: Any
     encoders: Callable[[], tuple[FaceEncoder, ImageEncoder]]
     faces: bool
     encoder_key: str
@@ -124,13 +129,12 @@ class LoRARow(Row):
             LoRAFileError: the file cannot be read.
             LayoutError: it is for another base.
         """
-        file = read_lora_file(self.files[person])
-        names = unet_name_map(self.setting.unet)
-        result = from_state_dict(file.tensors, names, COMPUTED_RANK, file.metadata)
-        report = result.report
-        if report.errors or report.skipped or report.unused:
-            self.setting.say(f"{shown(self.files[person].name)}: {report.summary()}")
-        return _adaptation(result, names, self.strength, file.metadata.get(TRIGGER, ""))
+        path = self.files[person]
+        file = read_lora_file(path)
+        adapters, note = adapters_of(with_peft_alphas(file.tensors, file.metadata), self.setting)
+        if note:
+            self.setting.say(f"{shown(path.name)}: {note}")
+        return Adaptation(adapters, self.strength, file.metadata.get(TRIGGER, ""))
 
 
 class ModelRow(Row):
@@ -168,10 +172,8 @@ class ModelRow(Row):
         begun = time.perf_counter()
         weights = self._made(self._model, person)
         seconds = time.perf_counter() - begun
-        names = unet_name_map(self.setting.unet)
-        state = to_state_dict(weights, "kohya_ldm", dtype=torch.float32)
-        result = from_state_dict(state, names)
-        return _adaptation(result, names, self.strength, self._trigger, seconds)
+        adapters, _ = adapters_of(to_state_dict(weights, "kohya_ldm"), self.setting)
+        return Adaptation(adapters, self.strength, self._trigger, seconds)
 
     def _made(self, model: IdentityModel, person: str) -> LoRAWeights:
         """Photos to LoRA."""
@@ -258,14 +260,39 @@ def _holds_pictures(path: Path, people: Sequence[str]) -> bool:
     return any(file.suffix.lower() in SUFFIXES for own in folders for file in own.iterdir())
 
 
-def _adaptation(
-    result: ReadResult,
-    names: Mapping[str, str],
-    strength: float,
-    trigger: str,
-    seconds: float | None = None,
-) -> Adaptation:
-    """What the UNet is given of a LoRA; text encoders stay as they are."""
-    modules = {ldm: diffusers for diffusers, ldm in names.items()}
-    own = {name: layer for name, layer in result.weights.layers.items() if name in modules}
-    return Adaptation(LoRAWeights(own), modules, strength, trigger, seconds)
+def adapters_of(state: Mapping[str, Tensor], setting: Setting) -> tuple[AdapterSet, str]:
+    """What a LoRA of any family changes in the base's UNet, and a sentence on what it does not.
+
+    Args:
+        state: key to tensor, with alphas.
+        setting: of the base.
+
+    Raises:
+        LayoutError: it is for no layer of the base.
+        LoRAFileError: what a layer changes depends on the weight it is on (DoRA).
+    """
+    names = unet_name_map(dict(setting.unet.config))
+    modules, table = {ldm: place for place, ldm in names.items()}, stem_table(names)
+    entries, left = [], []
+    for stem, keys in keys_by_role(state).items():
+        if (name := table.get(stem)) is None:
+            left.append(stem)
+            continue
+        parts = {role: state[key] for role, key in keys.items()}
+        if not is_constant(parts):
+            raise LoRAFileError(
+                f"This LoRA has {kind_of(parts)} on {name}: what that changes depends on the "
+                "weight it is on, which is not computed here."
+            )
+        module = setting.unet.get_submodule(modules[name])
+        own = layer_tensors(parts, len(module_size(module)) == 2)
+        entries += [AdapterEntry(modules[name], layer_adapter(own))] if own else []
+    if not entries:
+        raise LayoutError(
+            why_nothing(list(state))
+            or "No layer of this LoRA belongs to the base model. Use a LoRA made for it."
+        )
+    parts_of = Counter(other_part(stem) or "layers that the base does not have" for stem in left)
+    said = ", ".join(f"{count} of {part}" for part, count in parts_of.items())
+    note = f"{counted(len(entries), 'layer')} read; left out: {said}." if said else ""
+    return AdapterSet(tuple(entries)), note

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +12,11 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
 from ..adapters.attach import attach
-from ..adapters.lora import lora_adapter_set
+from ..adapters.base import AdapterSet
 from ..base_model.diffusers_base import DiffusersBase
 from ..base_model.protocol import TextCondition, compute_device, compute_dtype
 from ..diffusion.sampler import SampleSettings, initial_noise, sample, seeded_generators
 from ..errors import ConfigError
-from ..lora.weights import LoRAWeights
 from .protocol import Protocol
 
 
@@ -26,15 +25,13 @@ class Adaptation:
     """What a base model is given for a person.
 
     Attributes:
-        weights: a LoRA; None leaves the base as it is.
-        modules: layer of the LoRA to module of the UNet.
+        adapters: of a LoRA, by module of the UNet; None leaves the base as it is.
         strength: of the LoRA.
         trigger: words that it needs at the beginning of a prompt.
         seconds: that making it took; None where it came from a file.
     """
 
-    weights: LoRAWeights | None = None
-    modules: Mapping[str, str] | None = None
+    adapters: AdapterSet | None = None
     strength: float = 1.0
     trigger: str = ""
     seconds: float | None = None
@@ -84,11 +81,9 @@ class ProtocolDrawer:
             here = TextCondition(text.context.to(device, dtype), text.pooled.to(device, dtype))
             return self.base.predict(z.to(dtype), timestep, here).to(z)
 
-        weights = adaptation.weights
         worn: Any = nullcontext()
-        if weights is not None:
-            adapters = lora_adapter_set(weights)
-            worn = attach(self.base.unet, adapters, adaptation.strength, adaptation.modules)
+        if adaptation.adapters is not None:
+            worn = attach(self.base.unet, adaptation.adapters, adaptation.strength)
         with worn:
             settings = SampleSettings(p.steps, p.guidance)
             z = sample(denoise, noise, self._scheduler(), settings)

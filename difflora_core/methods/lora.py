@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from ..adapters.base import AdapterEntry, AdapterSet, LayerAdapter
 from ..adapters.lora import LoRAAdapter
@@ -18,6 +19,7 @@ from ..lora.weights import LoRALayer, LoRAWeights
 from .base import AppliedAdaptation, LiveLayers, Method, PreparedAdaptation, TrainedAdaptation
 
 TENSORS = {"down", "up", "alpha"}
+_FLOAT8 = tuple(getattr(torch, name) for name in dir(torch) if name.startswith("float8"))
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class LoRA(Method):
         entries = AdapterSet(())
         for part in applied:
             layers = part.adaptation.layers
-            own = (AdapterEntry(layer, _adapter(parts)) for layer, parts in layers.items())
+            own = (AdapterEntry(layer, layer_adapter(parts)) for layer, parts in layers.items())
             entries += AdapterSet(tuple(own)).scaled(part.strength)
         return entries
 
@@ -106,8 +108,28 @@ def _factors(parts: Parts) -> LoRALayer:
     return LoRALayer(down.flatten(1), up.flatten(1), float(parts["alpha"]), kernel)
 
 
-def _adapter(parts: Parts) -> LayerAdapter:
-    """The adapter of a layer."""
+def layer_tensors(parts: Parts, linear: bool) -> dict[str, Tensor]:
+    """Tensors of a layer of a LoRA file as this method holds them; nothing for an alpha alone.
+
+    Args:
+        parts: role to tensor, as `lora.formats.change.keys_by_role` finds them.
+        linear: whether the live layer is one; factors for it may be stored as 1 x 1 kernels.
+    """
+    own = {role.removesuffix("_peft"): tensor for role, tensor in parts.items()}
+    own = {r: t.half() if t.dtype in _FLOAT8 else t for r, t in own.items()}  # exact
+    if "up" in own:
+        if linear and "mid" not in own:
+            own |= {role: own[role].flatten(1) for role in ("up", "down")}
+        own.setdefault("alpha", torch.tensor(float(len(own["down"]))))
+    elif set(own) == {"alpha"}:
+        return {}
+    if "alpha" in own:
+        own["alpha"] = own["alpha"].float().reshape(1)
+    return own
+
+
+def layer_adapter(parts: Parts) -> LayerAdapter:
+    """The adapter of what `layer_tensors` gives of a layer."""
     return LoRAAdapter(_factors(parts)) if _pair(parts) else WeightChangeAdapter(parts)
 
 

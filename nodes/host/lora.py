@@ -13,7 +13,6 @@ import comfy.hooks
 import comfy.lora
 import comfy.lora_convert
 import comfy.utils
-import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
@@ -31,10 +30,8 @@ from ...difflora_core.lora.formats.stems import other_part, stem_table, why_noth
 from ...difflora_core.lora.layout import module_size
 from ...difflora_core.lora.weights import LoRAWeights
 from ...difflora_core.methods.base import TrainedAdaptation
-from ...difflora_core.methods.lora import LoRA, LoRASettings
+from ...difflora_core.methods.lora import LoRA, LoRASettings, layer_tensors
 from .patches import fits, layer_of, weight_of
-
-_FLOAT8 = tuple(getattr(torch, name) for name in dir(torch) if name.startswith("float8"))
 
 
 class LicensedLoRA(dict[str, Tensor]):
@@ -172,7 +169,7 @@ class FittingLoRA:
             own = {role: scaled[key] for role, key in keys.items()}
             if weight_of(layer, "bias") not in weights:
                 own.pop("bias", None)
-            record = _record(own, linear=len(module_size(modules.get(layer))) == 2)
+            record = layer_tensors(own, linear=len(module_size(modules.get(layer))) == 2)
             if record:
                 records[layer] = record
         if not records:
@@ -189,21 +186,6 @@ class FittingLoRA:
 def _replaces(patch: object) -> bool:
     """Whether a patch of ComfyUI's sets a weight rather than changes it."""
     return isinstance(patch, tuple) and patch[0] == "set"
-
-
-def _record(parts: dict[str, Tensor], linear: bool) -> dict[str, Tensor]:
-    """Tensors of a layer as the method LoRA holds them."""
-    own = {role.removesuffix("_peft"): tensor for role, tensor in parts.items()}
-    own = {r: t.half() if t.dtype in _FLOAT8 else t for r, t in own.items()}  # exact
-    if "up" in own:
-        if linear and "mid" not in own:
-            own |= {role: own[role].flatten(1) for role in ("up", "down")}
-        own.setdefault("alpha", torch.tensor(float(len(own["down"]))))
-    elif set(own) == {"alpha"}:
-        return {}
-    if "alpha" in own:
-        own["alpha"] = own["alpha"].float().reshape(1)
-    return own
 
 
 def read_lora(state: dict[str, Tensor], model: ModelPatcher) -> FittingLoRA:
