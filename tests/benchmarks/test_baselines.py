@@ -168,14 +168,13 @@ def test_photomaker_stacks_a_token_for_each_photo(artefacts):
 
 def test_instantid_draws_points_and_none_without_a_face(artefacts):
     method, seen = stirred("InstantID", artefacts), photos(2, 1)
-    hints = method.person(seen)["hints"]
+    hints = method.hints(seen.keypoints)
     red = hints[0, 0] * (hints[0, 1] < 0.2) * (hints[0, 2] < 0.2)
     y, x = (red > 0.9).nonzero().float().mean(0)
     torch.testing.assert_close(
         torch.stack([x, y]) + 0.5, 2 * seen.keypoints[0, 0], atol=1.5, rtol=0
     )
-    nobody = replace(seen, keypoints=torch.full_like(seen.keypoints, torch.nan))
-    assert not method.person(nobody)["hints"].any()
+    assert not method.hints(torch.full_like(seen.keypoints, torch.nan)).any()
 
 
 @pytest.mark.parametrize("name", BASELINES)

@@ -27,15 +27,21 @@ class UnderIdentityNet(DiffusersBase):
     """A base that reads identity tokens (B, T, C), in its own attention and in a ControlNet's.
 
     Args:
-        base: the base. control: the ControlNet. person: `tokens` and `hints`. strength: of both.
+        base: the base. control: the ControlNet. tokens: of the faces. hints: its pictures
+            (B, 3, 8 h, 8 w). strength: of both.
     """
 
     def __init__(
-        self, base: DiffusersBase, control: ControlLoRA, person: Person, strength: float
+        self,
+        base: DiffusersBase,
+        control: ControlLoRA,
+        tokens: Tensor,
+        hints: Tensor,
+        strength: float,
     ) -> None:
         super().__init__(base.unet, base.vae, base.encode_prompts, base.scheduler)
-        self.control, self.strength = control, strength
-        self.tokens, self.hints = person["tokens"], person["hints"]
+        self.control, self.tokens, self.hints = control, tokens, hints
+        self.strength = strength
 
     def predict(self, noisy: Tensor, timesteps: Tensor, text: TextCondition) -> Tensor:
         """See `DiffusersBase.predict`; the ControlNet reads the face in place of the prompt."""
@@ -73,18 +79,23 @@ class InstantID(Baseline):
         self.side = base.unet.config.sample_size
 
     def person(self, photos: Photos) -> Person:
-        """Mean tokens of the faces, and the control picture (B, 3, 8 h, 8 w)."""
+        """Mean tokens of the faces, and the points (B, 5, 2) of what is to follow."""
         people, count = photos.face.shape[:2]
         tokens = self.face_tokens(self.faces(photos).flatten(0, 1))
+        mean = tokens.unflatten(0, (people, count)).mean(1)
+        return {"tokens": mean, "points": photos.keypoints}
+
+    def hints(self, points: Tensor) -> Tensor:
+        """Control pictures (B, 3, 8 h, 8 w) of points (B, 5, 2)."""
         size, grow = self.side * HINT_SCALE, HINT_SCALE // PIXELS
-        drawn = [keypoint_picture(face[None] * grow, size, size) for face in photos.keypoints]
-        hints = torch.stack(drawn).permute(0, 3, 1, 2).to(tokens.device)
-        return {"tokens": tokens.unflatten(0, (people, count)).mean(1), "hints": hints}
+        drawn = [keypoint_picture(face[None] * grow, size, size) for face in points]
+        return torch.stack(drawn).permute(0, 3, 1, 2).to(points.device)
 
     @contextmanager
     def steered(
         self, base: DiffusersBase, person: Person, strength: float
     ) -> Iterator[DiffusersBase]:
         """The base with identity tokens in its cross-attentions and the ControlNet at its side."""
+        tokens, hints = person["tokens"], self.hints(person["points"])
         with self.attention.attached(base.unet, strength):
-            yield UnderIdentityNet(base, self.control, person, strength)
+            yield UnderIdentityNet(base, self.control, tokens, hints, strength)
