@@ -28,10 +28,12 @@ from .baselines.training import (
     OURS,
     Budget,
     file_of,
+    loss_of_base,
     train_baseline,
     train_ours,
     training_set,
 )
+from .rows import BASE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,6 +64,7 @@ def train_all(
         training_set(artefacts.base, split, people)
         for split, people in (("train", budget.people), ("validation", JUDGED_PEOPLE))
     )
+    rows[BASE] = {"validation": loss_of_base(artefacts.base, sets[1], budget)}
     for name in names:
         path = file_of(name, budget, artefacts.cache / "baselines", artefacts.base_hash)
         said = path.with_suffix(".json")

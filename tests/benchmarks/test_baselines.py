@@ -322,3 +322,4 @@ def test_the_command_trains_what_is_missing(artefacts, tmp_path, monkeypatch):
     assert trained == ["PhotoMaker"]
     assert first == again
     assert {"validation", "seconds", "mb"} <= set(first["PhotoMaker"])
+    assert first["base"]["validation"] > 0

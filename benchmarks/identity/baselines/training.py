@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from difflora_core.base_model.diffusers_base import DiffusersBase
+from difflora_core.base_model.protocol import TextCondition
 from difflora_core.config import Config
 from difflora_core.demo import paths
 from difflora_core.demo.build import stages_lora
@@ -27,6 +28,7 @@ from difflora_core.storage.safetensors_io import read_file, write_atomic
 from difflora_core.training.difflora import face_reader, functional
 from difflora_core.training.fingerprint import fingerprint
 from difflora_core.training.loop import Hooks, LoopConfig, Progress, train
+from difflora_core.training.losses import NoisedBatch, denoise
 from difflora_core.vision.features import FeatureSizes
 
 from .base import Baseline, BaselineObjective
@@ -176,6 +178,26 @@ def _reader(people: TrainingSet, budget: Budget, folder: Path) -> FaceReader:
     loop = replace(stages_lora.READER_LOOP, steps=budget.steps)
     face_reader.fit(made, data.latents, data.features, data.people, loop, folder)
     return made
+
+
+def loss_of_base(base: DiffusersBase, people: TrainingSet, budget: Budget) -> float:
+    """The loss of `held_out` without any method."""
+    return held_out(BareObjective(base), people, budget)
+
+
+class BareObjective(nn.Module):
+    """Denoising loss of the base alone on a batch of `person_batches`."""
+
+    def __init__(self, base: DiffusersBase) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss () and metrics."""
+        text = TextCondition(batch["context"], batch["pooled"])
+        pictures = NoisedBatch(batch["latents"], batch["noise"], batch["timesteps"], text)
+        error = denoise(self.base, pictures).error.mean()
+        return error, {"denoising": error}
 
 
 @torch.no_grad()
