@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 # they were trained on; a smaller input or a border makes such a face smaller again.
 DETECTOR_SIZES = (640, 512, 384, 256)
 BORDERS = (0.0, 0.25, 0.5, 1.0)
+TURNED = 2
+"""So many of the borders are tried on turned pictures."""
 TURNS = (1, 3, 2)
 """Quarter turns of a picture in which no upright face was found; lying on a side comes first."""
 
@@ -248,13 +250,17 @@ class InsightFaceEncoder:
             ImageError: NaN pixels or a wrong shape.
             EncoderError: The analysis has no recogniser or no face points.
         """
-        found = self.detect_as_it_is(image)
-        for turns in () if found else TURNS:
+        found = self.detect_as_it_is(image, BORDERS[:1])
+        if found:
+            return found
+        # Within a border a face on its head is smaller, and small ones pass for upright ones. So
+        # what is found there counts no more than what is found in the turned picture.
+        ways = [self.detect_as_it_is(image, BORDERS[1:])]
+        for turns in TURNS:
             turned = torch.rot90(image, turns)
-            found = self.detect_as_it_is(turned, BORDERS[:2])
-            if found:
-                return [face.turned(-turns, *turned.shape[:2]) for face in found]
-        return found
+            faces = self.detect_as_it_is(turned, BORDERS[:TURNED])
+            ways.append([face.turned(-turns, *turned.shape[:2]) for face in faces])
+        return max(ways, key=lambda faces: max((face.score for face in faces), default=-1.0))
 
     def detect_as_it_is(
         self, image: Tensor, borders: Sequence[float] = BORDERS

@@ -91,6 +91,33 @@ def test_a_turned_photo_shows_the_same_person_upright(photo, turns):
     torch.testing.assert_close(vision.shown[1], vision.shown[0])
 
 
+class Fooled(UprightOnly):
+    """Also takes whatever is small in its picture for an upright face, with a score of its own."""
+
+    def __init__(self, score):
+        self.score = score
+
+    def get(self, bgr):
+        small = min(bgr.shape[:2]) > 130
+        made = SimpleNamespace(
+            bbox=np.array([0, 0, 9, 9], dtype=np.float32), kps=POINTS.numpy(), det_score=self.score,
+            embedding=np.array([1.0, 0.0, 0.0], dtype=np.float32),
+        )  # fmt: skip
+        return super().get(bgr) or ([made] if small else [])
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_a_surer_face_of_the_turned_picture_counts(photo, turns):
+    """Within a wide border detectors take a small face on its head for one that is upright."""
+    turned = torch.rot90(photo, turns)
+    (face,) = InsightFaceEncoder.wrap(Fooled(0.6), 3).detect(turned)
+    assert face.quarter_turns == -turns % 4
+    assert face.embedding.tolist() == pytest.approx([0.6, 0.8, 0.0])
+    (face,) = InsightFaceEncoder.wrap(Fooled(0.95), 3).detect(turned)
+    assert face.quarter_turns == 0
+    assert face.embedding.tolist() == [1.0, 0.0, 0.0]
+
+
 def test_without_a_face_it_is_told_after_every_turn(photo):
     photo[20, 30:54] = torch.tensor([0.0, 1.0, 0.0])
     assert InsightFaceEncoder.wrap(UprightOnly(), 3).detect(photo) == []
