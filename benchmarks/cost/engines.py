@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -46,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     steps = 10 if options.quick else COURSE.steps
     torch.set_num_threads(1)  # as workers have: other sums are rounded otherwise
     rows = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # notices of libraries to their programmers
         photos = draw(Path(folder) / "photos", people)
         plans = [("one process", 1, False)]
         plans += [(f"{n} processes", n, False) for n in options.workers]

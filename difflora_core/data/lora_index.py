@@ -95,7 +95,8 @@ def read_index(folder: Path) -> tuple[IndexFacts, list[IndexRow]]:
                 f"{place} was changed since it was made. Nothing in it is edited by hand: index "
                 "the corpus again, with other settings where LoRAs should go or stay."
             )
-        table = parquet.read_table(arrow.BufferReader(data))
+        # read_table leaves threads, with which one in five programs ended in an abort
+        table = parquet.ParquetFile(arrow.BufferReader(data)).read(use_threads=False)
         rows: tuple[IndexRow, ...] = build(tuple[IndexRow, ...], table.to_pylist(), place)
     except (OSError, ConfigError, arrow.ArrowException) as damage:
         raise DatasetError(

@@ -210,6 +210,28 @@ def test_an_index_that_was_edited_is_noticed(tmp_path):
         LoRAStore(folder)
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux")
+def test_an_index_is_read_without_threads(tmp_path):
+    """Arrow's aborted the program at its end now and then."""
+    filled(tmp_path / "s").write_index()
+    program = (
+        "import os, sys, pyarrow.parquet\n"
+        "from difflora_core.data.lora_store import LoRAStore\n"
+        "def threads(): return len(os.listdir('/proc/self/task'))\n"
+        "before = threads()\n"
+        "assert len(LoRAStore(sys.argv[1])) == 7\n"
+        "print(threads() - before)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "s")],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "0"
+
+
 def test_shards_that_were_touched(tmp_path):
     """Gone, cut, a bit turned over, or exchanged: refused when read."""
     folder = tmp_path / "s"
