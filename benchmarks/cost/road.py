@@ -82,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = options.folder / "road"
     if options.remove:
         shutil.rmtree(folder, ignore_errors=True)
+        (options.folder / "models" / "difflora" / MODEL).unlink(missing_ok=True)
         console.print(f"removed {folder}")
         return 0
     os.environ.update(MEMORY)
