@@ -326,7 +326,8 @@ class _Work:
             "device": device_name(self.device),
         }
         networks = (backbones.files, backbones.missing)
-        return WholeReport(self.protocol, self.people, table, per_person, rows, *networks, facts)
+        people = {person: own[0] for person, own in self.photos.items()}
+        return WholeReport(self.protocol, people, table, per_person, rows, *networks, facts)
 
 
 def _narrowed(protocol: Protocol, settings: Settings) -> Protocol:

@@ -43,7 +43,8 @@ class WholeReport:
     """A report before it is written.
 
     Attributes:
-        protocol, people: what was drawn.
+        protocol: what was drawn.
+        people: name to the photo that models were shown.
         table: row to column to number.
         per_person: row to column to one number a person.
         rows: the pictures.
@@ -53,7 +54,7 @@ class WholeReport:
     """
 
     protocol: Protocol
-    people: Sequence[str]
+    people: Mapping[str, Path]
     table: Table
     per_person: Mapping[str, Mapping[str, Sequence[float]]]
     rows: Mapping[str, Shown]
@@ -76,7 +77,7 @@ def write_report(report: WholeReport, folder: Path) -> None:
     facts = {
         "interval_95": intervals,
         "protocol": report.protocol.to_dict(),
-        "people": report.people,
+        "people": list(report.people),
         "backbones": report.backbones,
         "left_out": report.left_out,
         **report.facts,
@@ -88,11 +89,12 @@ def write_report(report: WholeReport, folder: Path) -> None:
     title = report.protocol.title
     write_text(folder / f"{NAME}.md", f"# {title}\n\n{markdown(report.table)}\n\n{lines}\n")
     cells = {
-        person: {
+        person: {"photo": [Path(os.path.relpath(photo, folder))]}
+        | {
             name: _line(pictures, number, report.protocol, folder)
             for name, pictures in report.rows.items()
         }
-        for number, person in enumerate(report.people)
+        for number, (person, photo) in enumerate(report.people.items())
     }
     prompts = [report.protocol.text(k) for k in range(len(report.protocol.prompts))]
     page = html_page(title, report.table, notes, prompts, cells)

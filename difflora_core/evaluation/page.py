@@ -62,7 +62,7 @@ def _cell(value: Interval | float | None) -> str:
     if number is None or number != number:
         return "<td>–</td>"
     if not isinstance(value, Interval):
-        return f"<td>{number:.3f}</td>"
+        return f"<td>{number:.{0 if number.is_integer() else 3}f}</td>"
     return f"<td>{number:.3f}<small>{value.low:.3f} to {value.high:.3f}</small></td>"
 
 
