@@ -48,3 +48,11 @@ def test_a_broken_node_file_raises_its_own_error(package, monkeypatch, tmp_path)
     monkeypatch.setitem(package.METHODS, "broken", object)
     with pytest.raises(ModuleNotFoundError, match="what_is_not_there"):
         package.method_nodes()
+
+
+@pytest.mark.parametrize("node", ["DiffLoRA_Personalize", "DiffLoRA_SampleLatent"])
+def test_a_fresh_node_keeps_its_seed(comfy, node):
+    """Its mode is the best guess, which has no seed: another one would only make it run again."""
+    inputs = comfy.object_info()[node]["input"]["required"]
+    assert inputs["mode"][1]["default"] == "best_guess"
+    assert inputs["seed"][1]["control_after_generate"] == "fixed"
