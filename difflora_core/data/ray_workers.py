@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import socket
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -54,9 +56,12 @@ class RayWorkers:
     def __enter__(self) -> RayWorkers:
         alone = {"num_cpus": self._count or None, "include_dashboard": False}
         where = alone if self._address == HERE else {"address": self._address}
+        stops = signal.getsignal(signal.SIGTERM)
         try:
             _knock(self._address)
-            self._ray.init(log_to_driver=False, **where)
+            self._ray.init(log_to_driver=False, logging_level="ERROR", **where)
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, stops)  # Ray puts its own in its place
         except (OSError, RuntimeError, ValueError) as failure:
             raise ConfigError(
                 f"There is no Ray cluster at {shown(self._address)}: {shown(str(failure), 200)} "

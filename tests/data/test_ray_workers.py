@@ -3,6 +3,7 @@
 Minutes, so among the slow tests.
 """
 
+import signal
 import time
 
 import pytest
@@ -29,7 +30,9 @@ def test_workers_of_a_cluster(ray_cluster):
         return number
 
     nodes = [ray_cluster.add_node(num_cpus=1) for _ in range(2)]
+    stops = signal.getsignal(signal.SIGTERM)
     with RayWorkers(ray_cluster.address, 2) as crew:
+        assert signal.getsignal(signal.SIGTERM) is stops
         assert list(crew.each(doubled, range(5))) == [0, 2, 4, 6, 8]
         with pytest.raises(DatasetError, match="seven"):
             list(crew.each(doubled, range(9)))
