@@ -80,7 +80,14 @@ class Experiment:
     @cached_property
     def step_ms(self) -> float:
         """What the base alone takes for a step; a LoRA in its weights takes no more."""
-        return self.sampler.step_milliseconds()
+        return 1000 * self.sampler.step_seconds()[1]
+
+    def _step_ms(self, made: Adaptation) -> float:
+        """Of a row: as many times the base's as the two differ when they take turns."""
+        if isinstance(made, LoRAWeights):
+            return self.step_ms
+        own, plain = self.sampler.step_seconds(made)
+        return self.step_ms * own / plain
 
     def trial(self, row: Row, strength: float) -> Trial:
         """A row at a strength; what was measured before is read from the cache."""
@@ -99,7 +106,7 @@ class Experiment:
         made = row.weights
         lora = isinstance(made, LoRAWeights)
         costs = {
-            "step_ms": self.step_ms if lora else self.sampler.step_milliseconds(made),
+            "step_ms": self._step_ms(made),
             "file_kb": file_kilobytes(made) if lora else made.kilobytes,
             "seconds": row.seconds,
             "model_mb": row.megabytes,

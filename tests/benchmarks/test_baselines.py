@@ -259,6 +259,7 @@ def test_words_of_people_are_learned_once(artefacts, text: ClipPairText, tmp_pat
     assert all(shift.abs().sum(1).gt(0).all() for shift in learned.shifts)
     again = learn_people(artefacts.base, text, pictures, config, tmp_path)
     assert all(map(torch.equal, learned.shifts, again.shifts))
+    assert again.seconds == learned.seconds > 0  # of the learning, not of the reading
     assert len(list(tmp_path.iterdir())) == 1
     assert learned.kilobytes == sum(len(v) for v in learned.start) * 2 / 1024
 

@@ -26,6 +26,7 @@ from difflora_core.demo.networks import concept_judge
 from difflora_core.demo.world import pool
 from difflora_core.training import loop
 from difflora_core.training.difflora.lora_corpus import CorpusConfig
+from difflora_core.vision.face_choice import FaceOptions
 
 STEPS = 2
 PEOPLE = 24
@@ -87,6 +88,8 @@ def few_people() -> None:
         return examples(model, name, drawn, min(count, len(drawn) // pictures), pictures)
 
     stages_lora._latent_examples = latent_examples
+    # The tiny detector finds no face: the example's LoRA is made of its pictures alone.
+    stages_lora.FaceOptions = lambda **_: FaceOptions(on_missing="image_only")
 
 
 CORPUS: CorpusConfig = replace(

@@ -117,10 +117,8 @@ def _inversion(
     pictures = first_photos(people, count)
     folder = artefacts.cache / "inversion"
     text = text_encoders()
-    started = time.perf_counter()
     made = learn_people(artefacts.base, text, pictures, config, folder)
-    seconds = (time.perf_counter() - started) / len(people)
-    return Row(name, made, seconds)
+    return Row(name, made, made.seconds)
 
 
 def text_encoders() -> ClipPairText:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from difflora_core.base_model.diffusers_base import DiffusersBase
 from difflora_core.base_model.protocol import TextCondition
 from difflora_core.config import Config
 from difflora_core.diffusion.objective import stratified_timesteps
+from difflora_core.storage.atomic import write_text
 from difflora_core.text.clip_pair import ClipPairText
 from difflora_core.training.fingerprint import fingerprint
 from difflora_core.training.loop import Hooks, LoopConfig, Progress, train
@@ -54,11 +56,13 @@ class LearnedPeople(nn.Module):
 
     Args:
         base: frozen base. text: its text encoders. people: how many.
+
+    `seconds`: what learning took for one person in the group.
     """
 
     def __init__(self, base: DiffusersBase, text: ClipPairText, people: int) -> None:
         super().__init__()
-        self.base, self.text = base, text
+        self.base, self.text, self.seconds = base, text, 0.0
         self.start = text.embedding(text.tokens(CLASS)[0])
         self.shifts = nn.ParameterList(
             torch.zeros(people, len(vector), device=vector.device) for vector in self.start
@@ -138,6 +142,10 @@ def learn_people(
         }
 
     digest = fingerprint(config, latents, pictures.captions)
-    hooks = Hooks(progress, fingerprint=digest)
-    train(objective, draw, config.loop, cache / digest[:32], hooks)
+    hooks, folder = Hooks(progress, fingerprint=digest), cache / digest[:32]
+    took, started = folder / "seconds.txt", time.perf_counter()
+    train(objective, draw, config.loop, folder, hooks)
+    if not took.exists():
+        write_text(took, str(time.perf_counter() - started))
+    objective.seconds = float(took.read_text()) / people
     return objective.requires_grad_(False)
