@@ -235,7 +235,7 @@ def test_the_table_says_what_became_of_each():
         ({"changed": None, "restored": None}, True),
         ({"changed": 0.0}, False),
         ({"restored": False}, False),
-        ({"peak_gb": 16.1}, False),
+        ({"peak_gb": 17.3}, False),
         ({"problem": "it failed"}, False),
     ],
 )
