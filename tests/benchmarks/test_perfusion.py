@@ -48,6 +48,7 @@ def report(evaluator):
     return measure(evaluator, TINY)
 
 
+@pytest.mark.slow
 def test_every_row_and_conclusion_is_there(report):
     rows = report.rows
     columns = {"concept_similarity", "prompt_agreement", "recognised"}
@@ -84,6 +85,7 @@ def test_names_of_rows():
     ]
 
 
+@pytest.mark.slow
 def test_a_second_table_takes_everything_from_disk(report, evaluator, monkeypatch):
     monkeypatch.setattr("benchmarks.concepts.words.run_adaptation", None)
     monkeypatch.setattr("benchmarks.concepts.perfusion.costs", lambda *_: {})

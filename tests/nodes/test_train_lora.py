@@ -259,6 +259,7 @@ def test_what_a_start_lora_cannot_do_is_told(comfy, loras):
         comfy.run(nodes)
 
 
+@pytest.mark.slow
 def test_a_thousand_photos(comfy):
     nodes = training("thousand", steps=2)
     nodes["photo"]["inputs"]["batch_size"] = 1000
