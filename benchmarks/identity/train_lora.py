@@ -2,7 +2,7 @@
 
 Likeness by the judges on people that no trained part has met: 300 steps of the recipe behind the
 node against 300 steps of the DreamBooth yardstick at the same settings, from eight photos and from
-one; and 25 steps from the prediction against 300 from nothing, on the same photo. Then, in one
+one; and 25 steps from the prediction against 300 from nothing, on the same photos. Then, in one
 ComfyUI, one person, the same photos and settings: our node against core's Train LoRA.
 """
 
@@ -39,11 +39,12 @@ from .experiment import Experiment, Trial
 from .identity import FULL_PLAN, PEOPLE, QUICK_PEOPLE, QUICK_PLAN
 from .measure import COLUMNS
 from .people import PHOTOS, People
-from .rows import ALL, HEADLINE, ONE, Row, dreambooth_name, first_photos, predict
+from .rows import ALL, ONE, Row, dreambooth_name, first_photos, predict
 from .trainers import compare_trainers
 
 NODE = "Train Identity LoRA"
-REFINED = f"{NODE}, {ONE}, {{}} steps from the prediction"
+PREDICTED = "functional, {}"
+REFINED = f"{NODE}, {{}}, {{}} steps from the prediction"
 JUDGES = {"face_similarity": 1, "parameter_error": -1, "denoising_loss": -1}
 """Column to whether more (1) or less (-1) is better."""
 
@@ -85,12 +86,15 @@ def likeness(
         for trial in trials.values()
     }
     console.print(Report(rows).to_markdown({"strength": 0, "file_kb": 0, "denoising_loss": 4}))
-    refined = REFINED.format(refinement_config(1).steps)
-    pairs = (
-        (name(ALL), dreambooth_name(ALL, SETTINGS.steps)),
-        (name(ONE), dreambooth_name(ONE, SETTINGS.steps)),
-        (refined, name(ONE)),
-    )
+    steps = refinement_config(1).steps
+    pairs = [
+        pair
+        for photos in (ALL, ONE)
+        for pair in (
+            (name(photos), dreambooth_name(photos, SETTINGS.steps)),
+            (REFINED.format(photos, steps), name(photos)),
+        )
+    ]
     found = {f"{a} - {b}": differences(trials[a], trials[b]) for a, b in pairs}
     for pair, judges in found.items():
         words = (f"{k} {v:+.4f} [{low:+.4f}, {high:+.4f}]" for k, (v, low, high) in judges.items())
@@ -114,20 +118,20 @@ def name(photos: str, steps: int = SETTINGS.steps) -> str:
 
 def trained_rows(artefacts: Artefacts, people: People, console: Console) -> list[Row]:
     """DreamBooth's rows, the node's at the same settings, the prediction, and it refined."""
-    rows = []
-    trainer = NodeTrainer(artefacts, console)
+    rows: list[Row] = []
+    trainer, model = NodeTrainer(artefacts, console), artefacts.models["functional"]
+    config = refinement_config(artefacts.layout.rank)
     for count, photos in ((PHOTOS, ALL), (1, ONE)):
         pictures = first_photos(people, count)
         trained = artefacts.trainer.train(pictures, people.seeds, SETTINGS)
         rows.append(Row(dreambooth_name(photos, SETTINGS.steps), trained))
         weights, seconds = trainer.train(people, count, node_settings(SETTINGS))
         rows.append(Row(name(photos), weights, seconds))
-    model = artefacts.models["functional"]
-    guess = predict(model, artefacts.features(people.photos.images[:, :1]))
-    rows.append(Row(HEADLINE, guess))
-    config = refinement_config(artefacts.layout.rank)
-    refined, seconds = trainer.train(people, 1, node_settings(config), guess)
-    return [*rows, Row(REFINED.format(config.steps), refined, seconds)]
+        guess = predict(model, artefacts.features(people.photos.images[:, :count]))
+        rows.append(Row(PREDICTED.format(photos), guess))
+        refined, seconds = trainer.train(people, count, node_settings(config), guess)
+        rows.append(Row(REFINED.format(photos, config.steps), refined, seconds))
+    return rows
 
 
 def node_settings(config: DreamBoothConfig) -> LoRATraining:
