@@ -31,6 +31,10 @@ INFO = {
         "input": {"required": {"lora": ["LORA_MODEL"], "model": ["MODEL", {}]}},
         "output": ["MODEL"],
     },
+    "Two": {
+        "input": {"required": {"clip": ["CLIP"], "model": ["MODEL", {}]}},
+        "output": ["MODEL", "CLIP", "STRING"],
+    },
     "Place": {"input": {"optional": {"hooks": ["HOOKS"]}}, "output": ["CONDITIONING"]},
     "Sampler": {"input": {"required": {"model": ["MODEL", {}]}}, "output": ["LATENT"]},
     "VAEDecode": {"input": {}, "output": ["IMAGE"]},
@@ -121,6 +125,17 @@ def test_bypassing_leads_to_the_base_model_past_every_node():
     assert plain["drawn"]["inputs"]["model"] == ["load", 0]
     assert plain["placed"]["inputs"] == {"text": "a person"}
     assert prompt["drawn"]["inputs"]["model"] == ["second", 0]
+
+
+def test_bypassing_passes_each_output_the_input_of_its_type():
+    prompt = {
+        "load": node("Load"),
+        "first": node("Two", model=["load", 0], clip=["load", 1]),
+        "second": node("Two", model=["first", 0], clip=["first", 1]),
+        "drawn": node("Sampler", model=["second", 0], clip=["second", 1], said=["first", 2]),
+    }
+    plain = graphs.bypassed(prompt, INFO)
+    assert plain["drawn"]["inputs"] == {"model": ["load", 0], "clip": ["load", 1], "said": None}
 
 
 @pytest.mark.parametrize(("applied", "hooks"), [(True, True), (True, False), (False, True)])

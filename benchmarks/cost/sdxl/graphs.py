@@ -121,18 +121,21 @@ def smaller(prompt: Mapping[str, Mapping[str, Any]], side: int = SIDE) -> Prompt
 def bypassed(prompt: Mapping[str, Mapping[str, Any]], info: Info) -> Prompt:
     """The prompt as ComfyUI's front end makes it when everything applied to a model is bypassed.
 
-    A node that takes a model and gives one passes on what it took; hooks are unplugged.
+    A node that takes a model and gives one passes on what it took, each output the input of its
+    type; hooks are unplugged.
     """
     made: Prompt = copy.deepcopy({key: dict(node) for key, node in prompt.items()})
-    through = {key: source for key, node in made.items() if (source := _model_of(node, info))}
-    for key in through:
+    gone = {key: node for key, node in made.items() if _passed(node, "MODEL", info)}
+    for key in gone:
         del made[key]
     for node in made.values():
         for name, value in list(node["inputs"].items()):
             if name == "hooks" and _is_link(value):
                 del node["inputs"][name]
-            while _is_link(node["inputs"].get(name)) and node["inputs"][name][0] in through:
-                node["inputs"][name] = through[node["inputs"][name][0]]
+            while _is_link(source := node["inputs"].get(name)) and source[0] in gone:
+                before = gone[source[0]]
+                kind = info[before["class_type"]]["output"][source[1]]
+                node["inputs"][name] = _passed(before, kind, info)
     return made
 
 
@@ -263,14 +266,14 @@ def _defaults(info: Info, kind: str) -> dict[str, Any]:
     return found
 
 
-def _model_of(node: Mapping[str, Any], info: Info) -> list[Any] | None:
-    """Where the model comes from that a node changes; None for a node that changes none."""
+def _passed(node: Mapping[str, Any], kind: str, info: Info) -> list[Any] | None:
+    """Where the first input of a type comes from, of a node that gives one; None without one."""
     schema = info[node["class_type"]]
-    if "MODEL" not in schema["output"]:
+    if kind not in schema["output"]:
         return None
     for group in ("required", "optional"):
         for name, spec in (schema["input"].get(group) or {}).items():
-            if spec[0] == "MODEL" and _is_link(node["inputs"].get(name)):
+            if spec[0] == kind and _is_link(node["inputs"].get(name)):
                 return list(node["inputs"][name])
     return None
 
