@@ -14,6 +14,7 @@ from difflora_core.demo import paths
 from difflora_core.demo.build import __main__ as build
 from difflora_core.demo.build import made
 
+ROOT = Path(__file__).resolve().parents[2]
 QUIET = Console(quiet=True)
 
 
@@ -101,10 +102,10 @@ def test_a_stage_that_was_stopped_owns_what_it_wrote_before(world, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_whole_chain_tiny_interrupted_anywhere(root, tmp_path):
+def test_the_whole_chain_tiny_interrupted_anywhere(tmp_path):
     """Every stage, poor: killed again and again, it goes on and ends with every artefact."""
     command = [sys.executable, str(Path(__file__).with_name("tiny_build.py")), str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
     kills, answer = 0, None
     while answer is None:
         running = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
