@@ -34,7 +34,7 @@ from ..evaluation.pictures import (
 from ..evaluation.protocol import Protocol, chosen_people, read_protocol
 from ..evaluation.report import Interval, bootstrap_interval
 from ..evaluation.scores import Eyes, Known, Shown, by_person, columns, whole_row
-from ..storage.image_files import SUFFIXES, read_image
+from ..storage.image_files import SUFFIXES, read_texts
 from ..training.fingerprint import fingerprint, weights_digest
 from .encoders import chosen_device, open_encoders
 from .evaluate_backbones import Backbones, OpenBackbones, open_backbones
@@ -255,7 +255,7 @@ class _Work:
 
     def _seconds(self, pictures: Shown) -> dict[str, torch.Tensor]:
         """Seconds of drawing, and of making a LoRA, as the pictures' files tell them."""
-        texts = [read_image(path)[1] for path in pictures.paths]
+        texts = [read_texts(path) for path in pictures.paths]
         owners = torch.tensor(pictures.owners)
         found = {
             name: torch.tensor([seconds_of(own, key) for own in texts], dtype=torch.double)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -46,16 +47,36 @@ def read_image(file: str | Path) -> tuple[Tensor, dict[str, str]]:
     Raises:
         ImageError: it cannot be read.
     """
-    path = Path(file)
+    with _opened(Path(file)) as picture:
+        turned = ImageOps.exif_transpose(picture).convert("RGB")
+        return torch.from_numpy(np.array(turned)).float() / 255, _texts(picture)
+
+
+def read_texts(file: str | Path) -> dict[str, str]:
+    """The texts of a PNG as `write_image` keeps them, before the pixels, which are not decoded.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
+    with _opened(Path(file)) as picture:
+        return _texts(picture)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An open picture; what fails while it is read is told with its path."""
     try:
-        with Image.open(path) as opened:
-            turned = ImageOps.exif_transpose(opened).convert("RGB")
-            texts = {str(k): v for k, v in opened.info.items() if isinstance(v, str)}
+        with Image.open(path) as picture:
+            yield picture
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError) as error:
         raise ImageError(
             f"{shown(str(path), 300)} cannot be read as a picture: {error}."
         ) from error
-    return torch.from_numpy(np.array(turned)).float() / 255, texts
+
+
+def _texts(picture: Image.Image) -> dict[str, str]:
+    """The texts that were read so far."""
+    return {str(k): v for k, v in picture.info.items() if isinstance(v, str)}
 
 
 def _png_info(texts: Mapping[str, str]) -> PngInfo:

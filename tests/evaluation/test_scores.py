@@ -12,7 +12,7 @@ from difflora_core.evaluation.pictures import Cell, foreign_pictures, is_drawn, 
 from difflora_core.evaluation.protocol import FOLDER, Prompt, Protocol, chosen_people, read_protocol
 from difflora_core.evaluation.report import Interval
 from difflora_core.evaluation.scores import Eyes, Known, Shown, columns
-from difflora_core.storage.image_files import read_image, write_image
+from difflora_core.storage.image_files import read_image, read_texts, write_image
 
 PEOPLE = 3
 OWNERS = [0, 0, 0, 0, 1, 1, 1, 2]
@@ -176,6 +176,7 @@ def test_a_picture_is_known_by_its_content(tmp_path):
     assert not is_drawn(cell.path(tmp_path), "other")
     texts = read_image(cell.path(tmp_path))[1]
     assert texts["prompt"] == "Öl — a person"
+    assert read_texts(cell.path(tmp_path)) == texts
     changed = read_image(cell.path(tmp_path))[0]
     changed[0, 0, 0] = 1 - changed[0, 0, 0]
     write_image(changed, cell.path(tmp_path), texts)
