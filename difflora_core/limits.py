@@ -42,7 +42,7 @@ RANK = 4096
 LAYOUT_VALUES = 2**30
 """Numbers of one LoRA of a layout, in all its layers."""
 
-MATRIX_VALUES = 2**24
+MATRIX_VALUES = 2**25
 """Numbers of a matrix that is computed from a file: LoHa, LoKr, whole weight changes."""
 
 MATRIX_SIDE = 1536

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -43,7 +43,7 @@ COMPUTED_RANK = 16
 class Settings(Config):
     """Converts a LoRA file, or every one of a folder, to another naming, rank or precision.
 
-    Reads kohya, diffusers, PEFT, LoKr, LoHa and whole changes of weights.
+    Reads kohya, diffusers, PEFT, LoKr, LoHa and whole changes of weights, convolutions too.
 
     Args:
         source: a LoRA (.safetensors; .pt and the like, if it holds tensors alone), or a folder.
@@ -148,8 +148,7 @@ def _at_most(result: ReadResult, rank: int) -> tuple[LoRAWeights, float]:
     layers, worst = dict(result.weights.layers), 0.0
     for name, layer in layers.items():
         if layer.rank > rank:
-            small, error = truncated_layer(layer, rank)
-            layers[name] = replace(small, kernel=layer.kernel)
+            layers[name], error = truncated_layer(layer, rank)
             worst = max(worst, float(error))
     return LoRAWeights(layers), worst
 

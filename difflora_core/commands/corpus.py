@@ -147,8 +147,10 @@ def _collect(
     source = Path(settings.source)
     names = [path.relative_to(source).with_suffix("").as_posix() for path in files]
     with own.watch("reading LoRA files") as watch:
-        refused = collect_loras(
+        collected = collect_loras(
             *(files, names, writer, settings.most_lost),
             lambda what, done, total: watch(done, total, {}),
         )
-    return writer.write_index(settings.checks), refused
+    if beside := collected.summary():
+        own.say(beside)
+    return writer.write_index(settings.checks), collected.refused

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import DatasetError, DiffLoRAError, percent, shown
+from ..errors import DatasetError, DiffLoRAError, counted, percent, shown
+from ..lora.formats.report import ReadReport
 from ..storage.file_digest import hashed
 from ..storage.lora_file import load_lora
 from .lora_store import NewLoRA, StoreWriter
@@ -18,13 +21,47 @@ MOST_LOST = 0.5
 Report = Callable[[str, int, int], None]
 
 
+@dataclass(eq=False)
+class Collected:
+    """What became of LoRA files.
+
+    Attributes:
+        refused: name to reason of each file that was not added.
+        files: how many were read.
+        partly: how many of those change more than the layers of the corpus.
+        beside: what that is, and how many layers.
+    """
+
+    refused: dict[str, str] = field(default_factory=dict)
+    files: int = 0
+    partly: int = 0
+    beside: Counter[str] = field(default_factory=Counter)
+
+    def count(self, report: ReadReport) -> None:
+        """Counts a file that was read."""
+        beside = [*report.unused.values(), *report.skipped.values()]
+        self.files += 1
+        self.partly += bool(beside)
+        self.beside.update(beside)
+
+    def summary(self) -> str:
+        """A sentence on what was left out of files that were read; empty without any."""
+        if not self.partly:
+            return ""
+        what = ", ".join(f"{number} of {kind}" for kind, number in self.beside.most_common())
+        return (
+            f"{self.partly} of {counted(self.files, 'LoRA file')} change more than the layers of "
+            f"the corpus; that was left out: {what}."
+        )
+
+
 def collect_loras(
     files: Sequence[Path],
     names: Sequence[str],
     writer: StoreWriter,
     most_lost: float = MOST_LOST,
     report: Report | None = None,
-) -> dict[str, str]:
+) -> Collected:
     """Adds LoRA files to a store; those that are in it, by their content, are not read again.
 
     Args:
@@ -35,21 +72,21 @@ def collect_loras(
         report: told what is being done.
 
     Returns:
-        Name to reason of each file that was not added.
+        What became of them; of files that were in the store before nothing is counted.
 
     Raises:
         DatasetError: the store cannot be written.
     """
     there = {(row.identity, row.source) for row in writer.rows()}
-    refused: dict[str, str] = {}
+    collected = Collected()
     waiting: list[NewLoRA] = []
     for number, (path, name) in enumerate(zip(files, names, strict=True)):
         try:
             source = _digest(path)
             if (name, source) not in there:
-                waiting.append(_read(path, name, source, writer, most_lost))
+                waiting.append(_read(path, name, source, writer, most_lost, collected))
         except DiffLoRAError as reason:
-            refused[name] = str(reason)
+            collected.refused[name] = str(reason)
         if len(waiting) == SHARD:
             writer.add(waiting)
             waiting = []
@@ -57,10 +94,17 @@ def collect_loras(
             report("reading LoRA files", number + 1, len(files))
     if waiting:
         writer.add(waiting)
-    return refused
+    return collected
 
 
-def _read(path: Path, name: str, source: str, writer: StoreWriter, most_lost: float) -> NewLoRA:
+def _read(
+    path: Path,
+    name: str,
+    source: str,
+    writer: StoreWriter,
+    most_lost: float,
+    collected: Collected,
+) -> NewLoRA:
     """One file in the layout of the store."""
     result = load_lora(path, writer.layout, writer.layout.rank)
     if result.report.total_error > most_lost:
@@ -70,6 +114,7 @@ def _read(path: Path, name: str, source: str, writer: StoreWriter, most_lost: fl
         )
     if len(result.report.missing) == len(writer.layout):
         raise DatasetError(f"{shown(path.name)} has no layer of the corpus.")
+    collected.count(result.report)
     return NewLoRA(name, result.weights, source=source)
 
 

@@ -53,7 +53,8 @@ def truncated_layer(layer: LoRALayer, rank: int) -> tuple[LoRALayer, Tensor]:
     """
     dtype = torch.promote_types(layer.up.dtype, torch.float32)
     balanced, error = balanced_layer(layer_svd(layer), rank)
-    return LoRALayer(balanced.down.to(dtype), balanced.up.to(dtype), balanced.alpha), error
+    down, up = balanced.down.to(dtype), balanced.up.to(dtype)
+    return LoRALayer(down, up, balanced.alpha, layer.kernel), error
 
 
 def balanced_layer(svd: tuple[Tensor, Tensor, Tensor], rank: int) -> tuple[LoRALayer, Tensor]:
@@ -119,6 +120,9 @@ def align_to(weights: LoRAWeights, reference: LoRAWeights) -> LoRAWeights:
         u, _, vh = torch.linalg.svd(overlap)
         rotation = u @ vh
         aligned[name] = LoRALayer(
-            (rotation.mT @ down).to(own.down.dtype), (up @ rotation).to(own.up.dtype), own.alpha
+            (rotation.mT @ down).to(own.down.dtype),
+            (up @ rotation).to(own.up.dtype),
+            own.alpha,
+            own.kernel,
         )
     return LoRAWeights(aligned)

@@ -119,6 +119,28 @@ def test_lokr_becomes_a_lora(tmp_path):
     same(changes_of(tmp_path / "b.safetensors", "kohya"), wanted, 1e-5)
 
 
+def test_convolutions_are_carried_whole(tmp_path):
+    """Kohya's LoCon to what diffusers loads: 4-D factors, the same change."""
+    state, changes = kohya(9)
+    down, up = torch.randn(2, 4, 3, 3), torch.randn(64, 2, 1, 1)
+    stem = "lora_unet_input_blocks_0_0"
+    state |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+    save_file({**state, f"{stem}.alpha": torch.tensor(1.0)}, tmp_path / "a.safetensors")
+    said = convert(
+        tmp_path / "a.safetensors",
+        tmp_path / "b.safetensors",
+        Settings("", "", "peft", precision="float32"),
+    )
+    assert said == "for demo. 6 layers read, ranks 2, 3."
+    made = load_file(tmp_path / "b.safetensors")
+    found = made["unet.conv_in.lora_B.weight"], made["unet.conv_in.lora_A.weight"]
+    assert [t.shape for t in found] == [up.shape, down.shape]
+    torch.testing.assert_close(
+        found[0].flatten(1) @ found[1].flatten(1), up.flatten(1) @ down.flatten(1) / 2
+    )
+    same(changes_of(tmp_path / "b.safetensors", "peft"), changes, 1e-5)
+
+
 def test_a_pt_file_of_tensors_alone(tmp_path):
     state, changes = kohya(4)
     torch.save({"state_dict": state, "steps": 7}, tmp_path / "a.pt")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from difflora_core.commands.corpus import Settings
 from difflora_core.commands.inspect import facts_of
@@ -44,6 +45,29 @@ def write(path, seed, strength=1.0):
         for s in layout
     }
     write_lora_file(path, LoRAWeights(layers), layout)
+
+
+def test_what_a_corpus_has_no_place_for_is_counted(tmp_path, capsys):
+    """Convolutions and text encoders of LoRA files."""
+    for number in range(2):
+        path = tmp_path / "loras" / f"{number}.safetensors"
+        write(path, number)
+        if number:
+            stem = "lora_unet_input_blocks_1_0_in_layers_2"
+            extra = {
+                f"{stem}.lora_down.weight": torch.ones(2, 8, 3, 3),
+                f"{stem}.lora_up.weight": torch.ones(8, 2, 1, 1),
+                "lora_unet_input_blocks_0_0.diff": torch.ones(8, 4, 3, 3),
+                "lora_te1_text_model_encoder_layers_0_mlp_fc1.diff": torch.ones(4, 4),
+            }
+            save_file(load_file(path) | extra, path)
+    words = ["corpus", str(tmp_path / "loras"), str(tmp_path / "out"), "--base", "demo"]
+    assert main([*words, "--rank", "2"]) == 0
+    sentence = (
+        "1 of 2 LoRA files change more than the layers of the corpus; that was left out: "
+        "2 of convolutions, 1 of text encoders."
+    )
+    assert sentence in capsys.readouterr().out
 
 
 def test_corpus_of_files(tmp_path, capsys):

@@ -264,7 +264,7 @@ def test_lora_files_of_others(tmp_path):
     files[-1].write_bytes(b"nothing")
     writer = StoreWriter(tmp_path / "s", layout, "")
     names = [file.stem for file in files]
-    assert set(collect_loras(files, names, writer, most_lost=0.95)) == {"broken"}
+    assert set(collect_loras(files, names, writer, most_lost=0.95).refused) == {"broken"}
     store = writer.write_index()
     assert [row.identity for row in store.rows] == ["0", "1", "big"]
     for name, layer in lora(1, 0.1, layout=layout).layers.items():
@@ -273,7 +273,7 @@ def test_lora_files_of_others(tmp_path):
     collect_loras(files, names, writer, most_lost=0.95)
     assert sorted((tmp_path / "s" / "shards").iterdir()) == shards
     strict = StoreWriter(tmp_path / "strict", layout, "")
-    assert "loses" in collect_loras(files[2:3], ["x"], strict, most_lost=0.01)["x"]
+    assert "loses" in collect_loras(files[2:3], ["x"], strict, most_lost=0.01).refused["x"]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

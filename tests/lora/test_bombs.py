@@ -45,6 +45,11 @@ BOMBS = {
     "LoKr of 300 layers": layers(300, SMALL_LOKR),
     "LoHa of 7 GB": layers(1, loha(12_000, 12_000, 10)) | {"m.0.alpha": ones()},
     "LoHa of many components": layers(1, loha(2000, 2000, 60)),
+    "Tucker": {
+        "m.0.lora_up.weight": ones(9, 99),
+        "m.0.lora_mid.weight": ones(99, 1, 40, 40),
+        "m.0.lora_down.weight": ones(1, 9000),
+    },
     "LoRA of one row": {"m.0.lora_up.weight": ones(200_000, 1), "m.0.lora_down.weight": ones(1, 2)},
 }  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,15 +43,18 @@ _SUFFIXES: tuple[tuple[str, str], ...] = (
 )
 _PATTERNS = tuple((re.compile(f"(.+?){suffix}$"), role) for suffix, role in _SUFFIXES)
 _PEFT_PARTS = ("unet.", "text_encoder.", "text_encoder_2.")
-_TUCKER, _OTHER = "convolution in Tucker form", "OFT, BOFT or GLoRA, not a low-rank sum"
+_TUCKER = "LoKr or LoHa convolution in Tucker form"
+_OTHER = "OFT, BOFT or GLoRA, not a low-rank sum"
 _UNSUPPORTED = {
-    **dict.fromkeys(("mid", "lokr_t2", "hada_t1", "hada_t2"), _TUCKER),
+    **dict.fromkeys(("lokr_t2", "hada_t1", "hada_t2"), _TUCKER),
     "reshape": "changes the shape of the weight",
     "whole weight": "replaces a whole weight",
     **dict.fromkeys(("bias", "bias_peft"), "changes a bias only"),
     **dict.fromkeys(("oft_blocks", "oft_diag", "rescale", "a1", "a2", "b1", "b2"), _OTHER),
 }
 _BIASES = {"bias", "bias_peft"}
+_WITH_KERNEL = {"down", "down_peft", "mid", "diff", "lokr_w2"}
+"""Roles that hold the kernel of a convolution; those of the others are 1 x 1."""
 
 
 def split_key(key: str) -> tuple[str, str] | None:
@@ -95,16 +99,23 @@ def group_keys(state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]
 
 
 def _plain(stem: str, role: str, tensor: Tensor) -> Tensor | None:
-    """Matrix in float32 or better; None for a convolution larger than 1 x 1."""
+    """Matrix (out, in) in float32 or better, a kernel flattened into ``in``; None for others."""
     if not tensor.is_floating_point():
         raise LoRAFileError(f"{stem}: the {role} factor holds {tensor.dtype}, not real numbers.")
-    if tensor.ndim > 2 and math.prod(tensor.shape[2:]) == 1:
-        tensor = tensor.flatten(1)
-    if tensor.ndim > 2:
+    kernel = tensor.shape[2:]
+    if kernel and (len(kernel) != 2 or (role not in _WITH_KERNEL and math.prod(kernel) != 1)):
         return None
     if tensor.ndim < 2 or not tensor.numel():
         raise LoRAFileError(f"{stem}: the {role} factor has shape {tuple(tensor.shape)}.")
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    return (tensor if tensor.dtype == torch.float64 else tensor.float()).flatten(1)
+
+
+def _kernel(stem: str, group: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """(height, width) of a convolution's kernel; empty for a linear layer."""
+    kernels = [tuple(group[role].shape[2:]) for role in _WITH_KERNEL if role in group]
+    if sum(math.prod(kernel) > 1 for kernel in kernels) > 1:
+        raise LoRAFileError(f"{stem}: two of its factors have a kernel; the file is damaged.")
+    return max(kernels, key=lambda kernel: (math.prod(kernel), len(kernel)), default=())
 
 
 def _alpha(stem: str, group: Mapping[str, Tensor]) -> float | None:
@@ -129,8 +140,8 @@ def layer_from_group(
         peft_alpha: alpha of PEFT factors that have none of their own; None means scale 1.
 
     Returns:
-        Layer and the relative error of its delta W (0 for plain LoRA), or the reason why the
-        layer cannot be read.
+        Layer, with the kernel of a convolution, and the relative error of its delta W (0 for
+        plain LoRA); or the reason why the layer cannot be read.
 
     Raises:
         LoRAFileError: when factors are missing, do not fit, or need the base weight (DoRA).
@@ -148,7 +159,7 @@ def layer_from_group(
         if role != "alpha" and role not in _UNSUPPORTED and not reasons:
             matrix = _plain(stem, role, group[role])
             if matrix is None:
-                reasons.append("convolution larger than 1 x 1")
+                reasons.append("convolution of an unknown form")
             elif role.removesuffix("_peft") in matrices:
                 raise LoRAFileError(f"Layer {stem} is described twice, as LoRA and as PEFT.")
             else:
@@ -164,7 +175,8 @@ def layer_from_group(
     alpha = _alpha(stem, group)
     if alpha is None and "up_peft" in group:
         alpha = peft_alpha
-    return _layer(stem, matrices, alpha, rank)
+    layer, error = _layer(stem, matrices, alpha, rank)
+    return replace(layer, kernel=_kernel(stem, group)), error
 
 
 def _layer(
@@ -199,8 +211,19 @@ def _factors(stem: str, matrices: Mapping[str, Tensor], alpha: float | None) -> 
             f"{stem}: up {tuple(up.shape)} and down {tuple(down.shape)} have different ranks; "
             "the file is damaged."
         )
+    if "mid" in matrices:  # core of a convolution in Tucker form (LyCORIS, arXiv 2309.14859)
+        down = _inner(stem, matrices["mid"], down)
     check_size(len(up), down.shape[1], len(down), 0)
     return LoRALayer(down, up, float(down.shape[0]) if alpha is None else alpha)
+
+
+def _inner(stem: str, core: Tensor, down: Tensor) -> Tensor:
+    """The down factor (r, in kh kw) of a core (r, s kh kw) and its own factor (s, in)."""
+    places, left = divmod(core.shape[1], len(down))
+    if left:
+        raise LoRAFileError(f"{stem}: the core of the convolution does not fit; it is damaged.")
+    by_place = core.unflatten(1, (len(down), places))
+    return torch.einsum("rsk, si -> rik", by_place, down).flatten(1)
 
 
 def _approximated(

@@ -21,7 +21,7 @@ from ..weights import LoRALayer
 
 
 def computed_values(group: Mapping[str, Tensor], rank: int) -> int:
-    """How many numbers a layer becomes that is brought to a LoRA; 0 for one that is stored as such.
+    """How many numbers are computed of a layer; 0 for one whose factors are taken as they are.
 
     Args:
         group: role to tensor, from ``group_keys``.
@@ -32,7 +32,9 @@ def computed_values(group: Mapping[str, Tensor], rank: int) -> int:
     for name in ("diff", "hada_w1", "lokr_w1", "lokr_w2"):
         first, last = (shapes.get(name, shapes.get(f"{name}_{part}")) for part in "ab")
         if first is not None and last is not None:
-            out, width = out * first[0], width * last[1]
+            out, width = out * first[0], width * math.prod(last[1:])
+    if "mid" in shapes and "down" in shapes:
+        return shapes["mid"][0] * math.prod(shapes["mid"][2:]) * shapes["down"][1]
     return (out + width) * rank if out * width > 1 else 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,6 @@ from ..canonical import truncated_layer
 from ..distance import layer_inner_product
 from ..layout import LayerShape, LoRALayout
 from ..weights import LoRALayer, LoRAWeights
-from .stems import other_part
 
 # Width of the text context gives the base model family of a cross-attention key or value layer.
 _CONTEXT_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL"}
@@ -32,7 +31,7 @@ class ReadReport:
         total_error: relative error of all layers together.
         missing: layers of the layout that the file lacks; they are zero.
         skipped: stem to the reason why it could not be read.
-        unused: stems or keys that belong to no layer asked for.
+        unused: stems or keys that belong to no layer asked for, and what each changes.
     """
 
     layers: int
@@ -41,7 +40,7 @@ class ReadReport:
     total_error: float = 0.0
     missing: tuple[str, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
-    unused: tuple[str, ...] = ()
+    unused: Mapping[str, str] = field(default_factory=dict)
 
     def summary(self) -> str:
         """One readable sentence per thing worth knowing."""
@@ -58,9 +57,10 @@ class ReadReport:
             reasons = ", ".join(sorted(set(self.skipped.values())))
             lines.append(f"{counted(len(self.skipped), 'layer')} left out: {reasons}.")
         if self.unused:
-            parts = Counter(other_part(key) or "layers that are not edited" for key in self.unused)
-            counts = ", ".join(f"{count} of {part}" for part, count in parts.items())
-            example = self.unused[0][:80]
+            counts = ", ".join(
+                f"{n} of {part}" for part, n in Counter(self.unused.values()).items()
+            )
+            example = next(iter(self.unused))[:80]
             lines.append(f"Other entries were left out: {counts} (for example {example}).")
         return " ".join(lines)
 
@@ -79,6 +79,8 @@ def _fitted(layer: LoRALayer, shape: LayerShape, layout: LoRALayout) -> tuple[Lo
     Raises:
         LayoutError: when the layer is for another width.
     """
+    if math.prod(layer.kernel) == 1:
+        layer = replace(layer, kernel=())  # some files store linear layers as convolutions
     got, wanted = (layer.out_features, layer.in_features), (shape.out_features, shape.in_features)
     if got != wanted:
         cross = shape.name.endswith(("attn2.to_k", "attn2.to_v"))

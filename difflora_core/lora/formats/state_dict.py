@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -19,6 +20,7 @@ from .stems import (
     Naming,
     diffusers_pairs,
     file_stem,
+    other_part,
     stem_table,
     text_encoder_name,
     why_nothing,
@@ -101,14 +103,14 @@ def from_state_dict(
     """
     layout = names if isinstance(names, LoRALayout) else None
     rank = layout.rank if rank is None and layout is not None else rank
-    groups, unused = group_keys(state)
+    groups, unknown = group_keys(state)
     _check_computed(state, groups, rank or 0)
     layers, errors, skipped, outside = _read_groups(groups, names, rank, metadata)
-    unused += outside
+    unused = {key: other_part(key) or "layers that are not edited" for key in unknown} | outside
     if not layers and (reason := why_nothing(state)):
         raise LayoutError(reason)
     if not layers:
-        example = (unused or list(skipped) or ["it is empty"])[0]
+        example = next(iter([*unused, *skipped, "it is empty"]))
         raise LayoutError(
             "No layer of this LoRA belongs to the base model"
             f"{'' if layout is None else f' {layout.base}'} (for example {example}). "
@@ -121,7 +123,7 @@ def from_state_dict(
         layers, missing = conform(layers, layout, errors)
     weights = LoRAWeights(layers)
     total = total_error(weights, errors)
-    report = ReadReport(count, ranks, errors, total, missing, skipped, tuple(unused))
+    report = ReadReport(count, ranks, errors, total, missing, skipped, unused)
     return ReadResult(weights, report)
 
 
@@ -165,18 +167,20 @@ def _read_groups(
     names: Names,
     rank: int | None,
     metadata: Mapping[str, str] | None,
-) -> tuple[dict[str, LoRALayer], dict[str, float], dict[str, str], list[str]]:
-    """Layers and errors by canonical name, skipped stems with reasons, stems of no layer."""
+) -> tuple[dict[str, LoRALayer], dict[str, float], dict[str, str], dict[str, str]]:
+    """Layers and errors by canonical name, skipped stems with reasons, others with their part."""
     table, alphas = stem_table(names), peft_alphas(metadata)
     wanted = set(names.module_names) if isinstance(names, LoRALayout) else None
     layers: dict[str, LoRALayer] = {}
     errors: dict[str, float] = {}
     skipped: dict[str, str] = {}
-    outside = []
+    outside: dict[str, str] = {}
     for stem, group in groups.items():
         name = table.get(stem) or text_encoder_name(stem)
         if name is None or (wanted is not None and name not in wanted):
-            outside.append(stem)
+            convolution = any(math.prod(tensor.shape[2:]) > 1 for tensor in group.values())
+            kind = "convolutions" if convolution else "layers that are not edited"
+            outside[stem] = other_part(stem) or kind
             continue
         down = group.get("down_peft")
         peft_alpha = None if down is None or not down.ndim else alphas(stem, down.shape[0])
