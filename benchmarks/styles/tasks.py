@@ -7,10 +7,12 @@ that a prompt names, so that a router has something to choose between.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from difflora_core.config import Config
 from difflora_core.demo.networks.chinese import translate
@@ -27,6 +29,7 @@ from difflora_core.training.distillation_data import (
     PromptPair,
     distillation_examples,
 )
+from difflora_core.training.fingerprint import fingerprint
 from difflora_core.training.picture_examples import PictureExamples, picture_examples
 from difflora_core.training.picture_task import PictureTask
 
@@ -35,6 +38,10 @@ from .world import StyleWorld
 EACH_LOOK = "a style for each look"
 OF_LOOK = {"photo": "ink", "cartoon": "poster", "painting": "pastel"}
 """The styles of `EACH_LOOK`."""
+Answer = tuple[Tensor, dict[str, Tensor]]
+"""Of a teacher: its prediction, and what its blocks put out."""
+MOST_ANSWERS = 1000
+"""That are remembered, of some megabytes each."""
 FIRST_PERSON = 8_000
 """Of splits, behind the people whom teachers and their judge see."""
 
@@ -94,7 +101,43 @@ def _distilled(
 
     own, other = drawn("train", size.prompts, 0), drawn("validation", size.held_out, 10**6)
     task = distillation_task(student, teacher, DistillationLoss(), spoken)
-    return StyleTask(task, own, other, DistillationObjective, said)
+    return StyleTask(task, own, other, partial(RememberingObjective, answers=Answers()), said)
+
+
+@dataclass
+class Answers:
+    """What a teacher said of the batches of a seed, by their fingerprint; all rows learn from them.
+
+    No more than MOST_ANSWERS are kept.
+    """
+
+    seed: int = -1
+    known: dict[str, Answer] = field(default_factory=dict)
+
+    def of_seed(self, seed: int) -> Answers:
+        """Those of this seed; others are forgotten."""
+        if seed != self.seed:
+            self.seed, self.known = seed, {}
+        return self
+
+
+class RememberingObjective(DistillationObjective):
+    """Asks the teacher of each batch once, not once in every row and at every look."""
+
+    def __init__(self, style: Any, answers: Answers) -> None:
+        super().__init__(style)
+        self.answers = answers.of_seed(self.config.seed)
+
+    def teacher_answer(self, batch: Mapping[str, Any]) -> Answer:
+        """As the teacher gave it before, or gives it now."""
+        known = self.answers.known
+        name = fingerprint(*(batch[k] for k in ("latents", "noise", "timesteps", "prompts")))
+        if name in known:
+            return known[name]
+        answer = super().teacher_answer(batch)
+        if len(known) < MOST_ANSWERS:
+            known[name] = answer
+        return answer
 
 
 def few_shots(world: StyleWorld, style: str, size: TaskSize) -> StyleTask:

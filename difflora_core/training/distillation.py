@@ -226,8 +226,7 @@ class DistillationObjective(nn.Module):
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss () of a batch of `PictureExamples.draw`, with its parts, unweighted, as metrics."""
         task = self.task
-        with torch.no_grad():
-            wanted, theirs = _run(task.teacher.base, batch, task.taught(batch["prompts"]))
+        wanted, theirs = self.teacher_answer(batch)
         encoded, adapters = self.prepare(batch["prompts"])
         text = TextCondition(encoded.context, encoded.pooled)
         with attach(task.base.unet, adapters, names=self.module_names):
@@ -240,6 +239,11 @@ class DistillationObjective(nn.Module):
             loss = loss + task.loss.features * features
             metrics["features"] = features.detach()
         return loss, metrics
+
+    @torch.no_grad()
+    def teacher_answer(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the teacher predicts of a batch (B, C, h, w), and its blocks' outputs by name."""
+        return _run(self.task.teacher.base, batch, self.task.taught(batch["prompts"]))
 
     def adaptations(self, facts: Facts) -> list[TrainedAdaptation]:
         """What was trained so far, one record."""

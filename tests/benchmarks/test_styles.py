@@ -33,6 +33,8 @@ from difflora_core.demo.world.art_styles import ART_STYLES
 from difflora_core.demo.world.scenes import render_portraits
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.models.layers import DrawnFrom
+from difflora_core.training.adaptation_run import EVALUATION_BATCHES
+from difflora_core.training.distillation import DistillationObjective
 from difflora_core.training.picture_task import PictureTask
 
 TINY = Size(
@@ -209,6 +211,32 @@ def test_the_teacher_is_told_in_its_own_language_what_the_student_is(world):
         assert translate(given.task.spoken[prompt]) == prompt != given.task.spoken[prompt]
         assert world.chinese.text.special.unknown not in world.chinese.text.tokens(prompt)
     assert given.task.loss.features == 0  # the languages differ, so outputs alone are compared
+
+
+def test_the_teacher_is_asked_once_for_each_batch(world, tmp_path, monkeypatch):
+    """A second row of the seed asks nothing, and what is learned is what it is without memory."""
+    asked, ask = [], DistillationObjective.teacher_answer
+    monkeypatch.setattr(
+        DistillationObjective,
+        "teacher_answer",
+        lambda self, batch: asked.append(1) or ask(self, batch),
+    )
+    task, course = TASKS["scenario 1"].make(world, "ink", TINY.tasks), TINY.course
+    plain = replace(task, objective=DistillationObjective)
+    made = []
+    for given, folder in ((task, "a"), (task, "b"), (plain, "c")):
+        made.append(StyleTrainer(tmp_path / folder).train(given, ROWS[FOUR], course))
+        asked.append(0)
+    counts = [len(part) for part in "".join(map(str, asked)).split("0")]
+    assert counts[0] == course.steps + EVALUATION_BATCHES
+    assert counts[1] == 0
+    assert counts[2] == course.steps + EVALUATION_BATCHES * (course.steps + 1)
+    StyleTrainer(tmp_path / "d").train(task, ROWS[STA], replace(course, seed=5))
+    assert sum(asked[asked.index(0) :]) == counts[2] + counts[0]
+    layers = [one.adaptation.layers for one in made]
+    for name, layer in layers[0].items():
+        for key, tensor in layer.items():
+            assert all(torch.equal(other[name][key], tensor) for other in layers[1:])
 
 
 def test_sta_alone_is_a_spread_and_nothing_else(world, tmp_path):
