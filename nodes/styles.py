@@ -6,6 +6,7 @@ from comfy_api.latest import io, ui
 
 from ..difflora_core.errors import ConfigError, counted
 from ..difflora_core.evaluation.routing import routing_picture, routing_report
+from ..difflora_core.evaluation.routing_map import routing_map
 from ..difflora_core.lora.block_groups import GroupStrengths
 from ..difflora_core.lora.formats.state_dict import to_state_dict
 from ..difflora_core.methods.base import (
@@ -207,6 +208,11 @@ class StyleRouter(io.ComfyNode):
                     tooltip="A panel for each part of the model: shares of the styles over time.",
                 ),
                 io.String.Output(display_name="report", tooltip="The shares on the whole."),
+                io.Image.Output(
+                    display_name="map",
+                    tooltip="A line for each picture of the batch, from the first step to the "
+                    "last: those that go apart get other mixtures.",
+                ),
             ],
             is_output_node=True,
         )
@@ -230,8 +236,9 @@ class StyleRouter(io.ComfyNode):
         drawn = draw(watcher.on(model), positive, negative, latent_image, seed, settings)
         shares = watcher.table.shares()
         picture = routing_picture(shares)[None]
+        places = routing_map(watcher.table.by_picture())[None]
         shown = ui.PreviewImage(picture, cls=cls)
-        return io.NodeOutput(drawn, picture, routing_report(shares), ui=shown)
+        return io.NodeOutput(drawn, picture, routing_report(shares), places, ui=shown)
 
 
 def _style(adaptation: TrainedAdaptation) -> PreparedAdaptation:

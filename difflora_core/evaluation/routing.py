@@ -29,19 +29,19 @@ BLOCKS = ("input_blocks", "middle_block", "output_blocks")
 
 @dataclass
 class RoutingTable:
-    """What a run showed: for every layer and noise level the mean weights of its styles.
+    """What a run showed: for every layer and noise level the weights of its styles.
 
-    `seen`: layer to noise level to the weights (n,) of each call. A layer that several adapters
-    change has a name for each, as its owner gives them.
+    `seen`: layer to noise level to the weights (B, n) of each call, of B pictures. A layer that
+    several adapters change has a name for each, as its owner gives them.
     """
 
     seen: dict[str, dict[float, list[Tensor]]] = field(default_factory=dict)
 
     def add(self, layer: str, noise: float, weights: Tensor) -> None:
-        """Weights (B, n) of B pictures at a noise level; the mean over them is kept."""
+        """Weights (B, n) of B pictures at a noise level."""
         if len(weights):
             levels = self.seen.setdefault(layer, {})
-            levels.setdefault(noise, []).append(weights.float().mean(0).cpu())
+            levels.setdefault(noise, []).append(weights.float().cpu())
 
     def shares(self) -> dict[str, Tensor]:
         """Layer to (T, n), the largest noise first; layers with one style have nothing to choose.
@@ -50,7 +50,7 @@ class RoutingTable:
             ConfigError: no layer chooses.
         """
         made = {
-            layer: torch.stack([torch.stack(levels[t]).mean(0) for t in sorted(levels)[::-1]])
+            layer: torch.stack([_mean_of_calls(levels[t])[0] for t in sorted(levels)[::-1]])
             for layer, levels in self.seen.items()
         }
         made = {layer: table for layer, table in made.items() if table.shape[1] > 1}
@@ -60,6 +60,34 @@ class RoutingTable:
                 "Apply a style that was trained with two or more, at a strength other than 0."
             )
         return made
+
+    def by_picture(self) -> Tensor:
+        """(T, B, D): what all routers say of each of B pictures, the largest noise first.
+
+        D counts the styles of all layers; they are 0 where a style does not act. Where calls show
+        several numbers of pictures, as with prompts for regions, B is 1 and it is their mean.
+        """
+        noises = sorted({t for levels in self.seen.values() for t in levels})[::-1]
+        counts = {
+            len(w) for levels in self.seen.values() for calls in levels.values() for w in calls
+        }
+        merged = _mean_of_calls if len(counts) > 1 else _each_picture
+        columns = []
+        for levels in self.seen.values():
+            known = {t: merged(calls) for t, calls in levels.items()}
+            nothing = torch.zeros_like(next(iter(known.values())))
+            columns.append(torch.stack([known.get(t, nothing) for t in noises]))
+        return torch.cat(columns, -1)
+
+
+def _mean_of_calls(calls: Sequence[Tensor]) -> Tensor:
+    """(1, n) of weights (B, n), a mean over pictures and then over calls."""
+    return torch.stack([weights.mean(0) for weights in calls]).mean(0)[None]
+
+
+def _each_picture(calls: Sequence[Tensor]) -> Tensor:
+    """(B, n) of weights (B, n), a mean over calls."""
+    return torch.stack(list(calls)).mean(0)
 
 
 def routing_report(shares: Mapping[str, Tensor]) -> str:
@@ -102,7 +130,7 @@ def routing_picture(shares: Mapping[str, Tensor]) -> Tensor:
         panels.setdefault(_place(layer), []).append(table)
     columns = sorted({block for block, _ in panels}, key=_block_order)
     rows = sorted({kind for _, kind in panels})
-    colours = _colours(max(table.shape[1] for table in shares.values()))
+    colours = colours_of(max(table.shape[1] for table in shares.values()))
     panels_width = len(columns) * (PANEL[0] + GAP)
     across = min(len(colours), max(LEGEND_LEAST, panels_width // LEGEND_WIDTH))
     head = LINE * (1 + math.ceil(len(colours) / across))  # the legend, and the names of columns
@@ -188,7 +216,7 @@ def _evenness(table: Tensor) -> float:
     return float(entropy.mean())
 
 
-def _colours(count: int) -> list[tuple[int, int, int]]:
+def colours_of(count: int) -> list[tuple[int, int, int]]:
     """Colours that differ from their neighbours: hues a golden section apart."""
     made = []
     for k in range(count):

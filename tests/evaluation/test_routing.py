@@ -104,3 +104,19 @@ def test_nothing_to_choose_is_said(width):
         table.add("a", 1.0, torch.ones(1, width))
     with pytest.raises(ConfigError, match=r"no router to show.*two or more"):
         table.shares()
+
+
+def test_every_picture_is_a_row_at_every_noise_level():
+    table = RoutingTable()
+    table.add("a", 1.0, torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
+    table.add("a", 7.0, torch.tensor([[0.2, 0.8], [0.4, 0.6]]))
+    table.add("a", 7.0, torch.tensor([[0.4, 0.6], [0.4, 0.6]]))
+    table.add("b", 1.0, torch.tensor([[0.1, 0.2, 0.7], [1.0, 0.0, 0.0]]))  # it starts later
+    wanted = [
+        [[0.3, 0.7, 0, 0, 0], [0.4, 0.6, 0, 0, 0]],
+        [[1.0, 0.0, 0.1, 0.2, 0.7], [0.5, 0.5, 1.0, 0.0, 0.0]],
+    ]
+    torch.testing.assert_close(table.by_picture(), torch.tensor(wanted))
+    table.add("b", 7.0, torch.tensor([[0.3, 0.3, 0.4]]))  # a region with a prompt of its own
+    wanted = [[[0.35, 0.65, 0.3, 0.3, 0.4]], [[0.75, 0.25, 0.55, 0.1, 0.35]]]
+    torch.testing.assert_close(table.by_picture(), torch.tensor(wanted))

@@ -127,6 +127,7 @@ def test_the_router_is_seen_in_every_step_and_the_picture_is_ksamplers(
         "router": node("DiffLoRA_StyleRouter", **widgets),
         "told": node("PreviewAny", source=["router", 2]),
         "seen": node("PreviewImage", images=["router", 1]),
+        "map": node("PreviewImage", images=["router", 3]),
         "decoded": node("VAEDecode", samples=["router", 0], vae=["demo", 2]),
         "same": node("PreviewImage", images=["decoded", 0]),
     }
@@ -135,6 +136,7 @@ def test_the_router_is_seen_in_every_step_and_the_picture_is_ksamplers(
         np.testing.assert_array_equal(mine, cores)
     assert "style 3 " in answer.outputs["told"]["text"][0]
     assert answer.pictures["seen"][0].std() > 20
+    assert answer.pictures["map"][0].std() > 5
     base = node("DiffLoRA_StyleRouter", **(widgets | {"model": ["demo", 0]}))
     single = node("DiffLoRA_LoadStyle", style_name="single.safetensors")
     for change in ({"router": base}, {"style": single}):
