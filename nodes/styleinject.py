@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..difflora_core.adapters.styleinject import PRESETS
+from ..difflora_core.training.picture_folder import pictures_in
 from ..difflora_core.training.styleinject import StyleInjectObjective, StyleInjectTraining
 from . import model_paths
 from .host import training, training_widgets
@@ -53,9 +54,19 @@ class TrainStyleInject(io.ComfyNode):
                 *_long_tail(),
                 training_widgets.training_guidance(),
                 *training_widgets.memory_widgets(),
+                training_widgets.folder_widget(),
             ],
             outputs=training_widgets.style_outputs(),
         )
+
+    @classmethod
+    def validate_inputs(cls, folder=model_paths.NO_FILE):
+        return model_paths.problem(model_paths.picture_folder, folder)
+
+    @classmethod
+    def fingerprint_inputs(cls, folder=model_paths.NO_FILE, **others):
+        path = model_paths.picture_folder(folder)
+        return model_paths.fingerprint(path) if path else None
 
     @classmethod
     def execute(
@@ -79,6 +90,7 @@ class TrainStyleInject(io.ComfyNode):
         guidance=1.0,
         accumulate=1,
         memory=AUTO,
+        folder=model_paths.NO_FILE,
     ):
         config = StyleInjectTraining(
             steps=steps,
@@ -89,7 +101,9 @@ class TrainStyleInject(io.ComfyNode):
             guidance=guidance,
             accumulate=accumulate,
         )
-        request = HeldOutRequest(prompts, file_name, mirror, small_file, held_out)
+        path = model_paths.picture_folder(folder)
+        more = tuple(pictures_in(path)) if path else ()
+        request = HeldOutRequest(prompts, file_name, mirror, small_file, held_out, more)
         parts = PictureParts(model, clip, vae, images, None, None)
         made, _, report = training.train(StyleInjectObjective, config, request, parts, memory)
         return io.NodeOutput(made[0], report)

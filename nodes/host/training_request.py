@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+import comfy.utils
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from torch import Tensor
@@ -20,6 +22,7 @@ from ...difflora_core.training.picture_examples import (
     held_out_numbers,
     picture_examples,
 )
+from ...difflora_core.training.picture_folder import folder_examples, joined
 from ...difflora_core.training.picture_task import PictureTask
 from .. import model_paths
 from .base import picture_size
@@ -158,15 +161,17 @@ class PictureRequest:
 class HeldOutRequest(PictureRequest):
     """Also which share of the pictures, in percent, only chooses the best state.
 
-    As many prompts as pictures are one for each.
+    As many prompts as pictures that are connected are one for each. `more`: files of further
+    pictures, which are read one by one and brought to the size of those.
     """
 
     takes_masks: ClassVar[bool] = False
     held_out: int
+    more: tuple[Path, ...] = ()
 
     def held_out_examples(self, base: BaseModel, parts: PictureParts) -> PictureExamples | None:
         """Every so many of the pictures; None where that is none, or there is one picture."""
-        numbers = held_out_numbers(len(parts.images), self.held_out)
+        numbers = self._apart(parts)
         return self._chosen(base, parts, numbers) if numbers else None
 
     def examples(
@@ -174,18 +179,41 @@ class HeldOutRequest(PictureRequest):
     ) -> PictureExamples:
         """The other pictures."""
         del words
-        apart = held_out_numbers(len(parts.images), self.held_out)
-        return self._chosen(base, parts, [k for k in range(len(parts.images)) if k not in apart])
+        apart = set(self._apart(parts))
+        everything = range(len(parts.images) + len(self.more))
+        return self._chosen(base, parts, [k for k in everything if k not in apart])
 
     def shares_prompts(self, count: int) -> bool:
         """True where prompts are several, and not one for each picture."""
         return 1 < len(self.lines) != count
 
+    def remarks(self, examples: PictureExamples, parts: PictureParts) -> list[str]:
+        """Also how many pictures came from files."""
+        notes = super().remarks(examples, parts)
+        return (
+            [*notes, f"{counted(len(self.more), 'picture')} of the folder"] if self.more else notes
+        )
+
+    def _apart(self, parts: PictureParts) -> list[int]:
+        return held_out_numbers(len(parts.images) + len(self.more), self.held_out)
+
     def _chosen(self, base: BaseModel, parts: PictureParts, numbers: list[int]) -> PictureExamples:
-        lines, images = self.lines, parts.images[numbers].clone()[..., :3]
-        each = len(lines) == len(parts.images)
-        prompts = [[lines[k]] if each else lines for k in numbers]
-        return picture_examples(base, images, (), None, prompts, self.mirror)
+        """Pictures by number, those of files after those that are connected."""
+        lines, count = self.lines, len(parts.images)
+        connected, filed = (
+            [k for k in numbers if k < count],
+            [k - count for k in numbers if k >= count],
+        )
+        made = []
+        if connected:
+            images = parts.images[connected].clone()[..., :3]
+            prompts = [[lines[k]] if len(lines) == count else lines for k in connected]
+            made.append(picture_examples(base, images, (), None, prompts, self.mirror))
+        if filed:
+            paths, size = [self.more[k] for k in filed], tuple(parts.images.shape[1:3])
+            bar = comfy.utils.ProgressBar(len(paths))
+            made.append(folder_examples(base, paths, size, lines, self.mirror, bar.update_absolute))
+        return joined(made) if len(made) > 1 else made[0]
 
 
 @dataclass(frozen=True)

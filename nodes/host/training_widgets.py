@@ -152,6 +152,19 @@ def training_guidance() -> io.Input:
     )
 
 
+def folder_widget() -> io.Input:
+    """More pictures than fit into a batch; optional, since old workflows lack it."""
+    return io.Combo.Input(
+        "folder",
+        options=model_paths.picture_folders(),
+        default=model_paths.NO_FILE,
+        optional=True,
+        advanced=True,
+        tooltip="More pictures, thousands if you like: a folder in the input folder. Each is cut "
+        "to the size of those connected; a .txt file of its name says what it shows.",
+    )
+
+
 def memory_widgets(optional: bool = True) -> list[io.Input]:
     """How to save memory; neither changes what is learned."""
     return [

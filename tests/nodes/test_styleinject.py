@@ -238,6 +238,32 @@ def test_held_out_pictures_are_spread_over_the_list_and_keep_their_prompts(parts
     assert list(shared.examples(Base(), part).prompts[0]) == ["a", "b"]
 
 
+def test_pictures_of_a_folder_come_after_those_that_are_connected(node_module, tmp_path):
+    from PIL import Image
+
+    request = node_module("host.training_request")
+
+    class Base:
+        def encode_images(self, images):
+            return images.permute(0, 3, 1, 2)
+
+    for k in range(3):
+        Image.new("RGB", (4 + 2 * k, 4), (100 + k, 0, 0)).save(tmp_path / f"{k}.png")
+    (tmp_path / "1.txt").write_text("a boat", "utf-8")
+    images = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 2, 2, 3)
+    part = request.PictureParts(None, None, None, images, None, None)
+    more = tuple(sorted(tmp_path.glob("*.png")))
+    asked = request.HeldOutRequest("one\ntwo\nthree", "a", False, False, 33, more)
+    held, trained = asked.held_out_examples(Base(), part), asked.examples(Base(), part)
+    read = [round(float(x) * 255) for x in held.latents[:, 0, 0, 0]]
+    assert read == [0, 100]  # the first that is connected, and the first of the folder
+    read = [round(float(x) * (1 if x > 0.9 else 255)) for x in trained.latents[:, 0, 0, 0]]
+    assert read == [1, 2, 101, 102]
+    lines = ["one", "two", "three"]
+    assert [list(p) for p in trained.prompts] == [["two"], ["three"], ["a boat"], lines]
+    assert trained.latents.shape[-2:] == (2, 2)
+
+
 def test_weights_off_the_device(unet, random_style, apply):
     """Partly loaded, as with little video memory: the same as fully loaded."""
     outputs = []

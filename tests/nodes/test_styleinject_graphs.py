@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from difflora_core.demo.comfyui.client import ComfyPromptError
 
@@ -82,13 +83,16 @@ def test_its_node_trains_and_its_file_draws_the_same(comfy, comfy_server):
     from difflora_core.methods.styleinject import StyleInject, style_layers
     from difflora_core.storage.adapter_file import read_adaptation
 
+    more = comfy_server.base_directory / "input" / "more amber"
+    more.mkdir()
+    Image.new("RGB", (96, 128), (255, 136, 0)).save(more / "tall.png")
     nodes = GRAPH | {
         "images": node("EmptyImage", width=64, height=64, batch_size=5, color=0xFF8800),
         "train": node(
             "DiffLoRA_TrainStyleInject", model=["demo", 0], clip=["demo", 1], vae=["demo", 2],
             images=["images", 0], prompts="photo of a person\nphoto", steps=6, styles=2, rank=2,
             batch_size=2, seed=1, file_name="amber", mirror=False, small_file=False,
-            learning_rate=0.05, layers="distillation", held_out=20,
+            learning_rate=0.05, layers="distillation", held_out=20, folder="more amber",
         ),
         "told": node("PreviewAny", source=["train", 1]),
         "on": applied(("train", 0)),
@@ -97,9 +101,10 @@ def test_its_node_trains_and_its_file_draws_the_same(comfy, comfy_server):
     answer = comfy.run(nodes)
     shown = answer.pictures
     assert "mask" not in answer.outputs["told"]["text"][0]
+    assert "1 picture of the folder" in answer.outputs["told"]["text"][0]
     made = read_adaptation(comfy_server.base_directory / "models/difflora_styles/amber.safetensors")
     StyleInject.check(made)
-    assert (made.method, made.word, made.facts["pictures"]) == ("styleinject", None, 4)
+    assert (made.method, made.word, made.facts["pictures"]) == ("styleinject", None, 5)
     assert {layer.kernel for layer in style_layers(made).values()} == {(), (3, 3)}
     assert int(np.abs(shown["trained"][0].astype(int) - shown["base"][0]).max()) > 8
     nodes["file"] = node("DiffLoRA_LoadStyle", style_name="amber.safetensors")
@@ -107,6 +112,9 @@ def test_its_node_trains_and_its_file_draws_the_same(comfy, comfy_server):
     read = comfy.run(nodes | drawn("read", ("on_file", 0))).pictures["read"]
     gap = np.abs(read[0].astype(int) - shown["trained"][0]).max()
     assert int(gap) <= 2  # the file is float16
+    nodes["train"]["inputs"]["folder"] = "../input"
+    with pytest.raises(ComfyPromptError, match=r"folder '../input' was not found"):
+        comfy.run(nodes)
 
 
 def test_the_router_is_seen_in_every_step_and_the_picture_is_ksamplers(
