@@ -13,6 +13,7 @@ from benchmarks.cost import workflows
 from benchmarks.cost.sdxl import files, graphs
 from benchmarks.cost.workflows import Row, chosen, table
 from difflora_core.demo.comfyui.client import NodeProgress
+from difflora_core.demo.workflows.needs import OWN_CHECKPOINT
 from difflora_core.demo.workflows.runner import read_workflow
 from difflora_core.demo.workflows.writer import FOLDER
 
@@ -79,6 +80,8 @@ def test_every_file_that_a_workflow_loads_is_made(name):
         kind, values = loader["type"], loader.get("widgets_values") or [""]
         if kind in graphs.FOLDERS:
             assert str(values[0]).removesuffix(".safetensors") in graphs.MAKERS
+        elif values[0] == OWN_CHECKPOINT:  # see the next test
+            assert name == "sdxl_distil_checkpoint"
         elif kind in MODELS:
             place = MODELS[kind].format(values[0])
             if str(values[0]).startswith("hyper_lora/"):
@@ -86,6 +89,25 @@ def test_every_file_that_a_workflow_loads_is_made(name):
             assert any(path.startswith(place) for path in made), place
         else:
             assert "Loader" not in kind or kind == "LoraModelLoader", kind
+
+
+def test_a_checkpoint_of_the_artists_own_is_the_published_one_with_a_lora(monkeypatch):
+    prompt = {
+        "base": node("CheckpointLoaderSimple", ckpt_name="sd_xl_base_1.0.safetensors"),
+        "own": node("CheckpointLoaderSimple", ckpt_name=OWN_CHECKPOINT),
+        "distil": node(
+            "DiffLoRA_DistilCheckpoint", teacher=["own", 0], model=["base", 0], steps=2000
+        ),
+    }
+    monkeypatch.setattr(graphs, "workflow_to_prompt", lambda workflow, info: prompt)
+    small = graphs.small_prompt("sdxl_distil_checkpoint", {})
+    own = small["own"]["inputs"]
+    assert small["own"]["class_type"] == "LoraLoader"  # its outputs are MODEL and CLIP too
+    assert (own["model"], own["clip"], own["strength_model"]) == (["base", 0], ["base", 1], 1.0)
+    assert f"models/loras/{own['lora_name']}" in [file.place for file in files.FILES]
+    assert small["base"] == prompt["base"]
+    assert small["distil"]["inputs"]["teacher"] == ["own", 0]
+    assert small["distil"]["inputs"]["steps"] == 2
 
 
 def test_sizes_keep_their_proportions():

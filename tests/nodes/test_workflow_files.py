@@ -13,6 +13,7 @@ from difflora_core.demo.comfyui.workflow_api import (
     workflow_to_prompt,
 )
 from difflora_core.demo.workflows.builder import Graph
+from difflora_core.demo.workflows.needs import OWN_CHECKPOINT
 from difflora_core.demo.workflows.targets import DEMO, SDXL
 from difflora_core.demo.workflows.writer import FULL_SIZE_ALONE, build, to_text
 from difflora_core.demo.workflows.writer import WORKFLOWS as GRAPHS
@@ -118,7 +119,7 @@ def test_pictures_are_shown_once_and_smoothly(workflow):
 def test_what_nobody_publishes_stands_in_the_title_of_its_group(workflow):
     for node in workflow["nodes"]:
         name = str(node["widgets_values"][0]) if node["widgets_values"] else ""
-        if node["type"] not in OWN or "demo" in name:
+        if (node["type"] not in OWN and name != OWN_CHECKPOINT) or "demo" in name:
             continue
         x, y = node["pos"]
         (title,) = [
@@ -179,7 +180,11 @@ def test_full_size_notes_begin_with_what_the_artist_must_bring(workflow):
             assert re.search(
                 r"from https://|workflow \*sdxl_|that you have|has to be trained", line
             )
-    own = [str(n["widgets_values"][0]) for n in workflow["nodes"] if n["type"] in OWN]
+    own = [
+        str(n["widgets_values"][0])
+        for n in workflow["nodes"]
+        if n["type"] in OWN or OWN_CHECKPOINT in n["widgets_values"][:1]
+    ]
     if loaded and own:
         assert any(name.split("/")[-1] in first for name in own)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from difflora_core.demo.comfyui.workflow_api import workflow_to_prompt
+from difflora_core.demo.workflows.needs import OWN_CHECKPOINT
 from difflora_core.demo.workflows.runner import FULL_SIZE, read_workflow
 from difflora_core.demo.workflows.writer import FOLDER
 
@@ -102,7 +103,20 @@ def all_prompts(info: Info, side: int = SIDE) -> dict[str, Prompt]:
 
 def small_prompt(name: str, info: Info, side: int = SIDE) -> Prompt:
     """A shipped workflow as a prompt with the values of SMALLER, see `smaller`."""
-    return smaller(workflow_to_prompt(read_workflow(FOLDER / f"{name}.json"), info), side)
+    prompt = workflow_to_prompt(read_workflow(FOLDER / f"{name}.json"), info)
+    return smaller(_without_own_checkpoints(prompt), side)
+
+
+def _without_own_checkpoints(prompt: Prompt) -> Prompt:
+    """The artist's own checkpoint is the published one with a LoRA: no second file of 7 GB."""
+    loaders = {k: n for k, n in prompt.items() if n["class_type"] == "CheckpointLoaderSimple"}
+    for key, node in loaders.items():
+        if node["inputs"]["ckpt_name"] == OWN_CHECKPOINT:
+            base = next(other for other in loaders if other != key)
+            inputs = {"model": [base, 0], "clip": [base, 1], "lora_name": "my_person.safetensors"}
+            inputs |= {"strength_model": 1.0, "strength_clip": 1.0}
+            prompt[key] = {**node, "class_type": "LoraLoader", "inputs": inputs}
+    return prompt
 
 
 def smaller(prompt: Mapping[str, Mapping[str, Any]], side: int = SIDE) -> Prompt:
@@ -225,18 +239,8 @@ def training_prompts(info: Info, side: int = SIDE) -> dict[str, Prompt]:
     del node["inputs"]["masks"]
     node["class_type"] = kind
 
-    distil = base_prompt("sd_xl_base_1.0.safetensors")
-    kind = "DiffLoRA_DistilCheckpoint"
-    lora = {"lora_name": "my_person.safetensors", "strength_model": 1.0, "model": ["load", 0]}
-    inputs = {"teacher": ["teacher", 0], "teacher_clip": ["load", 1], "model": ["load", 0]}
-    inputs |= {"clip": ["load", 1], "vae": ["load", 2], "prompts": "a portrait\na street"}
-    distil |= {
-        "teacher": {"class_type": "LoraLoaderModelOnly", "inputs": lora},
-        "distil": {"class_type": kind, "inputs": _defaults(info, kind) | inputs},
-    }
     return {
         "Train Infusion Concept": _reported(smaller(infusion, side), key, info),
-        "Distil Checkpoint": _reported(smaller(distil, side), "distil", info),
     }
 
 

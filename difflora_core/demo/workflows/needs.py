@@ -25,6 +25,8 @@ SDXL_FILES = {
     ),
 }
 """Folder to file name and address of what others publish."""
+OWN_CHECKPOINT = "my_checkpoint.safetensors"
+"""Of the artist: a teacher to learn a look from."""
 _FACES = "https://github.com/deepinsight/insightface/releases/download/v0.7"
 HYPER = "hyper_lora/"
 """The names of HyperLoRA's variants begin so."""
@@ -33,6 +35,7 @@ _OWN_FILES = {
     "DiffLoRA_LoadConcept": "teach",
     "DiffLoRA_LoadStyle": "train",
     "DiffLoRA_LoadLoRAFile": "bring",
+    "CheckpointLoaderSimple": "bring",
 }
 """Loaders of what is the artist's own, and how one comes by it."""
 _OWN_PICTURES = (
@@ -48,7 +51,7 @@ def files_to_bring(nodes: Sequence[Mapping[str, Any]]) -> str:
     Args:
         nodes: of a workflow file.
     """
-    ordered = sorted(nodes, key=lambda node: node["type"] not in _OWN_FILES)
+    ordered = sorted(nodes, key=lambda node: not _is_own(node))
     says = [_LOADERS[n["type"]](_file(n)) for n in ordered if n["type"] in _LOADERS]
     first, *others = dict.fromkeys(says)
     lines = [f"**Bring first** {first}", *(f"- {line}" for line in others)]
@@ -60,13 +63,20 @@ def files_to_bring(nodes: Sequence[Mapping[str, Any]]) -> str:
 def what_is_missing(nodes: Sequence[Mapping[str, Any]]) -> str:
     """A few words for a group's title: what its nodes load and nobody publishes; or nothing."""
     for kind, verb in _OWN_FILES.items():
-        names = [_file(node) for node in nodes if node["type"] == kind]
+        names = [_file(node) for node in nodes if node["type"] == kind and _is_own(node)]
         if any(name.startswith(HYPER) for name in names):
             return "download HyperLoRA first"
         if names:
             names = [name.removesuffix(".safetensors") for name in names]
             return f"{verb} {' and '.join(names)} first"
     return ""
+
+
+def _is_own(node: Mapping[str, Any]) -> bool:
+    """True for a loader of what nobody publishes."""
+    if node["type"] == "CheckpointLoaderSimple":
+        return _file(node) == OWN_CHECKPOINT
+    return node["type"] in _OWN_FILES
 
 
 def _file(node: Mapping[str, Any]) -> str:
@@ -97,8 +107,14 @@ def _identity_model(name: str) -> str:
     )
 
 
+def _checkpoint(name: str) -> str:
+    if name == OWN_CHECKPOINT:
+        return f"`models/checkpoints/{name}`: an SDXL checkpoint that you have, with a look"
+    return _published("checkpoints", ", or any SDXL checkpoint")(name)
+
+
 _LOADERS: dict[str, Callable[[str], str]] = {
-    "CheckpointLoaderSimple": _published("checkpoints", ", or any SDXL checkpoint"),
+    "CheckpointLoaderSimple": _checkpoint,
     "CLIPVisionLoader": _published("clip_vision", " (CLIP ViT-L/14)"),
     "ControlNetLoader": _published("controlnet", ""),
     "DiffLoRA_LoadFaceAnalysis": lambda name: (

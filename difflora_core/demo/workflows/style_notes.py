@@ -36,6 +36,20 @@ six.
 - **styles**: 1 for one artist, more for a collection; **rank**: higher is more faithful.
 - **steps**: {demo: few here, to be done in a minute; }500 to 2000 are usual. Stopping keeps \
 the best so far.""",
+    "distil_checkpoint": """
+## Carry the look of a checkpoint in a small file
+The teacher is {demo: the demo with a sepia LoRA on it}{sdxl: a checkpoint of yours}. *Distil \
+Checkpoint* lets it draw the prompts, and the base model learns to predict what it predicts. What \
+is learned is a small style, kept in `models/difflora_styles`.
+
+- **Your teacher**: {demo: at full size a second *Load Checkpoint*}{sdxl: choose it in *The \
+teacher*}; or the base model with LoRAs on it.
+- **prompts**: one a line, of what you want to draw later; dozens or more, or a file of them.
+- **pictures**: how many the teacher draws, each prompt in turn.
+- **steps**: {demo: few here, to be done in a minute; }it stops when held-out prompts gain \
+nothing more.
+- **Afterwards** *Load Style* and *Apply Style* give the look to the base model; its LoRAs and \
+ControlNets still fit.""",
     "para_style": """
 ## Take a style out of the model
 *Train PaRa* adds nothing: it takes directions out of the model's layers, so that what is left \

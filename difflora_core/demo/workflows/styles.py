@@ -1,4 +1,4 @@
-"""The workflows of styles: apply one, beside a person and a pose, and learn one in two ways."""
+"""The workflows of styles: apply one, beside a person and a pose, and learn one in three ways."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from ..world.shipped_styles import EXAMPLE_PHOTOS, SHIPPED, photo_name, style_pictures
 from .builder import Graph, Node, Out
 from .identities import POSE
+from .needs import OWN_CHECKPOINT
 from .people import PERSON, save_grid
 from .style_notes import STYLE_NOTES
 from .targets import Target, WorkflowBuilder
@@ -23,6 +24,35 @@ PERSON_SCENE = (
     "photo of a person, smiling, blue background, purple shirt",
     "portrait of a person smiling, dark coat, in a street",
 )
+
+LESSONS = (
+    "photo of a person, smiling, green background, white shirt",
+    "photo of a person, neutral, blue background, white shirt",
+    "photo of a person, sad, grey background, purple shirt, wearing a green hat",
+    "photo of a person, surprised, pink background, black shirt",
+    "photo of a person, neutral, yellow striped background, blue shirt",
+    "photo of a person, smiling, dark background, orange shirt, holding a white cup",
+    "cartoon of a person, neutral, blue background, red shirt",
+    "cartoon of a person, smiling, grey striped background, green shirt",
+    "cartoon of a person, sad, pink background, yellow shirt, with a black cat",
+    "painting of a person, neutral, green background, purple shirt",
+    "painting of a person, surprised, yellow background, white shirt",
+    "painting of a person, smiling, blue background, black shirt, holding a red flower",
+), (
+    "portrait of a woman smiling, red coat, green park",
+    "portrait of an old man, grey beard, dark room",
+    "a street in the rain at night, neon signs",
+    "a bowl of fruit on a wooden table",
+    "a castle on a hill, morning mist",
+    "a cat asleep on a window sill",
+    "a sailing boat on a rough sea",
+    "a forest path in autumn",
+    "a dancer on a stage, spotlight",
+    "a village market, crowded stalls",
+    "a robot repairing a clock",
+    "mountains above a lake, sunset",
+)  # fmt: skip
+"""What a teacher is asked for: of the demo, and of SDXL."""
 
 
 def apply_style(graph: Graph, target: Target) -> None:
@@ -151,6 +181,65 @@ def para_style(graph: Graph, target: Target) -> None:
         bound=target.pick(0.5, 0.025),
     )
     _drawn_before_and_after(builder, trained["style"], "para_style")
+
+
+def distil_checkpoint(graph: Graph, target: Target) -> None:
+    """A model learns to draw as another one, from prompts alone."""
+    builder = WorkflowBuilder(graph, target, STYLE_NOTES["distil_checkpoint"])
+    with graph.group("1 Load student and teacher"):
+        builder.load_base()
+        teacher = _demo_teacher(builder) if target.name == "demo" else _own_checkpoint(builder)
+    with graph.group("2 Learn from the teacher"):
+        learned = graph.add(
+            "DiffLoRA_DistilCheckpoint",
+            0,
+            teacher=teacher[0],
+            teacher_clip=teacher[1],
+            model=builder.model,
+            clip=builder.clip,
+            vae=builder.vae,
+            prompts="\n".join(target.pick(*LESSONS)),
+            steps=target.pick(60, 2000),
+            rank=target.pick(4, 16),
+            pictures=target.pick(12, 120),
+            width=target.pick(64, 1024),
+            height=target.pick(64, 1024),
+            batch_size=target.pick(2, 1),
+            file_name="my_distilled_style",
+            sampling_steps=target.pick(8, 20),
+            cfg=target.pick(2.0, 5.0),
+            learning_rate=target.pick(0.006, 0.0001),
+        )
+        graph.add("PreviewAny", 0, title="What was kept", source=learned["report"])
+    with graph.group("3 Draw"):
+        student = _apply(builder, builder.model, learned["style"], 1.0, 0)
+        canvas, prompts = builder.canvas(0), builder.prompts(0, *SCENE)
+        drawn = [
+            builder.draw(1, title, model, prompts, canvas, SEED, folded=title != "The student")
+            for title, model in (
+                ("Without it", builder.model),
+                ("The teacher draws", teacher[0]),
+                ("The student", student),
+            )
+        ]
+    with graph.group("4 Compare", wide=True):
+        labels = ("without it", "the teacher", "the student")
+        save_grid(builder, builder.grid(0, builder.batch(0, drawn), labels, 3), "distil_checkpoint")
+
+
+def _demo_teacher(builder: WorkflowBuilder) -> tuple[Out, Out]:
+    """MODEL and CLIP of the demo with a look of its own: it ships no second checkpoint."""
+    style = _load_style(builder, "demo_sepia", 1)
+    export = builder.graph.add("DiffLoRA_ExportStyleLoRA", 1, model=builder.model, style=style)
+    return builder.apply_lora(export["lora"], 1, title="The teacher"), builder.clip
+
+
+def _own_checkpoint(builder: WorkflowBuilder) -> tuple[Out, Out]:
+    """MODEL and CLIP of a checkpoint that the artist has."""
+    own = builder.graph.add(
+        "CheckpointLoaderSimple", 1, title="The teacher", ckpt_name=OWN_CHECKPOINT
+    )
+    return own["MODEL"], own["CLIP"]
 
 
 def _train(builder: WorkflowBuilder, kind: str, photos: Sequence[Out], **inputs: Any) -> Node:

@@ -43,7 +43,7 @@ from .people import (
 )
 from .plan import plan
 from .runner import run_workflow
-from .styles import apply_style, few_shot_style, para_style, style_person
+from .styles import apply_style, distil_checkpoint, few_shot_style, para_style, style_person
 from .targets import DEMO, GRID_SIDE, SDXL, Target
 from .training import refine_person, train_person
 
@@ -72,6 +72,7 @@ WORKFLOWS: dict[str, Callable[[Graph, Target], None]] = {
     "style_person": style_person,
     "few_shot_style": few_shot_style,
     "para_style": para_style,
+    "distil_checkpoint": distil_checkpoint,
 }
 """In the order in which an artist may want to meet them."""
 FULL_SIZE_ALONE: dict[str, Callable[[Graph, Target], None]] = {
