@@ -14,7 +14,6 @@ from ..difflora_core.errors import ConfigError, DiffLoRAError, FileNameError, sh
 from ..difflora_core.storage.atomic import write_text
 from ..difflora_core.storage.file_name import check_file_name, with_ending
 from ..difflora_core.storage.identity_models import MODEL_FOLDERS
-from ..difflora_core.training.picture_folder import pictures_in
 
 logger = logging.getLogger(__name__)
 
@@ -216,35 +215,6 @@ def prompt_file(name: str) -> Path | None:
     if name not in prompt_files():  # it is from a prompt
         raise FileNameError(
             f"The prompt file '{shown(name)}' was not found. Put it into {folder} and press R."
-        )
-    return folder / name
-
-
-def picture_folders() -> list[str]:
-    """The folders in ComfyUI's input folder that hold pictures, after the choice of none."""
-    found = Path(folder_paths.get_input_directory()).iterdir()
-    return [NO_FILE, *sorted(path.name for path in found if path.is_dir() and _has_pictures(path))]
-
-
-def _has_pictures(folder: Path) -> bool:
-    try:
-        return bool(pictures_in(folder))
-    except ConfigError:
-        return False
-
-
-def picture_folder(name: str) -> Path | None:
-    """The full path of a folder in the input folder; None for none.
-
-    Raises:
-        FileNameError: it is not there; the message names the input folder.
-    """
-    if name in ("", NO_FILE):
-        return None
-    folder = Path(folder_paths.get_input_directory())
-    if name not in picture_folders():  # it is from a prompt
-        raise FileNameError(
-            f"The folder '{shown(name)}' was not found. Put it into {folder} and press R."
         )
     return folder / name
 

@@ -8,6 +8,7 @@ from ..difflora_core.training.styleinject import StyleInjectObjective, StyleInje
 from . import model_paths
 from .host import training, training_widgets
 from .host.memory import AUTO
+from .host.picture_folders import picture_folder
 from .host.training_request import HeldOutRequest, PictureParts
 
 CATEGORY = "DiffLoRA/styles"
@@ -61,11 +62,11 @@ class TrainStyleInject(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, folder=model_paths.NO_FILE):
-        return model_paths.problem(model_paths.picture_folder, folder)
+        return model_paths.problem(picture_folder, folder)
 
     @classmethod
     def fingerprint_inputs(cls, folder=model_paths.NO_FILE, **others):
-        path = model_paths.picture_folder(folder)
+        path = picture_folder(folder)
         return model_paths.fingerprint(path) if path else None
 
     @classmethod
@@ -101,7 +102,7 @@ class TrainStyleInject(io.ComfyNode):
             guidance=guidance,
             accumulate=accumulate,
         )
-        path = model_paths.picture_folder(folder)
+        path = picture_folder(folder)
         more = tuple(pictures_in(path)) if path else ()
         request = HeldOutRequest(prompts, file_name, mirror, small_file, held_out, more)
         parts = PictureParts(model, clip, vae, images, None, None)

@@ -162,7 +162,6 @@ class StyleRouter(io.ComfyNode):
 
     @classmethod
     def define_schema(cls):
-        samplers = comfy.samplers.KSampler
         return io.Schema(
             node_id="DiffLoRA_StyleRouter",
             display_name="Style Router Picture",
@@ -171,36 +170,7 @@ class StyleRouter(io.ComfyNode):
             "which part of the model, from the first step to the last. For styles that mix several "
             "by a router.",
             search_aliases=["router", "mixture of styles", "which style fires", "style weights"],
-            inputs=[
-                io.Model.Input("model", tooltip="A model with a style on it, from Apply Style."),
-                io.Conditioning.Input("positive", tooltip="What the picture shows."),
-                io.Conditioning.Input("negative", tooltip="What it does not show."),
-                io.Latent.Input("latent_image", tooltip="An empty picture, or one to draw again."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Of the noise.",
-                ),
-                io.Int.Input("steps", default=20, min=1, max=10_000, tooltip="As in KSampler."),
-                io.Float.Input(
-                    "cfg", default=5.0, min=0.0, max=100.0, step=0.1, tooltip="As in KSampler."
-                ),
-                io.Combo.Input(
-                    "sampler_name", options=samplers.SAMPLERS, tooltip="As in KSampler."
-                ),
-                io.Combo.Input("scheduler", options=samplers.SCHEDULERS, tooltip="As in KSampler."),
-                io.Float.Input(
-                    "denoise",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="How much of the picture is drawn again.",
-                ),
-            ],
+            inputs=_sampler_inputs(),
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="What KSampler would give."),
                 io.Image.Output(
@@ -239,6 +209,37 @@ class StyleRouter(io.ComfyNode):
         places = routing_map(watcher.table.by_picture())[None]
         shown = ui.PreviewImage(picture, cls=cls)
         return io.NodeOutput(drawn, picture, routing_report(shares), places, ui=shown)
+
+
+def _sampler_inputs() -> list[io.Input]:
+    """Those of KSampler, on a model with a style."""
+    samplers = comfy.samplers.KSampler
+    return [
+        io.Model.Input("model", tooltip="A model with a style on it, from Apply Style."),
+        io.Conditioning.Input("positive", tooltip="What the picture shows."),
+        io.Conditioning.Input("negative", tooltip="What it does not show."),
+        io.Latent.Input("latent_image", tooltip="An empty picture, or one to draw again."),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=0xFFFFFFFFFFFFFFFF,
+            control_after_generate=True,
+            tooltip="Of the noise.",
+        ),
+        io.Int.Input("steps", default=20, min=1, max=10_000, tooltip="As in KSampler."),
+        io.Float.Input("cfg", default=5.0, min=0.0, max=100.0, step=0.1, tooltip="As in KSampler."),
+        io.Combo.Input("sampler_name", options=samplers.SAMPLERS, tooltip="As in KSampler."),
+        io.Combo.Input("scheduler", options=samplers.SCHEDULERS, tooltip="As in KSampler."),
+        io.Float.Input(
+            "denoise",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="How much of the picture is drawn again.",
+        ),
+    ]
 
 
 def _style(adaptation: TrainedAdaptation) -> PreparedAdaptation:

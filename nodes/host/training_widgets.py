@@ -5,6 +5,7 @@ from comfy_api.latest import io
 from ...difflora_core.training.loop_config import MAX_TRAINING_SEED
 from .. import model_paths, sockets
 from .memory import AUTO, CHOICES
+from .picture_folders import picture_folders
 
 MASKS = (
     "Where the concept is: one mask for all pictures or one each, for example from a segmentation "
@@ -156,7 +157,7 @@ def folder_widget() -> io.Input:
     """More pictures than fit into a batch; optional, since old workflows lack it."""
     return io.Combo.Input(
         "folder",
-        options=model_paths.picture_folders(),
+        options=picture_folders(),
         default=model_paths.NO_FILE,
         optional=True,
         advanced=True,

@@ -1,0 +1,41 @@
+"""The folders of pictures in ComfyUI's input folder."""
+
+from pathlib import Path
+
+import folder_paths
+
+from ...difflora_core.errors import ConfigError, FileNameError, shown
+from ...difflora_core.training.picture_folder import pictures_in
+from .. import model_paths
+
+
+def picture_folders() -> list[str]:
+    """The folders in ComfyUI's input folder that hold pictures, after the choice of none."""
+    found = Path(folder_paths.get_input_directory()).iterdir()
+    return [
+        model_paths.NO_FILE,
+        *sorted(path.name for path in found if path.is_dir() and _has_pictures(path)),
+    ]
+
+
+def _has_pictures(folder: Path) -> bool:
+    try:
+        return bool(pictures_in(folder))
+    except ConfigError:
+        return False
+
+
+def picture_folder(name: str) -> Path | None:
+    """The full path of a folder in the input folder; None for none.
+
+    Raises:
+        FileNameError: it is not there; the message names the input folder.
+    """
+    if name in ("", model_paths.NO_FILE):
+        return None
+    folder = Path(folder_paths.get_input_directory())
+    if name not in picture_folders():  # it is from a prompt
+        raise FileNameError(
+            f"The folder '{shown(name)}' was not found. Put it into {folder} and press R."
+        )
+    return folder / name
