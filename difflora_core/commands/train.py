@@ -215,13 +215,20 @@ class _Work:
     def _reader(self) -> FaceReader:
         """The reader of faces in latents, for the likeness loss."""
         data, path = self.people.pictures, self.run.path / "likeness"
-        config = FaceReaderConfig(data.latents.shape[1], data.features.sizes.face)
+        channels = data.latents[data.people[0, :1]].shape[1]
+        config = FaceReaderConfig(channels, data.features.sizes.face)
         with DrawnFrom(torch.Generator().manual_seed(self.settings.seed)):
             reader = FaceReader(config).to(self.device)
         with self.stage("likeness") as progress:
             face_reader.fit(
                 *(reader, data.latents, data.features, data.people),
                 *(self.settings.likeness, path, progress),
+            )
+        if self.others is not None:
+            own = self.others.pictures
+            reached = face_reader.mean_likeness(reader, own.latents, own.features, own.people)
+            self.run.say(
+                f"faces read from latents of people to judge by: cosine {reached:.3f} with theirs"
             )
         return reader
 
@@ -256,9 +263,8 @@ class _Work:
         pictures, base = shown_people.pictures, self.base.model
         first = [pictures.features.select(int(row[0])) for row in pictures.people[:count]]
         settings = SampleSettings(SAMPLE_STEPS, SAMPLE_GUIDANCE)
-        latents = draw_people(
-            model, base, first, self.prompts, settings, pictures.latents.shape[1:]
-        )
+        shape = pictures.latents[pictures.people[0, :1]].shape[1:]  # of the first one's picture
+        latents = draw_people(model, base, first, self.prompts, settings, shape)
         base.vae.to(self.device)
         for number, image in enumerate(base.decode_latents(latents)):
             write_image(image.cpu(), self.run.samples / f"{name}-{number:03d}.png")

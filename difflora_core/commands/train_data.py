@@ -21,6 +21,7 @@ from ..data.records import PreparedPicture
 from ..errors import DatasetError
 from ..storage.safetensors_io import read_file, write_atomic
 from ..training.difflora.functional import PersonPictures
+from ..training.difflora.person_choice import sized
 from ..training.fingerprint import fingerprint, weights_digest
 from ..training.hooks import Progress
 from ..training.processes import launched
@@ -112,7 +113,7 @@ def load_people(
     """Everybody of whom there are two pictures with a face.
 
     Args:
-        dataset: prepared; all pictures of one size.
+        dataset: prepared.
         encoders: see there.
         folder: where what they make is kept.
         progress: told of pictures.
@@ -144,7 +145,7 @@ def load_people(
     recogniser = Path(dataset.facts.face_encoder).name
     table, who = _people(dataset, rows)
     pictures = PersonPictures(
-        latents=torch.stack([latents.read(row) for row in rows]),
+        latents=sized([latents.read(row) for row in rows]),
         text=encode_all(encoders.base, prompts),
         prompts=torch.tensor([numbers[caption] for caption in captions]),
         features=ImageFeatures(
@@ -183,12 +184,6 @@ def _check(dataset: PreparedDataset) -> None:
         raise DatasetError(
             "Nobody looked for faces in this dataset: run prepare with --faces and the folder of a "
             "face analysis."
-        )
-    if len(dataset.buckets) > 1:
-        sizes = ", ".join(f"{h} x {w}" for h, w in list(dataset.buckets)[:4])
-        raise DatasetError(
-            f"The pictures have {len(dataset.buckets)} sizes ({sizes}); this training takes one. "
-            "Run prepare with --framing face, which cuts squares."
         )
 
 

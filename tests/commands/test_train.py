@@ -308,3 +308,26 @@ def test_the_full_size_network_takes_the_encoders_at_hand():
     config = network_config(FeatureSizes(512, 1024, 257, 1280), True, preset="paper")
     assert config.feature_sizes == FeatureSizes(512, 1024, 257, 1280)
     assert (config.lae.latent_tokens, config.preset) == (64, "paper")
+
+
+def test_pictures_of_several_shapes_train_in_batches_of_one(photos, tmp_path, settings):
+    """Whole portraits, and their middles: three buckets; the base is told each one's own size."""
+    for number, path in enumerate(sorted(photos.rglob("*.png"))):
+        left, top = ((0, 0), (8, 0), (0, 8))[number % 3]
+        own = tmp_path / "photos" / path.relative_to(photos)
+        own.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).crop((left, top, 64 - left, 64 - top)).save(own)
+    prepare(tmp_path / "photos", tmp_path / "dataset", SMALL)
+    dataset = PreparedDataset(tmp_path / "dataset")
+    assert len(dataset.buckets) == 3
+    run(replace(settings(tmp_path / "run"), dataset=str(tmp_path / "dataset")), plain_console())
+    assert (tmp_path / "run" / "difflora-model.safetensors").exists()
+    assert "people to judge by: cosine" in (tmp_path / "run" / "log.txt").read_text()
+    _, image = open_encoders("", str(paths.CLIP_VISION), torch.device("cpu"))
+    base = open_base("demo", torch.device("cpu")).model
+    encoders = Encoders(base, image, file_digest(paths.CLIP_VISION))
+    people = load_people(dataset, encoders, tmp_path / "features", lambda *_: None).pictures
+    for row in range(len(dataset)):
+        height, width = (int(side) * 4 for side in people.latents[torch.tensor([row])].shape[2:])
+        assert people.time_ids[row, 4:].tolist() == [height, width]
+        assert dataset[row].picture.shape[:2] == (height, width)

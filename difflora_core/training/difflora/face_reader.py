@@ -18,8 +18,10 @@ from ...models.face_reader import FaceReader
 from ...vision.features import ImageFeatures
 from ..fingerprint import fingerprint
 from ..loop import Hooks, LoopConfig, Progress, train
+from .person_choice import Latents, PersonChoice, of_one_size
 
 BATCH = 128
+AT_ONCE = 200
 NOISE = 0.4
 """Largest noise on the latents: estimates of a clean latent are never quite clean."""
 
@@ -61,12 +63,12 @@ class ReaderObjective(nn.Module):
 
 
 def reader_batches(
-    latents: Tensor, centroids: Tensor, people: Tensor, count: int
+    latents: Latents, centroids: Tensor, people: Tensor, count: int
 ) -> Callable[[torch.Generator], dict[str, Tensor]]:
     """Batches of pictures with a little noise of a random amount on their latents.
 
     Args:
-        latents: (M, C, h, w) scaled.
+        latents: (M, C, h, w) scaled, or of several sizes.
         centroids: (P, Df) unit face of each person.
         people: (P, Q) picture numbers of each person; -1 at the end of whoever has fewer.
         count: B, pictures per batch.
@@ -74,13 +76,11 @@ def reader_batches(
     Returns:
         From a generator to a batch: `latents` (B, C, h, w) and their `centroids` (B, Df).
     """
-
-    own = (people >= 0).sum(1)
+    choose = PersonChoice(people, latents)
 
     def draw(generator: torch.Generator) -> dict[str, Tensor]:
-        person = torch.randint(len(people), (count,), generator=generator)
-        which = torch.randint(people.shape[1], (count,), generator=generator) % own[person]
-        clean = latents[people[person, which]].float()
+        person, pictures = choose(count, generator)
+        clean = latents[pictures[:, 0]].float()
         amount = NOISE * torch.rand(count, 1, 1, 1, generator=generator)
         noise = torch.randn(clean.shape, generator=generator)
         return {"latents": clean + amount * noise, "centroids": centroids[person]}
@@ -88,20 +88,41 @@ def reader_batches(
     return draw
 
 
+@torch.no_grad()
+def mean_likeness(
+    reader: FaceReader, latents: Latents, features: ImageFeatures, people: Tensor
+) -> float:
+    """Mean cosine of the faces read from everybody's pictures with the person's, in [-1, 1].
+
+    Args:
+        reader: on the device where it reads.
+        latents: scaled, of all pictures: (M, C, h, w), or of several sizes.
+        features: of the same pictures.
+        people: (P, Q) picture numbers of each person; -1 at the end of whoever has fewer.
+    """
+    centroids, device = face_centroids(features, people), next(reader.parameters()).device
+    person, place = (people >= 0).nonzero(as_tuple=True)
+    found = torch.zeros(())
+    for rows in of_one_size(latents, people[person, place], AT_ONCE):
+        faces = reader(latents[people[person, place][rows]].to(device, torch.float32))
+        found += (faces.cpu() * centroids[person[rows]]).sum()
+    return float(found / len(person))
+
+
 def fit(
     reader: FaceReader,
-    latents: Tensor,
+    latents: Latents,
     features: ImageFeatures,
     people: Tensor,
     loop: LoopConfig,
     folder: Path,
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """Train the reader in place on M latents (M, C, h, w); see `loop.train` for the rest.
+    """Train the reader in place on M latents; see `loop.train` for the rest.
 
     Args:
         reader: changed in place.
-        latents: scaled latents of all pictures.
+        latents: scaled, of all pictures: (M, C, h, w), or of several sizes.
         features: of the same pictures.
         people: (P, Q) picture numbers of each person.
         loop: the run.

@@ -34,6 +34,7 @@ from ..fingerprint import fingerprint, weights_digest
 from ..loop import Hooks, LoopConfig, Progress, train
 from ..losses import Denoised, NoisedBatch, denoise
 from .face_reader import face_centroids, likeness_error
+from .person_choice import Latents, PersonChoice
 
 VALIDATION_DRAWS = 4
 """Batches of fixed people and noise that one judgement averages over."""
@@ -73,13 +74,13 @@ class FunctionalConfig(Config):
 class PersonPictures:
     """Pictures of many people, ready for training.
 
-    `latents`: (M, C, h, w) scaled; `text`: encoded unique prompts; `prompts`: (M,) row of `text`;
-    `features`: of every picture as a reference photo, M rows; `people`: (P, Q) picture numbers of
-    each person, two or more; whoever has less than Q has -1 at the end; `time_ids`: (M, 6) what the
-    base is told of each picture's size, see `TextCondition`.
+    `latents`: (M, C, h, w) scaled, or of several sizes; `text`: encoded unique prompts;
+    `prompts`: (M,) row of `text`; `features`: of every picture as a reference photo, M rows;
+    `people`: (P, Q) picture numbers of each person, two or more; whoever has less than Q has -1 at
+    the end; `time_ids`: (M, 6) what the base is told of each picture's size, see `TextCondition`.
     """
 
-    latents: Tensor
+    latents: Latents
     text: TextCondition
     prompts: Tensor
     features: ImageFeatures
@@ -165,6 +166,8 @@ def person_batches(
 ) -> Callable[[torch.Generator], dict[str, Tensor]]:
     """Batches of people: N photos to see, another picture to draw at one of `steps` noises.
 
+    What is drawn has one size in a batch; photos to see may be of any.
+
     Returns:
         From a generator to a batch. Of the photos: what `MixedImageFeatures.forward` takes, (B, N,
         ...), and `centroids` (B, Df), unit faces. Of the picture to draw: scaled `latents` and
@@ -176,12 +179,10 @@ def person_batches(
     latent = (count, lae.latent_tokens, lae.latent_dim)
     most = min(config.photos, data.people.shape[1] - 1)
     centroids = face_centroids(data.features, data.people)
+    choose = PersonChoice(data.people, data.latents)
 
     def draw(generator: torch.Generator) -> dict[str, Tensor]:
-        people = torch.randint(len(data.people), (count,), generator=generator)
-        own = data.people[people]  # B Q
-        order = torch.rand(own.shape, generator=generator).masked_fill(own < 0, 2).argsort(1)
-        pictures = own.gather(1, order)  # B Q, shuffled; -1 comes last
+        people, pictures = choose(count, generator)  # B Q, shuffled; -1 comes last
         target = pictures[:, 0]
         # One photo is what artists have most often; so half of the batches see one alone.
         alone = bool(torch.rand((), generator=generator) < 0.5)
