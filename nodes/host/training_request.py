@@ -200,19 +200,19 @@ class HeldOutRequest(PictureRequest):
     def _chosen(self, base: BaseModel, parts: PictureParts, numbers: list[int]) -> PictureExamples:
         """Pictures by number, those of files after those that are connected."""
         lines, count = self.lines, len(parts.images)
-        connected, filed = (
-            [k for k in numbers if k < count],
-            [k - count for k in numbers if k >= count],
-        )
+        connected = [k for k in numbers if k < count]
+        filed = [k - count for k in numbers if k >= count]
         made = []
         if connected:
             images = parts.images[connected].clone()[..., :3]
             prompts = [[lines[k]] if len(lines) == count else lines for k in connected]
             made.append(picture_examples(base, images, (), None, prompts, self.mirror))
         if filed:
-            paths, size = [self.more[k] for k in filed], tuple(parts.images.shape[1:3])
-            bar = comfy.utils.ProgressBar(len(paths))
-            made.append(folder_examples(base, paths, size, lines, self.mirror, bar.update_absolute))
+            height, width = parts.images.shape[1:3]
+            files, bar = [self.more[k] for k in filed], comfy.utils.ProgressBar(len(filed))
+            read = bar.update_absolute
+            more = folder_examples(base, files, (height, width), lines, self.mirror, read)
+            made.append(more)
         return joined(made) if len(made) > 1 else made[0]
 
 
