@@ -13,9 +13,11 @@ from torch import Tensor
 
 from difflora_core.adapters.attach import attach
 from difflora_core.adapters.base import AdapterSet
+from difflora_core.adapters.routing import watched_routing
 from difflora_core.base_model.protocol import TextCondition
 from difflora_core.config import Config
 from difflora_core.demo.world.scenes import Scene
+from difflora_core.diffusion.objective import abar_at, add_noise
 from difflora_core.diffusion.sampler import SampleSettings, initial_noise, sample, seeded_generators
 from difflora_core.evaluation.metrics import attribute_agreement, seed_diversity
 from difflora_core.lora.layout import unet_name_map
@@ -27,6 +29,7 @@ from difflora_core.training.picture_task import PictureTask
 
 from ..prompts import PROMPTS, asked
 from .readers import StyleReader
+from .routing import routing_columns
 from .tasks import StyleTask, style_of
 from .trainer import TrainedStyle
 from .world import StyleWorld
@@ -170,6 +173,24 @@ class StyleEvaluator:
         for each in dict.fromkeys(wanted):
             index = [k for k, own in enumerate(wanted) if own == each]
             yield self.world.readers[each], torch.tensor(index)
+
+    @torch.no_grad()
+    def routing(self, given: StyleTask, trained: TrainedStyle) -> dict[str, float]:
+        """`routing_columns` of a task's own pictures under half of all noise."""
+        base, parts = given.task.base, (given.examples, given.held_out)
+        prompts = [prompts[0] for part in parts for prompts in part.prompts]
+        clean = torch.cat([part.latents for part in parts])
+        seeds = range(FIRST_SEED, FIRST_SEED + len(clean))
+        noise = initial_noise(seeded_generators(seeds), tuple(clean.shape[1:]))
+        when = torch.full((len(clean),), len(base.alphas_cumprod) // 2)
+        noisy = add_noise(clean, noise, abar_at(base.alphas_cumprod, when, clean))
+        encoded, seen = given.task.encode(prompts), list[Tensor]()
+        with (
+            attach(base.unet, trained.adapters, names=self.names),
+            watched_routing(lambda layer, weights: seen.append(weights)),
+        ):
+            base.predict(noisy, when, TextCondition(encoded.context, encoded.pooled))
+        return routing_columns(seen, [given.look(prompt) for prompt in prompts])
 
     @torch.no_grad()
     def step_milliseconds(self, trained: TrainedStyle, rounds: int) -> float:

@@ -56,7 +56,7 @@ class Size(Config):
 
 QUICK = Size(
     ("poster",),  # it shows the colours that prompts name; ink veils them
-    (0,),
+    (0, 1, 2),
     (0,),
     Course(60, 2),
     TaskSize(24, held_out=8),
@@ -68,7 +68,7 @@ QUICK = Size(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = command_parser("Styles, learned from teachers and from pictures.", threads=1)
-    parser.add_argument("--quick", action="store_true", help="one style, short runs, one seed")
+    parser.add_argument("--quick", action="store_true", help="one style, short runs")
     about = "folder with teachers/ and judges/ of make demo-world"
     parser.add_argument("--teachers", type=Path, default=paths.ARTEFACTS, help=about)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="some alone")
@@ -145,7 +145,8 @@ def learned(
             runs.setdefault(row.name, {})[style, seed] = evaluator.columns(style, given, trained)
             first = not costs.get(row.name)
             timed = evaluator.step_milliseconds(trained, size.step_rounds) if first else math.nan
-            costs.setdefault(row.name, []).append({**trained.costs, "step_ms": timed})
+            routed = evaluator.routing(given, trained)
+            costs.setdefault(row.name, []).append({**trained.costs, "step_ms": timed, **routed})
     means = {
         name: {column: _mean([one[column] for one in each]) for column in each[0]}
         for name, each in costs.items()

@@ -73,6 +73,11 @@ class StyleTask:
     objective: Callable[[Any], Any]
     said: Callable[[str], str] = str
 
+    def look(self, prompt: str) -> str:
+        """The look that one of its prompts names."""
+        spoken: Mapping[str, str] = getattr(self.task, "spoken", {})
+        return spoken.get(prompt, prompt).split()[0]
+
 
 def scenario_1(world: StyleWorld, style: str, size: TaskSize) -> StyleTask:
     """Distillation from a teacher that reads by the student's text encoders; no pictures."""

@@ -18,8 +18,9 @@ from benchmarks.styles.methods.styleinject import FOUR, ONE, SAME_LAYERS, SAME_R
 from benchmarks.styles.people import KnownPeople
 from benchmarks.styles.pictures import BASE, TEACHER, DrawingPlan, StyleEvaluator
 from benchmarks.styles.readers import RIDGE, TEST_SHARE, features, fitted_reader
+from benchmarks.styles.routing import routing_columns
 from benchmarks.styles.styles import Size, main, measure
-from benchmarks.styles.tasks import EACH_LOOK, TASKS, TaskSize
+from benchmarks.styles.tasks import EACH_LOOK, OF_LOOK, TASKS, TaskSize
 from benchmarks.styles.trainer import StyleTrainer
 from benchmarks.styles.world import StyleWorld
 from difflora_core.base_model.diffusers_base import DiffusersBase
@@ -127,7 +128,8 @@ def test_every_task_and_conclusion_is_there(report):
         for name in (TEACHER, BASE):
             assert set(report.rows[f"{task}: {name}"]) == JUDGED
         for name in LATE if kind.late else SOME:
-            assert set(report.rows[f"{task}: {name}"]) == JUDGED | COSTS
+            routed = set() if name == EQUAL else {"routed_apart", "routed_by_look"}
+            assert set(report.rows[f"{task}: {name}"]) == JUDGED | COSTS | routed
             # the best state is the lowest on held-out pictures, so the last one is no lower
             assert report.rows[f"{task}: {name}"]["late_loss"] >= 1 - 1e-6
     assert len(report.rows) == (len(TASKS) - 1) * (2 + len(SOME)) + 2 + len(LATE)
@@ -210,6 +212,7 @@ def test_the_teacher_is_told_in_its_own_language_what_the_student_is(world):
     for (prompt,) in pairs:
         assert translate(given.task.spoken[prompt]) == prompt != given.task.spoken[prompt]
         assert world.chinese.text.special.unknown not in world.chinese.text.tokens(prompt)
+        assert given.look(prompt) in OF_LOOK
     assert given.task.loss.features == 0  # the languages differ, so outputs alone are compared
 
 
@@ -237,6 +240,26 @@ def test_the_teacher_is_asked_once_for_each_batch(world, tmp_path, monkeypatch):
     for name, layer in layers[0].items():
         for key, tensor in layer.items():
             assert all(torch.equal(other[name][key], tensor) for other in layers[1:])
+
+
+def test_routing_is_what_a_router_tells_apart():
+    looks = ["photo", "cartoon", "photo", "cartoon"]
+    by_look = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    by_chance = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.1, 0.9], [0.1, 0.9]])
+    alike, alone = torch.full((4, 2), 0.5), torch.ones(4, 1)
+    for weights, wanted in ((by_look, (0.5, 1.0)), (by_chance, (0.4, 0.0)), (alike, (0.0, 0.0))):
+        made = routing_columns([weights, alone], looks)
+        assert (made["routed_apart"], made["routed_by_look"]) == pytest.approx(wanted)
+    both = routing_columns([by_look, by_chance], looks)
+    assert both == pytest.approx({"routed_apart": 0.45, "routed_by_look": 0.5})
+    assert routing_columns([alone], looks) == routing_columns([], looks) == {}
+
+
+def test_chance_is_what_its_words_say():
+    """Of mixtures without any order, a share (looks - 1) / (pictures - 1) lies between looks."""
+    generator, looks = torch.Generator().manual_seed(0), ["a"] * 9 + ["b"] * 4 + ["c"] * 2
+    layers = [torch.rand(15, 4, generator=generator).softmax(1) for _ in range(2000)]
+    assert routing_columns(layers, looks)["routed_by_look"] == pytest.approx(2 / 14, abs=0.01)
 
 
 def test_sta_alone_is_a_spread_and_nothing_else(world, tmp_path):
