@@ -28,13 +28,13 @@ from ..base_model.checkpointing import gradient_checkpointing
 from ..base_model.precision import autocast, needs_loss_scale
 from ..base_model.protocol import BaseModel
 from ..errors import ConfigError, InterruptedTraining
+from .average import Average
 from .event_log import append_event, forget_events_after
 from .fingerprint import fingerprint
 from .hooks import Batch, ByStep, Draw, Hooks, Progress, Stopped
 from .loop_config import LoopConfig
 from .loop_state import (
     BEST,
-    Average,
     Best,
     Meter,
     RunState,
@@ -46,6 +46,7 @@ from .loop_state import (
     write_best,
 )
 from .processes import Processes, deferred_interrupt, launched, split
+from .sharding import gathered, shard
 from .state_file import STATE, RunIdentity, settings_that_count
 from .step import Step
 
@@ -114,6 +115,7 @@ class _Run:
         self.objective, self.draw, self.config = objective, draw, config
         self.folder, self.hooks, self.processes = folder, hooks, processes
         self.device = next(objective.parameters()).device
+        self.whole_again = shard(objective, config, hooks, processes)
         scaled = needs_loss_scale(config.precision, hooks.base)
         self.state = RunState(
             objective,
@@ -168,11 +170,13 @@ class _Run:
         if self.hooks.validate is not None and self.state.judged >= 0:
             self._compare_present()
             self._restore()
+        self.whole_again()
         return Stopped(self.state.done, self._result())
 
     def end(self) -> dict[str, float]:
         """Leave the objective at the best weights, or at the average."""
         self._restore()
+        self.whole_again()
         return self._result()
 
     def _after(self) -> None:
@@ -182,7 +186,8 @@ class _Run:
         for metrics in self.work.metrics:
             self.state.meter.add(metrics)
         if after_step is not None:
-            self.processes.together(lambda: after_step(self.state.done))
+            with gathered(self.objective):
+                self.processes.together(lambda: after_step(self.state.done))
         if self._due():
             self._judge()
         if self.state.done % config.log_every == 0 or self.finished:
@@ -221,7 +226,7 @@ class _Run:
     def _validate(self) -> float:
         """The main process's validation loss; every process computes it."""
         validate = self.hooks.validate or (lambda: math.inf)
-        with self.state.average.in_place(self.objective):
+        with self.state.average.in_place(self.objective), gathered(self.objective):
             value = self.processes.together(validate)
         return self.processes.from_main(value)
 
@@ -268,11 +273,8 @@ class _Run:
         if self.folder is None:
             return
         self._join_meters()
-        self.processes.on_main(self._write)
-
-    def _write(self) -> None:
-        if self.folder is not None:
-            self.state.write(self.folder / STATE, self.identity)
+        path, tensors = self.folder / STATE, self.state.tensors()
+        self.processes.on_main(lambda: self.state.write(path, self.identity, tensors))
 
     def _resume(self) -> None:
         """Take up the files of this run, if there are any."""

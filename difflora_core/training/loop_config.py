@@ -44,6 +44,8 @@ class LoopConfig(Config):
         patience: validations without a new best before training stops; 0 never stops early.
         validate_first: also validate the weights before the first step.
         ema_on_cpu: keep the average in the computer's memory, to save the device's.
+        shard: of several processes each keeps a part of weights, gradients, moments and average
+            (FSDP); `accelerate launch --use_fsdp` asks for it too.
 
     Raises:
         ConfigError: a value is out of range or unknown.
@@ -70,6 +72,7 @@ class LoopConfig(Config):
     patience: int = 8
     validate_first: bool = False
     ema_on_cpu: bool = field(default=False, metadata=SAME_COURSE)
+    shard: bool = field(default=False, metadata=SAME_COURSE)
 
     def __post_init__(self) -> None:
         self.check_choices("Training")

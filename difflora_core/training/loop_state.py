@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +14,9 @@ from torch.amp.grad_scaler import GradScaler
 
 from ..config import Config
 from ..errors import CheckpointError, ConfigError
+from .average import Average
 from .loop_config import LoopConfig
+from .sharding import local, sharded_as, whole
 from .state_file import RunIdentity, check_tensors, damaged, read_state, write_state
 
 logger = logging.getLogger(__name__)
@@ -50,51 +51,6 @@ def optimizers(
     for group in (g for optimizer in found for g in optimizer.param_groups):
         group["peak"] = group["lr"]
     return found
-
-
-class Average:
-    """Exponential moving average of the trained weights, with the usual warm-up.
-
-    Args:
-        module: whose parameters that require a gradient are averaged.
-        decay: 0 averages nothing.
-        device: where the average is kept; by default where each parameter is.
-    """
-
-    def __init__(self, module: nn.Module, decay: float, device: torch.device | None = None) -> None:
-        self.decay, self.updates = decay, 0
-        named = ((n, p) for n, p in module.named_parameters() if p.requires_grad and decay > 0)
-        self.weights = {n: p.detach().to(device, torch.float32, copy=True) for n, p in named}
-
-    @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        """Take in the weights of a step."""
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for name, p in module.named_parameters():
-            if name in self.weights:
-                own = self.weights[name]
-                own.lerp_(p.detach().to(own), 1 - decay)
-
-    @torch.no_grad()
-    def copy_to(self, module: nn.Module) -> None:
-        """Put the average in place of the weights."""
-        for name, p in module.named_parameters():
-            if name in self.weights:
-                p.copy_(self.weights[name])
-
-    @contextmanager
-    def in_place(self, module: nn.Module) -> Iterator[None]:
-        """The module at the average while the block runs."""
-        own = {n: p.detach().clone() for n, p in module.named_parameters() if n in self.weights}
-        self.copy_to(module)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for name, p in module.named_parameters():
-                    if name in own:
-                        p.copy_(own[name])
 
 
 @dataclass
@@ -148,21 +104,21 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def put(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors of the same shapes over those of `state_of`, by name."""
+    """Write whole tensors of the same shapes over those of `state_of`, by name."""
     own = state_of(module)
     for name, tensor in tensors.items():
-        own[name].copy_(tensor)
+        local(own[name]).copy_(local(sharded_as(tensor, own[name])))
 
 
 def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same state dict in copies that later steps do not change."""
-    return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+    return {n: whole(t).detach().to("cpu", copy=True).contiguous() for n, t in tensors.items()}
 
 
 def _optimizer_tensors(found: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """State of the optimisers under `optimizer.NUMBER.INDEX.NAME`."""
     return {
-        f"optimizer.{number}.{index}.{name}": torch.as_tensor(value)
+        f"optimizer.{number}.{index}.{name}": whole(torch.as_tensor(value))
         for number, optimizer in enumerate(found)
         for index, state in optimizer.state_dict()["state"].items()
         for name, value in state.items()
@@ -179,6 +135,7 @@ def _put_optimizers(found: Sequence[torch.optim.Optimizer], tensors: Mapping[str
                 index, name = key.split(".", 3)[2:]
                 like = parameters[int(index)]
                 if name != "step" and tensor.shape == like.shape:
+                    tensor = sharded_as(tensor, like)
                     tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor).detach()
                 state["state"].setdefault(int(index), {})[name] = tensor
         optimizer.load_state_dict(state)
@@ -299,8 +256,19 @@ class RunState:
         if self.generator is not None and drawn is not None:
             self.generator.set_state(drawn)
 
-    def write(self, path: Path, run: RunIdentity) -> None:
+    def tensors(self) -> dict[str, Tensor]:
+        """What `write` writes; every process of a sharded run calls it."""
+        return self._own_tensors() | _optimizer_tensors(self.optimizers)
+
+    def write(
+        self, path: Path, run: RunIdentity, tensors: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Write the file of a run.
+
+        Args:
+            path: of the file.
+            run: this one.
+            tensors: what `tensors` returned, if it did.
 
         Raises:
             CheckpointError: it cannot be written; a file that was there is as it was.
@@ -314,7 +282,7 @@ class RunState:
             best=self.lowest if math.isfinite(self.lowest) else None,
             scale=(state["scale"], state["_growth_tracker"]) if state else None,
         )
-        write_state(path, self._own_tensors() | _optimizer_tensors(self.optimizers), facts, run)
+        write_state(path, self.tensors() if tensors is None else tensors, facts, run)
 
     def read(self, path: Path, run: RunIdentity, best: Best) -> None:
         """Take up what `write` wrote, if there is a file; nothing changes unless all of it fits.
@@ -338,8 +306,9 @@ class RunState:
                 f"{path.parent} to start anew."
             )
         put(self.objective, _under("model.", tensors) | _under("buffer.", tensors))
+        own = dict(self.objective.named_parameters())
         for name, weight in self.average.weights.items():
-            weight.copy_(tensors[f"ema.{name}"])
+            weight.copy_(local(sharded_as(tensors[f"ema.{name}"], own[name])))
         _put_optimizers(self.optimizers, tensors)
         self.draw_again(tensors.get("generator"))
         if facts.scale is not None:
@@ -352,10 +321,10 @@ class RunState:
 
     def _own_tensors(self) -> dict[str, Tensor]:
         """Everything of a state but the optimisers'."""
-        named = self.objective.named_parameters()
-        tensors = {f"model.{name}": p.detach() for name, p in named if p.requires_grad}
+        named = dict(self.objective.named_parameters())
+        tensors = {f"model.{n}": whole(p.detach()) for n, p in named.items() if p.requires_grad}
         tensors |= {f"buffer.{name}": b for name, b in buffers_of(self.objective).items()}
-        tensors |= {f"ema.{name}": p for name, p in self.average.weights.items()}
+        tensors |= {f"ema.{n}": whole(p, named[n]) for n, p in self.average.weights.items()}
         drawn = self.drawn()
         return tensors if drawn is None else {**tensors, "generator": drawn}
 

@@ -16,6 +16,7 @@ from .hooks import Batch, Hooks
 from .loop_config import LoopConfig
 from .loop_state import RunState, buffers_of, put
 from .processes import Processes, split
+from .sharding import is_part, is_sharded
 
 _SMALLEST_SCALE = 2.0**-14
 """Of a float16 loss; gradients that overflow at it will never do anything else."""
@@ -52,6 +53,7 @@ class Step:
         for parameter in self.trained:
             parameter.grad = None  # a stopped run may have left some
         self.device = next(objective.parameters()).device
+        self.sharded = is_sharded(objective)
         self.parts = processes.count * config.accumulate if hooks.splits else 1
         self.metrics: list[Mapping[str, Any]] = []
 
@@ -67,6 +69,8 @@ class Step:
         """
         before, drawn = {n: b.clone() for n, b in self.buffers.items()}, self.state.drawn()
         error = None
+        if self.sharded:  # whoever stops does so before the others wait for it
+            batch = self._agreed(batch)
         try:
             self._own_gradients(batch(), before)
         except (Exception, KeyboardInterrupt) as raised:
@@ -122,7 +126,7 @@ class Step:
             with hold() as held:  # checkpointed layers are computed again with their adapters
                 with autocast(self.device, self.config.precision):
                     loss, metrics = self.call(_to(part, self.device))
-                self._check_loss(float(loss.detach()), part)
+                self._judge_loss(float(loss.detach()), part)
                 held.resume()
                 scaler.scale(loss / accumulate if accumulate > 1 else loss).backward()
             self.metrics.append({"loss": loss.detach(), **metrics})
@@ -142,7 +146,7 @@ class Step:
         counts = self.processes.agree_on(error, flags)
         shared: list[Tensor] = []
         for parameter, count in zip(self.trained, counts, strict=False):
-            if count:
+            if count and not is_part(parameter):  # those are averages already
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 shared.append(parameter.grad)
@@ -154,6 +158,23 @@ class Step:
         """Names of the buffers of numbers that the forward pass changed."""
         numbers = {name: b for name, b in self.buffers.items() if b.is_floating_point()}
         return [name for name, b in numbers.items() if not torch.equal(b, before[name])]
+
+    def _agreed(self, batch: Callable[[], Batch]) -> Callable[[], Batch]:
+        """The same; it raises on every process what it would raise on one."""
+        error, drawn = None, None
+        try:
+            drawn = batch()
+        except (Exception, KeyboardInterrupt) as raised:
+            error = raised
+        self.processes.agree(error)
+        return lambda: drawn or {}
+
+    def _judge_loss(self, loss: float, part: Batch) -> None:
+        """Refuses a loss that is no number; of a sharded run, on every process."""
+        if self.sharded:
+            self.processes.together(lambda: self._check_loss(loss, part))
+        else:
+            self._check_loss(loss, part)
 
     def _check_loss(self, loss: float, part: Batch) -> None:
         if math.isfinite(loss):

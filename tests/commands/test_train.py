@@ -143,8 +143,10 @@ def test_killed_stopped_and_gone_on_with_it_ends_as_the_straight_run(tmp_path, s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
-def test_several_processes_give_the_model_of_one(tmp_path, settings, corpus, count):
+@pytest.mark.parametrize(
+    ("count", "how"), [(2, "--multi_gpu"), (4, "--multi_gpu"), (2, "--use_fsdp")]
+)
+def test_several_processes_give_the_model_of_one(tmp_path, settings, corpus, count, how):
     """Real processes as accelerate starts them, both methods, the same global batch."""
     alone = settings(tmp_path / "one", method="both", corpus=str(corpus), held_out=0.0)
     run(alone, plain_console())
@@ -153,7 +155,7 @@ def test_several_processes_give_the_model_of_one(tmp_path, settings, corpus, cou
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+    launcher = ["-m", "accelerate.commands.launch", how, "--num_machines", "1"]
     launcher += ["--num_processes", str(count), "--main_process_port", str(port)]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "difflora_core"]
     ended = subprocess.run(

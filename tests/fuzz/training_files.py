@@ -17,9 +17,9 @@ from torch.amp.grad_scaler import GradScaler
 from difflora_core.errors import CheckpointError
 from difflora_core.lora.weights import LoRAWeights
 from difflora_core.storage.safetensors_io import read_file
+from difflora_core.training.average import Average
 from difflora_core.training.loop_config import LoopConfig
 from difflora_core.training.loop_state import (
-    Average,
     Best,
     Meter,
     RunState,

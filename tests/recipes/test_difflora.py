@@ -20,10 +20,10 @@ from difflora_core.models.lae.config import LAEConfig
 from difflora_core.models.layers import DrawnFrom
 from difflora_core.models.mif import MIFConfig
 from difflora_core.models.predictor import PredictorConfig
+from difflora_core.training.average import Average
 from difflora_core.training.difflora import face_reader
 from difflora_core.training.difflora import functional as difflora
 from difflora_core.training.loop import LoopConfig
-from difflora_core.training.loop_state import Average
 from difflora_core.training.losses import NoisedBatch, denoise, denoising_error
 from difflora_core.vision.features import ImageFeatures
 

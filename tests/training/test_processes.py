@@ -14,6 +14,7 @@ import torch
 
 from difflora_core.errors import ConfigError
 from difflora_core.training.processes import Processes, split
+from difflora_core.training.sharding import LAUNCHED
 
 PROGRAM = Path(__file__).with_name("two_processes.py")
 ROOT = PROGRAM.parents[2]
@@ -28,16 +29,26 @@ def program():
     return module
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+LAUNCHES = [(2, "plain"), (2, "FSDP"), *(
+    pytest.param((4, kind), marks=pytest.mark.slow) for kind in ("plain", "FSDP")
+)]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=LAUNCHES, ids=str)
 def launched(request, tmp_path_factory, program):
     """What all processes found, and their folder; one launch for all tests."""
-    count, folder = request.param, tmp_path_factory.mktemp("several")
+    (count, kind), folder = request.param, tmp_path_factory.mktemp("several")
     stopped = program.run(folder / "one process stopped", progress=program.stop_at(15))
     assert stopped["error"] == "Stopped"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common = {
+        "WORLD_SIZE": str(count),
+        LAUNCHED: str(kind == "FSDP").lower(),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     started = [
         subprocess.Popen(
             [sys.executable, str(PROGRAM), str(folder)],
@@ -78,6 +89,16 @@ def test_two_processes_give_the_weights_of_one(launched, alone, case):
     assert first["result"]["best_step"] == alone["result"]["best_step"]
     for name in ("loss", "error", "validation"):
         assert first["result"][name] == pytest.approx(alone["result"][name], rel=1e-3)
+
+
+def test_of_fsdp_each_process_holds_a_part_and_all_of_it_afterwards(launched, request):
+    found = [one["held"] for one in launched[0]]
+    assert all(one["kinds"] == ["Parameter"] for one in found)
+    count = sum(one["held"] for one in found)
+    if "FSDP" in request.node.name:
+        assert count == found[0]["all"]  # nothing twice
+    else:
+        assert count == len(found) * found[0]["all"]
 
 
 def test_a_loss_that_compares_samples_is_computed_whole_by_everyone(launched, program, tmp_path):

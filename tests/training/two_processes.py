@@ -12,6 +12,7 @@ from torch import nn
 
 from difflora_core.errors import InterruptedTraining
 from difflora_core.training.loop import ByStep, Hooks, LoopConfig, train
+from difflora_core.training.sharding import local
 
 LOOP = LoopConfig(
     steps=30, learning_rate=1e-2, warmup=5, ema=0.9, checkpoint_every=7, log_every=5, seed=3,
@@ -76,6 +77,19 @@ def run(folder, loop=LOOP, draws=draw, **hooks):
     return {"weights": weights(module), "result": result}
 
 
+def held():
+    """How many numbers of the module this process holds in a step, and of how many."""
+    module, seen = Line(), []
+
+    def counting(step):
+        seen.append(sum(local(p).numel() for p in module.parameters()))
+        return draw(torch.Generator().manual_seed(step))
+
+    train(module, ByStep(counting), replace(LOOP, steps=2), None)
+    kinds = {type(p).__name__ for p in module.parameters()}
+    return {"held": seen[1], "all": sum(p.numel() for p in module.parameters()), "kinds": [*kinds]}
+
+
 def cases(folder, rank, count):
     """Every case by name; where one alone fails or stops, it is the last, or main for the disk."""
     last = rank == count - 1
@@ -94,6 +108,7 @@ def ends(folder, last):
     yield "stop", lambda: run(folder / "stop", stop=lambda: next(asked))
     yield "resume", lambda: run(folder / "stop")
     yield "stop for one", lambda: run(folder / "stop for one", progress=stop_at(15))
+    yield "held", held
     yield "uneven", lambda: run(folder / "uneven", replace(LOOP, accumulate=3))
 
 
