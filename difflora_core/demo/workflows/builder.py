@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..comfyui.workflow_api import WIDGET_TYPES, WorkflowError, schema_inputs
-from .layout import COLUMN, Group, arrange
+from .layout import arrange
+from .shapes import COLUMN, Group
 
 Info = Mapping[str, Any]
 

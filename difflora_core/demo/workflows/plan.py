@@ -7,7 +7,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from .layout import TITLE, Box, curve, extent, node_height
+from .drawn_links import TITLE, Box, curve
+from .layout import extent
+from .shapes import node_height
 
 WIDTH, EDGE = 512, 10
 BACKGROUND, NODE, LINK = "#1c1c1c", "#4a4a4a", "#8899aa"
