@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...errors import LoRAFileError, shown
 from .change import keys_by_role, lokr_factors
+from .stems import layer_name
 
 _SUFFIXES = {
     "up": ".lora_up.weight",
@@ -51,19 +52,27 @@ def with_known_names(
         LoRAFileError: a layer is there under two names.
     """
     result = dict(state)
+    taken_by: dict[str, str] = {}
     for stem, keys in keys_by_role(state).items():
-        if stem not in known and stem not in table:
+        layer = layer_name(stem, table)
+        if stem not in known and layer is None:
             continue
-        own = stem if stem in known else f"lora_unet_{table[stem].replace('.', '_')}"
+        own = stem if stem in known else f"lora_unet_{layer}".replace(".", "_")
+        if taken_by.setdefault(own, stem) != stem:
+            raise LoRAFileError(
+                f"Layer {shown(stem)} is in this file under two names; it seems to hold several "
+                "adapters. Save them as separate files."
+            )
         for role, key in keys.items():
             suffix = key[len(stem) :]
             taken = suffix in _TAKEN or suffix == f".{role}"
             name = own + (suffix if taken else _SUFFIXES.get(role, f".{role}"))
-            if name == key:
-                continue
-            if name in result:
+            if name != key and name in result:
                 raise LoRAFileError(f"{shown(stem)} is in this file under two names.")
-            result[name] = _converted(role, result.pop(key), state, keys)
+            value = _converted(role, state[key], state, keys)
+            if name != key:
+                del result[key]
+            result[name] = value
         if "lokr_t2" in keys:
             _unfold_tucker(result, own, {role: state[key] for role, key in keys.items()})
         if "oft_blocks" in keys and state[keys["oft_blocks"]].ndim == 4:
@@ -83,8 +92,14 @@ def _converted(
     role: str, tensor: Tensor, state: Mapping[str, Tensor], keys: Mapping[str, str]
 ) -> Tensor:
     """A tensor as it stands under its new name."""
-    if role == "dora" and tensor.ndim == 1:
+    if role == "dora" and tensor.ndim == 1 and len(tensor) == _outputs(state, keys):
         return tensor[:, None]
     if role == "bias_peft" and "alpha" in keys and "down_peft" in keys:
         return tensor.float() * float(state[keys["alpha"]]) / len(state[keys["down_peft"]])
     return tensor
+
+
+def _outputs(state: Mapping[str, Tensor], keys: Mapping[str, str]) -> int | None:
+    """Outputs of a layer of LoRA factors."""
+    up = keys.get("up") or keys.get("up_peft")
+    return len(state[up]) if up else None

@@ -15,11 +15,13 @@ from ..weights import LoRALayer, LoRAWeights
 from .families import group_keys, layer_from_group, peft_alphas, split_key
 from .lycoris import computed_values
 from .report import ReadReport, ReadResult, conform, total_error
+from .sound import check_sound
 from .stems import (
     Names,
     Naming,
     diffusers_pairs,
     file_stem,
+    layer_name,
     other_part,
     stem_table,
     text_encoder_name,
@@ -103,6 +105,7 @@ def from_state_dict(
     """
     layout = names if isinstance(names, LoRALayout) else None
     rank = layout.rank if rank is None and layout is not None else rank
+    check_sound(state)
     groups, unknown = group_keys(state)
     _check_computed(state, groups, rank or 0)
     layers, errors, skipped, outside = _read_groups(groups, names, rank, metadata)
@@ -176,7 +179,7 @@ def _read_groups(
     skipped: dict[str, str] = {}
     outside: dict[str, str] = {}
     for stem, group in groups.items():
-        name = table.get(stem) or text_encoder_name(stem)
+        name = layer_name(stem, table) or text_encoder_name(stem)
         if name is None or (wanted is not None and name not in wanted):
             convolution = any(math.prod(tensor.shape[2:]) > 1 for tensor in group.values())
             kind = "convolutions" if convolution else "layers that are not edited"

@@ -22,12 +22,34 @@ _TEXT_DIFFUSERS = re.compile(r"text_encoder(?P<n>_2)?\.(?:base_model\.model\.)?(
 _OTHER_PARTS = (
     (
         re.compile(
-            r"lora_te|lycoris_te|text_encoder|clip_[lgh]\.|te[12]\.|transformer\.text_model"
+            r"lora_te|lora_prior_te|lycoris_te|text_encoder|clip_[lgh]\.|te[123]?[._]|"
+            r"(?:base_model\.model\.|transformer\.)?text_(?:model|projection)\b|conditioner\.|"
+            r"cond_stage_model\."
         ),
         "text encoders",
     ),
+    (re.compile(r"(?:lora_)?vae[._]|first_stage_model\."), "the VAE"),
+    (re.compile(r"lora_controlnet|control_model\.|controlnet[._]"), "a ControlNet"),
     (re.compile(r"bundle_emb\.|embeddings?\."), "taught words"),
 )
+
+
+_KINDS = (
+    (re.compile(r".*\.(?:on_input|ia3_l)\b"), "an IA3"),
+    (re.compile(r".*\.lora_E\b"), "an AdaLoRA"),
+    (re.compile(r".*\.vera_lambda_"), "a VeRA"),
+    (re.compile(r"oft_unet_|.*\.oft_[rRs]\b"), "an OFT of kohya's scripts or PEFT"),
+    (re.compile(r".*\.boft_[Rs]\b"), "a BOFT of PEFT"),
+    (
+        re.compile(r".*\.(?:fourierft|vblora|randlora|hra|bone|miss|shira|c3a|waveft)_"),
+        "a method of PEFT that is no LoRA",
+    ),
+)
+"""Kinds that neither ComfyUI nor this pack reads, by their keys."""
+_WRAPPERS = re.compile(
+    r"(?:(?:base_model\.model|model|module|_orig_mod|pipe|pipeline|unet|diffusion_model|lora_unet)\.)+"
+)
+"""What programs put before a layer's name: PEFT, torch.compile, several devices, a pipeline."""
 
 
 def other_part(key: str) -> str | None:
@@ -37,11 +59,19 @@ def other_part(key: str) -> str | None:
 
 def why_nothing(keys: Collection[str]) -> str | None:
     """Why no entry of a LoRA acts on the network that draws, if there is a special reason."""
-    if any(key.endswith(".on_input") for key in keys):
-        return "This file is an IA3: neither ComfyUI nor this pack reads that kind. Use a LoRA."
-    if keys and all(other_part(key) for key in keys):
-        return "This LoRA edits text encoders only; connect one that edits the model."
+    kind = next((kind for key in keys if (kind := foreign_kind(key))), None)
+    if kind:
+        return f"This file is {kind}: neither ComfyUI nor this pack reads that kind. Use a LoRA."
+    parts = dict.fromkeys(other_part(key) for key in keys)
+    if parts and None not in parts:
+        edited = " and ".join(str(part) for part in parts)
+        return f"This LoRA edits {edited} only; connect one that edits the model."
     return None
+
+
+def foreign_kind(key: str) -> str | None:
+    """The kind of adapter that a key belongs to, where nobody here reads that kind."""
+    return next((kind for pattern, kind in _KINDS if pattern.match(key)), None)
 
 
 def diffusers_pairs(names: Names) -> dict[str, str]:
@@ -68,6 +98,18 @@ def stem_table(names: Names) -> dict[str, str]:
         stems.append(f"lycoris_{ldm.replace('.', '_')}")
         table.update({stem: ldm for stem in stems})
     return table
+
+
+def layer_name(stem: str, table: Mapping[str, str]) -> str | None:
+    """Canonical layer of a UNet stem, whatever programs put before its name.
+
+    Args:
+        stem: the part of a key in front of what says its role.
+        table: of `stem_table`.
+    """
+    bare = _WRAPPERS.sub("", stem, count=1) if _WRAPPERS.match(stem) else stem
+    bare = bare.removesuffix(".base_layer").replace("._orig_mod.", ".")
+    return table.get(stem) or table.get(bare)
 
 
 def text_encoder_name(stem: str) -> str | None:
