@@ -26,9 +26,20 @@ def check_sound(state: Mapping[str, Tensor]) -> None:
         state: key to tensor, as a file has them.
 
     Raises:
-        LoRAFileError: a tensor is no array of real numbers, or holds NaN; an alpha is not one
-            number; factors of a layer do not fit each other; a layer is described twice; or
-            factors are those of an AdaLoRA, which mean something else.
+        LoRAFileError: as `check_arrays`; or a tensor holds NaN, an alpha is not one number,
+            factors of a layer do not fit each other, or a layer is described twice.
+    """
+    check_arrays(state)
+    for stem, group in group_keys(state)[0].items():
+        _check_layer(stem, group)
+
+
+def check_arrays(state: Mapping[str, Tensor]) -> None:
+    """Looks at the kind of every tensor.
+
+    Raises:
+        LoRAFileError: one is no array of real numbers; or factors are those of an AdaLoRA, which
+            mean something else.
     """
     for key, tensor in state.items():
         _check_array(key, tensor)
@@ -37,8 +48,6 @@ def check_sound(state: Mapping[str, Tensor]) -> None:
                 f"This file is an AdaLoRA ({shown(key)}): its factors have a scale that the file "
                 "does not hold, so neither ComfyUI nor this pack reads it. Use a LoRA."
             )
-    for stem, group in group_keys(state)[0].items():
-        _check_layer(stem, group)
 
 
 def _check_array(key: str, tensor: Tensor) -> None:

@@ -15,7 +15,7 @@ from ..weights import LoRALayer, LoRAWeights
 from .families import group_keys, layer_from_group, peft_alphas, split_key
 from .lycoris import computed_values
 from .report import ReadReport, ReadResult, conform, total_error
-from .sound import check_sound
+from .sound import check_arrays
 from .stems import (
     Names,
     Naming,
@@ -105,7 +105,7 @@ def from_state_dict(
     """
     layout = names if isinstance(names, LoRALayout) else None
     rank = layout.rank if rank is None and layout is not None else rank
-    check_sound(state)
+    check_arrays(state)
     groups, unknown = group_keys(state)
     _check_computed(state, groups, rank or 0)
     layers, errors, skipped, outside = _read_groups(groups, names, rank, metadata)
