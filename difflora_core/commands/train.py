@@ -43,6 +43,8 @@ from .train_data import Encoders, People, encode_all, load_people, split_people
 T = TypeVar("T")
 SAMPLE_STEPS, SAMPLE_GUIDANCE = 20, 4.0
 """Of the pictures of validation people."""
+CROP = 64
+"""Side at most, in latent pixels, at which the likeness loss reads a face: 512 pixels of SDXL."""
 
 
 @dataclass(frozen=True)
@@ -215,18 +217,14 @@ class _Work:
     def _reader(self) -> FaceReader:
         """The reader of faces in latents, for the likeness loss."""
         data, path = self.people.pictures, self.run.path / "likeness"
-        channels = data.latents[data.people[0, :1]].shape[1]
-        config = FaceReaderConfig(channels, data.features.sizes.face)
+        channels, *sides = data.latents[data.people[0, :1]].shape[1:]
+        config = FaceReaderConfig(channels, data.features.sizes.face, crop=min(CROP, *sides))
         with DrawnFrom(torch.Generator().manual_seed(self.settings.seed)):
             reader = FaceReader(config).to(self.device)
         with self.stage("likeness") as progress:
-            face_reader.fit(
-                *(reader, data.latents, data.features, data.people),
-                *(self.settings.likeness, path, progress),
-            )
+            face_reader.fit(reader, data, self.settings.likeness, path, progress)
         if self.others is not None:
-            own = self.others.pictures
-            reached = face_reader.mean_likeness(reader, own.latents, own.features, own.people)
+            reached = face_reader.mean_likeness(reader, self.others.pictures)
             self.run.say(
                 f"faces read from latents of people to judge by: cosine {reached:.3f} with theirs"
             )

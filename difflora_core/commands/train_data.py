@@ -153,6 +153,7 @@ def load_people(
         ),
         people=table,
         time_ids=tensors["time_ids"],
+        boxes=_boxes(dataset, rows),
     )
     return People(pictures, who)
 
@@ -213,6 +214,13 @@ def _people(dataset: PreparedDataset, rows: Sequence[int]) -> tuple[Tensor, tupl
     most = max(map(len, own.values()))
     table = [numbers + [-1] * (most - len(numbers)) for numbers in own.values()]
     return torch.tensor(table), tuple(own)
+
+
+def _boxes(dataset: PreparedDataset, rows: Sequence[int]) -> Tensor:
+    """(n, 4) x1, y1, x2, y2 of the faces of rows that have one, in shares of the picture."""
+    boxes, sizes = list(dataset.column("box")), list(dataset.column("size"))
+    height, width = torch.tensor([sizes[row] for row in rows]).unbind(1)
+    return torch.tensor([boxes[row] for row in rows]) / torch.stack([width, height] * 2, 1)
 
 
 def _latents(dataset: PreparedDataset, base: DiffusersBase, progress: Progress) -> Latents:

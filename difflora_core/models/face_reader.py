@@ -2,19 +2,24 @@
 
 It exists for training alone: a likeness loss on the base model's estimate of the clean picture
 (PuLID, arXiv:2404.16022, section 3.3) then needs no VAE decoder, no face detector and no alignment
-in the loop.
+in the loop. The estimate has the composition of the picture that was noised, so its face lies where
+that one's was found: large pictures are cut to it first (ours).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import Config, check_range
+from ..errors import ConfigError
 
 GROUPS = 8
+MARGIN = 1.5
+"""Side of the square that is read, in sides of the face's box: hair and chin belong to a face."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,7 @@ class FaceReaderConfig(Config):
         face: length of the face feature.
         width: channels of the first level; each of the two further levels doubles them.
         grid: side of the grid that the last level is pooled to.
+        crop: side that the square around a face is brought to; 0 reads the whole picture.
 
     Raises:
         ConfigError: a value out of range.
@@ -35,10 +41,12 @@ class FaceReaderConfig(Config):
     face: int
     width: int = 48
     grid: int = 4
+    crop: int = 0
 
     def __post_init__(self) -> None:
         for name in ("channels", "face", "grid"):
             check_range("Face reader", name, getattr(self, name), 1, 16_384)
+        check_range("Face reader", "crop", self.crop, 0, 1024)
         check_range("Face reader", "width", self.width / GROUPS, 1, 1024)
 
 
@@ -68,11 +76,45 @@ class FaceReader(nn.Module):
         )
         self.face_out = nn.Linear(4 * c * config.grid**2, config.face)
 
-    def forward(self, latents: Tensor) -> Tensor:
-        """Reads unit face features (B, Df) from scaled latents (B, C, h, w)."""
+    def forward(self, latents: Tensor, boxes: Tensor | None = None) -> Tensor:
+        """Reads unit face features (B, Df) from scaled latents (B, C, h, w).
+
+        Args:
+            latents: of pictures with a face each.
+            boxes: (B, 4) of the faces: x1, y1, x2, y2 in shares of the picture, 0 to 1; only
+                looked at where `config.crop` is set.
+
+        Raises:
+            ConfigError: this reader cuts faces out, and nobody says where they are.
+        """
+        if self.config.crop:
+            if boxes is None:
+                raise ConfigError("This reader of faces has to be told where they are.")
+            latents = face_crop(latents, boxes, self.config.crop)
         h = self.body(latents).flatten(1)  # B 4c*grid*grid
         feature: Tensor = F.normalize(self.face_out(h).float(), dim=-1)
         return feature
+
+
+def face_crop(latents: Tensor, boxes: Tensor, side: int) -> Tensor:
+    """Squares around faces, brought to one size by bilinear sampling.
+
+    Args:
+        latents: (B, C, h, w).
+        boxes: (B, 4) x1, y1, x2, y2 in shares of the picture.
+        side: of the result.
+
+    Returns:
+        (B, C, side, side); what lies outside of a picture is its edge.
+    """
+    size = torch.tensor([latents.shape[3], latents.shape[2]]).to(boxes)  # w h
+    first, last = boxes[:, :2], boxes[:, 2:]
+    half = MARGIN / 2 * ((last - first) * size).amax(1, keepdim=True)  # B 1
+    scale, middle = 2 * half / size, first + last - 1  # B 2, in grid_sample's -1 to 1
+    theta = torch.cat([torch.diag_embed(scale), middle[..., None]], -1)  # B 2 3
+    shape = [len(latents), latents.shape[1], side, side]
+    grid = F.affine_grid(theta.to(latents), shape, align_corners=False)
+    return F.grid_sample(latents, grid, "bilinear", "border", align_corners=False)
 
 
 class Residual(nn.Module):

@@ -322,7 +322,8 @@ def test_pictures_of_several_shapes_train_in_batches_of_one(photos, tmp_path, se
     prepare(tmp_path / "photos", tmp_path / "dataset", SMALL)
     dataset = PreparedDataset(tmp_path / "dataset")
     assert len(dataset.buckets) == 3
-    run(replace(settings(tmp_path / "run"), dataset=str(tmp_path / "dataset")), plain_console())
+    quick = settings(tmp_path / "run", functional_loop=COURSE, samples=1)
+    run(replace(quick, dataset=str(tmp_path / "dataset")), plain_console())
     assert (tmp_path / "run" / "difflora-model.safetensors").exists()
     assert "people to judge by: cosine" in (tmp_path / "run" / "log.txt").read_text()
     _, image = open_encoders("", str(paths.CLIP_VISION), torch.device("cpu"))
@@ -333,3 +334,9 @@ def test_pictures_of_several_shapes_train_in_batches_of_one(photos, tmp_path, se
         height, width = (int(side) * 4 for side in people.latents[torch.tensor([row])].shape[2:])
         assert people.time_ids[row, 4:].tolist() == [height, width]
         assert dataset[row].picture.shape[:2] == (height, width)
+        box = (
+            people.boxes[row]
+            * 4
+            * torch.tensor(people.latents[torch.tensor([row])].shape[2:] * 2).flip(0)
+        )
+        torch.testing.assert_close(box, dataset[row].box)

@@ -133,6 +133,32 @@ def test_likeness_is_added_to_the_other_losses_with_its_weight(base, model, read
     )
 
 
+def test_the_face_is_read_where_the_drawn_picture_has_it_and_the_model_learns_of_it(
+    base, model, data
+):
+    """The same noise with other places of the faces: another likeness, another gradient."""
+    with DrawnFrom(torch.Generator().manual_seed(3)):
+        cutting = FaceReader(FaceReaderConfig(channels=4, face=FACE, width=8, grid=1, crop=4))
+    gradients, unlike = [], []
+    for left in (0.0, 0.5):
+        boxes = torch.tensor([left, 0.25, left + 0.5, 0.75]).repeat(len(data.latents), 1)
+        batch = one_batch(replace(data, boxes=boxes), model)
+        assert torch.equal(batch["boxes"], boxes[batch["pictures"]])
+        for weight in (0.0, 1.0):
+            config = replace(CONFIG, likeness=weight)
+            model.zero_grad()
+            loss, metrics = difflora.FunctionalObjective(model, base, config, cutting)(batch)
+            loss.backward()
+            found = [p.grad for p in model.parameters() if p.grad is not None]
+            gradients.append(torch.cat([grad.flatten() for grad in found]))
+        unlike.append(float(metrics["unlike"]))
+    ours = gradients[1] - gradients[0], gradients[3] - gradients[2]
+    assert torch.equal(gradients[0], gradients[2])
+    assert min(float(g.norm()) for g in ours) > 1e-6
+    assert float((ours[0] - ours[1]).norm()) > 1e-6
+    assert unlike[0] != unlike[1]
+
+
 def test_only_the_road_from_photo_to_lora_is_trained(base, model, reader, data):
     objective = difflora.FunctionalObjective(model, base, CONFIG, reader)
     objective(one_batch(data, model))[0].backward()
@@ -156,7 +182,7 @@ def test_the_person_drawn_is_never_the_photo_seen(data, model):
 def test_it_learns_and_a_resumed_run_is_the_same_run(base, model, reader, data, tmp_path):
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     course = LoopConfig(steps=150, learning_rate=1e-2, warmup=5, log_every=150)
-    face_reader.fit(reader, data.latents, data.features, data.people, course, tmp_path / "reader")
+    face_reader.fit(reader, data, course, tmp_path / "reader")
     config = replace(CONFIG, likeness=3.0)
     objective = difflora.FunctionalObjective(model, base, config, reader)
     draw = difflora.person_batches(data, model, config, len(base.alphas_cumprod))
@@ -196,7 +222,7 @@ def test_it_learns_and_a_resumed_run_is_the_same_run(base, model, reader, data, 
 
 def test_the_reader_learns_to_read_faces(reader, data, tmp_path):
     loop = LoopConfig(steps=60, learning_rate=1e-2, warmup=5, log_every=60)
-    made = face_reader.fit(reader, data.latents, data.features, data.people, loop, tmp_path)
+    made = face_reader.fit(reader, data, loop, tmp_path)
     assert made["cosine"] < 1
     centroids = face_reader.face_centroids(data.features, data.people)
     error = face_reader.likeness_error(

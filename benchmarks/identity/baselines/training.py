@@ -174,9 +174,9 @@ def train_ours(
 
 def _reader(people: TrainingSet, budget: Budget, folder: Path) -> FaceReader:
     """What reads faces in latents, for the likeness loss; trained on the same pictures."""
-    made, data = FaceReader(stages_lora.READER), people.data
+    made = FaceReader(stages_lora.READER)
     loop = replace(stages_lora.READER_LOOP, steps=budget.steps)
-    face_reader.fit(made, data.latents, data.features, data.people, loop, folder)
+    face_reader.fit(made, people.data, loop, folder)
     return made
 
 

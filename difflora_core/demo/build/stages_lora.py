@@ -103,11 +103,10 @@ def reader(progress: Progress) -> Figures:
     base, data = people("train", drawn_pool())
     made = FaceReader(READER)
     folder = paths.BUILD / "reader"
-    face_reader.fit(made, data.latents, data.features, data.people, READER_LOOP, folder, progress)
+    face_reader.fit(made, data, READER_LOOP, folder, progress)
     write_atomic(made.state_dict(), {}, paths.FACE_READER)
     held_out = person_data(base, "validation", validation_pool())
-    pictures = held_out.latents, held_out.features, held_out.people
-    return {"validation_cosine": face_reader.mean_likeness(made, *pictures)}
+    return {"validation_cosine": face_reader.mean_likeness(made, held_out)}
 
 
 def functional(progress: Progress) -> Figures:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -41,12 +41,15 @@ def face_centroids(features: ImageFeatures, people: Tensor) -> Tensor:
     return F.normalize(own.sum(1), dim=-1)
 
 
-def likeness_error(reader: FaceReader, latents: Tensor, centroids: Tensor) -> Tensor:
+def likeness_error(
+    reader: FaceReader, latents: Tensor, centroids: Tensor, boxes: Tensor | None = None
+) -> Tensor:
     """1 - cosine between the face read from latents (B, C, h, w) and centroids (B, Df): (B,).
 
-    A zero centroid gives 1 and no gradient: nothing is known of that face.
+    A zero centroid gives 1 and no gradient: nothing is known of that face. `boxes` (B, 4): where
+    the faces are, see `FaceReader.forward`.
     """
-    return 1 - (reader(latents) * centroids).sum(-1)
+    return 1 - (reader(latents, boxes) * centroids).sum(-1)
 
 
 class ReaderObjective(nn.Module):
@@ -57,79 +60,96 @@ class ReaderObjective(nn.Module):
         self.reader = reader
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss () of `latents` (B, C, h, w) whose faces are `centroids` (B, Df)."""
-        error = likeness_error(self.reader, batch["latents"], batch["centroids"]).mean()
+        """Loss () of `latents` (B, C, h, w) whose faces are `centroids` (B, Df), at `boxes`."""
+        latents, boxes = batch["latents"], batch.get("boxes")
+        error = likeness_error(self.reader, latents, batch["centroids"], boxes).mean()
         return error, {"cosine": 1 - error.detach()}
 
 
+class FacePictures(Protocol):
+    """Pictures of people and what is known of their faces, such as `functional.PersonPictures`."""
+
+    @property
+    def latents(self) -> Latents:
+        """Scaled, of M pictures: (M, C, h, w), or of several sizes."""
+
+    @property
+    def features(self) -> ImageFeatures:
+        """Of the same pictures, M rows."""
+
+    @property
+    def people(self) -> Tensor:
+        """(P, Q) picture numbers of each person; -1 at the end of whoever has fewer."""
+
+    @property
+    def boxes(self) -> Tensor | None:
+        """(M, 4) of the faces, in shares of the picture, if they are known."""
+
+
 def reader_batches(
-    latents: Latents, centroids: Tensor, people: Tensor, count: int
+    data: FacePictures, count: int
 ) -> Callable[[torch.Generator], dict[str, Tensor]]:
     """Batches of pictures with a little noise of a random amount on their latents.
 
     Args:
-        latents: (M, C, h, w) scaled, or of several sizes.
-        centroids: (P, Df) unit face of each person.
-        people: (P, Q) picture numbers of each person; -1 at the end of whoever has fewer.
+        data: the pictures.
         count: B, pictures per batch.
 
     Returns:
-        From a generator to a batch: `latents` (B, C, h, w) and their `centroids` (B, Df).
+        From a generator to a batch: `latents` (B, C, h, w), `centroids` (B, Df), the unit faces of
+        their people, and the `boxes` (B, 4) of their faces if they are known.
     """
-    choose = PersonChoice(people, latents)
+    choose = PersonChoice(data.people, data.latents)
+    centroids = face_centroids(data.features, data.people)
 
     def draw(generator: torch.Generator) -> dict[str, Tensor]:
         person, pictures = choose(count, generator)
-        clean = latents[pictures[:, 0]].float()
+        clean = data.latents[pictures[:, 0]].float()
         amount = NOISE * torch.rand(count, 1, 1, 1, generator=generator)
         noise = torch.randn(clean.shape, generator=generator)
-        return {"latents": clean + amount * noise, "centroids": centroids[person]}
+        there = {} if data.boxes is None else {"boxes": data.boxes[pictures[:, 0]]}
+        return {"latents": clean + amount * noise, "centroids": centroids[person], **there}
 
     return draw
 
 
 @torch.no_grad()
-def mean_likeness(
-    reader: FaceReader, latents: Latents, features: ImageFeatures, people: Tensor
-) -> float:
+def mean_likeness(reader: FaceReader, data: FacePictures) -> float:
     """Mean cosine of the faces read from everybody's pictures with the person's, in [-1, 1].
 
     Args:
         reader: on the device where it reads.
-        latents: scaled, of all pictures: (M, C, h, w), or of several sizes.
-        features: of the same pictures.
-        people: (P, Q) picture numbers of each person; -1 at the end of whoever has fewer.
+        data: the pictures.
     """
-    centroids, device = face_centroids(features, people), next(reader.parameters()).device
-    person, place = (people >= 0).nonzero(as_tuple=True)
+    centroids = face_centroids(data.features, data.people)
+    device = next(reader.parameters()).device
+    person, place = (data.people >= 0).nonzero(as_tuple=True)
+    pictures = data.people[person, place]
     found = torch.zeros(())
-    for rows in of_one_size(latents, people[person, place], AT_ONCE):
-        faces = reader(latents[people[person, place][rows]].to(device, torch.float32))
+    for rows in of_one_size(data.latents, pictures, AT_ONCE):
+        boxes = None if data.boxes is None else data.boxes[pictures[rows]].to(device)
+        faces = reader(data.latents[pictures[rows]].to(device, torch.float32), boxes)
         found += (faces.cpu() * centroids[person[rows]]).sum()
     return float(found / len(person))
 
 
 def fit(
     reader: FaceReader,
-    latents: Latents,
-    features: ImageFeatures,
-    people: Tensor,
+    data: FacePictures,
     loop: LoopConfig,
     folder: Path,
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """Train the reader in place on M latents; see `loop.train` for the rest.
+    """Train the reader in place; see `loop.train` for the rest.
 
     Args:
         reader: changed in place.
-        latents: scaled, of all pictures: (M, C, h, w), or of several sizes.
-        features: of the same pictures.
-        people: (P, Q) picture numbers of each person.
+        data: the pictures.
         loop: the run.
         folder: of its checkpoint and log.
         progress: as in `loop.train`.
     """
-    centroids = face_centroids(features, people)
-    draw = reader_batches(latents, centroids, people, BATCH)
-    hooks = Hooks(progress, fingerprint=fingerprint(latents, centroids, people))
-    return train(ReaderObjective(reader), draw, loop, folder, hooks)
+    known = [] if data.boxes is None else [data.boxes]
+    parts = data.latents, face_centroids(data.features, data.people), data.people
+    hooks = Hooks(progress, fingerprint=fingerprint(*parts, *known))
+    return train(ReaderObjective(reader), reader_batches(data, BATCH), loop, folder, hooks)

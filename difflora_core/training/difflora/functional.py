@@ -12,7 +12,7 @@ after the identity loss of PuLID, arXiv:2404.16022).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from ...models.difflora import DiffLoRAModel
 from ...models.face_reader import FaceReader
 from ...models.mif import IdentityCondition, balance_loss
 from ...vision.features import ImageFeatures
-from ..fingerprint import fingerprint, weights_digest
+from ..fingerprint import SAME_COURSE, fingerprint, weights_digest
 from ..loop import Hooks, LoopConfig, Progress, train
 from ..losses import Denoised, NoisedBatch, denoise
 from .face_reader import face_centroids, likeness_error
@@ -77,7 +77,8 @@ class PersonPictures:
     `latents`: (M, C, h, w) scaled, or of several sizes; `text`: encoded unique prompts;
     `prompts`: (M,) row of `text`; `features`: of every picture as a reference photo, M rows;
     `people`: (P, Q) picture numbers of each person, two or more; whoever has less than Q has -1 at
-    the end; `time_ids`: (M, 6) what the base is told of each picture's size, see `TextCondition`.
+    the end; `boxes`: (M, 4) of the faces, in shares of the picture, for the likeness loss;
+    `time_ids`: (M, 6) what the base is told of each picture's size, see `TextCondition`.
     """
 
     latents: Latents
@@ -86,6 +87,7 @@ class PersonPictures:
     features: ImageFeatures
     people: Tensor
     time_ids: Tensor | None = None
+    boxes: Tensor | None = field(default=None, metadata=SAME_COURSE)  # counts where there are any
 
     def __post_init__(self) -> None:
         if self.people.ndim != 2 or bool(((self.people >= 0).sum(1) < 2).any()):
@@ -145,7 +147,8 @@ class FunctionalObjective(nn.Module):
         loss = loss + self.config.balance * balance_loss(condition.gate.float())
         metrics = {"denoising": error.detach(), "latent": spread.detach()}
         if self.reader is not None:
-            misses = likeness_error(self.reader, made.estimate, batch["centroids"])
+            place = batch["centroids"], batch.get("boxes")
+            misses = likeness_error(self.reader, made.estimate, *place)
             unlike = (misses * made.abar.sqrt()).mean()
             loss = loss + self.config.likeness * unlike
             metrics["unlike"] = unlike.detach()
@@ -171,9 +174,9 @@ def person_batches(
     Returns:
         From a generator to a batch. Of the photos: what `MixedImageFeatures.forward` takes, (B, N,
         ...), and `centroids` (B, Df), unit faces. Of the picture to draw: scaled `latents` and
-        `noise` (B, C, h, w), `timesteps` (B,), `context` (B, L, C), `pooled` (B, P), and its number
-        `pictures` (B,). And unit `feature_noise` (B, D) and `latent_noise` (B, K, Dz) for condition
-        and LoRA latent.
+        `noise` (B, C, h, w), `timesteps` (B,), `context` (B, L, C), `pooled` (B, P), its number
+        `pictures` (B,), and `time_ids` (B, 6) and `boxes` (B, 4) where they are known. And unit
+        `feature_noise` (B, D) and `latent_noise` (B, K, Dz) for condition and LoRA latent.
     """
     count, width, lae = config.batch, model.config.mif.width, model.config.lae
     latent = (count, lae.latent_tokens, lae.latent_dim)
@@ -191,8 +194,8 @@ def person_batches(
         flat = data.features.select(reference.clamp(min=0).flatten())
         latents, text = data.latents[target].float(), data.text.select(data.prompts[target])
         rows = (count, seen)
-        sizes = {} if data.time_ids is None else {"time_ids": data.time_ids[target]}
-        return sizes | {
+        told = {"time_ids": data.time_ids, "boxes": data.boxes}
+        return {name: of[target] for name, of in told.items() if of is not None} | {
             "face": flat.face.float().unflatten(0, rows),
             "face_found": flat.face_found.unflatten(0, rows),
             "image": flat.image.float().unflatten(0, rows),
@@ -231,6 +234,7 @@ def fit(
             sample.face, sample.face_found, sample.image.float(), sample.image_tokens.float()
         )
     parts = [objective.config, data, weights_digest(objective.base.unet)]
+    parts += [] if data.boxes is None else [data.boxes]
     identity = fingerprint(*parts, *([] if validation is None else [validation]))
     judged = None if validation is None else _validation(objective, validation, loop.seed)
     hooks = Hooks(progress, judged, base=objective.base, fingerprint=identity)
