@@ -285,7 +285,7 @@ def adapters_of(state: Mapping[str, Tensor], setting: Setting) -> tuple[AdapterS
                 "weight it is on, which is not computed here."
             )
         module = setting.unet.get_submodule(modules[name])
-        own = layer_tensors(parts, len(module_size(module)) == 2)
+        own = layer_tensors(parts, module_size(module))
         entries += [AdapterEntry(modules[name], layer_adapter(own))] if own else []
     if not entries:
         raise LayoutError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import ClassVar
 
 import torch
@@ -108,18 +109,23 @@ def _factors(parts: Parts) -> LoRALayer:
     return LoRALayer(down.flatten(1), up.flatten(1), float(parts["alpha"]), kernel)
 
 
-def layer_tensors(parts: Parts, linear: bool) -> dict[str, Tensor]:
+def layer_tensors(parts: Parts, size: tuple[int, ...]) -> dict[str, Tensor]:
     """Tensors of a layer of a LoRA file as this method holds them; nothing for an alpha alone.
 
     Args:
         parts: role to tensor, as `lora.formats.change.keys_by_role` finds them.
-        linear: whether the live layer is one; factors for it may be stored as 1 x 1 kernels.
+        size: of the live layer, see `lora.layout.module_size`. Factors for a linear layer may be
+            stored as 1 x 1 kernels, those for a convolution flattened.
     """
     own = {role.removesuffix("_peft"): tensor for role, tensor in parts.items()}
     own = {r: t.half() if t.dtype in _FLOAT8 else t for r, t in own.items()}  # exact
     if "up" in own:
-        if linear and "mid" not in own:
+        down = own["down"]
+        if len(size) == 2 and "mid" not in own:
             own |= {role: own[role].flatten(1) for role in ("up", "down")}
+        elif len(size) > 2 and down.ndim == 2 and down.shape[1] == prod((size[0], *size[2:])):
+            own["down"] = down.unflatten(1, (size[0], *size[2:]))
+            own["up"] = own["up"].reshape(*own["up"].shape[:2], *(1 for _ in size[2:]))
         own.setdefault("alpha", torch.tensor(float(len(own["down"]))))
     elif set(own) == {"alpha"}:
         return {}

@@ -26,6 +26,7 @@ from ...difflora_core.lora.formats.change import (
 )
 from ...difflora_core.lora.formats.families import split_key
 from ...difflora_core.lora.formats.known_names import with_known_names
+from ...difflora_core.lora.formats.sound import check_sound
 from ...difflora_core.lora.formats.stems import other_part, stem_table, why_nothing
 from ...difflora_core.lora.layout import module_size
 from ...difflora_core.lora.weights import LoRAWeights
@@ -56,7 +57,7 @@ def check_lora(lora: Any) -> dict[str, Tensor]:
     """The state dict that came through a LoRA socket, if it is one.
 
     Raises:
-        LoRAFileError: it is empty, or something else.
+        LoRAFileError: it is empty, something else, or broken, see `check_sound`.
     """
     if not isinstance(lora, dict) or not all(isinstance(v, Tensor) for v in lora.values()):
         raise LoRAFileError(
@@ -65,6 +66,7 @@ def check_lora(lora: Any) -> dict[str, Tensor]:
         )
     if not lora:
         raise LoRAFileError("This LoRA is empty: it changes no layer. Make it again.")
+    check_sound(lora)
     return lora
 
 
@@ -88,9 +90,9 @@ def _refuse_misfits(wrong: list[str], count: int, made_for: str) -> None:
     """Raises LayoutError where layers do not fit."""
     if wrong:
         raise LayoutError(
-            f"This LoRA is made for {made_for}: {len(wrong)} of its "
-            f"{counted(count, 'layer')} do not fit the base model that is connected (for example "
-            f"{wrong[0]}). Load the base model it was made for, or make a LoRA for this one."
+            f"This LoRA is made for {made_for}: {len(wrong)} of its {counted(count, 'layer')} "
+            f"{'does' if count == 1 else 'do'} not fit the base model that is connected (for "
+            f"example {wrong[0]}). Load the base model it was made for, or make a LoRA for this one."
         )
 
 
@@ -169,7 +171,7 @@ class FittingLoRA:
             own = {role: scaled[key] for role, key in keys.items()}
             if weight_of(layer, "bias") not in weights:
                 own.pop("bias", None)
-            record = layer_tensors(own, linear=len(module_size(modules.get(layer))) == 2)
+            record = layer_tensors(own, module_size(modules.get(layer)))
             if record:
                 records[layer] = record
         if not records:
@@ -204,13 +206,12 @@ def read_lora(state: dict[str, Tensor], model: ModelPatcher) -> FittingLoRA:
     if missing:
         raise LayoutError(
             f"This LoRA has {counted(len(missing), 'entry')} for no layer of the base model "
-            f"that is connected (for example {shown(missing[0])}). Use a LoRA made for it."
+            f"that is connected (for example {shown(missing[0])}). Use a LoRA made for it; one "
+            "with names of another program may have to be converted first."
         )
     if not there:
         raise LayoutError(_why_nothing(own))
-    doubled = [key for key, count in Counter(there.values()).items() if count > 1]
-    if doubled:
-        raise LoRAFileError(f"Layer {layer_of(doubled[0])} is in this file under two names.")
+    _refuse_doubled(there)
     patches = _patches(own, names)
     weights = model.model.state_dict()
     _refuse_misfits(_misfits(weights, patches), len(patches), "another base model")
@@ -220,6 +221,13 @@ def read_lora(state: dict[str, Tensor], model: ModelPatcher) -> FittingLoRA:
     lost = [s for s in there if s not in layers]
     lost += [f"{layer_of(k)} (bias)" for k in patches if k not in acting]
     return FittingLoRA(own, acting, layers, _note(own, rest, lost))
+
+
+def _refuse_doubled(there: Mapping[str, Any]) -> None:
+    """Raises LoRAFileError where two stems are one layer; ComfyUI would take one of them."""
+    doubled = [key for key, count in Counter(there.values()).items() if count > 1]
+    if doubled:
+        raise LoRAFileError(f"Layer {layer_of(doubled[0])} is in this file under two names.")
 
 
 def whole_note(stems: list[str]) -> str:
@@ -291,7 +299,22 @@ def known_names(
             if ours.endswith(weight)
         }
     )
-    return with_known_names(state, table, names)
+    return _unflattened(with_known_names(state, table, names), names, model.model.state_dict())
+
+
+def _unflattened(
+    state: dict[str, Tensor], names: Mapping[str, Any], weights: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Differences in the shapes of their weights; ComfyUI leaves out flattened ones."""
+    for stem, keys in keys_by_role(state).items():
+        name = names.get(stem)
+        weight = weights.get(name) if isinstance(name, str) else None
+        if weight is None or "diff" not in keys:
+            continue
+        diff = state[keys["diff"]]
+        if (len(diff), diff.numel()) == (len(weight), weight.numel()):
+            state[keys["diff"]] = diff.reshape(weight.shape)
+    return state
 
 
 def lora_hook(lora: dict[str, Tensor], strength: float) -> comfy.hooks.HookGroup:
@@ -313,6 +336,7 @@ class _LoRAHook(comfy.hooks.WeightHook):
 
         Raises:
             LayoutError: the LoRA has no layer of this model, or one of another size.
+            LoRAFileError: a layer is there under two names.
         """
         if target_dict["target"] != comfy.hooks.EnumWeightTarget.Model:
             return super().add_hook_patches(model, model_options, target_dict, registered)
@@ -321,6 +345,7 @@ class _LoRAHook(comfy.hooks.WeightHook):
         self.weights = known_names(given, model, keys)
         try:
             own = {k: t for k, t in self.weights.items() if other_part(k) is None}
+            _refuse_doubled({stem: keys[stem] for stem in keys_by_role(own) if stem in keys})
             patches = _patches(own, keys, log_missing=True)
             wrong = _misfits(model.model.state_dict(), patches)
             if wrong or not patches:

@@ -7,6 +7,13 @@ import comfy.weight_adapter
 from torch import Tensor
 
 UNET = "diffusion_model."
+_SCALES = {
+    comfy.weight_adapter.LoRAAdapter: 4,
+    comfy.weight_adapter.GLoRAAdapter: 5,
+    comfy.weight_adapter.LoHaAdapter: 7,
+    comfy.weight_adapter.LoKrAdapter: 8,
+}
+"""Where the lengths of a DoRA stand among an adapter's tensors."""
 
 
 def layer_of(key: Any) -> str:
@@ -22,10 +29,23 @@ def weight_of(layer: str, kind: str = "weight") -> str:
 
 def fits(patch: Any, weight: Tensor) -> bool:
     """Whether a patch is made for a weight of this size; ComfyUI only logs it where it is not."""
+    if not _scale_fits(patch, weight):
+        return False
     return any(
         outputs == len(weight) and numbers in (None, weight.numel())
         for outputs, numbers in _sizes(patch)
     )
+
+
+def _scale_fits(patch: Any, weight: Tensor) -> bool:
+    """Whether the lengths of a DoRA, if there are any, are those of rows or columns of a weight."""
+    place = next((k for kind, k in _SCALES.items() if isinstance(patch, kind)), None)
+    scale = None if place is None else patch.weights[place]
+    if scale is None:
+        return True
+    rows = scale.ndim > 1 and (len(scale), scale.numel()) == (len(weight), len(weight))
+    columns = weight.ndim > 1 and scale.numel() == weight.shape[1]
+    return rows or (columns and (scale.ndim == 1 or len(scale) == 1))
 
 
 def _sizes(patch: Any) -> list[tuple[int, int | None]]:
