@@ -92,7 +92,8 @@ def _refuse_misfits(wrong: list[str], count: int, made_for: str) -> None:
         raise LayoutError(
             f"This LoRA is made for {made_for}: {len(wrong)} of its {counted(count, 'layer')} "
             f"{'does' if count == 1 else 'do'} not fit the base model that is connected (for "
-            f"example {wrong[0]}). Load the base model it was made for, or make a LoRA for this one."
+            f"example {wrong[0]}). Load the base model it was made for, or make a LoRA for this "
+            "one."
         )
 
 
