@@ -66,7 +66,8 @@ def title_crossings(workflow: Mapping[str, Any]) -> list[tuple[int, str]]:
     """Links of a file that pass through the title of a group: link id and title each."""
     nodes = {node["id"]: node for node in workflow["nodes"]}
     corners = {number: tuple(node["pos"]) for number, node in nodes.items()}
-    titles = [title_box(*group["bounding"][:2], group["title"]) for group in workflow["groups"]]
+    boxes = [(*group["bounding"], group["title"]) for group in workflow["groups"]]
+    titles = [title_box(x, y, title) for x, y, _, _, title in boxes]
     found = crossed(corners, nodes, workflow["links"], titles)
     return [
         (workflow["links"][k][0], workflow["groups"][group]["title"])
