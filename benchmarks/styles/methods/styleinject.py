@@ -26,6 +26,8 @@ EQUAL_RANK = 15
 """Of a LoRA on these layers with as many parameters as n = 4."""
 SPREAD_STD = 0.05
 """Of spreads that start at random, relative to a channel's own."""
+DECIDED_STD = 0.3
+"""Of routers that prefer some styles from the start: logits of about 1."""
 
 
 class SpreadObjective(StyleInjectObjective):
@@ -57,6 +59,17 @@ class RandomSpreadObjective(StyleInjectObjective):
             for part in self.parts:
                 if "spread" in part:
                     part["spread"].normal_(0, SPREAD_STD, generator=generator)
+
+
+class DecidedRouterObjective(StyleInjectObjective):
+    """Its routers tell pictures apart from the start, and do not have to learn it first."""
+
+    def __init__(self, task: PictureTask, config: StyleInjectTraining) -> None:
+        super().__init__(task, config)
+        generator = torch.Generator().manual_seed(config.seed)
+        with torch.no_grad():
+            for part in self.parts:
+                part["router"].normal_(0, DECIDED_STD, generator=generator)
 
 
 def _row(
@@ -96,6 +109,7 @@ ROWS = (
         for name, (plan, acting) in OPTIONS.items()
     ),
     _row("option, spread starts at random", PLAN, 6e-3, RandomSpreadObjective, option_of=FOUR),
+    _row("option, routers start decided", PLAN, 6e-3, DecidedRouterObjective, option_of=FOUR),
 )
 
 CLAIMS = (
