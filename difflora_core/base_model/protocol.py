@@ -78,3 +78,17 @@ def compute_device(base: BaseModel) -> torch.device:
     """The device a base computes on: its own word (`device`), or where its weights are."""
     own: torch.device | None = getattr(base, "device", None)
     return own or next(base.unet.parameters()).device
+
+
+def predict(base: BaseModel, noisy: Tensor, timesteps: Tensor, text: TextCondition) -> Tensor:
+    """The base's answer (B, C, h, w) to noisy float32 latents, in their dtype, asked in its own.
+
+    Args:
+        base: the base model.
+        noisy: (B, C, h, w) where the base computes.
+        timesteps: (B,).
+        text: B encoded prompts, anywhere.
+    """
+    seen = noisy.to(compute_dtype(base))
+    here = TextCondition(text.context.to(seen), text.pooled.to(seen), text.time_ids)
+    return base.predict(seen, timesteps, here).to(noisy)

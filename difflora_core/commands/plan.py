@@ -60,6 +60,7 @@ class Settings(Config):
         ema_on_cpu: keep the running average in the computer's memory.
         host_gb: memory of the computer that a GPU is in.
         workers: processes that open photos, over all machines.
+        shard: each of several GPUs keeps a part of what is trained (FSDP).
     """
 
     people: int
@@ -77,6 +78,7 @@ class Settings(Config):
     ema_on_cpu: bool = False
     host_gb: float = 64.0
     workers: int = 8
+    shard: bool = False
 
     def __post_init__(self) -> None:
         self.check_choices("plan")
@@ -210,7 +212,10 @@ def functional_memory(settings: Settings, counts: Counts) -> float:
     """Bytes of a GPU in a step of functional: all that is held at its worst moment."""
     each = max(1, settings.batch // (settings.gpus * settings.accumulate))
     average = 0 if settings.ema_on_cpu else 4
-    weights = (4 + 4 + 8 + average) * counts.trained  # values, gradients, two moments, average
+    kept: float = 4 + 4 + 8 + average  # values, gradients, two moments, average
+    if settings.shard and settings.gpus > 1:
+        kept = 4 + 4 + kept / settings.gpus  # and values and gradients whole while it computes
+    weights = kept * counts.trained
     weights += 4 * (counts.model - counts.trained)
     lora = 12 * counts.layout.numel * each  # a LoRA each: values, gradients, and one more
     return _base_memory(settings, counts, each) + weights + lora
@@ -273,6 +278,7 @@ def _remedy(settings: Settings, counts: Counts, here: Machine) -> str:
         {"checkpointing": True},
         {"checkpointing": True, "accumulate": share},
         {"checkpointing": True, "accumulate": share, "ema_on_cpu": True},
+        {"checkpointing": True, "accumulate": share, "shard": settings.gpus > 1},
     ]
     for change in changes:
         other = replace(settings, **change)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..adapters.attach import attach
 from ..adapters.base import AdapterSet
 from ..base_model.diffusers_base import DiffusersBase
-from ..base_model.protocol import TextCondition, compute_device, compute_dtype
+from ..base_model.protocol import TextCondition, compute_device, predict
 from ..diffusion.sampler import SampleSettings, initial_noise, sample, seeded_generators
 from ..errors import ConfigError
 from .protocol import Protocol
@@ -69,17 +69,14 @@ class ProtocolDrawer:
             person: name, part of the seed of the noise.
             cells: numbers from 0.
         """
-        p, device = self.protocol, compute_device(self.base)
+        p = self.protocol
         texts = self._encoded([p.text(prompt, adaptation.trigger) for prompt, _ in cells])
         nothing = self._encoded([p.negative] * len(cells))
         seeds = [p.noise_seed(person, prompt, seed) for prompt, seed in cells]
-        noise = initial_noise(seeded_generators(seeds), self.shape).to(device)
-        dtype = compute_dtype(self.base)
+        noise = initial_noise(seeded_generators(seeds), self.shape).to(compute_device(self.base))
 
         def denoise(z: Tensor, timestep: Tensor, conditional: bool) -> Tensor:
-            text = texts if conditional else nothing
-            here = TextCondition(text.context.to(device, dtype), text.pooled.to(device, dtype))
-            return self.base.predict(z.to(dtype), timestep, here).to(z)
+            return predict(self.base, z, timestep, texts if conditional else nothing)
 
         worn: Any = nullcontext()
         if adaptation.adapters is not None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..adapters.attach import attach
 from ..adapters.base import AdapterSet
 from ..base_model.block_outputs import recorded_blocks
-from ..base_model.protocol import BaseModel, TextCondition, compute_device, compute_dtype
+from ..base_model.protocol import BaseModel, TextCondition, compute_device, compute_dtype, predict
 from ..config import Config, check_ranges
 from ..diffusion.objective import abar_at, add_noise
 from ..errors import ConfigError
@@ -39,7 +39,6 @@ from .adaptation_run import (
     run_adaptation,
 )
 from .fingerprint import weights_digest
-from .losses import predict
 from .picture_examples import PictureExamples
 from .picture_task import PictureTask
 

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..base_model.protocol import BaseModel, TextCondition, compute_device
+from ..base_model.protocol import BaseModel, TextCondition, compute_device, predict
 from ..config import Config, check_range, check_ranges
 from ..diffusion.sampler import SampleSettings, initial_noise, sample, seeded_generators
 from ..errors import CheckpointError, ConfigError, counted
@@ -22,7 +22,6 @@ from ..storage.safetensors_io import read_file, write_atomic
 from .distillation import latent_channels
 from .fingerprint import fingerprint, weights_digest
 from .loop_config import MAX_TRAINING_SEED
-from .losses import predict
 from .picture_examples import PictureExamples, held_out_numbers
 from .picture_task import PictureTask
 

@@ -11,10 +11,9 @@ from torch import Tensor
 from ..adapters.attach import attach
 from ..adapters.lora import lora_adapter_set
 from ..base_model.diffusers_base import DiffusersBase
-from ..base_model.protocol import TextCondition, compute_device
+from ..base_model.protocol import TextCondition, compute_device, predict
 from ..diffusion.sampler import SampleSettings, initial_noise, sample, seeded_generators
 from ..lora.weights import LoRAWeights
-from .losses import predict
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..base_model.protocol import BaseModel, TextCondition, compute_dtype
+from ..base_model.protocol import BaseModel, TextCondition, compute_dtype, predict
 from ..diffusion.objective import abar_at, add_noise, loss_weight, to_x0, training_target
 from ..errors import ConfigError
 from ..lora.distance import cosine_similarity, squared_relative_error
@@ -75,20 +75,6 @@ def denoise(base: BaseModel, batch: NoisedBatch, mask: Tensor | None = None) -> 
         difference = difference * mask.to(difference)[:, None]
     estimate = to_x0(prediction, noisy, abar, base.prediction_type)
     return Denoised(difference.square().flatten(1).mean(1), estimate, abar.flatten())
-
-
-def predict(base: BaseModel, noisy: Tensor, timesteps: Tensor, text: TextCondition) -> Tensor:
-    """The base's answer (B, C, h, w) to noisy float32 latents, in their dtype, asked in its own.
-
-    Args:
-        base: the base model.
-        noisy: (B, C, h, w) where the base computes.
-        timesteps: (B,).
-        text: B encoded prompts, anywhere.
-    """
-    seen = noisy.to(compute_dtype(base))
-    here = TextCondition(text.context.to(seen), text.pooled.to(seen), text.time_ids)
-    return base.predict(seen, timesteps, here).to(noisy)
 
 
 def check_guidance(scale: float) -> None:

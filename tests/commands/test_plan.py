@@ -168,6 +168,15 @@ def test_numbers_of_the_model_are_those_that_train(demo):
     assert demo.picture == sum(t.numel() * t.element_size() for t in tensors)
 
 
+def test_shared_out_each_gpu_keeps_its_part_and_room_for_the_whole(sdxl):
+    """20 bytes a trained number; of 8 GPUs an eighth each, and 8 bytes while a step lasts."""
+    several = Settings(1000, 10, gpus=8, batch=64)
+    saved = functional_memory(several, sdxl) - functional_memory(replace(several, shard=True), sdxl)
+    assert saved == pytest.approx((20 - 8 - 20 / 8) * sdxl.trained)
+    alone = Settings(1000, 10)
+    assert functional_memory(alone, sdxl) == functional_memory(replace(alone, shard=True), sdxl)
+
+
 def test_sdxl_is_as_large_as_it_is(sdxl):
     assert sdxl.step.parameters == 2_567_463_684
     assert sdxl.model / 1e6 == pytest.approx(822, abs=1)
