@@ -163,9 +163,10 @@ def near_misses(
     for match in re.finditer(r"[<‹＜〈]?[^\W_](?:[\w\-‐-―−]*[^\W_])?[>›＞〉]?", prompt):
         if any(match.start() in own for own in taken) or len(tokens(match.group())) < 2:
             continue  # found, or a word that the text encoders know
-        core = _core(match.group())
+        core, parts = _core(match.group()), re.split(r"[\W_]+", _folded(match.group())[0])
         close = difflib.get_close_matches(core, [_core(word) for word in words], 1, NEAR)
-        missed += [(match.group(), word) for word in words if _core(word) in close][:1]
+        near = [word for word in words if _core(word) in (*close, *parts)]
+        missed += [(match.group(), word) for word in near][:1]
     return missed
 
 
