@@ -1,5 +1,6 @@
 """ComfyUI's models as a base to train, and what fits on them."""
 
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -241,7 +242,9 @@ def keep_together(first: ComfyBase, second: ComfyBase) -> None:
 
 
 def _of_its_own(model: ModelPatcher) -> Any:
-    """A clone of a model, patches and all, that shares no weights with it.
+    """A clone of a model that shares no weights with it: its patches are in its weights for good.
+
+    Nobody takes them out again, so ComfyUI need not keep a second copy of what they change.
 
     Raises:
         ConfigError: its loader does not say where it came from.
@@ -251,4 +254,10 @@ def _of_its_own(model: ModelPatcher) -> Any:
             "Teacher and student are one model with other patches, and its loader cannot load it "
             "twice. Save one of them as a checkpoint and load that."
         )
-    return model.clone(disable_dynamic=True, force_deepcopy=True)
+    own = model.clone(disable_dynamic=True, force_deepcopy=True)
+    for key in own.patches:
+        own.patch_weight_to_device(key, own.offload_device)
+        own.backup.clear()
+    own.patches = {}
+    own.patches_uuid = uuid.uuid4()
+    return own

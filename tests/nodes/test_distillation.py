@@ -160,6 +160,27 @@ def test_an_interrupt_keeps_the_best_and_the_next_run_goes_on(demo, parts, own_s
     assert all(torch.equal(after[k], v) for k, v in before.items())
 
 
+def test_a_teacher_of_its_own_weights_is_the_patched_model(demo, parts):
+    """As ComfyUI patches it, once; the model that it came from stays as it was."""
+    from comfy import model_management
+
+    model, taught, _, vae = demo
+    before = {k: v.clone() for k, v in model.model.state_dict().items()}
+    model_management.load_models_gpu([taught])
+    expected = {k: v.clone() for k, v in taught.model.state_dict().items()}
+    model_management.unload_all_models()
+    own = parts("nodes.host.base").ComfyBase(taught, vae, apart=True)
+    for _ in range(2):
+        own.load(0)
+        assert not own.patcher.backup
+        made = own.patcher.model.state_dict()
+        assert all(torch.equal(made[k], v) for k, v in expected.items())
+        model_management.unload_all_models()
+    assert sum(not torch.equal(expected[k], v) for k, v in before.items()) > 10
+    after = model.model.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+
+
 def test_a_teacher_of_another_vae_is_refused(demo, parts):
     """Its latents would be pictures of other colours to the student's VAE."""
     import comfy.latent_formats
