@@ -61,9 +61,8 @@ SMALLER: dict[str, dict[str, Callable[[Any, int], Any]]] = {
     "DiffLoRA_TrainInfusionConcept": _TRAINING,
     "DiffLoRA_TrainStyleInject": _TRAINING,
     "DiffLoRA_TrainPaRa": _TRAINING,
-    "DiffLoRA_DistilCheckpoint": {
-        "steps": _fewer(STEPS),
-        "batch_size": _fewer(1),
+    "DiffLoRA_DistilCheckpoint": _TRAINING
+    | {
         "pictures": _fewer(2),
         "sampling_steps": _fewer(STEPS),
         "width": pixels,
