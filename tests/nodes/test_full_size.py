@@ -36,6 +36,18 @@ def test_a_row_of_a_workflow_that_runs(harness, quickstart):
     assert 0.3 < row.peak_gb < 16
 
 
+def test_every_training_computes_layers_again(comfy):
+    info = comfy.object_info()
+    kinds = {}
+    for prompt in graphs.all_prompts(info).values():
+        for node in prompt.values():
+            schema = info[node["class_type"]]["input"]
+            if "memory" in {**schema["required"], **(schema.get("optional") or {})}:
+                kinds.setdefault(node["class_type"], set()).add(node["inputs"].get("memory"))
+    assert len(kinds) > 5
+    assert {kind: values for kind, values in kinds.items() if values != {"saving"}} == {}
+
+
 def test_a_lora_without_strength_changes_nothing_and_that_is_seen(harness, quickstart):
     weak = graphs.smaller(quickstart)
     for node in weak.values():

@@ -234,13 +234,9 @@ def training_prompts(info: Info, side: int = SIDE) -> dict[str, Prompt]:
     kind = "DiffLoRA_TrainInfusionConcept"
     inputs = _defaults(info, kind)
     node["inputs"] = inputs | {k: v for k, v in node["inputs"].items() if k in inputs}
-    node["inputs"] |= {"masks": None, "file_name": "my_infusion"}
-    del node["inputs"]["masks"]
+    node["inputs"]["file_name"] = "my_infusion"
     node["class_type"] = kind
-
-    return {
-        "Train Infusion Concept": _reported(smaller(infusion, side), key, info),
-    }
+    return {"Train Infusion Concept": _reported(smaller(infusion, side), key, info)}
 
 
 def _training_node(prompt: Prompt) -> tuple[str, dict[str, Any]]:
@@ -260,12 +256,15 @@ def _reported(prompt: Prompt, key: str, info: Info) -> Prompt:
 
 
 def _defaults(info: Info, kind: str) -> dict[str, Any]:
-    """A node's widgets at their defaults, and its other inputs as None."""
+    """A node's widgets at their defaults, and its other required inputs as None."""
     found: dict[str, Any] = {}
     for name, spec in info[kind]["input"]["required"].items():
         options = spec[1] if len(spec) > 1 else {}
         choices = options.get("options") or (spec[0] if isinstance(spec[0], list) else [None])
         found[name] = options.get("default", choices[0])
+    for name, spec in (info[kind]["input"].get("optional") or {}).items():
+        if len(spec) > 1 and "default" in spec[1]:
+            found[name] = spec[1]["default"]
     return found
 
 
