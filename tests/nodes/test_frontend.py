@@ -68,7 +68,11 @@ def test_what_cannot_be_read_is_noticed(front_end):
     nodes = {node["type"]: node for node in workflow["nodes"]}
     first, last = nodes["LoadImage"], nodes["SaveImage"]
     first["pos"] = list(nodes["DiffLoRA_LoadDemo"]["pos"])
-    last["pos"][0] += 3000
+    source = nodes["ImageScaleBy"]["pos"]
+    last["pos"] = [source[0] + 3000, source[1]]
+    box = [source[0] + 1500, source[1] - 15, 600, 300]  # the link begins at a collapsed node
+    over = {"id": 99, "title": "Over a link", "bounding": box}
+    workflow["groups"].append(workflow["groups"][0] | over)
     front_end.load(workflow, "spoilt")
     seen = shown(front_end)
     told = " ".join(complaints(seen))

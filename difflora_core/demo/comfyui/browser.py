@@ -65,6 +65,9 @@ SHOWN = """() => app.graph.nodes.every(node => {
     return node.flags.collapsed || node.imgs?.length >= images.length || images.length === 0;
 })"""
 
+CARDS = "[data-testid^=template-workflow-]"
+OTHER_CARDS = "([cards, count]) => document.querySelectorAll(cards).length !== count"
+"""The template browser shows two dozen, and more when the last one is seen."""
 KEPT = "async id => id in await (await app.api.fetchApi(`/history/${id}`)).json()"
 """ComfyUI writes its history after it has told of a success."""
 
@@ -189,9 +192,25 @@ class FrontEnd:
         self.page.evaluate(FIT)
 
     def find_template(self, pack: str, name: str) -> None:
-        """Waits until a template of a pack is shown in the template browser of a first visit."""
+        """Scrolls to a template of a pack in the template browser of a first visit.
+
+        Cards come page by page, in the order of the folder on disk.
+
+        Raises:
+            BrowserError: there is no such card at the end.
+        """
         self.page.get_by_text(pack, exact=True).click()
-        self.page.get_by_test_id(f"template-workflow-{name}").wait_for()
+        cards = self.page.locator(CARDS)
+        wanted = self.page.get_by_test_id(f"template-workflow-{name}")
+        cards.first.wait_for()
+        while not wanted.count():
+            count = cards.count()
+            cards.last.scroll_into_view_if_needed()
+            try:
+                self.page.wait_for_function(OTHER_CARDS, arg=[CARDS, count], timeout=10_000)
+            except Error as error:
+                raise BrowserError(f"No template {name} among {count} of {pack}.") from error
+        wanted.scroll_into_view_if_needed()
 
     def open_template(self, name: str) -> None:
         """Clicks on a template and waits until its nodes are there."""
