@@ -230,6 +230,7 @@ def test_weights_off_the_device(unet, random_para, on):
     assert float((outputs[0] - call(unet())).abs().max()) > 0.05
 
 
+@pytest.mark.slow  # as in test_styleinject.py, whose compiled chains are in every run
 @pytest.mark.parametrize("link", [{}, {"end": 0.9}])
 def test_compiled(unet, random_para, on, link):
     from comfy_api.torch_helpers import set_torch_compile_wrapper

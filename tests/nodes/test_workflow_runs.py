@@ -8,14 +8,20 @@ import pytest
 from difflora_core.demo.comfyui.workflow_api import PACK
 from difflora_core.demo.workflows.runner import FULL_SIZE, run_workflow
 
+LONG = ("train_person", "para_style", "distil_checkpoint")
+"""They train for half a minute; *teach_concept*, *few_shot_style* and *refine_person* train too."""
 DEMOS = [
-    path
+    pytest.param(
+        path,
+        id=path.stem,
+        marks=[pytest.mark.slow] if path.stem.removesuffix("_demo") in LONG else [],
+    )
     for path in sorted((PACK / "workflows").glob("*.json"))
     if not path.name.startswith(FULL_SIZE) and path.stem != "quickstart_demo"  # test_quickstart
 ]
 
 
-@pytest.mark.parametrize("path", DEMOS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", DEMOS)
 def test_demo_workflow_makes_pictures(comfy_server, is_shipped, path):
     if not is_shipped:
         pytest.skip("the shipped demo world is not trained yet (make demo-world)")
