@@ -110,6 +110,15 @@ def test_a_checkpoint_of_the_artists_own_is_the_published_one_with_a_lora(monkey
     assert small["distil"]["inputs"]["steps"] == 2
 
 
+def test_without_a_style_the_router_picture_is_drawn_as_ever():
+    given = node("DiffLoRA_StyleRouter", model=["first", 0], seed=3)
+    prompt = {**graph(), "drawn": given}
+    info = INFO | {"DiffLoRA_StyleRouter": INFO["Sampler"]}
+    drawn = graphs.bypassed(prompt, info)["drawn"]
+    assert drawn == node("KSampler", model=["load", 0], seed=3)
+    assert given["class_type"] == "DiffLoRA_StyleRouter"
+
+
 def test_sizes_keep_their_proportions():
     assert [graphs.pixels(n) for n in (832, 1216, 1024, 2 * 832, 64)] == [192, 320, 256, 384, 64]
     masks = {

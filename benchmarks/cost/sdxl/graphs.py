@@ -87,6 +87,10 @@ FOLDERS = {
 """Node that loads such a file: its input, and the folder in models."""
 
 
+AS_DRAWN = {"DiffLoRA_StyleRouter": "KSampler"}
+"""Node that shows what is applied: the one that draws the same where nothing is."""
+
+
 def workflow_names() -> list[str]:
     """Every shipped workflow for SDXL, those first that train what others load."""
     first = list(dict.fromkeys(name for name, _ in MAKERS.values()))
@@ -142,6 +146,7 @@ def bypassed(prompt: Mapping[str, Mapping[str, Any]], info: Info) -> Prompt:
     for key in gone:
         del made[key]
     for node in made.values():
+        node["class_type"] = AS_DRAWN.get(node["class_type"], node["class_type"])
         for name, value in list(node["inputs"].items()):
             if name == "hooks" and _is_link(value):
                 del node["inputs"][name]
