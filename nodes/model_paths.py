@@ -204,17 +204,22 @@ def prompt_files() -> list[str]:
 
 
 def prompt_file(name: str) -> Path | None:
-    """The full path of a text file in the input folder; None for none.
+    """The full path of a text file in the input folder; see `in_input_folder`."""
+    return in_input_folder(name, prompt_files, "prompt file")
+
+
+def in_input_folder(name: str, listed: Callable[[], Sequence[str]], kind: str) -> Path | None:
+    """The full path of what was chosen of what is `listed` in the input folder; None for none.
 
     Raises:
-        FileNameError: it is not there; the message names the folder.
+        FileNameError: it is not there; the message names its `kind` and the folder.
     """
     if name in ("", NO_FILE):
         return None
     folder = Path(folder_paths.get_input_directory())
-    if name not in prompt_files():  # it is from a prompt
+    if name not in listed():  # it is from a prompt
         raise FileNameError(
-            f"The prompt file '{shown(name)}' was not found. Put it into {folder} and press R."
+            f"The {kind} '{shown(name)}' was not found. Put it into {folder} and press R."
         )
     return folder / name
 

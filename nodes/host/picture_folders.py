@@ -4,7 +4,7 @@ from pathlib import Path
 
 import folder_paths
 
-from ...difflora_core.errors import ConfigError, FileNameError, shown
+from ...difflora_core.errors import ConfigError
 from ...difflora_core.training.picture_folder import pictures_in
 from .. import model_paths
 
@@ -26,16 +26,5 @@ def _has_pictures(folder: Path) -> bool:
 
 
 def picture_folder(name: str) -> Path | None:
-    """The full path of a folder in the input folder; None for none.
-
-    Raises:
-        FileNameError: it is not there; the message names the input folder.
-    """
-    if name in ("", model_paths.NO_FILE):
-        return None
-    folder = Path(folder_paths.get_input_directory())
-    if name not in picture_folders():  # it is from a prompt
-        raise FileNameError(
-            f"The folder '{shown(name)}' was not found. Put it into {folder} and press R."
-        )
-    return folder / name
+    """The full path of a folder in the input folder; see `model_paths.in_input_folder`."""
+    return model_paths.in_input_folder(name, picture_folders, "folder")
