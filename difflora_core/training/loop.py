@@ -46,7 +46,7 @@ from .loop_state import (
     write_best,
 )
 from .processes import Processes, deferred_interrupt, launched, split
-from .sharding import gathered, shard
+from .sharding import gathered, is_sharded, shard
 from .state_file import STATE, RunIdentity, settings_that_count
 from .step import Step
 
@@ -273,7 +273,8 @@ class _Run:
         if self.folder is None:
             return
         self._join_meters()
-        path, tensors = self.folder / STATE, self.state.tensors()
+        needed = self.processes.is_main or is_sharded(self.objective)  # parts are joined by all
+        path, tensors = self.folder / STATE, self.state.tensors() if needed else {}
         self.processes.on_main(lambda: self.state.write(path, self.identity, tensors))
 
     def _resume(self) -> None:
