@@ -37,7 +37,8 @@ def child(folder: Path, share: int) -> int:
 def main(folder: Path, seed: int) -> None:
     """Kills both after at most half of the time that one takes undisturbed.
 
-    The first of a few that are timed also pays for what a process needs once.
+    The first of a few that are timed also pays for what a process needs once. The time grows from
+    kill to kill, so that both get through on a machine or disk that has become slower since.
     """
     draw, killed, lengths = random.Random(seed), 0, []
     for number in range(3):
@@ -54,7 +55,8 @@ def main(folder: Path, seed: int) -> None:
         killed += sum(ends)
         if not any(ends):
             break
-        if killed > 200:
+        length *= 1.05
+        if killed > 300:
             raise RuntimeError("Nothing gets done between two kills.")
     sys.stdout.write(str(killed))
 

@@ -34,7 +34,10 @@ def child(place: str, folder: str, command: str) -> int:
 
 
 def until_whole(place: str, folder: Path, command: str, longest: float, draw: random.Random) -> int:
-    """Kills until a child is faster; returns how many were killed."""
+    """Kills until a child is faster; returns how many were killed.
+
+    The time grows from kill to kill: so does what a child has to look through when it begins.
+    """
     killed = 0
     while True:
         number = child(place, str(folder), command)
@@ -47,6 +50,7 @@ def until_whole(place: str, folder: Path, command: str, longest: float, draw: ra
             assert status == 0
             return killed
         killed += 1
+        longest *= 1.05
 
 
 def main(place: str, folder: str, command: str, seed: str, kills: str) -> None:
