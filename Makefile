@@ -29,7 +29,7 @@ comfyui: setup  # the same ComfyUI for a browser
 bench: setup  # make bench name=identity args='--quick'
 	@$(RUN) -m benchmarks $(name) $(args)
 
-full-size: setup  # every SDXL workflow with random weights of full size; 15 GB, args='--remove'
+full-size: setup  # every SDXL workflow with random weights of full size; 16 GB, args='--remove'
 	@$(RUN) -m benchmarks workflows $(args)
 
 full-size-road: setup  # its second part: photos to dataset, corpus, model, picture, at full size

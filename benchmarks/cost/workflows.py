@@ -1,9 +1,9 @@
 """`make full-size`, also `make bench name=workflows`: SDXL's workflows at full size in ComfyUI.
 
-Random weights of the real size (15 GB, written once); every `sdxl_` workflow at 256 pixels and 2
-steps, and 2 steps of every training node. What is asked: does it run, how long does each node
-take, how much memory, does what is applied change the picture, and does the base draw the same
-pixels afterwards.
+Random weights of the real size (16 GB, written once); every `sdxl_` workflow, and those that draw
+people for `multiply`, at 256 pixels and 2 steps, and 2 steps of every training node. What is asked:
+does it run, how long does each node take, how much memory, does what is applied change the picture,
+and does the base draw the same pixels afterwards.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser("Every SDXL workflow at full size with random weights.", threads=None)
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="of the 15 GB of random files")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="of the 16 GB of random files")
     parser.add_argument("--side", type=int, default=graphs.SIDE, help="of pictures, in pixels")
     parser.add_argument("--only", nargs="+", default=[], help="names of workflows, for example")
     parser.add_argument("--remove", action="store_true", help="delete the folder and end")

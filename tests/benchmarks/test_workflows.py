@@ -1,5 +1,6 @@
 """SDXL's workflows at full size: what is covered, how graphs are made small, and the table."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -25,6 +26,7 @@ MODELS = {
     "DiffLoRA_LoadFaceAnalysis": "models/insightface/models/{}/",
     "DiffLoRA_LoadModel": "models/difflora/{}",
     "DiffLoRA_LoadLoRAFile": "models/loras/{}",
+    "PhotoMakerLoader": "models/photomaker/{}",
 }
 INFO = {
     "Load": {"input": {}, "output": ["MODEL", "CLIP"], "output_name": ["model", "clip"]},
@@ -40,6 +42,12 @@ INFO = {
     "Sampler": {"input": {"required": {"model": ["MODEL", {}]}}, "output": ["LATENT"]},
     "VAEDecode": {"input": {}, "output": ["IMAGE"]},
     "PreviewImage": {"input": {}, "output": []},
+}
+
+
+PEOPLE = {
+    entry["class_type"]: {"input": {}, "output": []}
+    for entry in next(iter(graphs.people_prompts().values())).values()
 }
 
 
@@ -89,6 +97,42 @@ def test_every_file_that_a_workflow_loads_is_made(name):
             assert any(path.startswith(place) for path in made), place
         else:
             assert "Loader" not in kind or kind == "LoraModelLoader", kind
+
+
+def test_workflows_that_draw_people_are_run_with_files_that_are_made():
+    made = [file.place for file in files.FILES]
+    prompts = graphs.people_prompts(64)
+    assert list(prompts) == ["multiply_sdxl_photomaker"]
+    for prompt in prompts.values():
+        assert "{" not in json.dumps([list(entry["inputs"].values()) for entry in prompt.values()])
+        for entry in prompt.values():
+            if entry["class_type"] == "LoadImage":
+                assert (FOLDER / entry["inputs"]["image"]).exists()
+            elif "Loader" in entry["class_type"]:
+                name = next(iter(entry["inputs"].values()))
+                assert MODELS[entry["class_type"]].format(name) in made
+
+
+def test_two_samplers_after_one_another_still_share_the_steps():
+    (prompt,) = graphs.people_prompts(64).values()
+    ranges = [
+        (n["inputs"]["steps"], n["inputs"]["start_at_step"], n["inputs"]["end_at_step"])
+        for n in prompt.values()
+        if n["class_type"] == "KSamplerAdvanced"
+    ]
+    assert ranges == [(2, 0, 1), (2, 1, 10000)]
+
+
+def test_without_the_photo_the_words_are_those_that_photomaker_encodes():
+    (prompt,) = graphs.people_prompts(64).values()
+    plain = graphs.bypassed(prompt, PEOPLE)
+    changed = {key for key in prompt if plain[key] != prompt[key]}
+    (key,) = changed
+    assert prompt[key]["class_type"] == "PhotoMakerEncode"
+    text = "photo of a person , in a garden"
+    assert plain[key]["class_type"] == "CLIPTextEncode"
+    assert plain[key]["inputs"] == {"text": text, "clip": ["1", 1]}
+    assert graphs.witnessed(prompt, PEOPLE)[graphs.WITNESS]["inputs"]["images"][0] in prompt
 
 
 def test_a_checkpoint_of_the_artists_own_is_the_published_one_with_a_lora(monkeypatch):
@@ -222,6 +266,9 @@ def test_shapes_are_those_of_the_real_sdxl(comfyui):
     assert billions("checkpoints", "first_stage_model.") == pytest.approx(0.0837, abs=1e-4)
     assert billions("clip_vision", "") == pytest.approx(0.304, abs=1e-3)
     assert billions("controlnet", "") == pytest.approx(1.251, abs=1e-3)
+    assert billions("photomaker", "") == pytest.approx(0.326, abs=1e-3)
+    names = ("visual_projection_2.weight", "fuse_module.mlp1.fc1.weight")
+    assert [shapes["photomaker"][name] for name in names] == [[1280, 1024], [2048, 4096]]
 
 
 def test_the_clock_gives_each_node_its_seconds(monkeypatch):

@@ -29,6 +29,7 @@ from difflora_core.demo.workflows.writer import FOLDER as WORKFLOWS
 from difflora_core.lora.layout import sdxl_layout
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.models.difflora import DiffLoRAConfig, DiffLoRAModel
+from difflora_core.storage.atomic import replacing
 from difflora_core.storage.checkpoint import EXACT_PREFIXES, save_model
 from difflora_core.storage.hyperlora_folder import PROJECTOR
 from difflora_core.storage.lora_file import write_lora_file
@@ -111,6 +112,14 @@ def write_published(path: Path) -> None:
     """A file in the form of the one that others publish, known by its folder."""
     shapes = sdxl_shapes()[path.parent.name]
     write_atomic(drawn(shapes), {}, path)
+
+
+def write_photomaker(path: Path) -> None:
+    """PhotoMaker's file, but for its LoRA (0.3 GB), which ComfyUI does not read."""
+    shapes = sdxl_shapes()[path.parent.name]
+    encoder = {name: value.clone() for name, value in drawn(shapes).items()}  # each number stored
+    with replacing(path) as temporary:
+        torch.save({"id_encoder": encoder, "lora_weights": {}}, temporary)
 
 
 def write_difflora(path: Path) -> None:
@@ -198,6 +207,7 @@ FILES = (
     RandomFile(_models("checkpoints"), 6.9, write_published),
     RandomFile(_models("clip_vision"), 0.6, write_published),
     RandomFile(_models("controlnet"), 2.5, write_published),
+    RandomFile("models/photomaker/photomaker-v1.bin", 0.7, write_photomaker),
     RandomFile(f"models/insightface/models/{SDXL_FACES}/{DETECTOR}", 0.0, write_faces),
     RandomFile(f"models/difflora/{SDXL_MODEL}", 1.7, write_difflora),
     RandomFile(f"models/hyper_lora/hyper_lora/{VARIANT}/{PROJECTOR}", 3.1, write_hyperlora),

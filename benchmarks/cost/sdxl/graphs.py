@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from difflora_core.data import generator_workflow
 from difflora_core.demo.comfyui.workflow_api import workflow_to_prompt
 from difflora_core.demo.workflows.needs import OWN_CHECKPOINT
 from difflora_core.demo.workflows.runner import FULL_SIZE, read_workflow
@@ -34,6 +35,12 @@ def _fewer(most: int) -> Callable[[Any, int], float]:
     return lambda value, _: min(value, most)
 
 
+def _middle(at: int, side: int) -> int:
+    """Where one sampler hands over to the next: in the middle of STEPS; 10000 is the end."""
+    del side
+    return at if at >= 10000 else min(at, STEPS // 2)
+
+
 def _saving(value: str, side: int) -> str:
     """Layers computed again: on the CPU their weights are copies in float32, 10 GB of them."""
     del value, side
@@ -47,6 +54,12 @@ SMALLER: dict[str, dict[str, Callable[[Any, int], Any]]] = {
     "MaskComposite": {"x": lambda x, side: pixels(x, side) if x else 0},
     "GrowMask": {"expand": _fewer(16)},
     "KSampler": {"steps": _fewer(STEPS), "cfg": _fewer(1)},  # each step is one pass
+    "KSamplerAdvanced": {
+        "steps": _fewer(STEPS),
+        "cfg": _fewer(1),
+        "start_at_step": _middle,
+        "end_at_step": _middle,
+    },
     "DiffLoRA_StyleRouter": {"steps": _fewer(STEPS), "cfg": _fewer(1)},
     "DiffLoRA_InterpolateIdentities": {"steps": _fewer(2)},
     "DiffLoRA_EncodeLoRA": {"refine_steps": _fewer(STEPS)},
@@ -87,8 +100,21 @@ FOLDERS = {
 """Node that loads such a file: its input, and the folder in models."""
 
 
-AS_DRAWN = {"DiffLoRA_StyleRouter": "KSampler"}
-"""Node that shows what is applied: the one that draws the same where nothing is."""
+PHOTO, SCENE = "difflora_demo_person.png", "in a garden"
+"""What a workflow that draws people is given."""
+
+
+def _words_alone(given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """PhotoMaker encodes its text without the word that stands for the photo, too."""
+    text = given["text"].replace("photomaker ", "")
+    return "CLIPTextEncode", {"clip": given["clip"], "text": text}
+
+
+AS_DRAWN: dict[str, Callable[[dict[str, Any]], tuple[str, dict[str, Any]]]] = {
+    "DiffLoRA_StyleRouter": lambda given: ("KSampler", given),
+    "PhotoMakerEncode": _words_alone,
+}
+"""Node that applies or shows something: type and inputs of the one that draws the same without."""
 
 
 def workflow_names() -> list[str]:
@@ -101,7 +127,16 @@ def workflow_names() -> list[str]:
 def all_prompts(info: Info, side: int = SIDE) -> dict[str, Prompt]:
     """Every shipped workflow for SDXL, and trainings that none of them holds, made small."""
     workflows = {name: small_prompt(name, info, side) for name in workflow_names()}
-    return workflows | training_prompts(info, side)
+    return workflows | people_prompts(side) | training_prompts(info, side)
+
+
+def people_prompts(side: int = SIDE) -> dict[str, Prompt]:
+    """The workflows in API form that draw people on SDXL for `multiply`, filled and made small."""
+    found = {}
+    for path in sorted(FOLDER.glob("api/*_sdxl_*.json")):
+        filled = generator_workflow.read_workflow(path).filled(PHOTO, SCENE, seed=1)
+        found[path.stem] = smaller(filled, side)
+    return found
 
 
 def small_prompt(name: str, info: Info, side: int = SIDE) -> Prompt:
@@ -139,14 +174,15 @@ def bypassed(prompt: Mapping[str, Mapping[str, Any]], info: Info) -> Prompt:
     """The prompt as ComfyUI's front end makes it when everything applied to a model is bypassed.
 
     A node that takes a model and gives one passes on what it took, each output the input of its
-    type; hooks are unplugged.
+    type; hooks are unplugged; see also AS_DRAWN.
     """
     made: Prompt = copy.deepcopy({key: dict(node) for key, node in prompt.items()})
     gone = {key: node for key, node in made.items() if _passed(node, "MODEL", info)}
     for key in gone:
         del made[key]
     for node in made.values():
-        node["class_type"] = AS_DRAWN.get(node["class_type"], node["class_type"])
+        if plain := AS_DRAWN.get(node["class_type"]):
+            node["class_type"], node["inputs"] = plain(node["inputs"])
         for name, value in list(node["inputs"].items()):
             if name == "hooks" and _is_link(value):
                 del node["inputs"][name]

@@ -50,6 +50,7 @@ def main(comfyui: str) -> None:
         "checkpoints": checkpoint_shapes(),
         "controlnet": controlnet_shapes(),
         "clip_vision": vision_shapes(),
+        "photomaker": photomaker_shapes(),
     }
     sys.stdout.write(json.dumps(found))
 
@@ -102,6 +103,12 @@ def vision_shapes() -> Shapes:
     network = _on_meta("transformers", "CLIPVisionModelWithProjection", config)
     shapes = _shapes(network.state_dict())
     return {name: shape for name, shape in shapes.items() if "position_ids" not in name}
+
+
+def photomaker_shapes() -> Shapes:
+    """PhotoMaker's encoder of a person: CLIP ViT-L/14, a projection more, and the fusion."""
+    encoder = _on_meta("comfy_extras.nodes_photomaker", "PhotoMakerIDEncoder")
+    return _shapes(encoder.state_dict())
 
 
 def _on_meta(module: str, name: str, /, *arguments: Any, **settings: Any) -> Any:
