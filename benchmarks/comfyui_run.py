@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from difflora_core.demo.comfyui.client import ComfyPromptError, NodeProgress, PromptResult
+from difflora_core.comfy_client import ComfyPromptError, NodeProgress, PromptResult
 from difflora_core.demo.comfyui.server import ComfyServer
 
 HOUR = 3600.0

@@ -5,6 +5,7 @@ Map of the rooms (imports point down this list only):
 - ``errors``      what can go wrong, in the artist's words
 - ``limits``      how large what we read may be
 - ``config``      strict settings: unknown names and values out of range are refused
+- ``comfy_client``  a running ComfyUI: run a prompt, follow it, fetch what it made
 - ``lora``        LoRA weights as data: names, layouts, canonical form, distances, tokens
 - ``vision``      reference images to features
 - ``text``        prompts, text encoders and words that they learn

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from difflora_core.demo.comfyui.client import ComfyPromptError
+from difflora_core.comfy_client import ComfyPromptError
 from difflora_core.demo.comfyui.server import ComfyServer
 from difflora_core.demo.paths import WORK
 from difflora_core.demo.workflows.needs import SDXL_FILES

@@ -13,6 +13,7 @@ from PIL import Image
 from rich.console import Console
 from websocket import WebSocketException, WebSocketTimeoutException
 
+from ..comfy_client import ComfyClient, ComfyInterrupted, ComfyPromptError
 from ..config import Config, check_range
 from ..data.drawn_people import (
     DROPPED,
@@ -37,7 +38,6 @@ from ..data.shared_work import (
     ServerUnfitError,
     SharedWork,
 )
-from ..demo.comfyui.client import ComfyClient, ComfyInterrupted, ComfyPromptError
 from ..errors import ConfigError, DatasetError, counted, shown
 from .run_folder import RunFolder, run_folder
 

@@ -18,12 +18,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from ..comfy_client import NodeProgress, PromptResult
 from ..config import parse_json
 from ..storage.image_files import write_image
 from ..storage.lora_file import write_lora_file
 from ..vision.grid import GridRow, draw_grid
 from . import paths
-from .comfyui.client import NodeProgress, PromptResult
 from .comfyui.server import ComfyServer
 from .comfyui.workflow_api import workflow_pictures, workflow_to_prompt
 from .examples import DREAMBOOTH, dreambooth_lora, other_pictures, reference_picture

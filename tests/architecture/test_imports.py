@@ -9,7 +9,7 @@ import difflora_core
 
 FLOORS = (
     ("errors", "limits"),
-    ("config",),
+    ("config", "comfy_client"),
     ("lora", "vision", "text", "diffusion"),
     ("base_model", "models", "adapters"),
     ("methods",),

@@ -108,7 +108,7 @@ HOMES = {
         "difflora_core/config.py",  # parse_json
         "difflora_core/lora/layout.py",  # a cache key that it made itself
         "difflora_core/training/state_file.py",  # its own record, as it will be read
-        "difflora_core/demo/comfyui/client.py",  # answers of the server that it started
+        "difflora_core/comfy_client.py",  # answers of the server that it started
     },
     "load_torch_file": {"nodes/loaders.py"},  # LoRA pickles, as ComfyUI reads them
     "torch.load": {"difflora_core/storage/torch_file.py"},  # `convert` reads tensors alone

@@ -13,7 +13,7 @@ from benchmarks import comfyui_run as measure
 from benchmarks.cost import workflows
 from benchmarks.cost.sdxl import files, graphs
 from benchmarks.cost.workflows import Row, chosen, table
-from difflora_core.demo.comfyui.client import NodeProgress
+from difflora_core.comfy_client import NodeProgress
 from difflora_core.demo.workflows.needs import OWN_CHECKPOINT
 from difflora_core.demo.workflows.runner import read_workflow
 from difflora_core.demo.workflows.writer import FOLDER

@@ -18,9 +18,9 @@ import pytest
 import torch
 from PIL import Image
 
+from difflora_core.comfy_client import ComfyClient
 from difflora_core.demo.build.controlnet import save_controlnet
 from difflora_core.demo.build.words import write_words
-from difflora_core.demo.comfyui.client import ComfyClient
 from difflora_core.demo.comfyui.server import ComfyServer
 from difflora_core.demo.networks.base import demo_layout, load_base, new_base, save_base
 from difflora_core.demo.networks.clip_vision import ClipVisionRecipe, save_clip_vision

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from difflora_core.demo.comfyui.client import ComfyPromptError
+from difflora_core.comfy_client import ComfyPromptError
 
 VISION, FACES = ["demo", 3], ["demo", 4]
 

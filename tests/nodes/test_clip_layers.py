@@ -6,7 +6,7 @@ So are two CLIPs by mistake: one that was taught the word, and another one that 
 import numpy as np
 import pytest
 
-from difflora_core.demo.comfyui.client import ComfyPromptError
+from difflora_core.comfy_client import ComfyPromptError
 from tests.nodes.sampler_graphs import CLIP, MODEL, cfg, guided, node, sampling_nodes
 
 HAT, CAT = "<demo-hat>", "<demo-cat>"

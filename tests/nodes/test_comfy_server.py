@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from difflora_core.demo.comfyui.client import ComfyInterrupted, ComfyPromptError
+from difflora_core.comfy_client import ComfyInterrupted, ComfyPromptError
 from difflora_core.demo.comfyui.server import ComfyServer, ComfyServerError
 
 

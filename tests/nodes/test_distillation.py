@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from difflora_core.base_model.diffusers_base import DiffusersBase
-from difflora_core.demo.comfyui.client import ComfyPromptError
+from difflora_core.comfy_client import ComfyPromptError
 from difflora_core.lora.layout import SDXL_UNET_CONFIG
 from difflora_core.training.picture_task import PictureTask
 from difflora_core.training.recipes import default_distillation, distillation_recipes

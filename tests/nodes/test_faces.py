@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from difflora_core.demo.comfyui.client import ComfyPromptError
+from difflora_core.comfy_client import ComfyPromptError
 from difflora_core.storage.features_file import read_features
 
 FACES, DIFFLORA = ["demo", 4], ["demo", 5]

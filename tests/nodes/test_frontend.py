@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from difflora_core.comfy_client import ComfyPromptError
 from difflora_core.demo.comfyui.browser import (
     HOW_TO_INSTALL,
     BrowserError,
@@ -12,7 +13,6 @@ from difflora_core.demo.comfyui.browser import (
     FrontEnd,
     find_chromium,
 )
-from difflora_core.demo.comfyui.client import ComfyPromptError
 from difflora_core.demo.comfyui.workflow_api import PACK, WorkflowError, workflow_to_prompt
 from difflora_core.demo.workflows.runner import FULL_SIZE, first_picture, read_workflow
 from difflora_core.demo.workflows.shown import complaints, crossings, shown

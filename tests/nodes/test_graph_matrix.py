@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from difflora_core.demo.comfyui.client import ComfyPromptError
+from difflora_core.comfy_client import ComfyPromptError
 from tests.nodes.placed import OURS, Placed, common_nodes
 from tests.nodes.sampler_graphs import (
     MODEL,

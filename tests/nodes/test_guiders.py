@@ -10,7 +10,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from difflora_core.demo.comfyui.client import ComfyPromptError
+from difflora_core.comfy_client import ComfyPromptError
 from tests.nodes.sampler_graphs import (
     CLIP,
     MODEL,

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from difflora_core.demo.comfyui.client import ComfyPromptError
+from difflora_core.comfy_client import ComfyPromptError
 
 MODEL, CLIP, VAE, VISION, FACES, DIFFLORA = (["demo", k] for k in range(6))
 WEIGHTS = {f"weight_{n}": 1.0 for n in range(1, 5)} | {"method": "slerp"}

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from difflora_core.demo.comfyui.client import ComfyPromptError
+from difflora_core.comfy_client import ComfyPromptError
 from difflora_core.models.lae.autoencoder import LoRALatent
 from difflora_core.storage.identity_library import add_people
 from difflora_core.storage.library_file import Library, read_library, write_library

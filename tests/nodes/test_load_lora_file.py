@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from difflora_core.comfy_client import ComfyPromptError
 from difflora_core.demo import paths
-from difflora_core.demo.comfyui.client import ComfyPromptError
 
 
 def graph(name):

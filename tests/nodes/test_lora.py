@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from difflora_core.demo.comfyui.client import ComfyPromptError
+from difflora_core.comfy_client import ComfyPromptError
 from difflora_core.demo.networks.base import demo_layout
 from difflora_core.lora.formats.state_dict import to_state_dict
 from difflora_core.lora.weights import LoRALayer, LoRAWeights

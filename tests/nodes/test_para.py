@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from difflora_core.demo.comfyui.client import ComfyPromptError
+from difflora_core.comfy_client import ComfyPromptError
 
 KEY = "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
 LAYER = KEY.removeprefix("diffusion_model.").removesuffix(".weight")

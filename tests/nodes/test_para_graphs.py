@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from difflora_core.demo.comfyui.client import ComfyPromptError
+from difflora_core.comfy_client import ComfyPromptError
 
 MODEL, CLIP, VAE = (["demo", k] for k in (0, 1, 2))
 

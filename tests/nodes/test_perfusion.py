@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from difflora_core.demo.comfyui.client import ComfyInterrupted, ComfyPromptError
+from difflora_core.comfy_client import ComfyInterrupted, ComfyPromptError
 from difflora_core.methods.base import ConceptMethod
 from difflora_core.methods.registry import METHODS
 from difflora_core.storage.adapter_file import read_adaptation

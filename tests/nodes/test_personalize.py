@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from difflora_core.demo.comfyui.client import ComfyInterrupted
+from difflora_core.comfy_client import ComfyInterrupted
 
 SAMPLING = {"mode": "best_guess", "seed": 0, "steps": 8, "guidance": 1.0}
 FACE = {

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from difflora_core.demo.comfyui.client import ComfyPromptError
+from difflora_core.comfy_client import ComfyPromptError
 from difflora_core.demo.networks.base import load_base
 from difflora_core.demo.world.identities import split_seeds
 from difflora_core.demo.world.scenes import render_portraits

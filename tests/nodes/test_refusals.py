@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from difflora_core.demo.comfyui.client import ComfyPromptError
+from difflora_core.comfy_client import ComfyPromptError
 from difflora_core.demo.networks.base import demo_layout
 from difflora_core.lora.layout import layout_from_unet_config
 

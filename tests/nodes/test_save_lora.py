@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from difflora_core.demo.comfyui.client import ComfyPromptError
+from difflora_core.comfy_client import ComfyPromptError
 
 MODEL, CLIP, VAE = (["demo", k] for k in range(3))
 DETAILS = {

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from difflora_core.comfy_client import ComfyPromptError
 from difflora_core.demo import paths
-from difflora_core.demo.comfyui.client import ComfyPromptError
 from difflora_core.demo.networks.base import load_base
 from difflora_core.demo.networks.concept_text import demo_concept_text
 from difflora_core.errors import CheckpointError, LayoutError

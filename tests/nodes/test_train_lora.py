@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from difflora_core.demo.comfyui.client import ComfyInterrupted, ComfyPromptError
+from difflora_core.comfy_client import ComfyInterrupted, ComfyPromptError
 
 MODEL, CLIP, VAE, VISION, FACES, DIFFLORA = (["demo", k] for k in range(6))
 OPTIONS = {

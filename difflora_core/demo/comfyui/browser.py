@@ -13,8 +13,8 @@ from typing import Any
 
 from playwright.sync_api import ConsoleMessage, Error, Page, Response, sync_playwright
 
+from ...comfy_client import ComfyClient, ComfyPromptError, PromptResult
 from ...errors import DiffLoRAError
-from .client import ComfyClient, ComfyPromptError, PromptResult
 
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 HOW_TO_INSTALL = (

@@ -17,8 +17,8 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 
+from ...comfy_client import ComfyClient
 from ...errors import DiffLoRAError
-from .client import ComfyClient
 from .workflow_api import PACK
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 
+from ...comfy_client import PromptResult
 from .. import paths
-from ..comfyui.client import PromptResult
 from ..comfyui.server import ComfyServer
 from .runner import read_workflow, run_workflow
 from .targets import GRID_SIDE

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from ...comfy_client import PromptResult
 from ...config import parse_json
 from ...errors import DiffLoRAError
 from ..comfyui.browser import Chromium, FrontEnd
-from ..comfyui.client import PromptResult
 from ..comfyui.server import ComfyServer
 from ..comfyui.workflow_api import PACK, WorkflowError, workflow_to_prompt
 from .shown import complaints, shown

@@ -20,9 +20,9 @@ from PIL import Image
 from rich.console import Console
 
 from ... import __version__
+from ...comfy_client import PromptResult
 from ...storage.atomic import write_text
 from .. import paths
-from ..comfyui.client import PromptResult
 from ..comfyui.server import ComfyServer
 from ..examples import write_photos
 from ..world.concept_examples import write_concept_photos

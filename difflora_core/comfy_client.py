@@ -18,7 +18,7 @@ import websocket
 from numpy.typing import NDArray
 from PIL import Image
 
-from ...errors import DiffLoRAError
+from .errors import DiffLoRAError
 
 Prompt = Mapping[str, Mapping[str, Any]]
 
