@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from ..base_model.diffusers_base import DiffusersBase
+from ..base_model.protocol import TextCondition
 from ..demo import paths
 from ..demo.networks.base import load_base
 from ..storage.sdxl_checkpoint import load_sdxl
@@ -27,18 +28,20 @@ class LocalBase:
         model: frozen.
         family: name of the base in layouts.
         full_size: whether the full-size network goes with it.
-        text_encoders: that encode its prompts.
     """
 
     model: DiffusersBase
     family: str
     full_size: bool
-    text_encoders: tuple[nn.Module, ...] = ()
 
-    def without_encoders(self) -> None:
-        """Takes VAE and text encoders off the device: what they make is kept in files."""
-        for part in (self.model.vae, *self.text_encoders):
-            nn.Module.to(part, "cpu")
+    def without_encoders(self) -> LocalBase:
+        """The same without text encoders, whose memory is free once nobody holds this one.
+
+        What they made is kept in files. The VAE, which has pictures to decode, waits on the CPU.
+        """
+        own = self.model
+        own.vae.to("cpu")
+        return replace(self, model=DiffusersBase(own.unet, own.vae, _no_prompts, own.scheduler))
 
 
 def open_base(name: str, device: torch.device, tokenizer: str = "") -> LocalBase:
@@ -61,5 +64,9 @@ def open_base(name: str, device: torch.device, tokenizer: str = "") -> LocalBase
     comfyui = Path(os.environ.get("COMFYUI_PATH", paths.ROOT / ".comfyui")) / TOKENIZER
     words = Path(tokenizer) if tokenizer else comfyui if comfyui.is_dir() else None
     path = Path(name)
-    loaded = load_sdxl(path, None if path.is_dir() and not tokenizer else words, device)
-    return LocalBase(loaded.base, SDXL, True, loaded.text_encoders)
+    model = load_sdxl(path, None if path.is_dir() and not tokenizer else words, device)
+    return LocalBase(model, SDXL, True)
+
+
+def _no_prompts(prompts: Sequence[str]) -> TextCondition:
+    raise RuntimeError("This base has given its text encoders away.")

@@ -154,7 +154,7 @@ class _Work:
         with self.stage("encode") as progress:
             everyone = load_people(self.dataset, encoders, folder.path / "encoded", progress)
         self.prompts = encode_all(self.base.model, [settings.sample_prompt, ""])
-        self.base.without_encoders()
+        self.base = self.base.without_encoders()
         self.people, self.others = split_people(everyone, settings.held_out, settings.seed)
         judges = 0 if self.others is None else len(self.others)
         folder.say(f"{counted(len(self.people), 'identity')} to learn, {judges} to judge by")

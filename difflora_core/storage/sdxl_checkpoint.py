@@ -6,7 +6,6 @@ A part is read at a time, straight into its network; nothing is downloaded.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,26 +56,13 @@ _OPEN_CLIP = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class LoadedSDXL:
-    """SDXL as it is trained on.
-
-    Attributes:
-        base: its UNet and VAE, frozen.
-        text_encoders: both, frozen; `base.encode_prompts` uses them.
-    """
-
-    base: DiffusersBase
-    text_encoders: tuple[nn.Module, nn.Module]
-
-
 def load_sdxl(
     path: Path,
     tokenizer: Path | None,
     device: torch.device,
     dtype: torch.dtype = torch.bfloat16,
-) -> LoadedSDXL:
-    """Loads SDXL, or a model fine-tuned from it.
+) -> DiffusersBase:
+    """SDXL, or a model fine-tuned from it, frozen.
 
     Args:
         path: a .safetensors checkpoint, or the folder of a diffusers pipeline.
@@ -89,10 +75,10 @@ def load_sdxl(
     """
     path = Path(path)
     if path.is_dir():
-        parts, words = _from_folder(path), tokenizer or path / "tokenizer"
+        parts, words = _from_folder(path, dtype), tokenizer or path / "tokenizer"
     else:
         with open_tensors(path, KIND) as file:
-            parts = _from_file(file)
+            parts = _from_file(file, dtype)
         if tokenizer is None:
             raise CheckpointError(
                 "A checkpoint file holds no tokenizer: name the folder of CLIP's vocab.json and "
@@ -111,23 +97,26 @@ def load_sdxl(
     from diffusers import DDIMScheduler
 
     scheduler = DDIMScheduler(**SCHEDULE, prediction_type=prediction)
-    return LoadedSDXL(DiffusersBase(unet, vae, encode, scheduler), (first, second))
+    return DiffusersBase(unet, vae, encode, scheduler)
 
 
-def _from_folder(path: Path) -> tuple[Any, Any, Any, Any, str]:
+def _from_folder(path: Path, dtype: torch.dtype) -> tuple[Any, Any, Any, Any, str]:
     """UNet, VAE, both text encoders and the prediction type of a diffusers pipeline."""
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     local = {"local_files_only": True, "use_safetensors": True}
     kinds = {
-        "unet": UNet2DConditionModel,
-        "vae": AutoencoderKL,
-        "text_encoder": CLIPTextModel,
-        "text_encoder_2": CLIPTextModelWithProjection,
+        "unet": (UNet2DConditionModel, dtype),
+        "vae": (AutoencoderKL, torch.float32),
+        "text_encoder": (CLIPTextModel, dtype),
+        "text_encoder_2": (CLIPTextModelWithProjection, dtype),
     }
     try:
-        parts = [kind.from_pretrained(path / name, **local) for name, kind in kinds.items()]
+        parts = [
+            part.from_pretrained(path / name, torch_dtype=kind, **local)
+            for name, (part, kind) in kinds.items()
+        ]
         config = DDIMScheduler.load_config(path / "scheduler", local_files_only=True)
     except Exception as error:  # both libraries say in many ways what is missing
         raise CheckpointError(
@@ -137,25 +126,30 @@ def _from_folder(path: Path) -> tuple[Any, Any, Any, Any, str]:
     return (*parts, str(config.get("prediction_type", "epsilon")))
 
 
-def _from_file(file: TensorFile) -> tuple[Any, Any, Any, Any, str]:
+def _from_file(file: TensorFile, dtype: torch.dtype) -> tuple[Any, Any, Any, Any, str]:
     """The same of a checkpoint file."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     shape = {"vocab_size": 49408, "max_position_embeddings": 77}
     configs = [CLIPTextConfig(**shape, **config) for config in TEXT_CONFIGS]
-    unet = _filled(file, lambda: UNet2DConditionModel(**SDXL_UNET_CONFIG), unet_tensors)
-    vae = _filled(file, lambda: AutoencoderKL(**VAE_CONFIG), vae_tensors)
-    first = _filled(file, lambda: CLIPTextModel(configs[0]), clip_tensors)
-    second = _filled(file, lambda: CLIPTextModelWithProjection(configs[1]), open_clip_tensors)
+    unet = _filled(file, lambda: UNet2DConditionModel(**SDXL_UNET_CONFIG), unet_tensors, dtype)
+    vae = _filled(file, lambda: AutoencoderKL(**VAE_CONFIG), vae_tensors, torch.float32)
+    first = _filled(file, lambda: CLIPTextModel(configs[0]), clip_tensors, dtype)
+    second = _filled(
+        file, lambda: CLIPTextModelWithProjection(configs[1]), open_clip_tensors, dtype
+    )
     predicted = "v_prediction" if "v_pred" in file.header.tensors else "epsilon"
     return unet, vae, first, second, predicted
 
 
-Reader = Callable[[TensorFile], dict[str, Tensor]]
+Reader = Callable[[TensorFile, torch.dtype], dict[str, Tensor]]
+"""Gives weights in a type; converts each when it is read, so that no network is held twice."""
 
 
-def _filled(file: TensorFile, make: Callable[[], nn.Module], read: Reader) -> nn.Module:
+def _filled(
+    file: TensorFile, make: Callable[[], nn.Module], read: Reader, dtype: torch.dtype
+) -> nn.Module:
     """A network with a file's tensors in place of its own.
 
     Raises:
@@ -165,7 +159,7 @@ def _filled(file: TensorFile, make: Callable[[], nn.Module], read: Reader) -> nn
         module = make()
     place = shown(file.path.name)
     try:
-        tensors = read(file)
+        tensors = read(file, dtype)
     except KeyError as missing:
         raise CheckpointError(
             f"{place} lacks {shown(str(missing))}: it is no SDXL checkpoint."
@@ -180,7 +174,7 @@ def _filled(file: TensorFile, make: Callable[[], nn.Module], read: Reader) -> nn
             f"{type(module).__name__} missing or of another shape (for example "
             f"{described(wrong[0])})."
         )
-    module.load_state_dict({name: tensors[name].float() for name in own}, assign=True)
+    module.load_state_dict({name: tensors[name] for name in own}, assign=True)
     for name, buffer in list(module.named_buffers()):
         if buffer.is_meta and name.endswith("position_ids"):
             owner = module.get_submodule(name.rpartition(".")[0])
@@ -194,7 +188,7 @@ def _as_here(name: str, own: Mapping[str, Tensor]) -> str:
     return name if name in own else name.removeprefix("text_model.")
 
 
-def unet_tensors(file: TensorFile) -> dict[str, Tensor]:
+def unet_tensors(file: TensorFile, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """UNet weights by diffusers' names, of the LDM names of a file.
 
     Raises:
@@ -205,27 +199,27 @@ def unet_tensors(file: TensorFile) -> dict[str, Tensor]:
         for leaf in ("weight", "bias"):
             stored = f"{UNET}{ldm}.{leaf}"
             if leaf == "weight" or stored in file.header.tensors:
-                found[f"{diffusers}.{leaf}"] = file.read(stored)
+                found[f"{diffusers}.{leaf}"] = file.read(stored).to(dtype)
     return found
 
 
-def vae_tensors(file: TensorFile) -> dict[str, Tensor]:
+def vae_tensors(file: TensorFile, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """VAE weights by diffusers' names."""
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
     names = [name for name in file.header.tensors if name.startswith(VAE)]
-    stored = {name: file.read(name) for name in names}
+    stored = {name: file.read(name).to(dtype) for name in names}
     converted: dict[str, Tensor] = convert_ldm_vae_checkpoint(stored, dict(VAE_CONFIG))
     return converted
 
 
-def clip_tensors(file: TensorFile) -> dict[str, Tensor]:
+def clip_tensors(file: TensorFile, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Weights of CLIP ViT-L by transformers' names, which the file has too."""
     names = [name for name in file.header.tensors if name.startswith(TEXT_L)]
-    return {name.removeprefix(TEXT_L): file.read(name) for name in names}
+    return {name.removeprefix(TEXT_L): file.read(name).to(dtype) for name in names}
 
 
-def open_clip_tensors(file: TensorFile) -> dict[str, Tensor]:
+def open_clip_tensors(file: TensorFile, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Weights of OpenCLIP ViT-bigG by transformers' names.
 
     Raises:
@@ -233,7 +227,7 @@ def open_clip_tensors(file: TensorFile) -> dict[str, Tensor]:
     """
 
     def read(name: str) -> Tensor:
-        return file.read(TEXT_G + name)
+        return file.read(TEXT_G + name).to(dtype)
 
     found = {
         "text_model.embeddings.position_embedding.weight": read("positional_embedding"),

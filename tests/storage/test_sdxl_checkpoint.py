@@ -71,9 +71,11 @@ def test_values_of_a_unet_of_ldm_names(monkeypatch):
     monkeypatch.setattr(sdxl_checkpoint, "SDXL_UNET_CONFIG", UNET_CONFIG)
     with open_tensors(paths.BASE, "base") as file:
         found = sdxl_checkpoint.unet_tensors(file)
+        half = sdxl_checkpoint.unet_tensors(file, torch.bfloat16)
     wanted = load_base(paths.BASE).unet.state_dict()
+    assert {t.dtype for t in half.values()} == {torch.bfloat16}
     assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[n].float(), wanted[n]) for n in wanted)
+    assert all(torch.equal(found[n], wanted[n]) for n in wanted)
 
 
 PREFIX, D = sdxl_checkpoint.TEXT_G, 32
@@ -131,6 +133,7 @@ def test_values_of_an_open_clip(tmp_path, monkeypatch, open_clip):
             file,
             lambda: CLIPTextModelWithProjection(text_config(SMALL_TEXT[1])),
             sdxl_checkpoint.open_clip_tensors,
+            torch.float32,
         ).eval()
     ids = torch.tensor([[49406, 320, 1125, 49407, 0]])
     assert torch.allclose(model(ids).text_embeds, pooled_by_hand(open_clip, ids, 3), atol=1e-4)
@@ -140,16 +143,16 @@ def test_a_folder_encodes_prompts_as_diffusers_does(tiny_sdxl):
     folder, pipe = tiny_sdxl
     loaded = load_sdxl(folder, None, CPU, torch.float32)
     prompts = ["a photo of a person, smiling", ""]
-    found = loaded.base.encode_prompts(prompts)
+    found = loaded.encode_prompts(prompts)
     for row, prompt in enumerate(prompts):
         context, _, pooled, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False)
         assert torch.allclose(found.context[row], context[0], atol=1e-5)
         assert torch.allclose(found.pooled[row], pooled[0], atol=1e-5)
-    assert loaded.base.prediction_type == "v_prediction"
-    assert not any(p.requires_grad for p in loaded.base.unet.parameters())
+    assert loaded.prediction_type == "v_prediction"
+    assert not any(p.requires_grad for p in loaded.unet.parameters())
     half = load_sdxl(folder, None, CPU)
-    assert next(half.base.unet.parameters()).dtype == torch.bfloat16
-    assert next(half.base.vae.parameters()).dtype == torch.float32
+    assert next(half.unet.parameters()).dtype == torch.bfloat16
+    assert next(half.vae.parameters()).dtype == torch.float32
 
 
 def test_faults_are_named(tiny_sdxl, tmp_path):
