@@ -4,11 +4,13 @@ import asyncio
 import importlib.util
 import json
 import os
+import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from hypothesis import settings
 from safetensors.torch import save_file
 
 from difflora_core.adapters.base import AdapterSet
+from difflora_core.training.sharding import LAUNCHED
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
@@ -99,6 +102,49 @@ def merged_weights() -> Callable[..., dict[str, torch.Tensor]]:
         return result
 
     return merged
+
+
+@pytest.fixture(scope="session")
+def launch_processes() -> Callable[[Path, Path, int, str], list[Any]]:
+    """Runs `PROGRAM FOLDER` in so many processes over gloo; what each wrote to rank-N.json.
+
+    The kind is `plain`, or `FSDP` where each keeps a part of the weights.
+    """
+
+    def launch(program: Path, folder: Path, count: int, kind: str) -> list[Any]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        common = {
+            **os.environ,
+            "WORLD_SIZE": str(count),
+            LAUNCHED: str(kind == "FSDP").lower(),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+        }
+        started = [
+            subprocess.Popen(
+                [sys.executable, str(program), str(folder)],
+                cwd=ROOT,
+                env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(count)
+        ]
+        try:
+            told = [process.communicate(timeout=600)[0] for process in started]
+        finally:
+            for process in started:
+                process.kill()  # those that wait for one that failed
+        assert [process.returncode for process in started] == [0] * count, told
+        return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(count)]
+
+    return launch
 
 
 @pytest.fixture(scope="session")

@@ -254,7 +254,8 @@ class _Run:
         self.metrics = self.state.meter.pop()
         if self.state.judged == self.state.done:
             self.metrics["validation"] = self.value
-        self.processes.on_main(self._log)
+        with gathered(self.objective):  # what is shown on the way, previews, needs all of it
+            self.processes.on_main(self._log)
 
     def _log(self) -> None:
         if self.folder is not None:

@@ -1,11 +1,6 @@
 """Two and four real processes over gloo: the weights of one; they stop, fail and go on together."""
 
 import importlib.util
-import json
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +9,8 @@ import torch
 
 from difflora_core.errors import ConfigError
 from difflora_core.training.processes import Processes, split
-from difflora_core.training.sharding import LAUNCHED
 
 PROGRAM = Path(__file__).with_name("two_processes.py")
-ROOT = PROGRAM.parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -35,38 +28,12 @@ LAUNCHES = [(2, "plain"), (2, "FSDP"), *(
 
 
 @pytest.fixture(scope="module", params=LAUNCHES, ids=str)
-def launched(request, tmp_path_factory, program):
+def launched(request, tmp_path_factory, program, launch_processes):
     """What all processes found, and their folder; one launch for all tests."""
     (count, kind), folder = request.param, tmp_path_factory.mktemp("several")
     stopped = program.run(folder / "one process stopped", progress=program.stop_at(15))
     assert stopped["error"] == "Stopped"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {
-        "WORLD_SIZE": str(count),
-        LAUNCHED: str(kind == "FSDP").lower(),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(PROGRAM), str(folder)],
-            cwd=ROOT,
-            env={
-                **os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank),
-                "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(count)
-    ]  # fmt: skip
-    told = [process.communicate(timeout=120)[0] for process in started]
-    assert [process.returncode for process in started] == [0] * count, told
-    reports = [folder / f"rank-{rank}.json" for rank in range(count)]
-    return [json.loads(report.read_text()) for report in reports], folder
+    return launch_processes(PROGRAM, folder, count, kind), folder
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +66,13 @@ def test_of_fsdp_each_process_holds_a_part_and_all_of_it_afterwards(launched, re
         assert count == found[0]["all"]  # nothing twice
     else:
         assert count == len(found) * found[0]["all"]
+
+
+def test_who_is_told_of_a_step_may_look_at_all_weights(launched):
+    """Previews are drawn so, by the main process alone."""
+    first, *others = (found["shown"] for found in launched[0])
+    assert first["seen"] == [first["end"]]
+    assert all(other == {"seen": [], "end": first["end"]} for other in others)
 
 
 def test_a_loss_that_compares_samples_is_computed_whole_by_everyone(launched, program, tmp_path):

@@ -90,6 +90,17 @@ def held():
     return {"held": seen[1], "all": sum(p.numel() for p in module.parameters()), "kinds": [*kinds]}
 
 
+def shown():
+    """What the main process sees of the weights when it is told of the last step, and the end."""
+    module, seen = Line(), []
+
+    def progress(step, steps, metrics):
+        seen.append(torch.cat([p.detach().flatten() for p in module.parameters()]).tolist())
+
+    train(module, draw, replace(LOOP, steps=5, ema=0.0), None, Hooks(progress=progress))
+    return {"seen": seen, "end": torch.cat([p.flatten() for p in module.parameters()]).tolist()}
+
+
 def cases(folder, rank, count):
     """Every case by name; where one alone fails or stops, it is the last, or main for the disk."""
     last = rank == count - 1
@@ -109,6 +120,7 @@ def ends(folder, last):
     yield "resume", lambda: run(folder / "stop")
     yield "stop for one", lambda: run(folder / "stop for one", progress=stop_at(15))
     yield "held", held
+    yield "shown", shown
     yield "uneven", lambda: run(folder / "uneven", replace(LOOP, accumulate=3))
 
 
