@@ -24,6 +24,7 @@ from .fingerprint import fingerprint, weights_digest
 from .loop_config import MAX_TRAINING_SEED
 from .picture_examples import PictureExamples, held_out_numbers
 from .picture_task import PictureTask
+from .processes import launched
 
 Drawn = Callable[[int, int, Tensor], None]
 """Called for every new picture as (drawn, count, latent (1, C, h, w))."""
@@ -145,19 +146,30 @@ def _drawn(
     folder: Path | None,
     progress: Drawn | None,
 ) -> Tensor:
-    """Latents (N, C, h, w) of all prompts, each from its file where it is there."""
-    latents = []
-    for number, pair in enumerate(pairs):
+    """Latents (N, C, h, w) of all prompts, each from its file where it is there.
+
+    Several processes share the drawing, and all get the same.
+    """
+
+    def one(number: int) -> Tensor:
         path = folder / f"{number:06}.safetensors" if folder is not None else None
-        one = _kept(path, shape)
-        if one is None:
-            one = _draw(teacher, pair.teacher, shape, config, config.seed + number).cpu()
+        latent = _kept(path, shape)
+        if latent is None:
+            prompt = pairs[number].teacher
+            latent = _draw(teacher, prompt, shape, config, config.seed + number).cpu()
             if path is not None:
-                write_atomic({"latents": one}, {"format": "difflora-drawn-latents-1"}, path)
+                write_atomic({"latents": latent}, {"format": "difflora-drawn-latents-1"}, path)
             if progress is not None:
-                progress(number + 1, len(pairs), one)
-        latents.append(one)
-    return torch.cat(latents)
+                progress(number + 1, len(pairs), latent)
+        return latent
+
+    processes = launched()
+    own = range(processes.rank, len(pairs), processes.count)
+    shares = processes.gathered(processes.together(lambda: {k: one(k) for k in own}))
+    found = {
+        k: latent for share in shares if isinstance(share, dict) for k, latent in share.items()
+    }
+    return torch.cat([found[k] for k in range(len(pairs))])
 
 
 def _kept(path: Path | None, shape: tuple[int, int, int]) -> Tensor | None:

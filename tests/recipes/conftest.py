@@ -52,14 +52,19 @@ def text_of(prompts):
     return TextCondition(context, context[:, 0, :4])
 
 
-@pytest.fixture
-def base():
+def tiny_base():
     """A v-predicting base with random weights; float32, frozen."""
     with DrawnFrom(torch.Generator().manual_seed(0)):
         unet = UNet2DConditionModel(**UNET)
     unet.requires_grad_(False).eval()
     scheduler = DDIMScheduler(prediction_type="v_prediction", beta_schedule="scaled_linear")
     return DiffusersBase(unet, None, text_of, scheduler)
+
+
+@pytest.fixture
+def base():
+    """The tiny base, anew for each test."""
+    return tiny_base()
 
 
 @pytest.fixture
