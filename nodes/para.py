@@ -10,12 +10,13 @@ from ..difflora_core.training.para import PaRaObjective, PaRaTraining
 from . import model_paths, sockets
 from .host import training, training_widgets
 from .host.memory import AUTO
+from .host.picture_folders import TakesFolder, folder_pictures
 from .host.training_request import PictureParts, PictureRequest
 
 CATEGORY = "DiffLoRA/styles"
 
 
-class TrainPaRa(io.ComfyNode):
+class TrainPaRa(TakesFolder):
     """Pictures in, a narrower model out."""
 
     @classmethod
@@ -52,6 +53,7 @@ class TrainPaRa(io.ComfyNode):
                 io.Mask.Input("masks", optional=True, tooltip=training_widgets.MASKS),
                 training_widgets.training_guidance(),
                 *training_widgets.memory_widgets(),
+                training_widgets.folder_widget(),
             ],
             outputs=training_widgets.style_outputs(),
         )
@@ -79,6 +81,7 @@ class TrainPaRa(io.ComfyNode):
         guidance=1.0,
         accumulate=1,
         memory=AUTO,
+        folder=model_paths.NO_FILE,
     ):
         config = PaRaTraining(
             steps=steps,
@@ -92,7 +95,8 @@ class TrainPaRa(io.ComfyNode):
             guidance=guidance,
             accumulate=accumulate,
         )
-        request = PictureRequest(prompts, file_name, mirror, small_file)
+        more = folder_pictures(folder)
+        request = PictureRequest(prompts, file_name, mirror, small_file, more=more)
         parts = PictureParts(model, clip, vae, images, None, masks)
         styles, _, report = training.train(PaRaObjective, config, request, parts, memory)
         return io.NodeOutput(styles[0], report)

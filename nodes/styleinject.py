@@ -3,18 +3,17 @@
 from comfy_api.latest import io
 
 from ..difflora_core.adapters.styleinject import PRESETS
-from ..difflora_core.training.picture_folder import pictures_in
 from ..difflora_core.training.styleinject import StyleInjectObjective, StyleInjectTraining
 from . import model_paths
 from .host import training, training_widgets
 from .host.memory import AUTO
-from .host.picture_folders import picture_folder
+from .host.picture_folders import TakesFolder, folder_pictures
 from .host.training_request import HeldOutRequest, PictureParts
 
 CATEGORY = "DiffLoRA/styles"
 
 
-class TrainStyleInject(io.ComfyNode):
+class TrainStyleInject(TakesFolder):
     """Pictures in, style out."""
 
     @classmethod
@@ -61,15 +60,6 @@ class TrainStyleInject(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, folder=model_paths.NO_FILE):
-        return model_paths.problem(picture_folder, folder)
-
-    @classmethod
-    def fingerprint_inputs(cls, folder=model_paths.NO_FILE, **others):
-        path = picture_folder(folder)
-        return model_paths.fingerprint(path) if path else None
-
-    @classmethod
     def execute(
         cls,
         model,
@@ -102,9 +92,8 @@ class TrainStyleInject(io.ComfyNode):
             guidance=guidance,
             accumulate=accumulate,
         )
-        path = picture_folder(folder)
-        more = tuple(pictures_in(path)) if path else ()
-        request = HeldOutRequest(prompts, file_name, mirror, small_file, held_out, more)
+        more = folder_pictures(folder)
+        request = HeldOutRequest(prompts, file_name, mirror, small_file, held_out, more=more)
         parts = PictureParts(model, clip, vae, images, None, None)
         made, _, report = training.train(StyleInjectObjective, config, request, parts, memory)
         return io.NodeOutput(made[0], report)

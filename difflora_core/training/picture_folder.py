@@ -80,9 +80,14 @@ def folder_examples(
 
 
 def joined(parts: Sequence[PictureExamples]) -> PictureExamples:
-    """Pictures of one size without masks, one after another."""
+    """Pictures of one size, one after another; where some have masks, others count wholly."""
     lists = [prompts for part in parts for prompts in part.prompts]
-    return PictureExamples(torch.cat([part.latents for part in parts]), lists)
+    latents = torch.cat([part.latents for part in parts])
+    if all(part.masks is None for part in parts):
+        return PictureExamples(latents, lists)
+    whole = [torch.ones_like(part.latents[:, 0], dtype=torch.float32) for part in parts]
+    own = [w if p.masks is None else p.masks.to(w) for p, w in zip(parts, whole, strict=True)]
+    return PictureExamples(latents, lists, torch.cat(own))
 
 
 def _caption(path: Path) -> list[str]:

@@ -1,7 +1,7 @@
 """What an artist asks of a training node: pictures, prompts, and words with their kinds."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -102,7 +102,11 @@ def any_note(prompts: int, pictures: int) -> str:
 
 @dataclass(frozen=True)
 class PictureRequest:
-    """Prompts of the pictures, one a line, and where to keep what is learned."""
+    """Prompts of the pictures, one a line, and where to keep what is learned.
+
+    `more`: files of further pictures, which are read one by one and brought to the size of those
+    that are connected.
+    """
 
     folder: ClassVar[str] = model_paths.STYLES
     takes_masks: ClassVar[bool] = True
@@ -110,6 +114,7 @@ class PictureRequest:
     file_name: str
     mirror: bool
     small_file: bool
+    more: tuple[Path, ...] = field(default=(), kw_only=True)
 
     @property
     def lines(self) -> list[str]:
@@ -133,8 +138,26 @@ class PictureRequest:
 
     def held_out_examples(self, base: BaseModel, parts: PictureParts) -> PictureExamples | None:
         """Pictures that are not trained on; None where all of them are."""
-        del base, parts
-        return None
+        numbers = self.apart(parts)
+        return self._chosen(base, parts, numbers) if numbers else None
+
+    def examples(
+        self, base: BaseModel, parts: PictureParts, words: Sequence[str] = ()
+    ) -> PictureExamples:
+        """The pictures that are trained on."""
+        apart = set(self.apart(parts))
+        everything = range(len(parts.images) + len(self.more))
+        return self._chosen(base, parts, [k for k in everything if k not in apart], words)
+
+    def apart(self, parts: PictureParts) -> list[int]:
+        """Numbers of the pictures that are not trained on."""
+        del parts
+        return []
+
+    def prompts_of(self, number: int, count: int) -> list[str]:
+        """What one of so many connected pictures is trained with: any of the prompts."""
+        del number, count
+        return self.lines
 
     def remarks(self, examples: PictureExamples, parts: PictureParts) -> list[str]:
         """What the report says of the pictures."""
@@ -142,78 +165,57 @@ class PictureRequest:
         count, height, width = parts.images.shape[:3]
         if self.shares_prompts(count):
             notes.append(any_note(len(self.lines), count))
-        return notes + small_note([(height, width)] * count, picture_size(parts.model))
+        notes += small_note([(height, width)] * count, picture_size(parts.model))
+        if self.more:
+            notes.append(f"{counted(len(self.more), 'picture')} of the folder")
+        return notes
 
     def shares_prompts(self, count: int) -> bool:
         """True where an artist may think that so many pictures had a prompt each."""
         return len(self.lines) == count > 1
 
-    def examples(
-        self, base: BaseModel, parts: PictureParts, words: Sequence[str] = ()
+    def _chosen(
+        self, base: BaseModel, parts: PictureParts, numbers: list[int], words: Sequence[str] = ()
     ) -> PictureExamples:
-        """The pictures, each with any of the prompts."""
-        images, prompts = parts.images.clone()[..., :3], [self.lines] * len(parts.images)
-        masks = None if parts.masks is None else parts.masks.clone()
-        return picture_examples(base, images, words, masks, prompts, self.mirror)
+        """Pictures by number, those of files after those that are connected; masks are of all."""
+        count = len(parts.images)
+        connected = [k for k in numbers if k < count]
+        filed = [self.more[k - count] for k in numbers if k >= count]
+        made = []
+        if connected:
+            images = parts.images[connected].clone()[..., :3]
+            prompts = [self.prompts_of(k, count) for k in connected]
+            masks = None if parts.masks is None else parts.masks.clone()
+            made.append(picture_examples(base, images, words, masks, prompts, self.mirror))
+        if filed:
+            height, width = parts.images.shape[1:3]
+            read = comfy.utils.ProgressBar(len(filed)).update_absolute
+            size = (height, width)
+            made.append(folder_examples(base, filed, size, self.lines, self.mirror, read))
+        return joined(made) if len(made) > 1 else made[0]
 
 
 @dataclass(frozen=True)
 class HeldOutRequest(PictureRequest):
     """Also which share of the pictures, in percent, only chooses the best state.
 
-    As many prompts as pictures that are connected are one for each. `more`: files of further
-    pictures, which are read one by one and brought to the size of those.
+    As many prompts as pictures that are connected are one for each.
     """
 
     takes_masks: ClassVar[bool] = False
     held_out: int
-    more: tuple[Path, ...] = ()
 
-    def held_out_examples(self, base: BaseModel, parts: PictureParts) -> PictureExamples | None:
-        """Every so many of the pictures; None where that is none, or there is one picture."""
-        numbers = self._apart(parts)
-        return self._chosen(base, parts, numbers) if numbers else None
+    def apart(self, parts: PictureParts) -> list[int]:
+        """Every so many of the pictures; none where there is one picture."""
+        return held_out_numbers(len(parts.images) + len(self.more), self.held_out)
 
-    def examples(
-        self, base: BaseModel, parts: PictureParts, words: Sequence[str] = ()
-    ) -> PictureExamples:
-        """The other pictures."""
-        del words
-        apart = set(self._apart(parts))
-        everything = range(len(parts.images) + len(self.more))
-        return self._chosen(base, parts, [k for k in everything if k not in apart])
+    def prompts_of(self, number: int, count: int) -> list[str]:
+        """Its own prompt, where there are as many as pictures, or any of them."""
+        return [self.lines[number]] if len(self.lines) == count else self.lines
 
     def shares_prompts(self, count: int) -> bool:
         """True where prompts are several, and not one for each picture."""
         return 1 < len(self.lines) != count
-
-    def remarks(self, examples: PictureExamples, parts: PictureParts) -> list[str]:
-        """Also how many pictures came from files."""
-        notes = super().remarks(examples, parts)
-        return (
-            [*notes, f"{counted(len(self.more), 'picture')} of the folder"] if self.more else notes
-        )
-
-    def _apart(self, parts: PictureParts) -> list[int]:
-        return held_out_numbers(len(parts.images) + len(self.more), self.held_out)
-
-    def _chosen(self, base: BaseModel, parts: PictureParts, numbers: list[int]) -> PictureExamples:
-        """Pictures by number, those of files after those that are connected."""
-        lines, count = self.lines, len(parts.images)
-        connected = [k for k in numbers if k < count]
-        filed = [k - count for k in numbers if k >= count]
-        made = []
-        if connected:
-            images = parts.images[connected].clone()[..., :3]
-            prompts = [[lines[k]] if len(lines) == count else lines for k in connected]
-            made.append(picture_examples(base, images, (), None, prompts, self.mirror))
-        if filed:
-            height, width = parts.images.shape[1:3]
-            files, bar = [self.more[k] for k in filed], comfy.utils.ProgressBar(len(filed))
-            read = bar.update_absolute
-            more = folder_examples(base, files, (height, width), lines, self.mirror, read)
-            made.append(more)
-        return joined(made) if len(made) > 1 else made[0]
 
 
 @dataclass(frozen=True)

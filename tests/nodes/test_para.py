@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from difflora_core.comfy_client import ComfyPromptError
@@ -328,3 +329,23 @@ def test_distillation_refuses_a_rank_before_the_teacher_draws(parts, unet, demo)
     finally:
         comfy.utils.set_progress_bar_global_hook(None)
     assert drawn == []
+
+
+def test_pictures_of_a_folder_come_after_those_that_are_masked(node_module, tmp_path):
+    request = node_module("host.training_request")
+
+    class Base:
+        def encode_images(self, images):
+            return images.permute(0, 3, 1, 2)
+
+    Image.new("RGB", (6, 4), (100, 0, 0)).save(tmp_path / "0.png")
+    (tmp_path / "0.txt").write_text("a boat", "utf-8")
+    images = torch.arange(2.0).view(2, 1, 1, 1).expand(2, 2, 2, 3)
+    masks = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])
+    part = request.PictureParts(None, None, None, images, None, masks)
+    asked = request.PictureRequest("one\ntwo", "a", False, False, more=(tmp_path / "0.png",))
+    made = asked.examples(Base(), part)
+    assert made.latents[:, 0, 0, 0].tolist() == pytest.approx([0, 1, 100 / 255])
+    assert [list(p) for p in made.prompts] == [["one", "two"], ["one", "two"], ["a boat"]]
+    assert made.masks[:, 0].tolist() == [[1, 0], [1, 0], [1, 1]]
+    assert asked.held_out_examples(Base(), part) is None

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from difflora_core.comfy_client import ComfyPromptError
 
@@ -23,23 +24,27 @@ def styled(strength=1.0):
     )  # fmt: skip
 
 
-@pytest.fixture
-def trained_para(comfy, comfy_server):
-    """A PaRa that was trained for a few steps, as a file."""
-    nodes = {
+def training(**inputs):
+    """A few steps on two pictures, and the report."""
+    return {
         "demo": node("DiffLoRA_LoadDemo"),
         "images": node("EmptyImage", width=64, height=64, batch_size=2, color=0xFF8800),
         "train": node(
             "DiffLoRA_TrainPaRa", model=MODEL, clip=CLIP, vae=VAE, images=["images", 0],
             prompts="photo of a person", steps=4, rank=2, batch_size=2, seed=1,
-            file_name="peach", mirror=True, small_file=False, learning_rate=0.05,
-            layers="all", start="least_used", bound=0.2,
+            mirror=True, small_file=False, learning_rate=0.05,
+            layers="all", start="least_used", bound=0.2, **inputs,
         ),
         "told": node("PreviewAny", source=["train", 1]),
     }  # fmt: skip
+
+
+@pytest.fixture
+def trained_para(comfy, comfy_server):
+    """A PaRa that was trained for a few steps, as a file."""
     path = comfy_server.base_directory / "models/difflora_styles/peach.safetensors"
     if not path.exists():
-        comfy.run(nodes)
+        comfy.run(training(file_name="peach"))
     return path
 
 
@@ -76,6 +81,27 @@ def test_a_trained_para_is_loaded_and_its_lora_draws_the_same(
     np.testing.assert_array_equal(shown["off"], shown["demo"])
     assert np.abs(shown["on"] - shown["demo"]).max() > 8
     assert np.abs(shown["on"] - shown["core"]).max() <= 2  # the file's numbers are rounded
+
+
+def test_it_trains_on_the_pictures_of_a_folder_too(comfy, comfy_server):
+    from difflora_core.storage.adapter_file import read_adaptation
+
+    more = comfy_server.base_directory / "input" / "more peach"
+    more.mkdir()
+    for name in ("tall", "wide"):
+        size = (96, 128) if name == "tall" else (128, 64)
+        Image.new("RGB", size, (255, 136, 0)).save(more / f"{name}.png")
+    (more / "wide.txt").write_text("cartoon of a person", "utf-8")
+    nodes = training(file_name="more_peach", folder=more.name)
+    (told,) = comfy.run(nodes).outputs["told"]["text"]
+    assert "2 pictures of the folder" in told
+    made = read_adaptation(
+        comfy_server.base_directory / "models/difflora_styles/more_peach.safetensors"
+    )
+    assert made.facts["pictures"] == 2 * (2 + 2)  # mirrored too
+    for folder in ("../input", "no such folder"):
+        with pytest.raises(ComfyPromptError, match=f"folder '{folder}' was not found"):
+            comfy.run(training(file_name="more_peach", folder=folder))
 
 
 def test_a_para_of_another_base_is_refused(comfy, comfy_server, parts, random_adaptation):

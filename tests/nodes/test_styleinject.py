@@ -253,7 +253,7 @@ def test_pictures_of_a_folder_come_after_those_that_are_connected(node_module, t
     images = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 2, 2, 3)
     part = request.PictureParts(None, None, None, images, None, None)
     more = tuple(sorted(tmp_path.glob("*.png")))
-    asked = request.HeldOutRequest("one\ntwo\nthree", "a", False, False, 33, more)
+    asked = request.HeldOutRequest("one\ntwo\nthree", "a", False, False, 33, more=more)
     held, trained = asked.held_out_examples(Base(), part), asked.examples(Base(), part)
     read = [round(float(x) * 255) for x in held.latents[:, 0, 0, 0]]
     assert read == [0, 100]  # the first that is connected, and the first of the folder

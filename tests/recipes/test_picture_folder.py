@@ -1,5 +1,7 @@
 """Pictures of a folder: each by itself, with what its text file says, as latents."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
@@ -65,6 +67,10 @@ def test_parts_stand_one_after_another(tmp_path):
     both = joined([other, one])
     assert torch.equal(both.latents, torch.cat([other.latents, one.latents]))
     assert [list(each) for each in both.prompts] == [["1"], ["0"]]
+    assert both.masks is None
+    half = torch.arange(64.0).view(1, 8, 8) / 63
+    masked = joined([one, replace(other, masks=half)])  # the one without counts wholly
+    assert torch.equal(masked.masks, torch.cat([torch.ones(1, 8, 8), half]))
 
 
 def test_what_cannot_be_read_is_named(tmp_path):
