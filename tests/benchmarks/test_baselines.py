@@ -9,7 +9,7 @@ from rich.console import Console
 
 from benchmarks.identity import rows as identity_rows
 from benchmarks.identity import train_baselines
-from benchmarks.identity.baselines import rows, training
+from benchmarks.identity.baselines import rows, textual_inversion, training
 from benchmarks.identity.baselines.base import BaselineObjective, ConditionedPeople, Photos
 from benchmarks.identity.baselines.hyperdreambooth import relaxed, relaxed_config
 from benchmarks.identity.baselines.ip_adapter import DecoupledAttention
@@ -289,7 +289,7 @@ def test_rows_of_baselines_stand_in_the_table(artefacts, plan, text, tmp_path, m
     sets = (trained_set(own.base), trained_set(own.base))
     path = training.file_of("IP-Adapter", BUDGET, tmp_path / "baselines", own.base_hash)
     training.train_baseline("IP-Adapter", own.base, sets, BUDGET, path)
-    monkeypatch.setattr(rows, "text_encoders", lambda: text)
+    monkeypatch.setattr(textual_inversion, "text_encoders", lambda: text)
     lines = []
     experiment = Experiment(replace(own, log=lines.append), plan, "validation", 2)
     wanted = ["IP-Adapter", "PhotoMaker", "Textual Inversion, 1"]

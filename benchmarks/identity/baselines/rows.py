@@ -9,35 +9,17 @@ from statistics import median
 
 from torch import Tensor
 
-from difflora_core.demo import paths
-from difflora_core.demo.networks.concept_text import demo_concept_text
 from difflora_core.models.difflora import DiffLoRAModel
 from difflora_core.storage.checkpoint import load_model
-from difflora_core.text.clip_pair import ClipPairText
 from difflora_core.vision.features import ImageFeatures
 
 from ..artefacts import Artefacts
-from ..drawing import groups, select
-from ..dreambooth import GROUP, concatenate
-from ..people import PHOTOS, People, RealPictures
-from ..rows import (
-    ALL,
-    HEADLINE,
-    ONE,
-    TIMED_PEOPLE,
-    Row,
-    first_photos,
-    predict,
-    seconds_to_lora,
-    wanted_row,
-)
+from ..people import People
+from ..rows import ONE, TIMED_PEOPLE, Row, predict, seconds_to_lora, wanted_row
 from .base import Baseline, ConditionedPeople, photos_of
-from .hyperdreambooth import STEPS, relaxed, relaxed_config
-from .registry import BASELINES
-from .textual_inversion import InversionConfig, learn_people
+from .registry import BASELINES, PERSONAL
 from .training import OURS, Budget, file_of, load_baseline
 
-RELAXED = f"{HEADLINE}, HyperDreamBooth's refinement, {STEPS} steps"
 COUNTS = {ONE: 1, "4 photos": 4}
 
 
@@ -49,7 +31,7 @@ def baseline_rows(
     Args:
         artefacts: base and encoders.
         people: whose photos.
-        budget: by which the files were trained; its steps are also those of Textual Inversion.
+        budget: by which the files were trained; its steps are also for what learns each person.
         wanted: as in `rows.wanted_row`.
     """
     names = [
@@ -62,13 +44,8 @@ def baseline_rows(
             rows += list(_trained_once(artefacts, people, name, path))
         else:
             artefacts.log(f"left out: {name}, run make bench name=train_baselines")
-    for count, photos in ((1, ONE), (PHOTOS, ALL)):
-        config = InversionConfig(steps=budget.steps)
-        name = f"Textual Inversion, {photos}, {config.steps} steps"
-        if wanted_row(name, wanted):
-            rows.append(_inversion(artefacts, people, count, name, config))
-    if wanted_row(RELAXED, wanted) and "functional" in artefacts.models:
-        rows.append(_relaxed(artefacts, people))
+    for own_rows in PERSONAL:
+        rows += own_rows(artefacts, people, budget.steps, wanted)
     return [row for row in rows if wanted_row(row.name, wanted)]
 
 
@@ -108,32 +85,3 @@ def _seconds(artefacts: Artefacts, method: Baseline, images: Tensor) -> float:
     started = time.perf_counter()
     conditioned(artefacts, method, artefacts.features(images), images)
     return time.perf_counter() - started
-
-
-def _inversion(
-    artefacts: Artefacts, people: People, count: int, name: str, config: InversionConfig
-) -> Row:
-    """A word for everybody from the first photos; seconds are of one person in the group."""
-    pictures = first_photos(people, count)
-    folder = artefacts.cache / "inversion"
-    text = text_encoders()
-    made = learn_people(artefacts.base, text, pictures, config, folder)
-    return Row(name, made, made.seconds)
-
-
-def text_encoders() -> ClipPairText:
-    """The text encoders of the demo base, which can learn words."""
-    return demo_concept_text(paths.BASE)
-
-
-def _relaxed(artefacts: Artefacts, people: People) -> Row:
-    """The shipped model's prediction, tuned on its photo at twice the rank."""
-    pictures, parts = first_photos(people, 1), []
-    guess = predict(artefacts.models["functional"], artefacts.features(pictures.images))
-    config = relaxed_config(artefacts.layout.rank)
-    for group in groups(len(people), GROUP):
-        chosen = RealPictures(pictures.images[group], [pictures.captions[k] for k in group])
-        examples = artefacts.trainer.examples(chosen, [people.seeds[k] for k in group])
-        parts.append(relaxed(artefacts.base, select(guess, group), examples, config))
-    per_step = artefacts.trainer.seconds_alone(pictures, config)
-    return Row(RELAXED, concatenate(parts), per_step * config.steps)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from difflora_core.base_model.diffusers_base import DiffusersBase
 from difflora_core.base_model.protocol import TextCondition
 from difflora_core.config import Config
+from difflora_core.demo import paths
+from difflora_core.demo.networks.concept_text import demo_concept_text
 from difflora_core.diffusion.objective import stratified_timesteps
 from difflora_core.storage.atomic import write_text
 from difflora_core.text.clip_pair import ClipPairText
@@ -21,7 +23,9 @@ from difflora_core.training.fingerprint import fingerprint
 from difflora_core.training.loop import Hooks, LoopConfig, Progress, train
 from difflora_core.training.losses import NoisedBatch, denoising_error
 
-from ..people import RealPictures
+from ..artefacts import Artefacts
+from ..people import PHOTOS, People, RealPictures
+from ..rows import ALL, ONE, Row, first_photos, wanted_row
 
 SOURCE = "Textual Inversion (arXiv:2208.01618): one token in both text encoders, from 'person'"
 CLASS = "person"
@@ -149,3 +153,21 @@ def learn_people(
         write_text(took, str(time.perf_counter() - started))
     objective.seconds = float(took.read_text()) / people
     return objective.requires_grad_(False)
+
+
+def rows(
+    artefacts: Artefacts, people: People, steps: int, wanted: Sequence[str] | None
+) -> Iterator[Row]:
+    """A word for everybody from the first photo, and from all; seconds of one in the group."""
+    config = InversionConfig(steps=steps)
+    for count, photos in ((1, ONE), (PHOTOS, ALL)):
+        name = f"Textual Inversion, {photos}, {steps} steps"
+        if wanted_row(name, wanted):
+            pictures, folder = first_photos(people, count), artefacts.cache / "inversion"
+            made = learn_people(artefacts.base, text_encoders(), pictures, config, folder)
+            yield Row(name, made, made.seconds)
+
+
+def text_encoders() -> ClipPairText:
+    """The text encoders of the demo base, which can learn words."""
+    return demo_concept_text(paths.BASE)
