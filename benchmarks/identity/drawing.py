@@ -10,17 +10,17 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 
 from difflora_core.adapters.attach import attach
 from difflora_core.adapters.lora import lora_adapter_set
 from difflora_core.base_model.diffusers_base import DiffusersBase
+from difflora_core.base_model.drawing import draw_latents, trailing_ddim
 from difflora_core.base_model.protocol import TextCondition
 from difflora_core.config import Config
 from difflora_core.demo.world.scenes import Scene
 from difflora_core.diffusion.objective import stratified_timesteps
-from difflora_core.diffusion.sampler import SampleSettings, initial_noise, sample, seeded_generators
+from difflora_core.diffusion.sampler import SampleSettings, initial_noise, seeded_generators
 from difflora_core.lora.layout import LoRALayout
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.training.losses import NoisedBatch, denoising_error
@@ -163,16 +163,9 @@ class PictureSampler:
     def _draw(self, base: DiffusersBase, rows: Tensor, text: TextCondition) -> Tensor:
         """Sample and decode the pictures of these rows."""
         null = self.base.encode_prompts([""] * len(rows))
-
-        def denoise(z: Tensor, timestep: Tensor, conditional: bool) -> Tensor:
-            return base.predict(z, timestep, text if conditional else null).float()
-
         settings = SampleSettings(self.plan.steps, self.plan.guidance)
-        scheduler = DDIMScheduler.from_config(
-            self.base.scheduler.config, timestep_spacing="trailing"
-        )
         with self._precision():
-            z = sample(denoise, self.noise[rows], scheduler, settings)
+            z = draw_latents(base, self.noise[rows], text, null, settings, trailing_ddim(base))
             return self.base.decode_latents(z)
 
     def _encoded(

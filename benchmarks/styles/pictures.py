@@ -7,18 +7,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 from torch import Tensor
 
 from difflora_core.adapters.attach import attach
 from difflora_core.adapters.base import AdapterSet
 from difflora_core.adapters.routing import watched_routing
+from difflora_core.base_model.drawing import draw_latents, trailing_ddim
 from difflora_core.base_model.protocol import TextCondition
 from difflora_core.config import Config
 from difflora_core.demo.world.scenes import Scene
 from difflora_core.diffusion.objective import abar_at, add_noise
-from difflora_core.diffusion.sampler import SampleSettings, initial_noise, sample, seeded_generators
+from difflora_core.diffusion.sampler import SampleSettings, initial_noise, seeded_generators
 from difflora_core.evaluation.metrics import attribute_agreement, seed_diversity
 from difflora_core.lora.layout import unet_name_map
 from difflora_core.methods.registry import method
@@ -243,13 +243,9 @@ class Drawing:
         side, channels = base.unet.config.sample_size, base.unet.config.in_channels
         seeds = range(FIRST_SEED, FIRST_SEED + len(prompts))
         noise = initial_noise(seeded_generators(seeds), (channels, side, side))
-
-        def denoise(z: Tensor, timestep: Tensor, conditional: bool) -> Tensor:
-            return base.predict(z, timestep, text if conditional else nothing).float()
-
-        scheduler = DDIMScheduler.from_config(base.scheduler.config, timestep_spacing="trailing")
+        settings = SampleSettings(plan.steps, plan.guidance)
         with attach(base.unet, self._together(people), names=self.names):
-            z = sample(denoise, noise, scheduler, SampleSettings(plan.steps, plan.guidance))
+            z = draw_latents(base, noise, text, nothing, settings, trailing_ddim(base))
         return base.decode_latents(z)
 
     def _together(self, people: AdapterSet) -> AdapterSet:

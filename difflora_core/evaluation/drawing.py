@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
 from ..adapters.attach import attach
 from ..adapters.base import AdapterSet
 from ..base_model.diffusers_base import DiffusersBase
-from ..base_model.protocol import TextCondition, compute_device, predict
-from ..diffusion.sampler import SampleSettings, initial_noise, sample, seeded_generators
+from ..base_model.drawing import draw_latents, trailing_ddim
+from ..base_model.protocol import TextCondition
+from ..diffusion.sampler import SampleSettings, initial_noise, seeded_generators
 from ..errors import ConfigError
 from .protocol import Protocol
 
@@ -73,17 +74,13 @@ class ProtocolDrawer:
         texts = self._encoded([p.text(prompt, adaptation.trigger) for prompt, _ in cells])
         nothing = self._encoded([p.negative] * len(cells))
         seeds = [p.noise_seed(person, prompt, seed) for prompt, seed in cells]
-        noise = initial_noise(seeded_generators(seeds), self.shape).to(compute_device(self.base))
-
-        def denoise(z: Tensor, timestep: Tensor, conditional: bool) -> Tensor:
-            return predict(self.base, z, timestep, texts if conditional else nothing)
-
+        noise = initial_noise(seeded_generators(seeds), self.shape)
         worn: Any = nullcontext()
         if adaptation.adapters is not None:
             worn = attach(self.base.unet, adaptation.adapters, adaptation.strength)
         with worn:
             settings = SampleSettings(p.steps, p.guidance)
-            z = sample(denoise, noise, self._scheduler(), settings)
+            z = draw_latents(self.base, noise, texts, nothing, settings, self._scheduler())
         return self.base.decode_latents(z).float().cpu()
 
     def _encoded(self, prompts: Sequence[str]) -> TextCondition:
@@ -98,9 +95,8 @@ class ProtocolDrawer:
 
     def _scheduler(self) -> Any:
         """A new one: several keep what they did last."""
-        config = self.base.scheduler.config
         if self.protocol.sampler == "ddim":
-            return DDIMScheduler.from_config(config, timestep_spacing="trailing")
+            return trailing_ddim(self.base)
         return DPMSolverMultistepScheduler.from_config(
-            config, algorithm_type="dpmsolver++", use_karras_sigmas=True
+            self.base.scheduler.config, algorithm_type="dpmsolver++", use_karras_sigmas=True
         )

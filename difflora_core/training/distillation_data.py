@@ -14,9 +14,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..base_model.protocol import BaseModel, TextCondition, compute_device, predict
+from ..base_model.drawing import draw_latents
+from ..base_model.protocol import BaseModel, TextCondition
 from ..config import Config, check_range, check_ranges
-from ..diffusion.sampler import SampleSettings, initial_noise, sample, seeded_generators
+from ..diffusion.sampler import SampleSettings, initial_noise, seeded_generators
 from ..errors import CheckpointError, ConfigError, counted
 from ..storage.safetensors_io import read_file, write_atomic
 from .distillation import latent_channels
@@ -182,7 +183,6 @@ def _kept(path: Path | None, shape: tuple[int, int, int]) -> Tensor | None:
     return latent
 
 
-@torch.no_grad()
 def _draw(
     teacher: PictureTask,
     prompt: str,
@@ -194,12 +194,9 @@ def _draw(
     base = teacher.base
     encoded = teacher.encode([prompt])
     text = TextCondition(encoded.context, encoded.pooled)
-    noise = initial_noise(seeded_generators([seed]), shape).to(compute_device(base))
-
-    def denoise(z: Tensor, timestep: Tensor, conditional: bool) -> Tensor:
-        return predict(base, z, timestep, text if conditional else teacher.nothing)
-
-    return sample(denoise, noise, _scheduler(base), SampleSettings(config.steps, config.guidance))
+    noise = initial_noise(seeded_generators([seed]), shape)
+    settings = SampleSettings(config.steps, config.guidance)
+    return draw_latents(base, noise, text, teacher.nothing, settings, _scheduler(base))
 
 
 def _scheduler(base: BaseModel) -> object:

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 
 from ..adapters.attach import attach
 from ..adapters.lora import lora_adapter_set
 from ..base_model.diffusers_base import DiffusersBase
-from ..base_model.protocol import TextCondition, compute_device, predict
-from ..diffusion.sampler import SampleSettings, initial_noise, sample, seeded_generators
+from ..base_model.drawing import draw_latents, trailing_ddim
+from ..base_model.protocol import TextCondition
+from ..diffusion.sampler import SampleSettings, initial_noise, seeded_generators
 from ..lora.weights import LoRAWeights
 
 
-@torch.no_grad()
 def draw(
     base: DiffusersBase,
     weights: LoRAWeights,
@@ -41,12 +40,7 @@ def draw(
         Scaled latents (N, C, h, w).
     """
     count = len(seeds)
-    asked, empty = torch.arange(count), torch.full((count,), count)
-
-    def denoise(z: Tensor, timestep: Tensor, conditional: bool) -> Tensor:
-        return predict(base, z, timestep, text.select(asked if conditional else empty))
-
-    scheduler = DDIMScheduler.from_config(base.scheduler.config, timestep_spacing="trailing")
-    noise = initial_noise(seeded_generators(seeds), shape).to(compute_device(base))
+    asked, empty = text.select(torch.arange(count)), text.select(torch.full((count,), count))
+    noise = initial_noise(seeded_generators(seeds), shape)
     with attach(base.unet, lora_adapter_set(weights), names=names):
-        return sample(denoise, noise, scheduler, settings)
+        return draw_latents(base, noise, asked, empty, settings, trailing_ddim(base))

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 
 from ...base_model.diffusers_base import DiffusersBase
+from ...base_model.drawing import draw_latents, trailing_ddim
 from ...config import parse_json
-from ...diffusion.sampler import SampleSettings, initial_noise, sample, seeded_generators
+from ...diffusion.sampler import SampleSettings, initial_noise, seeded_generators
 from ...storage.safetensors_io import read_file, write_atomic
 from ...training.controlnet import (
     ControlledBase,
@@ -119,13 +119,9 @@ def draw_controlled(
         data = KeypointPictures(noise, pool.keypoints, pool.captions, PIXELS_PER_LATENT)
         hints = control_pictures(data, torch.arange(len(pool)))
         base = ControlledBase(base, control, hints)
-
-    def denoise(z: Tensor, timestep: Tensor, conditional: bool) -> Tensor:
-        return base.predict(z, timestep, text if conditional else null).float()
-
-    scheduler = DDIMScheduler.from_config(base.scheduler.config, timestep_spacing="trailing")
+    settings = SampleSettings(15, guidance)
     with torch.autocast("cpu", torch.bfloat16):
-        z = sample(denoise, noise, scheduler, SampleSettings(15, guidance))
+        z = draw_latents(base, noise, text, null, settings, trailing_ddim(base))
         return base.decode_latents(z)
 
 

@@ -12,13 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from ...base_model.diffusers_base import DiffusersBase
+from ...base_model.drawing import draw_latents, trailing_ddim
 from ...base_model.protocol import TextCondition
-from ...diffusion.sampler import SampleSettings, initial_noise, sample, seeded_generators
+from ...diffusion.sampler import SampleSettings, initial_noise, seeded_generators
 from ...models.layers import DrawnFrom
 from ...storage.safetensors_io import read_file
 from ...training.fingerprint import fingerprint
@@ -157,12 +157,8 @@ def draw_portraits(base: DiffusersBase, text: TextCondition, guidance: float = 2
     null = base.encode_prompts([""] * count)
     side, channels = base.unet.config.sample_size, base.unet.config.in_channels
     noise = initial_noise(seeded_generators(range(count)), (channels, side, side))
-
-    def denoise(z: Tensor, timestep: Tensor, conditional: bool) -> Tensor:
-        return base.predict(z, timestep, text if conditional else null).float()
-
-    scheduler = DDIMScheduler.from_config(base.scheduler.config, timestep_spacing="trailing")
-    return base.decode_latents(sample(denoise, noise, scheduler, SampleSettings(15, guidance)))
+    settings = SampleSettings(15, guidance)
+    return base.decode_latents(draw_latents(base, noise, text, null, settings, trailing_ddim(base)))
 
 
 class TranslatedText(nn.Module):
