@@ -13,6 +13,8 @@ from ..config import Config, check_range
 from ..errors import ConfigError, percent
 from ..lora.layout import LoRALayout, layout_from_unet_config
 from ..models.difflora import DiffLoRAModel
+from ..training.difflora.lae import LAETrainConfig
+from ..training.difflora.latent_dit import LatentDiTConfig
 from ..vision.features import FeatureSizes
 from .bases import unet_config
 from .counting import StepCount, count_step
@@ -30,11 +32,16 @@ PICTURE_BYTES = 0.3
 ENCODER_OPERATIONS = 4.5e6
 """Of SDXL's VAE encoder for each pixel."""
 DREAMBOOTH_STEPS = 500
-DIT_STEPS, DIT_BATCH = 4000, 64
+LAE, DIT = LAETrainConfig(), LatentDiTConfig()
+"""The courses on weights alone that `train` takes unless told otherwise."""
 RESERVED = 1.5e9
 """Bytes that CUDA, its libraries and the allocator's gaps take."""
 PROTOCOL = (25, 30, 30)
 """People, prompts and steps of `evaluate`'s protocol; guidance asks twice a step."""
+GENERATOR_STEPS = 30
+"""Of `multiply`'s generator, with guidance."""
+DRAWN_BYTES = 2.0
+"""Of a PNG file for each pixel."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,8 @@ class Settings(Config):
         gpu: rtx3060, rtx4090, a100, h100, h200, or a file that inspect --measure wrote.
         gpus: how many of them.
         method: functional, paper or both.
+        drawn: how many of each person's pictures a generator has to draw first (multiply).
+        loras: where those of paper come from: trained here, or given: a teacher's, a collection's.
         base: sdxl or demo.
         resolution: side of the pictures in pixels.
         rank: of the LoRAs.
@@ -68,6 +77,8 @@ class Settings(Config):
     gpu: str = "rtx4090"
     gpus: int = 1
     method: Literal["functional", "paper", "both"] = "functional"
+    drawn: int = 0
+    loras: Literal["trained", "given"] = "trained"
     base: Literal["sdxl", "demo"] = "sdxl"
     resolution: int = 1024
     rank: int = 8
@@ -85,6 +96,7 @@ class Settings(Config):
         for name in ("people", "gpus", "batch", "accumulate", "steps", "workers"):
             check_range("plan", name, getattr(self, name), 1, 10**12)
         check_range("plan", "pictures", self.pictures, 1, 10**9)
+        check_range("plan", "drawn", self.drawn, 0, self.pictures)
         check_range("plan", "resolution", self.resolution, 64, 8192)
         check_range("plan", "rank", self.rank, 1, 256)
         check_range("plan", "host_gb", self.host_gb, 0.1, 1e6)
@@ -185,7 +197,14 @@ def stages_of(settings: Settings, counts: Counts, here: Machine) -> list[Stage]:
     stored = pictures * pixels * PICTURE_BYTES
     encoded = pictures * counts.picture
     writing = here.disk_mb_s * 1e6
-    found = [
+    drawing = 2 * counts.step.forward  # a step with guidance
+    drawer = 2 * counts.step.parameters + RESERVED + counts.step.largest
+    found = []
+    if s.drawn:
+        drawn = s.people * s.drawn
+        work = drawn * GENERATOR_STEPS * drawing
+        found.append(Stage("multiply", work / speed, drawer, drawn * pixels * DRAWN_BYTES))
+    found += [
         Stage("prepare", pictures * LOOKING / s.workers + stored / writing, 0, stored),
         Stage("encode", pictures * pixels * ENCODER_OPERATIONS / speed, RESERVED + 3e9, encoded),
     ]
@@ -195,17 +214,24 @@ def stages_of(settings: Settings, counts: Counts, here: Machine) -> list[Stage]:
         state = 16 * counts.model  # a checkpoint: weights, average, two moments
         found.append(Stage("functional", work / speed, functional_memory(s, counts), state))
     if s.method != "functional":
-        work = s.people * DREAMBOOTH_STEPS * counts.step.operations(s.checkpointing)
-        lora = counts.layout.numel
-        memory = _base_memory(s, counts) + 16 * lora
-        found.append(Stage("corpus", work / speed, memory, 4.0 * s.people * lora))
-        found.append(_weights_only("LAE", counts.lae, 1, here))
-    found.append(_weights_only("DiT", counts.dit, counts.tokens, here))
+        found.append(_corpus(s, counts, here))
+        found.append(_autoencoder(s, counts, here))
+    found.append(_weights_only("DiT", DIT.loop.steps * DIT.batch * counts.tokens, counts.dit, here))
     people, prompts, steps = PROTOCOL
-    asked = people * prompts * steps * 2 * counts.step.forward
-    memory = 2 * counts.step.parameters + RESERVED + counts.step.largest
-    found.append(Stage("evaluate", asked / speed, memory, people * prompts * pixels * 2.0))
+    asked, disk = people * prompts * steps * drawing, people * prompts * pixels * DRAWN_BYTES
+    found.append(Stage("evaluate", asked / speed, drawer, disk))
     return found
+
+
+def _corpus(settings: Settings, counts: Counts, here: Machine) -> Stage:
+    """LoRAs of everybody: trained, or read in half precision and written in full."""
+    people, lora = settings.people, counts.layout.numel
+    disk = 4.0 * people * lora
+    if settings.loras == "given":
+        return Stage("corpus", 1.5 * disk / (here.disk_mb_s * 1e6), 0, disk)
+    work = people * DREAMBOOTH_STEPS * counts.step.operations(settings.checkpointing)
+    memory = _base_memory(settings, counts) + 16 * lora
+    return Stage("corpus", work / (here.tflops * 1e12 * settings.gpus), memory, disk)
 
 
 def functional_memory(settings: Settings, counts: Counts) -> float:
@@ -227,9 +253,19 @@ def _base_memory(settings: Settings, counts: Counts, each: int = 1) -> float:
     return 2 * counts.step.parameters + RESERVED + each * held
 
 
-def _weights_only(name: str, trained: int, tokens: int, here: Machine) -> Stage:
-    """A stage that trains on weights alone, on one GPU; each number is used for each token."""
-    work = 6.0 * DIT_STEPS * DIT_BATCH * trained * tokens
+def _autoencoder(settings: Settings, counts: Counts, here: Machine) -> Stage:
+    """The LAE, whose LoRAs are read once where the computer can remember them, else every time."""
+    lora, uses = 4.0 * counts.layout.numel, LAE.loop.steps * LAE.batch
+    remembered = settings.people * lora < settings.host_gb * 1e9 / 2
+    reading = (settings.people if remembered else uses) * lora / (here.disk_mb_s * 1e6)
+    found = _weights_only("LAE", uses, counts.lae, here)
+    held = 4 * LAE.batch * lora  # tokens, what is decoded, and the gradients of both
+    return replace(found, seconds=found.seconds + reading, memory=found.memory + held)
+
+
+def _weights_only(name: str, uses: int, trained: int, here: Machine) -> Stage:
+    """A stage that trains on weights alone, on one GPU; each number is used so many times."""
+    work = 6.0 * uses * trained
     return Stage(name, work / (here.tflops * 1e12), RESERVED + 20 * trained, 16.0 * trained)
 
 
@@ -245,13 +281,11 @@ def strains(settings: Settings, counts: Counts, here: Machine) -> list[tuple[str
         * counts.picture
         / (s.host_gb * 1e9),
         "sending gradients over computing them": sending / computing,
-        "the functional step in the GPU's memory": functional_memory(s, counts)
-        / (here.memory_gb * 1e9),
         "opening photos, in weeks": s.people * s.pictures * LOOKING / s.workers / 604_800,
     }
-    if s.method != "functional":
-        loras = 4 * s.people * counts.layout.numel
-        found["the corpus in the computer's memory"] = loras / (s.host_gb * 1e9)
+    if s.method != "paper":
+        share = functional_memory(s, counts) / (here.memory_gb * 1e9)
+        found["the functional step in the GPU's memory"] = share
     return sorted(found.items(), key=lambda pair: -pair[1])
 
 

@@ -152,12 +152,19 @@ class _Work:
         self.clip_digest = file_digest(Path(settings.clip_vision))
         encoders = Encoders(self.base.model, image, self.clip_digest)
         with self.stage("encode") as progress:
-            everyone = load_people(self.dataset, encoders, folder.path / "encoded", progress)
+            everyone = load_people(
+                self.dataset, encoders, folder.path / "encoded", progress, self.fewest
+            )
         self.prompts = encode_all(self.base.model, [settings.sample_prompt, ""])
         self.base = self.base.without_encoders()
         self.people, self.others = split_people(everyone, settings.held_out, settings.seed)
         judges = 0 if self.others is None else len(self.others)
         folder.say(f"{counted(len(self.people), 'identity')} to learn, {judges} to judge by")
+
+    @property
+    def fewest(self) -> int:
+        """Pictures that a person needs: functional sees one and draws another."""
+        return 1 if self.settings.method == "paper" else 2
 
     def functional(self) -> None:
         """Photo to LoRA through the base's denoising loss, then the DiT of its latents."""

@@ -108,37 +108,28 @@ class People:
 
 
 def load_people(
-    dataset: PreparedDataset, encoders: Encoders, folder: Path, progress: Progress
+    dataset: PreparedDataset,
+    encoders: Encoders,
+    folder: Path,
+    progress: Progress,
+    fewest: int = 2,
 ) -> People:
-    """Everybody of whom there are two pictures with a face.
+    """Everybody of whom there are enough pictures with a face.
 
     Args:
         dataset: prepared.
         encoders: see there.
         folder: where what they make is kept.
         progress: told of pictures.
+        fewest: how many that is.
 
     Raises:
         DatasetError: the dataset does not suit, or nobody is left.
     """
     _check(dataset)
-    rows = _usable(dataset)
+    rows = _usable(dataset, fewest)
     latents = _latents(dataset, encoders.base, progress)
-    digest = fingerprint(dataset.facts.digest, rows, encoders.image_digest)
-    parts = []
-    for start in range(0, len(rows), PART):
-        path = folder / f"features-{digest[:16]}-{start:08d}.safetensors"
-
-        def write(path: Path = path, chosen: Sequence[int] = rows[start : start + PART]) -> None:
-            if not path.exists():
-                write_atomic(
-                    _features([dataset[row] for row in chosen], dataset, encoders), {}, path
-                )
-
-        launched().on_main(write)
-        parts.append(read_file(path, "file of features")[0])
-        progress(min(start + PART, len(rows)), len(rows), {})
-    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    tensors = _stored_features(dataset, rows, encoders, folder, progress)
     captions = [dataset[row].captions[0] for row in rows]
     prompts = list(dict.fromkeys(captions))
     numbers = {prompt: number for number, prompt in enumerate(prompts)}
@@ -188,17 +179,19 @@ def _check(dataset: PreparedDataset) -> None:
         )
 
 
-def _usable(dataset: PreparedDataset) -> list[int]:
-    """Rows with a face, of people who have two of them."""
+def _usable(dataset: PreparedDataset, fewest: int) -> list[int]:
+    """Rows with a face, of people who have so many of them."""
     faces = [bool(face) for face in dataset.column("face")]
     rows = []
     for person in dataset.people:
         own = [row for row in person.rows if faces[row]]
-        rows += own if len(own) > 1 else []
+        rows += own if len(own) >= fewest else []
     if not rows:
         raise DatasetError(
             "Nobody in this dataset has two pictures with a face: one to see and one to draw are "
             "needed."
+            if fewest > 1
+            else "No picture in this dataset shows a face."
         )
     return rows
 
@@ -232,6 +225,31 @@ def _latents(dataset: PreparedDataset, base: DiffusersBase, progress: Progress) 
     maker = weights_digest(base.vae)
     launched().on_main(lambda: encode_latents(dataset, base, maker, report=report))
     return Latents(dataset)
+
+
+def _stored_features(
+    dataset: PreparedDataset,
+    rows: Sequence[int],
+    encoders: Encoders,
+    folder: Path,
+    progress: Progress,
+) -> dict[str, Tensor]:
+    """What the encoders see in rows, from the run's folder where it is there; see `_features`."""
+    digest = fingerprint(dataset.facts.digest, rows, encoders.image_digest)
+    parts = []
+    for start in range(0, len(rows), PART):
+        path = folder / f"features-{digest[:16]}-{start:08d}.safetensors"
+
+        def write(path: Path = path, chosen: Sequence[int] = rows[start : start + PART]) -> None:
+            if not path.exists():
+                write_atomic(
+                    _features([dataset[row] for row in chosen], dataset, encoders), {}, path
+                )
+
+        launched().on_main(write)
+        parts.append(read_file(path, "file of features")[0])
+        progress(min(start + PART, len(rows)), len(rows), {})
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _features(

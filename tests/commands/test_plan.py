@@ -186,6 +186,44 @@ def test_sdxl_is_as_large_as_it_is(sdxl):
     assert corpus.disk / 1e9 == pytest.approx(144, rel=0.01)
 
 
+def test_pictures_that_a_generator_draws_come_first(sdxl):
+    """30 steps with guidance are 60 passes a picture; on twice the GPUs half the time."""
+    here = Machine("a card", 24.0, 20.0)
+    stages = stages_of(Settings(1000, 10, drawn=9, resolution=256), sdxl, here)
+    assert [stage.name for stage in stages[:2]] == ["multiply", "prepare"]
+    assert stages[0].seconds == pytest.approx(9000 * 60 * sdxl.step.forward / 20e12)
+    twice = stages_of(Settings(1000, 10, drawn=9, resolution=256, gpus=2, batch=16), sdxl, here)
+    assert twice[0].seconds == pytest.approx(stages[0].seconds / 2)
+    with pytest.raises(ConfigError, match="drawn"):
+        Settings(1000, 10, drawn=11)
+
+
+def test_given_loras_are_read_and_not_trained(sdxl):
+    here = Machine("a card", 24.0, 20.0, disk_mb_s=1000.0)
+
+    def corpus(**more):
+        stages = stages_of(Settings(1000, 10, method="paper", **more), sdxl, here)
+        return next(stage for stage in stages if stage.name == "corpus")
+
+    lora = 4 * sdxl.layout.numel
+    assert corpus(loras="given").seconds == pytest.approx(1000 * 1.5 * lora / 1e9)
+    assert corpus(loras="given").disk == corpus().disk == 1000 * lora
+    trained = 1000 * plan.DREAMBOOTH_STEPS * sdxl.step.operations(True) / 20e12
+    assert corpus().seconds == pytest.approx(trained)
+
+
+def test_a_corpus_beyond_the_computers_memory_is_read_in_every_step(sdxl):
+    here = Machine("a card", 24.0, 1e9, disk_mb_s=1000.0)
+
+    def seconds(host_gb):
+        stages = stages_of(Settings(1000, 10, method="paper", host_gb=host_gb), sdxl, here)
+        return next(stage.seconds for stage in stages if stage.name == "LAE")
+
+    lora = 4 * sdxl.layout.numel / 1e9
+    assert seconds(128.0) == pytest.approx(1000 * lora, rel=0.01)
+    assert seconds(64.0) == pytest.approx(plan.LAE.loop.steps * plan.LAE.batch * lora, rel=0.01)
+
+
 def test_what_does_not_fit_is_refused_with_what_does(sdxl):
     card = Machine("a small card", 22.0, 20.0)
     check_fits(Settings(10, 4, batch=8, accumulate=8), sdxl, card)

@@ -241,6 +241,22 @@ def test_both_methods_leave_two_models(tmp_path, settings, corpus):
     assert load_model(tmp_path / "difflora-two-paper.safetensors").license == "for tests"
 
 
+def test_one_portrait_of_each_is_enough_for_paper_alone(tmp_path, settings, corpus, photos):
+    """What a teacher made a LoRA of has one photo: nothing has to be drawn."""
+    for person in photos.iterdir():
+        (tmp_path / "photos" / person.name).mkdir(parents=True)
+        for suffix in (".png", ".txt"):
+            name = f"{person.name}/0{suffix}"
+            (tmp_path / "photos" / name).write_bytes((photos / name).read_bytes())
+    prepare(tmp_path / "photos", tmp_path / "single", SMALL)
+    single = replace(settings(tmp_path / "run"), dataset=str(tmp_path / "single"), held_out=0.0)
+    run(replace(single, method="paper", corpus=str(corpus)), plain_console())
+    made = read_description(tmp_path / "run" / "difflora-model.safetensors")
+    assert made.source["people"] == PEOPLE
+    with pytest.raises(DatasetError, match="one to see and one to draw"):
+        run(replace(single, folder=str(tmp_path / "other")), plain_console())
+
+
 def test_sdxl_of_a_folder_in_half_precision(tmp_path, settings, tiny_sdxl):
     """bfloat16, checkpointed, in parts, the average in the computer's memory: all together."""
     folder, _ = tiny_sdxl

@@ -275,9 +275,12 @@ def test_people_with_fewer_pictures_are_drawn_from_their_own(counts, seed):
     assert torch.equal(batch["time_ids"][:, 0], batch["latents"][:, 0, 0, 0])
 
 
-def test_a_person_with_one_picture_is_refused(data):
+def test_a_person_with_one_picture_cannot_be_drawn_from_another(data, model):
+    alone = replace(data, people=torch.tensor([[0, 1], [2, -1]]))
     with pytest.raises(ConfigError, match="at least two pictures"):
-        replace(data, people=torch.tensor([[0, 1], [2, -1]]))
+        difflora.person_batches(alone, model, CONFIG, 1000)
+    with pytest.raises(ConfigError, match="needs a picture"):
+        replace(data, people=torch.tensor([[0, 1], [-1, -1]]))
 
 
 def test_validation_keeps_the_best_weights_and_changes_nothing_else(model, base, data, tmp_path):

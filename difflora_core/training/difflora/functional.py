@@ -76,7 +76,7 @@ class PersonPictures:
 
     `latents`: (M, C, h, w) scaled, or of several sizes; `text`: encoded unique prompts;
     `prompts`: (M,) row of `text`; `features`: of every picture as a reference photo, M rows;
-    `people`: (P, Q) picture numbers of each person, two or more; whoever has less than Q has -1 at
+    `people`: (P, Q) picture numbers of each person, one or more; whoever has less than Q has -1 at
     the end; `boxes`: (M, 4) of the faces, in shares of the picture, for the likeness loss;
     `time_ids`: (M, 6) what the base is told of each picture's size, see `TextCondition`.
     """
@@ -90,7 +90,12 @@ class PersonPictures:
     boxes: Tensor | None = field(default=None, metadata=SAME_COURSE)  # counts where there are any
 
     def __post_init__(self) -> None:
-        if self.people.ndim != 2 or bool(((self.people >= 0).sum(1) < 2).any()):
+        if self.people.ndim != 2 or bool((self.people < 0).all(1).any()):
+            raise ConfigError("every person needs a picture")
+
+    def check_pairs(self) -> None:
+        """Raises ConfigError where somebody has one picture alone."""
+        if bool(((self.people >= 0).sum(1) < 2).any()):
             raise ConfigError("every person needs at least two pictures: one to see, one to draw")
 
 
@@ -169,7 +174,7 @@ def person_batches(
 ) -> Callable[[torch.Generator], dict[str, Tensor]]:
     """Batches of people: N photos to see, another picture to draw at one of `steps` noises.
 
-    What is drawn has one size in a batch; photos to see may be of any.
+    What is drawn has one size in a batch; photos to see may be of any. Raises as `check_pairs`.
 
     Returns:
         From a generator to a batch. Of the photos: what `MixedImageFeatures.forward` takes, (B, N,
@@ -178,6 +183,7 @@ def person_batches(
         `pictures` (B,), and `time_ids` (B, 6) and `boxes` (B, 4) where they are known. And unit
         `feature_noise` (B, D) and `latent_noise` (B, K, Dz) for condition and LoRA latent.
     """
+    data.check_pairs()
     count, width, lae = config.batch, model.config.mif.width, model.config.lae
     latent = (count, lae.latent_tokens, lae.latent_dim)
     most = min(config.photos, data.people.shape[1] - 1)
