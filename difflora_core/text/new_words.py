@@ -142,11 +142,11 @@ def find_words(
         return []
     ordered = sorted(words, key=len, reverse=True)
     if tokens is None:
-        pattern = "|".join(_whole(re.escape(word)) for word in ordered)
+        pattern = "|".join(_whole(word, re.escape(word)) for word in ordered)
         return [(m.start(), m.end(), m.group()) for m in re.finditer(pattern, prompt)]
     folded, places = _folded(prompt)
     found = []
-    for match in re.finditer("|".join(f"({_whole(_spaced(word))})" for word in ordered), folded):
+    for match in re.finditer("|".join(f"({_whole(word, _spaced(word))})" for word in ordered), folded):
         start, end = places[match.start()], places[match.end() - 1] + 1
         word = ordered[(match.lastindex or 1) - 1]
         if prompt[start:end] == word or tokens(prompt[start:end]) == tokens(word):
@@ -188,9 +188,14 @@ def _spaced(word: str) -> str:
     return r"\s*".join(map(re.escape, parts))
 
 
-def _whole(pattern: str) -> str:
-    """A pattern that has no further letters, digits or signs of words beside it."""
-    return rf"(?<![\w<>\-]){pattern}(?![\w<>\-])"
+def _whole(word: str, pattern: str) -> str:
+    """A pattern of a word that has no further letters, digits or signs of words beside it.
+
+    A bracket ends a word by itself, so that <my-hat><my-hat> is two of them.
+    """
+    before = "<" if word.startswith("<") else r"[\w<\-]"
+    after = ">" if word.endswith(">") else r"[\w>\-]"
+    return rf"(?<!{before}){pattern}(?!{after})"
 
 
 def splice(

@@ -49,6 +49,7 @@ PAIRS = (
     (".lora_A.default.weight", ".lora_B.default.weight"),
     (".lora_A.my-face_1.weight", ".lora_B.my-face_1.weight"),
     (".lora_A", ".lora_B"),
+    (".lora_down.default.weight", ".lora_up.default.weight"),
 )
 STEMS = {
     "kohya, LDM names": lambda s: f"lora_unet_{s.name.replace('.', '_')}",
@@ -64,6 +65,10 @@ STEMS = {
     "diffusers": lambda s: f"unet.{s.diffusers_name}",
     "PEFT": lambda s: f"base_model.model.{s.diffusers_name}",
     "bare": lambda s: s.diffusers_name,
+    "bare, flat": lambda s: s.diffusers_name.replace(".", "_"),
+    "bare, flat LDM names": lambda s: s.name.replace(".", "_"),
+    "capitals": lambda s: f"LORA_UNET_{s.name.replace('.', '_')}",
+    "capitals, diffusers": lambda s: f"UNet.{s.diffusers_name}",
 }
 
 

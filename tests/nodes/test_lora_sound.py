@@ -58,6 +58,15 @@ def test_wrapped_names_act(host, before):
     hooked(host, state)
 
 
+@pytest.mark.parametrize("before", ["", "LORA_UNET_", "Lora_Unet_"])
+def test_flat_names_act_without_a_prefix_and_in_capitals(host, before):
+    """No other layer is called so, and ComfyUI itself would apply nothing, in silence."""
+    default = {"up": "lora_up.default.weight", "down": "lora_down.default.weight"}
+    state = factors(host, before + LAYER.replace(".", "_"), **default)
+    torch.testing.assert_close(changed(host, state), product(state), rtol=1e-5, atol=1e-5)
+    hooked(host, state)
+
+
 @pytest.mark.parametrize("form", ["PEFT", "PEFT, in a wrapper", "one-dimensional", "column"])
 def test_every_form_of_a_dora_scale(host, form):
     """ComfyUI's DoRA, (W + dW) m / |W| by rows; programs write m with a second axis or without."""

@@ -33,6 +33,12 @@ def tokens(comfyui):
         ("a <demo-hat> and a <demo-cat>", [HAT, CAT]),
         ("<demo-hat>/<demo-cat>", [HAT, CAT]),
         ("a <demo-cat> in a <demo-hat>, blorp", [CAT, HAT, BARE]),
+        ("<demo-hat><demo-hat>", [HAT, HAT]),
+        ("<demo-hat><demo-cat>blorp", [HAT, CAT, BARE]),
+        ("blorp<demo-hat>", [BARE, HAT]),
+        ("a red<demo-hat>", [HAT]),
+        ("two <demo-hat>s", [HAT]),
+        ("a pre-<demo-hat>-ish thing", [HAT]),
         ("blorp", [BARE]),
         ("BLORP, Blorp", [BARE, BARE]),
         ("(blorp:0.8)", [BARE]),
@@ -61,6 +67,8 @@ def test_found_with_nothing_to_tell(tokens, prompt, found):
         ("<lora:demo-hat:1>", "demo-hat", HAT),
         ("&lt;demo-hat&gt;", "demo-hat", HAT),
         ("demohat", "demohat", HAT),
+        ("<<demo-hat>>", "<demo-hat>", HAT),
+        ("<blorp>", "<blorp>", BARE),
     ],
 )
 def test_a_word_in_another_word_is_told(tokens, prompt, written, word):

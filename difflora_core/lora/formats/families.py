@@ -19,8 +19,8 @@ from .lycoris import check_size, full_layer, loha_layer, lokr_layer
 
 _ADAPTER = r"(?:\.(?!weight$)[\w-]+)?"  # PEFT writes its adapter name here: lora_A.default.weight
 _SUFFIXES: tuple[tuple[str, str], ...] = (
-    (r"\.lora_(?:up|linear_layer\.up)\.weight", "up"),
-    (r"\.lora_(?:down|linear_layer\.down)\.weight", "down"),
+    (rf"\.lora_(?:up|linear_layer\.up){_ADAPTER}\.weight", "up"),
+    (rf"\.lora_(?:down|linear_layer\.down){_ADAPTER}\.weight", "down"),
     (r"[._]lora\.up\.weight", "up"),
     (r"[._]lora\.down\.weight", "down"),
     (rf"\.lora_B{_ADAPTER}\.weight", "up_peft"),

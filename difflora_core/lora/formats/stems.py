@@ -91,25 +91,26 @@ def stem_table(names: Names) -> dict[str, str]:
     for diffusers, ldm in diffusers_pairs(names).items():
         old = diffusers.replace(".to_", ".processor.to_")
         dotted = (diffusers, old, old.removesuffix(".0"), diffusers.replace(".to_out.0", ".to_out"))
-        stems = [f"lora_unet_{ldm.replace('.', '_')}", f"diffusion_model.{ldm}", ldm]
-        stems += [f"{p}_{diffusers.replace('.', '_')}" for p in ("lora_unet", "lycoris")]
+        stems = [f"diffusion_model.{ldm}", ldm]
+        flat = [name.replace(".", "_") for name in (ldm, diffusers)]
+        stems += [before + name for before in ("", "lora_unet_", "lycoris_") for name in flat]
         prefixes = ("", "unet.", "base_model.model.", "unet.base_model.model.")
         stems += [prefix + name for prefix in prefixes for name in (*dotted, ldm)]
-        stems.append(f"lycoris_{ldm.replace('.', '_')}")
         table.update({stem: ldm for stem in stems})
     return table
 
 
 def layer_name(stem: str, table: Mapping[str, str]) -> str | None:
-    """Canonical layer of a UNet stem, whatever programs put before its name.
+    """Canonical layer of a UNet stem, whatever programs put before its name, in any case.
 
     Args:
         stem: the part of a key in front of what says its role.
         table: of `stem_table`.
     """
-    bare = _WRAPPERS.sub("", stem, count=1) if _WRAPPERS.match(stem) else stem
+    small = stem.lower()
+    bare = _WRAPPERS.sub("", small, count=1) if _WRAPPERS.match(small) else small
     bare = bare.removesuffix(".base_layer").replace("._orig_mod.", ".")
-    return table.get(stem) or table.get(bare)
+    return table.get(stem) or table.get(small) or table.get(bare)
 
 
 def text_encoder_name(stem: str) -> str | None:
