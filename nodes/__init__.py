@@ -21,6 +21,7 @@ from . import (
     styles,
     train_lora,
 )
+from .host.widget_values import checked
 
 
 def method_nodes() -> list[type[io.ComfyNode]]:
@@ -80,4 +81,4 @@ class DiffLoRAExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """The nodes of the pack."""
-        return NODES
+        return [checked(node) for node in NODES]

@@ -145,8 +145,9 @@ def find_words(
         pattern = "|".join(_whole(word, re.escape(word)) for word in ordered)
         return [(m.start(), m.end(), m.group()) for m in re.finditer(pattern, prompt)]
     folded, places = _folded(prompt)
+    pattern = "|".join(f"({_whole(word, _spaced(word))})" for word in ordered)
     found = []
-    for match in re.finditer("|".join(f"({_whole(word, _spaced(word))})" for word in ordered), folded):
+    for match in re.finditer(pattern, folded):
         start, end = places[match.start()], places[match.end() - 1] + 1
         word = ordered[(match.lastindex or 1) - 1]
         if prompt[start:end] == word or tokens(prompt[start:end]) == tokens(word):

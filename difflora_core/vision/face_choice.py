@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -118,7 +119,7 @@ def masks_like(
         (H, W) of its picture each; None for every picture where there are no masks.
 
     Raises:
-        ImageError: there are more or fewer masks, or one is not (H, W).
+        ImageError: there are more or fewer masks, or one is not (H, W) or holds no numbers.
     """
     if masks is None:
         return [None] * len(pictures)
@@ -132,6 +133,12 @@ def masks_like(
             f"There are {len(given)} face masks for {counted(len(pictures), 'picture')}; give "
             "one for all, or one (height x width) per picture."
         )
+    for number, mask in enumerate(given, 1):
+        if not mask.numel() or not bool(torch.isfinite(mask).all()):
+            raise ImageError(
+                f"Mask {number} has no pixels, or values that are no numbers (NaN or infinite). "
+                "Make or load it again."
+            )
     return [
         F.interpolate(mask.float()[None, None], size=picture.shape[:2], mode="nearest")[0, 0]
         for mask, picture in zip(given, pictures, strict=True)

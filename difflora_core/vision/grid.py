@@ -99,8 +99,9 @@ def _tile(picture: Tensor, width: int, side: int) -> Image.Image:
 
 def _shortened(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
     """The text cut to a width in pixels."""
-    if font.getlength(text) <= width:
+    start = text[: max(width, 1)]  # of a page of text only what may fit is measured
+    if start == text and font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."
+    while start and font.getlength(start + "...") > width:
+        start = start[:-1]
+    return start + "..."

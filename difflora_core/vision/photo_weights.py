@@ -15,16 +15,22 @@ from .features import ImageFeatures
 
 FINEST = 20
 """Times that the heaviest photo is counted at most: weights are rounded to a twentieth of it."""
+DECIMAL_COMMA = re.compile(r"\s*\d+,\d+\s*")
 
 
 def read_weights(text: str) -> tuple[float, ...]:
-    """Numbers of a text, divided by commas, spaces or new lines; none of an empty one.
+    """Numbers of a text, divided by commas, semicolons, spaces or new lines; none of an empty one.
+
+    Between semicolons 1,5 is one and a half.
 
     Raises:
         ConfigError: something is no number from 0 to 1000.
     """
     weights = []
-    for part in filter(None, re.split(r"[\s,;]+", text.strip())):
+    if ";" in text:
+        own = text.split(";")
+        text = " ".join(p.replace(",", ".") if DECIMAL_COMMA.fullmatch(p) else p for p in own)
+    for part in filter(None, re.split(r"[\s,]+", text.strip())):
         try:
             weights.append(float(part))
         except ValueError:
@@ -52,7 +58,7 @@ def weighted(features: ImageFeatures, weights: Sequence[float]) -> ImageFeatures
     if len(weights) != len(features):
         raise ConfigError(
             f"There are {len(weights)} photo weights for {counted(len(features), 'photo')}; "
-            "write one a photo."
+            "write one a photo, with a point for decimals: 1.5."
         )
     if not max(weights) > 0:
         raise ConfigError("Every photo has the weight 0, so nobody is left. Raise one of them.")

@@ -125,6 +125,9 @@ def test_mask_wins_over_order(face_encoder, image_encoder, two_faces):
         extract_features([two_faces], face_encoder, image_encoder, masks=mask)
     with pytest.raises(ImageError, match="2 face masks for 1 picture"):
         extract_features([two_faces], face_encoder, image_encoder, masks=[mask, mask])
+    for broken in (torch.zeros(1, 0, 128), mask / mask):  # no pixels; 0 / 0
+        with pytest.raises(ImageError, match="Mask 1 has no pixels, or values that are no"):
+            extract_features([two_faces], face_encoder, image_encoder, masks=broken)
 
 
 def test_missing_face_is_an_error_by_default(face_encoder, image_encoder, photo, empty):
