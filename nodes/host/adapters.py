@@ -49,7 +49,8 @@ FROM_LORAS = (
 )
 UNSPOKEN = (
     "The word %s stands in no prompt of this run, so its concept changes nothing. Write it in CLIP "
-    "Text Encode, with the CLIP of Load Concept or of the training node connected there."
+    "Text Encode, with the CLIP of Load Concept or of the training node connected there. Of two "
+    "prompts in ConditioningAverage only the words of conditioning_to count."
 )
 NOWHERE = (
     "The words %s stand in no positive prompt of this run, so nobody can say where that person is. "

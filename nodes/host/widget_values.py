@@ -45,7 +45,7 @@ def _fitting(node: type[io.ComfyNode], values: Mapping[str, Any]) -> dict[str, A
 
 
 def fitting(widget: Any, value: Any, files: Container[str] = ()) -> Any:
-    """A value as a widget would hold it; what has no widget stays.
+    """A value as a widget would hold it; what has no widget stays, if it is there.
 
     Args:
         widget: of a node's schema, or None.
@@ -53,8 +53,10 @@ def fitting(widget: Any, value: Any, files: Container[str] = ()) -> Any:
         files: names of widgets whose choices are files.
 
     Raises:
-        ConfigError: it is of another kind, out of range, or no choice of the widget.
+        ConfigError: it is of another kind, out of range, no choice of the widget, or nothing.
     """
+    if value is None and widget is not None and not widget.optional:
+        raise ConfigError(f"{widget.id} is nothing. {HINT}")
     if isinstance(widget, (io.Int.Input, io.Float.Input)):
         return _number(widget, value)
     choice = isinstance(widget, io.Combo.Input)

@@ -218,10 +218,20 @@ class WordEncoders:
 
 
 def heard(cond: Mapping[str, Any], words: Sequence[str]) -> Tensor:
-    """Tokens since each word was written in a prompt of a sampler: (1, L, J), see `since_word`."""
+    """Tokens since each word was written in a prompt of a sampler: (1, L, J), see `since_word`.
+
+    What a node has set to zero, such as ConditioningZeroOut, says nothing.
+    """
     context = cond.get("cross_attn")
     if context is None:
         return torch.full((1, SECTION, len(words)), math.inf)
+    rows = _marked(cond, context, words)
+    rows[:, ~(context[0] != 0).any(-1).cpu()] = math.inf
+    return rows
+
+
+def _marked(cond: Mapping[str, Any], context: Tensor, words: Sequence[str]) -> Tensor:
+    """The marks of a prompt with the encoding (1, L, d), from beside it, on it, or its parts."""
     marks: Marks | None = cond.get(MARK, getattr(context, MARK, None))
     length = context.shape[1]
     rows = torch.full((1, length, len(words)), math.inf)

@@ -62,8 +62,10 @@ def test_texts_and_choices(values, widgets):
             refused(values, widget, "nonsense")
             assert values.fitting(widget, widget.options[0]) == widget.options[0]
             assert values.fitting(widget, "nonsense", {widget.id}) == "nonsense"
-        if isinstance(widget, io.Model.Input):
+        if isinstance(widget, (io.Model.Input, io.Image.Input)):
             assert values.fitting(widget, values) is values
+            if not widget.optional:
+                refused(values, widget, None)
 
 
 GRAPHS = {

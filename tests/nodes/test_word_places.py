@@ -162,10 +162,19 @@ def test_joined_weighted_and_long_prompts(draw):
         assert changed > 8 if name.endswith("_word") else changed == 0, name
 
 
+def test_a_prompt_set_to_zero_says_nothing(draw):
+    """Its options go on saying where the word stood."""
+    more = {"taught": encoded(f"{SCENE}, wearing a {HAT}")}
+    more["zero"] = node("ConditioningZeroOut", conditioning=["taught", 0])
+    shown, texts = draw({"ours": ("on", ["zero", 0]), "base": ("base", ["zero", 0])}, more)
+    np.testing.assert_array_equal(shown["ours"], shown["base"])
+    assert any(text.startswith(f"on: The word {HAT} stands in no prompt") for text in texts)
+
+
 def test_an_encoding_whose_options_were_dropped(comfyui, pack):
     """As ComfyUI drops them where hooks encode a prompt for every time, and other packs do."""
     words = import_module(".nodes.host.words", pack.__name__)
-    context = torch.zeros(1, 77, 8)
+    context = torch.ones(1, 77, 8)
     setattr(context, words.MARK, {HAT: [math.inf, 0.0, *range(1, 76)]})
     where = words.heard({"cross_attn": context}, ["<other>", HAT])
     assert where.shape == (1, 77, 2)
