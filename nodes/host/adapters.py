@@ -28,6 +28,7 @@ from ...difflora_core.methods.base import AppliedAdaptation
 from ...difflora_core.methods.registry import method
 from .base import check_fits
 from .browser import show
+from .left_out import tell_when_left_out
 from .regions import RegionFinder, own_tokens
 from .weights import has_additions, weights_of, with_weights
 from .words import heard, mark_of
@@ -155,7 +156,13 @@ class AdapterChain:
         for kind, callback in ((BEGIN, self.begin), (END, self.end)):
             clone.remove_callbacks_with_key(kind, KEY)
             clone.add_callback_with_key(kind, KEY, callback)
+        tell_when_left_out(clone, KEY, self.titles)
         return clone
+
+    @property
+    def titles(self) -> str:
+        """Of what is on the model."""
+        return ", ".join(link.applied.adaptation.title for link in self.links)
 
     def prepare(
         self,
@@ -211,14 +218,13 @@ class AdapterChain:
         Raises:
             ConfigError: it did not ask what is on this model, so that would have no effect.
         """
-        titles = ", ".join(link.applied.adaptation.title for link in self.links)
         if any(link.of_base for link in self.links) and has_additions(patcher):
-            logger.warning(FROM_LORAS, titles)
+            logger.warning(FROM_LORAS, self.titles)
         if not self.prepared:
             raise ConfigError(
-                f"{titles} would have no effect on this model: the sampler or guider does not run "
-                "what is on it (Dual Model Guider runs its second model so). Apply it to the model "
-                "that is sampled with, or as a plain LoRA with Load LoRA Model."
+                f"{self.titles} would have no effect on this model: the sampler or guider does not "
+                "run what is on it (Dual Model Guider runs its second model so). Apply it to the "
+                "model that is sampled with, or as a plain LoRA with Load LoRA Model."
             )
 
     def end(self, patcher: ModelPatcher) -> None:
