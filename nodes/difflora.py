@@ -200,7 +200,7 @@ class Personalize(io.ComfyNode):
         shares = read_weights(weights)
         region = models.image_region(difflora_model, image_region)
         options = FaceOptions(face_order, face_index, on_missing_face, region)
-        found = encoders.read_photos(cls, images, clip_vision, face_analysis, mask, options)
+        found = encoders.read_photos(cls, images, clip_vision, face_analysis, mask, options, shares)
         override = models.gate_override(gate, face_share)
         features = weighted(found.features, found.of_photos(shares, len(images)))
         condition = models.mix(difflora_model, features, override)

@@ -83,7 +83,7 @@ class ExtractFeatures(io.ComfyNode):
         shares = read_weights(weights)
         choice = (face_order, face_index, on_missing_face, image_region, region_factor)
         options = FaceOptions(*choice, every=faces == EVERY)
-        found = encoders.read_photos(cls, images, clip_vision, face_analysis, mask, options)
+        found = encoders.read_photos(cls, images, clip_vision, face_analysis, mask, options, shares)
         record = weighted(found.features, found.of_photos(shares, len(images)))
         if features is not None:
             record = ImageFeatures.cat([features, record])

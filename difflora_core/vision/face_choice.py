@@ -17,6 +17,7 @@ from .preprocess import box_mask, marks_nothing
 ORDERS = ("largest", "left_to_right")
 MISSING_POLICIES = ("error", "skip", "image_only")
 IMAGE_REGIONS = ("crop", "picture", "face_on_grey")
+_UNMARKED = "under the mask"
 
 
 @dataclass(frozen=True)
@@ -159,12 +160,21 @@ def missing_reason(count: int, options: FaceOptions, mask: Tensor | None) -> str
     if count == 0:
         return "show{s} no face that could be found"
     faces = "one face" if count == 1 else f"{counted(count, 'face')}"
-    if mask is not None and bool((mask > 0).any()):
-        return "show{s} " + faces + ", none of them under the mask"
+    if mask is not None and not marks_nothing(mask):
+        return "show{s} " + faces + f", none of them {_UNMARKED}"
     return (
         "show{s} "
         + f"{faces}, so there is no face number {options.index} (face_index counts from 0)"
     )
+
+
+def missing_remedy(reasons: Mapping[int, str]) -> str:
+    """What to do about photos without the chosen face, for the reasons of `missing_reason`."""
+    if any(_UNMARKED in reason for reason in reasons.values()):
+        return "Paint the mask over the face that is meant"
+    if any("face_index" in reason for reason in reasons.values()):
+        return "Choose a smaller face_index (Find Faces shows the numbers)"
+    return "Use photos with one clear face"
 
 
 def missing_notes(reasons: Mapping[int, str]) -> tuple[str, ...]:

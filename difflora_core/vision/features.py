@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -11,7 +11,14 @@ from torch.nn import functional as F
 
 from ..config import Config, check_range
 from ..errors import ConfigError, EncoderError, NoFaceError, counted
-from .face_choice import FaceOptions, choose_faces, masks_like, missing_notes, missing_reason
+from .face_choice import (
+    FaceOptions,
+    choose_faces,
+    masks_like,
+    missing_notes,
+    missing_reason,
+    missing_remedy,
+)
 from .face_cutout import cut_out, landmarks_of, seen_closely
 from .face_encoder import DetectedFace, FaceEncoder
 from .image_encoder import ImageEncoder, describe_encoder
@@ -204,7 +211,7 @@ class ExtractedFeatures:
         if values and len(values) != count:
             raise ConfigError(
                 f"There are {len(values)} photo weights for {counted(count, 'photo')}; write one "
-                "a photo."
+                "a photo, with a point for decimals: 1.5."
             )
         return [values[photo] for photo in self.photos] if values else []
 
@@ -223,6 +230,7 @@ def extract_features(
     image_encoder: ImageEncoder,
     options: FaceOptions | None = None,
     masks: Tensor | Sequence[Tensor] | None = None,
+    spare: Collection[int] = (),
 ) -> ExtractedFeatures:
     """Find the person in every photo and describe face and look.
 
@@ -234,6 +242,8 @@ def extract_features(
         image_encoder: CLIP vision.
         options: Face choice, policy for missing faces, image region.
         masks: (N, H, W) or a list of (H, W), see `choose_face`; other sizes are scaled.
+        spare: Numbers of photos, from 0, that may lack a face under the policy "error", since they
+            do not count; they are left out.
 
     Returns:
         ExtractedFeatures.
@@ -254,7 +264,9 @@ def extract_features(
         if not chosen:
             missing[number + 1] = missing_reason(count, options, mask)
     notes = missing_notes(missing)
-    _check_missing(notes, len(missing) == len(pictures), options)
+    everywhere = len(missing) == len(pictures)
+    needed = {k: why for k, why in missing.items() if everywhere or k - 1 not in spare}
+    _check_missing(needed, everywhere, options)
     left = [row for row in rows if row[1] or options.on_missing == "image_only"]
     photos, faces = zip(*left, strict=True)
     own = [pictures[i] for i in photos]
@@ -262,18 +274,19 @@ def extract_features(
     return _describe(usable, face_encoder, image_encoder, options)
 
 
-def _check_missing(notes: Sequence[str], everywhere: bool, options: FaceOptions) -> None:
-    """Refuses photos without the face that is meant, in the words of their notes, if asked to."""
+def _check_missing(missing: Mapping[int, str], everywhere: bool, options: FaceOptions) -> None:
+    """Refuses photos without the face that is meant, for their reasons, if asked to."""
+    notes = missing_notes(missing)
     if notes and options.on_missing == "error":
         others = "" if everywhere else "skip or "
         raise NoFaceError(
-            f"{' '.join(notes)} Use photos with one clear face, or set on_missing_face to "
+            f"{' '.join(notes)} {missing_remedy(missing)}, or set on_missing_face to "
             f"{others}image_only."
         )
     if everywhere and options.on_missing == "skip":
         raise NoFaceError(
-            f"{' '.join(notes)} No photo is left after skipping. Add a photo with a clear face, "
-            "or set on_missing_face to image_only."
+            f"{' '.join(notes)} No photo is left after skipping. {missing_remedy(missing)}, or set "
+            "on_missing_face to image_only."
         )
 
 

@@ -1,5 +1,6 @@
 """The host's encoders as the library's: CLIP vision, face analysis, both on somebody's photos."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from comfy.clip_vision import ClipVisionModel
@@ -13,7 +14,8 @@ from ...difflora_core.vision.image_encoder import ImageEncoder
 from ...difflora_core.vision.no_encoder import NoFaceEncoder, NoImageEncoder
 from . import models
 
-WHAT_THEN = {"skip": "Left out.", "image_only": "Used by the look alone."}
+WHAT_THEN = {"image_only": "Used by the look alone."}
+LEFT_OUT = "Left out."
 """What becomes of a photo without a face, by policy."""
 NO_FACES = "No face analysis is connected: only CLIP vision looks at the photos."
 NO_LOOK = "No CLIP vision is connected: only the face counts."
@@ -89,6 +91,7 @@ def read_photos(
     face_analysis: Any,
     mask: Tensor | None,
     options: FaceOptions,
+    shares: Sequence[float] = (),
 ) -> ExtractedFeatures:
     """Features of photos with whichever encoders are connected; the node shows what it found.
 
@@ -99,6 +102,7 @@ def read_photos(
         face_analysis: of insightface, or None.
         mask: (N, H, W), whom to take; None leaves it to the options.
         options: which faces count.
+        shares: how much each photo counts, if not all the same; one of 0 may lack a face.
 
     Raises:
         EncoderError: neither is connected, or one of them is something else.
@@ -117,8 +121,10 @@ def read_photos(
     if clip_vision is not None:
         pictures = ComfyImageEncoder(clip_vision)
     watched = _Watched(faces, pictures, 2 * len(images))
-    found = extract_features(images, watched, watched, options, mask)
-    then = [*found.notes, WHAT_THEN[options.on_missing]] if found.notes else []
+    spare = [number for number, share in enumerate(shares) if share == 0]
+    found = extract_features(images, watched, watched, options, mask, spare)
+    what_then = WHAT_THEN.get(options.on_missing, LEFT_OUT)
+    then = [*found.notes, what_then] if found.notes else []
     if face_analysis is not None:
         with_face = len(images) - len(found.missing)
         then = [f"A face in {with_face} of {counted(len(images), 'photo')}.", *then]

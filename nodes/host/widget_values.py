@@ -62,6 +62,8 @@ def fitting(widget: Any, value: Any, files: Container[str] = ()) -> Any:
     choice = isinstance(widget, io.Combo.Input)
     if (choice or isinstance(widget, io.String.Input)) and not isinstance(value, str):
         raise ConfigError(f"{widget.id} is {described(value)}, which is no text. {HINT}")
+    if isinstance(widget, io.String.Input) and any("\ud800" <= c <= "\udfff" for c in value):
+        raise ConfigError(f"{widget.id} is {described(value)}, with half a character in it.")
     if choice and widget.id not in files and value not in widget.options:
         options = shown(", ".join(widget.options))
         raise ConfigError(f"{widget.id} is {described(value)}; choose one of {options}. {HINT}")

@@ -56,7 +56,8 @@ def test_texts_and_choices(values, widgets):
     for _, widget in widgets:
         if isinstance(widget, io.String.Input):
             refused(values, widget, 5)
-            assert values.fitting(widget, "\ud800") == "\ud800"
+            refused(values, widget, "half a character: \ud800")
+            assert values.fitting(widget, "\U0001f600 ü") == "\U0001f600 ü"
         if isinstance(widget, io.Combo.Input):
             refused(values, widget, None)
             refused(values, widget, "nonsense")
