@@ -9,6 +9,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ...difflora_core.errors import ConfigError, described, shown
+from .browser import show_here
 
 HINT = "Another node is connected there: see what it gives."
 
@@ -30,6 +31,9 @@ def checked(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
 def _fitting(node: type[io.ComfyNode], values: Mapping[str, Any]) -> dict[str, Any]:
     """Values by the names of their widgets, as those would hold them.
 
+    What the node has no input for is left out and told: ComfyUI hands over links of workflows that
+    were saved with another version.
+
     Raises:
         ConfigError: see `fitting`.
     """
@@ -38,24 +42,31 @@ def _fitting(node: type[io.ComfyNode], values: Mapping[str, Any]) -> dict[str, A
     files = signature(node.validate_inputs).parameters  # of a missing file the node says more
     result = {}
     for name, value in values.items():
+        if name not in widgets:
+            show_here(
+                f"This node has no input {shown(name)}; what is connected there does nothing."
+            )
+            continue
+        if value is None and widgets[name].optional:
+            continue  # as if nothing were connected
         many = schema.is_input_list and isinstance(value, list)
-        own = [fitting(widgets.get(name), one, files) for one in (value if many else [value])]
+        own = [fitting(widgets[name], one, files) for one in (value if many else [value])]
         result[name] = own if many else own[0]
     return result
 
 
 def fitting(widget: Any, value: Any, files: Container[str] = ()) -> Any:
-    """A value as a widget would hold it; what has no widget stays, if it is there.
+    """A value as a widget would hold it; what goes into a socket stays, if it is there.
 
     Args:
-        widget: of a node's schema, or None.
+        widget: an input of a node's schema.
         value: what came.
         files: names of widgets whose choices are files.
 
     Raises:
         ConfigError: it is of another kind, out of range, no choice of the widget, or nothing.
     """
-    if value is None and widget is not None and not widget.optional:
+    if value is None and not widget.optional:
         raise ConfigError(f"{widget.id} is nothing. {HINT}")
     if isinstance(widget, (io.Int.Input, io.Float.Input)):
         return _number(widget, value)

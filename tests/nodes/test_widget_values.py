@@ -114,3 +114,18 @@ def test_photos_in_lists(comfy, face):
     with pytest.raises(ComfyPromptError, match="steps is -3, but has to be a whole number") as told:
         comfy.run(nodes)
     assert told.value.node_id == "it"
+
+
+def test_a_link_that_the_node_does_not_know_is_told(comfy):
+    """As in a workflow of another version."""
+    nodes = {
+        "picture": node("EmptyImage", width=8, height=8, batch_size=1, color=0),
+        "it": node(
+            "DiffLoRA_CompareGrid", variants=["picture", 0], labels="", columns=1, side=64,
+            former=["picture", 0], later=5,
+        ),
+    }  # fmt: skip
+    shown = []
+    result = comfy.run(nodes, shown=shown)
+    assert result.pictures["it"]
+    assert "it: This node has no input former; what is connected there does nothing." in shown
