@@ -15,8 +15,9 @@ from ..difflora_core.methods.registry import METHODS, method
 from ..difflora_core.storage.adapter_file import read_adaptation
 from . import model_paths, sockets
 from .host import covariance as host_covariance
-from .host.adapters import Link, with_link
+from .host.adapters import with_link
 from .host.base import ModelLayers
+from .host.links import Link
 from .host.text import prepare
 from .host.words import teach
 

@@ -10,7 +10,8 @@ from ..difflora_core.methods.base import AppliedAdaptation, PreparedAdaptation
 from . import sockets
 from .host import lora as host_lora
 from .host import models
-from .host.adapters import Link, with_link
+from .host.adapters import with_link
+from .host.links import Link
 from .host.words import marking
 
 logger = logging.getLogger(__name__)

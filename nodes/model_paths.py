@@ -12,7 +12,7 @@ from ..difflora_core.config import parse_json
 from ..difflora_core.demo import paths
 from ..difflora_core.errors import ConfigError, DiffLoRAError, FileNameError, shown
 from ..difflora_core.storage.atomic import write_text
-from ..difflora_core.storage.file_name import check_file_name, with_ending
+from ..difflora_core.storage.file_name import check_file_name, typed_name, with_ending
 from ..difflora_core.storage.identity_models import MODEL_FOLDERS
 
 logger = logging.getLogger(__name__)
@@ -272,7 +272,8 @@ def new_file(folder: str, name: str) -> Path:
     Raises:
         FileNameError: the name is no plain file name.
     """
-    return Path(folder_paths.get_folder_paths(folder)[0]) / f"{check_file_name(name)}.safetensors"
+    plain = check_file_name(typed_name(name))
+    return Path(folder_paths.get_folder_paths(folder)[0]) / f"{plain}.safetensors"
 
 
 def unused_file(folder: str, name: str) -> Path:
@@ -280,7 +281,7 @@ def unused_file(folder: str, name: str) -> Path:
     path, number = new_file(folder, name), 1
     while path.exists():
         number += 1
-        path = new_file(folder, with_ending(name, f"_{number:03d}"))
+        path = new_file(folder, with_ending(typed_name(name), f"_{number:03d}"))
     return path
 
 
@@ -351,8 +352,7 @@ def new_library_file(name: str) -> Path:
     Raises:
         FileNameError: the name is no plain file name; the message says what is.
     """
-    # The name comes from a prompt: a file directly in one of the folders and nothing else.
-    plain = check_file_name(name.strip().removesuffix(".safetensors"))
+    plain = check_file_name(typed_name(name))  # directly in one of the folders and nowhere else
     found = folder_paths.get_full_path(LIBRARY, f"{plain}.safetensors")
     return Path(found or Path(folder_paths.get_folder_paths(LIBRARY)[0], f"{plain}.safetensors"))
 

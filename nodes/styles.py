@@ -17,8 +17,9 @@ from ..difflora_core.methods.base import (
 from ..difflora_core.methods.registry import METHODS, method
 from ..difflora_core.storage.adapter_file import read_adaptation
 from . import model_paths, sockets
-from .host.adapters import Link, with_link
+from .host.adapters import with_link
 from .host.base import ModelLayers
+from .host.links import Link
 from .host.routing import RoutingWatcher, draw
 
 CATEGORY = "DiffLoRA/styles"

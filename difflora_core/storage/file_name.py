@@ -8,6 +8,7 @@ from ..errors import FileNameError, shown
 
 MAX_CHARACTERS = 80
 MAX_BYTES = 200  # file systems take 255, and endings, numbers and locks are added
+ENDING = ".safetensors"
 _PLAIN = re.compile(r"\w[\w .()\-]*")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?", re.IGNORECASE)
 
@@ -38,6 +39,12 @@ def check_file_name(name: str) -> str:
             "brackets, without a folder, and no point or space at the end."
         )
     return name
+
+
+def typed_name(name: str) -> str:
+    """A name as typed, without spaces around it and the ending that our files get anyway."""
+    name = name.strip()
+    return name[: -len(ENDING)] if name.lower().endswith(ENDING) else name
 
 
 def with_ending(name: str, ending: str) -> str:

@@ -144,6 +144,20 @@ def test_part_of_the_steps_is_what_keyframes_do(comfy, person, whole, start, end
     assert difference(shown["ours"], whole["by_core"]) > 8
 
 
+@pytest.mark.parametrize(
+    ("start", "end", "told"),
+    [(1.0, 1.0, "100% to 100%"), (0.0, 0.0, "0% to 0%"), (0.4, 0.4, "40% to 40%"), (0.0, 0.1, "")],
+)
+def test_a_span_without_a_step_is_told(comfy, person, start, end, told):
+    nodes = {**person, "on": apply(start_percent=start, end_percent=end)}
+    nodes["show"] = node("PreviewAny", source=["on", 0])
+    shown = []
+    comfy.run(nodes, shown=shown)
+    lines = [text for text in shown if isinstance(text, str) and text.startswith("on: ")]
+    assert bool(lines) == bool(told)
+    assert all(f"acts in no step: {told} holds none." in line for line in lines)
+
+
 def test_positive_only_is_a_hook_on_the_positive_prompt(comfy, person, whole):
     nodes = {**person, "ours": apply(positive_only=True), "hook": hook()}
     nodes["hooked"] = node(

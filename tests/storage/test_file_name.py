@@ -3,7 +3,7 @@
 import pytest
 
 from difflora_core.errors import FileNameError
-from difflora_core.storage.file_name import check_file_name, with_ending
+from difflora_core.storage.file_name import check_file_name, typed_name, with_ending
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,13 @@ def test_names_that_are_refused(name, message):
         check_file_name(name)
     str(caught.value).encode()
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "typed", ["ada", " ada ", "ada.safetensors", "ada.SafeTensors ", "ada\n", "\u00a0ada"]
+)
+def test_what_people_type_by_habit(typed):
+    assert check_file_name(typed_name(typed)) == "ada"
 
 
 @pytest.mark.parametrize("name", ["hat", "h" * 80, "帽" * 66, "é" * 80, "𝔥" * 50, "a" + "帽" * 66])
