@@ -16,7 +16,7 @@ HINT = "Another node is connected there: see what it gives."
 
 def checked(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     """A node that refuses values which its widgets could not hold, before it runs."""
-    execute = node.execute.__func__  # type: ignore[attr-defined]
+    execute = node.execute.__func__
     if hasattr(execute, "__wrapped__"):
         return node
 
@@ -24,7 +24,7 @@ def checked(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     def run(cls: type[io.ComfyNode], *args: Any, **values: Any) -> Any:
         return execute(cls, *args, **_fitting(cls, values))
 
-    node.execute = classmethod(run)  # type: ignore[assignment]
+    node.execute = classmethod(run)
     return node
 
 
