@@ -49,10 +49,10 @@ def select(latent: LoRALatent, index: int, count: int = 1) -> LoRALatent:
         ConfigError: the batch does not hold them.
     """
     if index < 0 or count < 1 or index + count > len(latent):
-        asked = f"number {index}" if count == 1 else f"numbers {index} to {index + count - 1}"
-        raise ConfigError(
-            f"There is no identity {asked} here: the batch holds {len(latent)}, counted from 0."
-        )
+        asked = f"are no identities {index} to {index + count - 1}"
+        if count == 1:
+            asked = f"is no identity number {index}"
+        raise ConfigError(f"There {asked} here: the batch holds {len(latent)}, counted from 0.")
     return replace(latent, z=latent.z[index : index + count])
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 
 from ..errors import FileNameError, shown
 
 MAX_CHARACTERS = 80
 MAX_BYTES = 200  # file systems take 255, and endings, numbers and locks are added
 ENDING = ".safetensors"
-_PLAIN = re.compile(r"\w[\w .()\-]*")
+_SIGNS = " .()-_"
 _RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?", re.IGNORECASE)
 
 
@@ -33,7 +34,7 @@ def check_file_name(name: str) -> str:
             f"'{shown(name)}' is the name of a device on Windows and cannot be a file name: "
             "choose another one."
         )
-    if not _PLAIN.fullmatch(name) or name[-1] in ". ":
+    if not _is_plain(name) or name[-1] in ". ":
         raise FileNameError(
             f"'{shown(name)}' cannot be a file name: use letters, digits, spaces, . - _ and "
             "brackets, without a folder, and no point or space at the end."
@@ -41,9 +42,21 @@ def check_file_name(name: str) -> str:
     return name
 
 
+def _is_plain(name: str) -> bool:
+    """Whether a name begins with a letter, a digit or _, and goes on with those and other signs.
+
+    Some scripts write vowels as marks on letters.
+    """
+    letters = (c.isalnum() or unicodedata.category(c)[0] == "M" or c in _SIGNS for c in name)
+    return bool(name) and (name[0].isalnum() or name[0] == "_") and all(letters)
+
+
 def typed_name(name: str) -> str:
-    """A name as typed, without spaces around it and the ending that our files get anyway."""
-    name = name.strip()
+    """A name as typed, without spaces around it and the ending that our files get anyway.
+
+    Accents that macOS takes apart from their letters are one with them.
+    """
+    name = unicodedata.normalize("NFC", name.strip())
     return name[: -len(ENDING)] if name.lower().endswith(ENDING) else name
 
 

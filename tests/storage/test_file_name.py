@@ -7,7 +7,11 @@ from difflora_core.storage.file_name import check_file_name, typed_name, with_en
 
 
 @pytest.mark.parametrize(
-    "name", ["cast", "Żółć 李", "a.b-c_d (2)", "console", "é" * 80, "COM", "1"]
+    "name",
+    [
+        *("cast", "Żółć 李", "a.b-c_d (2)", "console", "é" * 80, "COM", "1", "_x"),
+        *("हिन्दी", "ไทยสี่"),
+    ],
 )
 def test_names_that_are_kept(name):
     assert check_file_name(name) == name
@@ -21,6 +25,8 @@ def test_names_that_are_kept(name):
         ("a/b", "cannot be a file name"),
         ("a\\b", "cannot be a file name"),
         (".hidden", "cannot be a file name"),
+        ("\u0301a", "cannot be a file name"),
+        ("a\u200d", "cannot be a file name"),
         ("a.", "no point or space at the end"),
         ("a ", "no point or space at the end"),
         ("a\nb", "cannot be a file name"),
@@ -48,6 +54,10 @@ def test_names_that_are_refused(name, message):
 )
 def test_what_people_type_by_habit(typed):
     assert check_file_name(typed_name(typed)) == "ada"
+
+
+def test_accents_that_stand_beside_their_letters():
+    assert check_file_name(typed_name("Jose\u0301")) == "Jos\u00e9"
 
 
 @pytest.mark.parametrize("name", ["hat", "h" * 80, "帽" * 66, "é" * 80, "𝔥" * 50, "a" + "帽" * 66])
