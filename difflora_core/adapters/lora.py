@@ -48,9 +48,9 @@ class LoRAAdapter(LayerAdapter):
                 f"This LoRA is for a layer of {layer.in_features} to {layer.out_features} "
                 f"features, but was attached to one of {x.shape[-1]} to {y.shape[-1]}."
             )
-        down, up = layer.down.to(x), layer.up.to(x)
+        down, up = layer.down.to(x), layer.scaling * layer.up.to(x)  # scaled where it costs least
         if not layer.batch_shape:
-            return y + layer.scaling * F.linear(F.linear(x, down), up)
+            return y + F.linear(F.linear(x, down), up)
         count = layer.batch_shape[0]
         if x.shape[0] % count:
             raise LayoutError(
@@ -62,7 +62,7 @@ class LoRAAdapter(LayerAdapter):
             down, up = down.repeat(repeats, 1, 1), up.repeat(repeats, 1, 1)
         flat = x.reshape(x.shape[0], -1, x.shape[-1])  # (B, N, in)
         change = torch.bmm(torch.bmm(flat, down.mT), up.mT)  # (B, N, r) -> (B, N, out)
-        return y + layer.scaling * change.reshape(y.shape)
+        return y + change.reshape(y.shape)
 
 
 class ConvLoRAAdapter(LayerAdapter):

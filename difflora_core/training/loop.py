@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
+from ..base_model.attention import training_attention
 from ..base_model.checkpointing import gradient_checkpointing
 from ..base_model.precision import autocast, needs_loss_scale
 from ..base_model.protocol import BaseModel
@@ -89,7 +90,11 @@ def train(
     processes, hooks = launched(), hooks or Hooks()
     device = device or processes.device or next(objective.parameters()).device
     objective.to(device)
-    with _checkpointing(config, hooks.base), deferred_interrupt() as interrupted:
+    with (
+        _checkpointing(config, hooks.base),
+        training_attention(hooks.base, config.precision),
+        deferred_interrupt() as interrupted,
+    ):
         run = _Run(objective, draw, config, folder, hooks, processes)
         try:
             run.begin()
