@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from rich.console import Console
 
+from difflora_core.commands import networks
 from difflora_core.config import Config
 from difflora_core.demo.build import stages_lora
 from difflora_core.evaluation.metrics import reconstruction
@@ -88,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if original is None:
         console.print("The curve needs the functional model, whose `down` the corpus shares.")
         return 1
-    corpus = stages_lora.corpus_of_loras(artefacts.base, lambda step, total, metrics: None)
+    corpus = stages_lora.corpus_of_loras()
     rows = curve(experiment, original, corpus, options.steps, console)
     report = Report(rows, {"seed": plan.seed, "commit": commit(), "machine": machine()})
     console.print(report.to_markdown({"numbers": 0, "ratio": 0}))
@@ -105,7 +106,7 @@ def curve(
         corpus.select(names).weights
         for names in (corpus.identities[:learned], corpus.identities[learned:])
     )
-    artefacts, size = experiment.artefacts, stages_lora.LAE.latent_dim
+    artefacts, size = experiment.artefacts, networks.SMALL_LAE.latent_dim
     ends = experiment.base(), experiment.trial(original, 1.0)
     rows = {}
 
@@ -115,7 +116,7 @@ def curve(
         console.print(f"{name}: {line}")
 
     def trained(kind: str, tokens: int, recipe: Recipe) -> LoRAWeights:
-        config = replace(stages_lora.PAPER_LAE, kind=kind, latent_tokens=tokens)
+        config = replace(networks.SMALL_PAPER_LAE, kind=kind, latent_tokens=tokens)
         recipe = replace(recipe, steps=steps)
         return through_autoencoder(artefacts, config, recipe, halves, original)
 
@@ -127,7 +128,7 @@ def curve(
     for numbers in (tokens * size for tokens in LATENT_TOKENS if tokens * size < learned):
         again = through_pca(artefacts, original.weights, halves[0], numbers)
         judge(f"pca, {numbers} numbers", again, numbers)
-    usual = stages_lora.LAE.latent_tokens
+    usual = networks.SMALL_LAE.latent_tokens
     model = artefacts.models["functional"]
     with torch.no_grad():
         again = model.decode(model.encode(original.weights))

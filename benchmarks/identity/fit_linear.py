@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from difflora_core.demo.build import stages, stages_lora
-from difflora_core.demo.build.features import pool_features
+from difflora_core.demo.build import stages_lora
 
 from ..command import benchmark_console, command_parser, set_threads
 from .artefacts import LINEAR, load_artefacts
@@ -33,10 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         def report(step: int, total: int, metrics: dict[str, float]) -> None:
             bar.update(task, completed=step, total=total)
 
-        corpus = stages_lora.corpus_of_loras(artefacts.base, report)
-        count, pictures = len(corpus), stages_lora.PICTURES
-        pool = stages.drawn_pool().head(count * pictures)
-        features = pool_features("train", pool, report)
+        corpus, features = stages_lora.corpus_people(report)
+    pictures = stages_lora.PICTURES
     learned = stages_lora.CORPUS_PEOPLE
     photos = [
         [features.select(k * pictures + j) for j in range(pictures)] for k in range(len(corpus))

@@ -8,20 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from scipy.stats import t as student
 from torch import Tensor
 
+from difflora_core.demo import paths
 from difflora_core.demo.build import stages_lora
+from difflora_core.demo.networks.base import load_base
 from difflora_core.evaluation.report import Report, crossed_interval
 from difflora_core.models.difflora import DiffLoRAModel
+from difflora_core.models.face_reader import FaceReader, FaceReaderConfig
 from difflora_core.storage.checkpoint import load_model, save_model
+from difflora_core.storage.safetensors_io import read_file
+from difflora_core.training.difflora import functional
+from difflora_core.training.loop import LoopConfig, Progress
 
 from ..command import benchmark_console, command_parser, commit, machine, set_threads, write_report
 from .artefacts import STRENGTHS, Artefacts, load_artefacts
 from .choose_strength import read_strengths
+from .demo_training import new_model
 from .dreambooth import SETTINGS
 from .experiment import Experiment, Trial
 from .identity import QUICK_PLAN
@@ -68,16 +76,29 @@ def functional_model(
     folder = artefacts.cache / "seeds" / f"{artefacts.base_hash[:12]}-{steps}-{seed}"
     path = folder / "model.safetensors"
     if not path.exists():
-        model = stages_lora.new_model(100 + seed)
+        model = new_model(100 + seed)
         loop = replace(stages_lora.FUNCTIONAL_LOOP, steps=steps, seed=seed)
 
         def progress(step: int, total: int, metrics: dict[str, float]) -> None:
             line = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
             console.print(f"seed {seed}, step {step} of {total}: {line}")
 
-        stages_lora.train_functional(model, loop, folder / "run", progress)
+        train_functional(model, loop, folder / "run", progress)
         save_model(model, path, torch.float16, {"steps": str(steps), "seed": str(seed)})
     return load_model(path).eval().requires_grad_(False)
+
+
+def train_functional(
+    model: DiffLoRAModel, loop: LoopConfig, folder: Path, progress: Progress
+) -> None:
+    """Train MIF, predictor and decoder on the demo world's training people."""
+    people = stages_lora.people_of(stages_lora.TRAIN, progress).pictures
+    sizes = people.features.sizes.face, people.latents[:1].shape[1]
+    judge = FaceReader(FaceReaderConfig(face=sizes[0], channels=sizes[1]))
+    judge.load_state_dict(read_file(paths.FACE_READER, "face reader")[0])
+    base = load_base(paths.BASE)
+    objective = functional.FunctionalObjective(model, base, stages_lora.FUNCTIONAL, judge)
+    functional.fit(objective, people, loop, folder, progress)
 
 
 def functional_row(experiment: Experiment, model: DiffLoRAModel) -> Row:

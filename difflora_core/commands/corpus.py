@@ -60,6 +60,8 @@ class Settings(Config):
         checks: which LoRAs are used.
         group: people that are trained at once.
         training: course of the training of everybody; its rank is that of the corpus.
+        down: a DiffLoRA model whose shared `down` everybody begins with, and keeps with
+            --training.no-train-down: LoRAs as its autoencoder makes them. Empty draws them.
         judge: of the likeness that each LoRA reached when it was trained.
         tokenizer: folder of CLIP's vocab.json and merges.txt, for a checkpoint file; empty takes
             that of ComfyUI (COMFYUI_PATH).
@@ -79,6 +81,7 @@ class Settings(Config):
     checks: LoRACheckSettings = field(default_factory=LoRACheckSettings)
     group: int = 4
     training: DreamBoothConfig = COURSE
+    down: str = ""
     judge: JudgeSettings = field(default_factory=JudgeSettings)
     tokenizer: str = ""
     device: str = "auto"
@@ -120,6 +123,8 @@ def run(settings: Settings, console: Console) -> None:
             f"There is neither a dataset that prepare finished ({FACTS}) nor a LoRA file "
             f"(.safetensors) in {shown(str(source), 300)}."
         )
+    if settings.down and not of_people:
+        raise ConfigError("LoRA files have a `down` of their own: --down is for a dataset alone.")
     with run_folder(folder, settings, console) as own:
         store, left = _train(settings, own) if of_people else _collect(settings, files, own)
         left |= {row.identity: row.reason for row in store.left_out}
@@ -132,7 +137,7 @@ def _train(settings: Settings, own: RunFolder) -> tuple[LoRAStore, dict[str, str
     """A dataset's people to a corpus; and of whom the training failed, with the reason."""
     training = PeopleJob(
         *(settings.source, settings.out, settings.base, settings.tokenizer, settings.device),
-        *(settings.group, settings.course, settings.judge),
+        *(settings.group, settings.course, settings.judge, settings.down),
     )
     with open_workers(settings.workers, settings.ray, settings.gpus) as workers:
         return train_people(training, settings.checks, workers, own)

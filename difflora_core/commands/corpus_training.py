@@ -7,13 +7,16 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
+from torch import Tensor
+
 from ..base_model.protocol import compute_device
 from ..data.encodings import Latents, encode_latents
 from ..data.lora_checks import LoRACheckSettings
 from ..data.lora_store import LoRAStore
 from ..data.prepared import PreparedDataset
 from ..data.workers import Crew
-from ..errors import ConfigError, counted
+from ..errors import ConfigError, counted, shown
+from ..storage.checkpoint import load_model
 from ..training.difflora.dataset_people import DatasetPeople, JudgeSettings, LikenessJudge
 from ..training.difflora.lora_corpus import CorpusConfig
 from ..training.difflora.lora_store import WORK, StorePlan, StoreTrainer, open_store
@@ -37,6 +40,7 @@ class PeopleJob:
         group: people that are trained at once.
         course: settings of their training.
         judge: measures likeness, if it names a face analysis.
+        down: file of the DiffLoRA model whose `down` everybody begins with; empty: none.
     """
 
     dataset: str
@@ -47,6 +51,7 @@ class PeopleJob:
     group: int
     course: DreamBoothConfig
     judge: JudgeSettings
+    down: str = ""
 
     @cached_property
     def opened(self) -> LocalBase:
@@ -85,7 +90,27 @@ class PeopleJob:
             encoder, _ = open_encoders(self.judge.faces, "", compute_device(base))
             likeness = LikenessJudge(base, self.people, self.data, encoder, self.judge)
         writer = open_store(Path(self.folder), base, config)
-        return StoreTrainer(base, self.people, config, writer, likeness)
+        return StoreTrainer(base, self.people, config, writer, likeness, self._shared_down())
+
+    def _shared_down(self) -> dict[str, Tensor] | None:
+        """Layer name to (r, in) of the model that is named, if one is.
+
+        Raises:
+            ConfigError: it has no shared `down`, or is for another base or rank.
+        """
+        if not self.down:
+            return None
+        model = load_model(self.down)
+        wanted, place = self.opened.model.layout(self.opened.family, self.course.rank), self.down
+        if model.layout.hash != wanted.hash:
+            raise ConfigError(
+                f"{shown(place, 300)} is for {shown(model.layout.base)} at rank "
+                f"{model.layout.rank}, the corpus for {shown(wanted.base)} at rank {wanted.rank}."
+            )
+        factors = model.lae.down_factors()
+        if not factors:
+            raise ConfigError(f"{shown(place, 300)} has no `down` that LoRAs could share.")
+        return {name: part.detach() for name, part in factors.items()}
 
 
 class GroupWork:

@@ -19,8 +19,8 @@ from ..vision.features import FeatureSizes
 from .bases import unet_config
 from .counting import StepCount, count_step
 from .machine import Machine, machine
+from .networks import network_config
 from .progress import duration
-from .train import network_config
 
 VIT_L = FeatureSizes(512, 768, 257, 1024)
 DEMO = FeatureSizes(128, 64, 65, 128)

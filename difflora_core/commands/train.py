@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -19,23 +19,22 @@ from ..data.lora_store import LoRAStore
 from ..data.prepared import PreparedDataset
 from ..diffusion.sampler import SampleSettings
 from ..errors import ConfigError, counted, shown
-from ..models.difflora import DiffLoRAConfig, DiffLoRAModel
-from ..models.dit import DiTConfig
+from ..models.difflora import DiffLoRAModel
 from ..models.face_reader import FaceReader, FaceReaderConfig
-from ..models.lae.config import LAEConfig
 from ..models.layers import DrawnFrom
 from ..storage.checkpoint import save_model
 from ..storage.image_files import write_image
+from ..storage.safetensors_io import write_atomic
 from ..training.difflora import face_reader, functional, lae, latent_dit
 from ..training.difflora.preview import draw_people
 from ..training.fingerprint import weights_digest
 from ..training.hooks import Progress
 from ..training.loop import LoopConfig
 from ..training.processes import launched
-from ..vision.features import FeatureSizes
 from .encoders import chosen_device, file_digest, open_encoders
 from .local_base import open_base
 from .model_card import write_card
+from .networks import network_config
 from .run_folder import RunFolder, run_folder
 from .trackers import tracked
 from .train_data import Encoders, People, encode_all, load_people, split_people
@@ -43,8 +42,8 @@ from .train_data import Encoders, People, encode_all, load_people, split_people
 T = TypeVar("T")
 SAMPLE_STEPS, SAMPLE_GUIDANCE = 20, 4.0
 """Of the pictures of validation people."""
-CROP = 64
-"""Side at most, in latent pixels, at which the likeness loss reads a face: 512 pixels of SDXL."""
+MODEL, READER = "difflora-{}.safetensors", "likeness/face-reader.safetensors"
+"""Files of a run."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,10 @@ class Settings(Config):
         size: of the network: full (822 M numbers), small, or auto by the base.
         rank: of the LoRAs.
         held_out: share of the people that only judge.
+        validation: what prepare wrote of other people, who only judge; in place of held_out.
         likeness: settings of the face reader, which the likeness loss of functional needs.
+        face_crop: side at most, in latent pixels, of the square around a face that it reads (64 are
+            512 pixels of SDXL); 0 reads whole pictures.
         functional: settings of the functional recipe.
         functional_loop: its course.
         lae: the autoencoder of paper.
@@ -93,9 +95,11 @@ class Settings(Config):
     size: Literal["auto", "small", "full"] = "auto"
     rank: int = 8
     held_out: float = 0.05
+    validation: str = ""
     likeness: LoopConfig = field(
         default_factory=lambda: LoopConfig(steps=3000, learning_rate=2e-3, decay=0.6, seed=5)
     )
+    face_crop: int = 64
     functional: functional.FunctionalConfig = field(
         default_factory=lambda: functional.FunctionalConfig(batch=8)
     )
@@ -115,6 +119,7 @@ class Settings(Config):
         self.check_choices("train")
         check_range("train", "rank", self.rank, 1, 256)
         check_range("train", "held_out", self.held_out, 0, 0.9)
+        check_range("train", "face_crop", self.face_crop, 0, 1024)
         check_range("train", "samples", self.samples, 0, 1000)
         check_range("train", "seed", self.seed, 0, 2**31 - 1)
         if self.method != "functional" and not self.corpus:
@@ -152,12 +157,15 @@ class _Work:
         self.clip_digest = file_digest(Path(settings.clip_vision))
         encoders = Encoders(self.base.model, image, self.clip_digest)
         with self.stage("encode") as progress:
-            everyone = load_people(
-                self.dataset, encoders, folder.path / "encoded", progress, self.fewest
-            )
+            sets = [
+                load_people(data, encoders, folder.path / "encoded", progress, self.fewest)
+                for data in (self.dataset, *self._judging())
+            ]
         self.prompts = encode_all(self.base.model, [settings.sample_prompt, ""])
         self.base = self.base.without_encoders()
-        self.people, self.others = split_people(everyone, settings.held_out, settings.seed)
+        self.people, self.others = sets[0], _second(sets)
+        if self.others is None:
+            self.people, self.others = split_people(sets[0], settings.held_out, settings.seed)
         judges = 0 if self.others is None else len(self.others)
         folder.say(f"{counted(len(self.people), 'identity')} to learn, {judges} to judge by")
 
@@ -166,18 +174,37 @@ class _Work:
         """Pictures that a person needs: functional sees one and draws another."""
         return 1 if self.settings.method == "paper" else 2
 
+    def _judging(self) -> list[PreparedDataset]:
+        """The dataset of those who only judge, if one is named.
+
+        Raises:
+            ConfigError: its faces were found by another recogniser.
+        """
+        if not self.settings.validation:
+            return []
+        judging = PreparedDataset(self.settings.validation)
+        ours, theirs = (data.facts.face_encoder for data in (self.dataset, judging))
+        if ours != theirs:
+            raise ConfigError(
+                f"The faces of the dataset were found by {shown(ours)}, those of the people to "
+                f"judge by by {shown(theirs)}: prepare both with one face analysis."
+            )
+        return [judging]
+
     def functional(self) -> None:
         """Photo to LoRA through the base's denoising loss, then the DiT of its latents."""
         s, path = self.settings, self.run.path / "functional"
         model = self._model("functional")
-        judge = self._reader() if s.functional.likeness else None
+        judge, reached = self._reader() if s.functional.likeness else (None, {})
         objective = functional.FunctionalObjective(model, self.base.model, s.functional, judge)
         other = None if self.others is None else self.others.pictures
         with self.stage("functional") as progress:
             figures = functional.fit(
                 objective, self.people.pictures, s.functional_loop, path, progress, other
             )
-        self._distribution(model, [self._own_latents(model, own) for own in self.sets], path)
+        sets = [self._own_latents(model, own) for own in self.sets]
+        drawn = self._distribution(model, sets, path)
+        figures |= reached | {f"dit_{name}": value for name, value in drawn.items()}
         self._export(model, s.name, figures)
 
     def paper(self) -> None:
@@ -185,11 +212,9 @@ class _Work:
         s, path = self.settings, self.run.path / "paper"
         model = self._model("paper")
         corpus = LoRAStore(s.corpus, model.layout)
-        names = [person.name for person in self.dataset.people]
-        places = {row.identity: place for place, row in enumerate(corpus.rows)}
-        rows = {n: places[name] for n, name in enumerate(names) if name in places}
+        rows = {row.identity: place for place, row in enumerate(corpus.rows)}
         sets = [_with_loras(own, rows) for own in self.sets]
-        weights = [LoRARows(corpus, [rows[number] for number in own.numbers]) for own in sets]
+        weights = [LoRARows(corpus, [rows[name] for name in own.names]) for own in sets]
         with self.stage("autoencoder") as progress:
             figures = lae.fit(
                 model.lae, weights[0], s.lae, path / "lae", _second(weights), progress
@@ -221,21 +246,27 @@ class _Work:
             photos, latent_dit.photo_latents(model, photos, len(people))
         )
 
-    def _reader(self) -> FaceReader:
-        """The reader of faces in latents, for the likeness loss."""
+    def _reader(self) -> tuple[FaceReader, dict[str, float]]:
+        """The reader of faces in latents, for the likeness loss; and how well it reads."""
         data, path = self.people.pictures, self.run.path / "likeness"
         channels, *sides = data.latents[data.people[0, :1]].shape[1:]
-        config = FaceReaderConfig(channels, data.features.sizes.face, crop=min(CROP, *sides))
+        config = FaceReaderConfig(
+            channels, data.features.sizes.face, crop=min(self.settings.face_crop, *sides)
+        )
         with DrawnFrom(torch.Generator().manual_seed(self.settings.seed)):
             reader = FaceReader(config).to(self.device)
         with self.stage("likeness") as progress:
             face_reader.fit(reader, data, self.settings.likeness, path, progress)
-        if self.others is not None:
-            reached = face_reader.mean_likeness(reader, self.others.pictures)
-            self.run.say(
-                f"faces read from latents of people to judge by: cosine {reached:.3f} with theirs"
-            )
-        return reader
+        made = {name: part.cpu() for name, part in reader.state_dict().items()}
+        facts = {"config": config.to_json()}
+        launched().on_main(lambda: write_atomic(made, facts, self.run.path / READER))
+        if self.others is None:
+            return reader, {}
+        reached = face_reader.mean_likeness(reader, self.others.pictures)
+        self.run.say(
+            f"faces read from latents of people to judge by: cosine {reached:.3f} with theirs"
+        )
+        return reader, {"reader_cosine": reached}
 
     def _export(self, model: DiffLoRAModel, name: str, figures: Mapping[str, float]) -> None:
         """Writes model, card and samples, on the main process."""
@@ -253,7 +284,7 @@ class _Work:
             "difflora": __version__,
             "figures": {key: round(float(value), 6) for key, value in figures.items()},
         }
-        file = self.run.path / f"difflora-{name}.safetensors"
+        file = self.run.path / MODEL.format(name)
         save_model(model.eval(), file, torch.float16, source)
         write_card(file, model, source, json.dumps(s.to_dict(), indent=1))
         self._draw(model, name)
@@ -298,35 +329,13 @@ class _Work:
         return DiffLoRAModel(config, layout, generator=generator).to(self.device)
 
 
-def network_config(sizes: FeatureSizes, full: bool, **about: str) -> DiffLoRAConfig:
-    """The network for encoders of these sizes: SDXL's, or the demo world's.
-
-    Args:
-        sizes: of the encoders.
-        full: which one.
-        about: further fields of `DiffLoRAConfig`.
-    """
-    if not full:
-        dit = DiTConfig(width=96, depth=4, mlp_ratio=2.0)
-        return DiffLoRAConfig.demo(sizes, lae=LAEConfig(basis_size=40), dit=dit, **about)
-    config = DiffLoRAConfig.sdxl(**about)
-    mif = replace(
-        config.mif,
-        face_dim=sizes.face,
-        image_dim=sizes.image,
-        image_token_count=sizes.tokens,
-        token_dim=sizes.token_dim,
-    )
-    return replace(config, mif=mif)
-
-
-def _with_loras(people: People, rows: Mapping[int, int]) -> People:
-    """Those of whom the corpus holds a LoRA, by their number in the dataset.
+def _with_loras(people: People, rows: Mapping[str, int]) -> People:
+    """Those of whom the corpus holds a LoRA, by their names.
 
     Raises:
         ConfigError: it holds none of them.
     """
-    chosen = [place for place, number in enumerate(people.numbers) if number in rows]
+    chosen = [place for place, name in enumerate(people.names) if name in rows]
     if not chosen:
         raise ConfigError(
             "The corpus holds a LoRA of none of these people: its names are not those of the "

@@ -77,19 +77,19 @@ class People:
 
     Attributes:
         pictures: theirs, and perhaps those of others.
-        numbers: which of `PreparedDataset.people` each of `pictures.people` is.
+        names: of each of `pictures.people`.
     """
 
     pictures: PersonPictures
-    numbers: tuple[int, ...]
+    names: tuple[str, ...]
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return len(self.names)
 
     def some(self, chosen: Sequence[int]) -> People:
         """A few of them, by place (n,)."""
         few = self.pictures.people[list(chosen)]
-        return People(replace(self.pictures, people=few), tuple(self.numbers[k] for k in chosen))
+        return People(replace(self.pictures, people=few), tuple(self.names[k] for k in chosen))
 
     def photos(self, most: int | None = None) -> ImageFeatures:
         """Features of N photos each, person by person; who has fewer is seen again.
@@ -130,7 +130,8 @@ def load_people(
     rows = _usable(dataset, fewest)
     latents = _latents(dataset, encoders.base, progress)
     tensors = _stored_features(dataset, rows, encoders, folder, progress)
-    captions = [dataset[row].captions[0] for row in rows]
+    texts = list(dataset.column("captions"))  # without opening the pictures
+    captions = [texts[row][0] for row in rows]
     prompts = list(dict.fromkeys(captions))
     numbers = {prompt: number for number, prompt in enumerate(prompts)}
     recogniser = Path(dataset.facts.face_encoder).name
@@ -196,12 +197,12 @@ def _usable(dataset: PreparedDataset, fewest: int) -> list[int]:
     return rows
 
 
-def _people(dataset: PreparedDataset, rows: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
+def _people(dataset: PreparedDataset, rows: Sequence[int]) -> tuple[Tensor, tuple[str, ...]]:
     """(P, Q) places among the rows of each person, -1 at the end of whoever has fewer; and who."""
     place = {row: number for number, row in enumerate(rows)}
     own = {
-        number: found
-        for number, person in enumerate(dataset.people)
+        person.name: found
+        for person in dataset.people
         if (found := [place[row] for row in person.rows if row in place])
     }
     most = max(map(len, own.values()))

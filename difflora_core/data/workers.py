@@ -5,7 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -110,6 +112,8 @@ class Workers:
 def _begin() -> None:
     """Makes a worker: the cores are shared, Ctrl-C is its parent's matter, and it ends with it."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when the first job imports torch
+    if not sys.warnoptions:  # notices of libraries to their programmers, as in the command itself
+        warnings.simplefilter("ignore")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

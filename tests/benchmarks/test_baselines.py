@@ -24,7 +24,6 @@ from benchmarks.identity.drawing import PictureSampler, select
 from benchmarks.identity.experiment import Experiment
 from benchmarks.identity.people import RealPictures, benchmark_people
 from benchmarks.prompts import PROMPTS
-from difflora_core.demo.build import stages_lora
 from difflora_core.demo.networks.text import tokenize, word_numbers
 from difflora_core.models.difflora import DiffLoRAConfig, DiffLoRAModel
 from difflora_core.storage.checkpoint import load_model
@@ -219,9 +218,7 @@ def test_ours_and_its_ablations_train_on_the_same_terms(name, artefacts, tmp_pat
             DiffLoRAConfig.demo(SIZES, **parts), artefacts.layout, generator=generator
         )
 
-    monkeypatch.setattr(stages_lora, "new_model", new_model)
-    channels, tiny = artefacts.base.unet.config.in_channels, stages_lora.READER
-    monkeypatch.setattr(stages_lora, "READER", replace(tiny, channels=channels, face=SIZES.face))
+    monkeypatch.setattr(training, "new_model", new_model)
     base, path = artefacts.base, tmp_path / "ours.safetensors"
     sets = (trained_set(base), trained_set(base))
     found = training.train_ours(name, base, sets, replace(BUDGET, steps=1), path)

@@ -22,7 +22,7 @@ from benchmarks.identity.identity import make_report, parse, run, strengths_of
 from benchmarks.identity.linear import fit_linear
 from benchmarks.identity.people import benchmark_people
 from benchmarks.identity.rows import BASE, HEADLINE, DreamBoothRuns, Row
-from difflora_core.demo.build import stages_lora
+from difflora_core.commands import networks
 from difflora_core.lora.tokens import TokenGrid
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.storage.lora_corpus import LoRACorpus
@@ -323,10 +323,10 @@ def test_turned_factors_make_the_same_lora():
 def test_compression_curve_on_a_tiny_world(artefacts, plan, short, monkeypatch):
     """PCA and both kinds give a row each; a PCA larger than the corpus is left out."""
     monkeypatch.setattr(compression, "LATENT_TOKENS", (1, 8))
-    sizes = replace(stages_lora.LAE, latent_tokens=1, latent_dim=2)
-    monkeypatch.setattr(compression.stages_lora, "LAE", sizes)
-    small = replace(stages_lora.PAPER_LAE, latent_dim=2, basis_size=3)
-    monkeypatch.setattr(compression.stages_lora, "PAPER_LAE", small)
+    sizes = replace(networks.SMALL_LAE, latent_tokens=1, latent_dim=2)
+    monkeypatch.setattr(compression.networks, "SMALL_LAE", sizes)
+    small = replace(networks.SMALL_PAPER_LAE, latent_dim=2, basis_size=3)
+    monkeypatch.setattr(compression.networks, "SMALL_PAPER_LAE", small)
     weights = rows.predict(
         artefacts.models["functional"],
         artefacts.features(benchmark_people("train", 7, ()).photos.images[:, :1]),

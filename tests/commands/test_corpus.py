@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from difflora_core.commands.corpus import Settings
 from difflora_core.commands.inspect import facts_of
 from difflora_core.commands.main import main
+from difflora_core.commands.networks import network_config
 from difflora_core.commands.run_folder import SETTINGS
 from difflora_core.data.choices import ChoiceSettings
 from difflora_core.data.encodings import Latents
@@ -25,10 +26,13 @@ from difflora_core.demo.networks.base import demo_layout, load_base
 from difflora_core.demo.world.identities import split_seeds
 from difflora_core.demo.world.scenes import render_portraits
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
+from difflora_core.models.difflora import DiffLoRAModel
+from difflora_core.storage.checkpoint import load_model, save_model
 from difflora_core.storage.image_files import write_image
 from difflora_core.storage.lora_file import write_lora_file
 from difflora_core.training.difflora.dataset_people import DatasetPeople, seed_of
 from difflora_core.training.lora.dreambooth import DreamBoothExamples, train_dreambooth
+from difflora_core.vision.features import FeatureSizes
 
 PEOPLE, KILLS = 3, 3
 
@@ -230,3 +234,33 @@ def test_corpus_on_a_cluster_that_loses_a_machine(ray_cluster, dataset, tmp_path
     assert files(tmp_path / "ray") == files(tmp_path / "alone")
     assert len(LoRAStore(tmp_path / "ray")) == PEOPLE
     torch.set_num_threads(threads)
+
+
+def test_people_are_trained_over_the_down_of_a_model(dataset, tmp_path, capsys):
+    """All begin with it and keep it; with other numbers everybody is trained anew."""
+    config = network_config(FeatureSizes(8, 8, 2, 8), False)
+    files = [tmp_path / f"{seed}.safetensors" for seed in range(2)]
+    for seed, file in enumerate(files):
+        draw = torch.Generator().manual_seed(seed)
+        save_model(DiffLoRAModel(config, demo_layout(2), generator=draw), file)
+    words = of_people(dataset, "--training.no-train-down", "--down", str(files[0]))
+    assert main(["corpus", *words[:1], str(tmp_path / "out"), *words[1:]]) == 0
+    store = LoRAStore(tmp_path / "out")
+    shared = load_model(files[0]).lae.down_factors()
+    for number in range(PEOPLE):
+        for name, layer in store[number].layers.items():
+            torch.testing.assert_close(layer.folded().down, shared[name].detach())
+    again = [str(files[1]) if word == str(files[0]) else word for word in words]
+    assert main(["corpus", *again[:1], str(tmp_path / "out"), *again[1:]]) == 0
+    assert f"{PEOPLE} to train" in capsys.readouterr().out.split("goes on")[1]
+    other = load_model(files[1]).lae.down_factors()
+    name, layer = next(iter(LoRAStore(tmp_path / "out")[0].layers.items()))
+    torch.testing.assert_close(layer.folded().down, other[name].detach())
+    rank = words.index("--rank") + 1
+    wrong = [*words[:rank], "4", *words[rank + 1 :]]
+    assert main(["corpus", *wrong[:1], str(tmp_path / "x"), *wrong[1:]]) == 1
+    assert "is for demo at rank 2, the corpus for demo at rank 4" in capsys.readouterr().err
+    write(tmp_path / "loras" / "anna.safetensors", 0)
+    files_alone = ["corpus", str(tmp_path / "loras"), str(tmp_path / "y"), "--base", "demo"]
+    assert main([*files_alone, "--rank", "2", "--down", str(files[0])]) == 1
+    assert "--down is for a dataset alone" in capsys.readouterr().err

@@ -19,8 +19,9 @@ from difflora_core.commands import generate
 from difflora_core.commands.encoders import file_digest, open_encoders
 from difflora_core.commands.local_base import open_base
 from difflora_core.commands.main import plain_console
+from difflora_core.commands.networks import network_config
 from difflora_core.commands.run_folder import SETTINGS
-from difflora_core.commands.train import Settings, network_config, run
+from difflora_core.commands.train import Settings, run
 from difflora_core.commands.train_data import Encoders, load_people, split_people
 from difflora_core.data.choices import ChoiceSettings
 from difflora_core.data.lora_store import NewLoRA, StoreWriter
@@ -289,9 +290,9 @@ def test_people_are_split_and_those_with_fewer_pictures_kept(dataset, tmp_path):
     again = load_people(prepared, encoders, tmp_path, lambda *_: None)
     assert torch.equal(again.pictures.latents, people.pictures.latents)
     learn, judge = split_people(people, 0.4, seed=3)
-    assert sorted(learn.numbers + judge.numbers) == [0, 1, 2, 3, 4]
+    assert sorted(learn.names + judge.names) == ["p0", "p1", "p2", "p3", "p4"]
     assert len(judge) == 2
-    assert split_people(people, 0.4, seed=3)[1].numbers == judge.numbers
+    assert split_people(people, 0.4, seed=3)[1].names == judge.names
     assert split_people(people, 0.1, seed=3)[1] is None
     photos = people.photos()
     first = people.pictures.features.select(people.pictures.people[1, [0, 1, 2, 0]])

@@ -5,6 +5,7 @@ The stages are the real ones; each loop ends after a few steps, and the pools ho
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,11 +23,10 @@ from difflora_core.demo.build import (
     stages_styles,
     words,
 )
-from difflora_core.demo.networks import concept_judge
+from difflora_core.demo.networks import concept_judge, detector
 from difflora_core.demo.world import pool
 from difflora_core.training import loop
 from difflora_core.training.difflora.lora_corpus import CorpusConfig
-from difflora_core.vision.face_choice import FaceOptions
 
 STEPS = 2
 PEOPLE = 24
@@ -82,14 +82,21 @@ def few_people() -> None:
     for module, values in smaller.items():
         for name, value in values.items():
             setattr(module, name, value)
-    examples = stages_lora._latent_examples
 
-    def latent_examples(model, name, drawn, count, pictures):
-        return examples(model, name, drawn, min(count, len(drawn) // pictures), pictures)
 
-    stages_lora._latent_examples = latent_examples
-    # The tiny detector finds no face: the example's LoRA is made of its pictures alone.
-    stages_lora.FaceOptions = lambda **_: FaceOptions(on_missing="image_only")
+def a_detector_that_finds(shipped: Path) -> None:
+    """A detector of two steps finds no face, and people without one are no dataset.
+
+    Args:
+        shipped: folder of the demo's own, which takes its place when it is trained.
+    """
+    train = stages_faces.train_detector
+
+    def trained(portraits, pairs, recipe, folder, *rest):
+        train(portraits, pairs, recipe, folder, *rest)
+        shutil.copyfile(shipped / detector.FILE_NAME, folder / detector.FILE_NAME)
+
+    stages_faces.train_detector = trained
 
 
 CORPUS: CorpusConfig = replace(
@@ -99,9 +106,11 @@ CORPUS: CorpusConfig = replace(
 
 def main(folder: Path) -> int:
     """Builds into a folder; the shipped files stay as they are."""
+    shipped = paths.FACES
     in_folder(folder)
     few_steps()
     few_people()
+    a_detector_that_finds(shipped)
     (folder / "workflows").mkdir(parents=True, exist_ok=True)
     return build.main([])
 

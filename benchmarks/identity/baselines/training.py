@@ -16,11 +16,10 @@ from difflora_core.base_model.protocol import TextCondition
 from difflora_core.config import Config
 from difflora_core.demo import paths
 from difflora_core.demo.build import stages_lora
-from difflora_core.demo.build.features import person_pictures, pool_features
 from difflora_core.demo.build.stages import pool_latents
 from difflora_core.demo.networks.base import STEPS
 from difflora_core.demo.world.pool import PicturePool, cached_pool, portrait_pool
-from difflora_core.models.face_reader import FaceReader
+from difflora_core.models.face_reader import FaceReader, FaceReaderConfig
 from difflora_core.models.layers import DrawnFrom
 from difflora_core.models.mif import MIFConfig
 from difflora_core.storage.checkpoint import save_model
@@ -31,6 +30,7 @@ from difflora_core.training.loop import Hooks, LoopConfig, Progress, train
 from difflora_core.training.losses import NoisedBatch, denoise
 from difflora_core.vision.features import FeatureSizes
 
+from ..demo_training import new_model, person_pictures, pool_features
 from .base import Baseline, BaselineObjective
 from .registry import BASELINES
 
@@ -78,7 +78,7 @@ class TrainingSet:
     def batches(self, budget: Budget) -> Callable[[torch.Generator], dict[str, Tensor]]:
         """The batches of the functional recipe, with `keypoints` (B, 5, 2) of what is drawn."""
         config = functional.FunctionalConfig(batch=budget.batch, photos=budget.photos)
-        draw = functional.person_batches(self.data, stages_lora.new_model(0), config, STEPS)
+        draw = functional.person_batches(self.data, new_model(0), config, STEPS)
 
         def with_points(generator: torch.Generator) -> dict[str, Tensor]:
             batch = draw(generator)
@@ -161,7 +161,7 @@ def train_ours(
         image_token_count=sizes.tokens,
         **options,
     )
-    model = stages_lora.new_model(budget.seed, mif=mif)
+    model = new_model(budget.seed, mif=mif)
     config = functional.FunctionalConfig(
         batch=budget.batch, photos=budget.photos, likeness=likeness
     )
@@ -174,7 +174,8 @@ def train_ours(
 
 def _reader(people: TrainingSet, budget: Budget, folder: Path) -> FaceReader:
     """What reads faces in latents, for the likeness loss; trained on the same pictures."""
-    made = FaceReader(stages_lora.READER)
+    face, channels = people.data.features.sizes.face, people.data.latents[:1].shape[1]
+    made = FaceReader(FaceReaderConfig(channels, face))
     loop = replace(stages_lora.READER_LOOP, steps=budget.steps)
     face_reader.fit(made, people.data, loop, folder)
     return made

@@ -6,19 +6,16 @@ that it measured; build.py runs them in order and writes the manifest.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from ...base_model.diffusers_base import DiffusersBase
 from ...errors import CheckpointError
 from ...storage.safetensors_io import read_file, write_atomic
 from ...training.fingerprint import fingerprint
 from ...training.loop import Hooks, LoopConfig, Progress, train
 from .. import paths
-from ..networks.base import BaseObjective, base_batches, load_base, new_base, save_base
+from ..networks.base import BaseObjective, base_batches, new_base, save_base
 from ..networks.vae import (
     VaeLoss,
     VaeObjective,
@@ -147,13 +144,3 @@ def pool_latents(model: AutoencoderKL, name: str, pool: PicturePool) -> Tensor:
     if latents is None or len(latents) != len(pool):
         raise CheckpointError(f"{path} is not of these pictures; delete it to encode them anew.")
     return latents
-
-
-def base_and_latents(name: str) -> tuple[DiffusersBase, Tensor]:
-    """The frozen base and the latents (M, 8, h, w) of a pool."""
-    model = load_base(paths.BASE)
-    pools: dict[str, Callable[[], PicturePool]] = {
-        "train": drawn_pool,
-        "validation": validation_pool,
-    }
-    return model, pool_latents(model.vae, name, pools[name]())

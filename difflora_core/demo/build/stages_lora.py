@@ -1,46 +1,50 @@
-"""The stages that make DiffLoRA models on the demo base (see stages.py)."""
+"""The stages that make DiffLoRA models on the demo base, by the commands that users call.
+
+Photos become a dataset by `prepare`, LoRAs of people by `corpus`, models by `train`. Two stages
+call the library: no command fits an encoder to a model that is trained already, and the example is
+the demo's own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import shutil
 from pathlib import Path
 
 import torch
 
-from ...base_model.diffusers_base import DiffusersBase
+from ...commands import corpus as corpus_command
+from ...commands import train
+from ...commands.encoders import file_digest, open_encoders
+from ...commands.local_base import open_base
+from ...commands.main import plain_console
+from ...commands.train_data import Encoders, People, load_people
+from ...data.lora_store import LoRAStore
+from ...data.prepared import PreparedDataset
 from ...lora.weights import LoRAWeights
-from ...models.difflora import DiffLoRAConfig, DiffLoRAModel
-from ...models.dit import DiTConfig
-from ...models.face_reader import FaceReader, FaceReaderConfig
-from ...models.lae.config import LAEConfig
-from ...models.predictor import PredictorConfig
-from ...storage.checkpoint import load_model, save_model
+from ...models.difflora import DiffLoRAModel
+from ...storage.atomic import replacing
+from ...storage.checkpoint import load_model, read_description, save_model
 from ...storage.lora_corpus import LoRACorpus
 from ...storage.lora_file import write_lora_file
-from ...storage.safetensors_io import read_file, write_atomic
-from ...training.difflora import face_reader, lae, lae_encoder, latent_dit
 from ...training.difflora import functional as difflora
-from ...training.difflora.lora_corpus import CorpusConfig, build_corpus
+from ...training.difflora import lae, lae_encoder, latent_dit
+from ...training.difflora.lora_corpus import CorpusConfig
 from ...training.loop import LoopConfig, Progress
-from ...training.lora.dreambooth import DreamBoothConfig, DreamBoothExamples
+from ...training.lora.dreambooth import DreamBoothConfig
 from ...vision.face_choice import FaceOptions
-from ...vision.features import FeatureSizes, extract_features
+from ...vision.features import ImageFeatures, extract_features
 from .. import examples, paths
-from ..networks.base import LORA_RANK, demo_layout
-from ..networks.vae import VAE_CONFIG
+from ..networks.base import LORA_RANK, demo_layout, load_base
 from ..world.pool import PicturePool
-from .features import demo_encoders, person_pictures, pool_features
-from .stages import Figures, base_and_latents, drawn_pool, pool_latents, validation_pool
+from .features import demo_encoders
+from .people import dataset_folder, prepared
+from .stages import Figures, drawn_pool, validation_pool
 
 PICTURES = 10
 """Pictures of each person in `drawn_pool`."""
-VALIDATION_PICTURES = 12
+TRAIN, VALIDATION, CORPUS_SET = "train", "validation", "corpus"
+"""The datasets; that of the corpus has the first people of the first."""
 
-SIZES = FeatureSizes(face=128, image=64, tokens=65, token_dim=128)
-LAE = LAEConfig(latent_tokens=8, latent_dim=16, basis_size=40, learn_down=True, encoder="mirror")
-PAPER_LAE = replace(LAE, basis_size=32, learn_down=False, encoder="own")
-READER = FaceReaderConfig(channels=VAE_CONFIG["latent_channels"], face=SIZES.face)
 READER_LOOP = LoopConfig(steps=700, learning_rate=2e-3, decay=0.6, precision="bf16", seed=5)
 FUNCTIONAL_LOOP = LoopConfig(
     steps=2400,
@@ -53,6 +57,7 @@ FUNCTIONAL_LOOP = LoopConfig(
     checkpoint_every=200,
     log_every=25,
     seed=2,
+    validate_every=2400,  # at the end alone: the average of the last steps is the best
 )
 FUNCTIONAL = difflora.FunctionalConfig(batch=64, likeness=2.0)
 DISTRIBUTION = latent_dit.LatentDiTConfig(
@@ -60,6 +65,9 @@ DISTRIBUTION = latent_dit.LatentDiTConfig(
         steps=2000, learning_rate=1e-3, ema=0.99, weight_decay=0.1, validate_every=250, patience=3
     ),
 )
+PAPER_LOOP = LoopConfig(steps=1500, learning_rate=2e-3, ema=0.99, validate_every=250, patience=3)
+PROMPT = "photo of a person, smiling, blue background, red shirt"
+"""What validation people are drawn with."""
 CORPUS_PEOPLE, CORPUS_HELD_OUT = 192, 32
 CORPUS = CorpusConfig(
     group=16,
@@ -75,69 +83,79 @@ CORPUS = CorpusConfig(
 )
 
 
-def new_model(seed: int, preset: str = "functional", **parts: object) -> DiffLoRAModel:
-    """An untrained demo model."""
-    small = {"lae": LAE, "dit": DiTConfig(width=96, depth=4, mlp_ratio=2.0)}
-    config = DiffLoRAConfig.demo(
-        SIZES,
-        **{**small, **parts},
-        preset=preset,
-        face_encoder="demo_faces/rec_demo.onnx",
-        image_encoder="demo CLIP vision",
-    )
-    generator = torch.Generator().manual_seed(seed)
-    return DiffLoRAModel(config, demo_layout(), generator=generator)
-
-
-def features(progress: Progress) -> Figures:
-    """Features of every picture, by the calls that a user's photo goes through."""
+def dataset(progress: Progress) -> Figures:
+    """Photos of people as datasets: faces found, latents and captions encoded."""
     figures: Figures = {}
-    for name, pool in (("validation", validation_pool()), ("train", drawn_pool())):
-        found = pool_features(name, pool, progress).face_found
-        figures[f"{name}_faces_found"] = float(found.float().mean())
+    pools = {TRAIN: drawn_pool(), VALIDATION: validation_pool(), CORPUS_SET: _corpus_pool()}
+    for name, pool in pools.items():
+        made = prepared(name, pool)
+        figures |= {f"{name}_people": made.facts.people, f"{name}_pictures": len(made)}
     return figures
 
 
-def reader(progress: Progress) -> Figures:
-    """The reader of faces in latents, for the likeness loss; it is not shipped."""
-    base, data = people("train", drawn_pool())
-    made = FaceReader(READER)
-    folder = paths.BUILD / "reader"
-    face_reader.fit(made, data, READER_LOOP, folder, progress)
-    write_atomic(made.state_dict(), {}, paths.FACE_READER)
-    held_out = person_data(base, "validation", validation_pool())
-    return {"validation_cosine": face_reader.mean_likeness(made, held_out)}
+def functional_settings() -> train.Settings:
+    """How the demo's model is trained."""
+    return train.Settings(
+        dataset=str(dataset_folder(TRAIN)),
+        folder=str(_run("functional")),
+        validation=str(dataset_folder(VALIDATION)),
+        held_out=0.0,
+        clip_vision=str(paths.CLIP_VISION),
+        size="small",
+        rank=LORA_RANK,
+        likeness=READER_LOOP,
+        face_crop=0,  # 16 latent pixels are a face, hair and shoulders
+        functional=FUNCTIONAL,
+        functional_loop=FUNCTIONAL_LOOP,
+        dit=DISTRIBUTION,
+        sample_prompt=PROMPT,
+        license="Apache-2.0",
+        seed=3,
+    )
 
 
 def functional(progress: Progress) -> Figures:
-    """The functional preset: photo to LoRA through the base's denoising loss."""
-    model = new_model(3)
-    base = train_functional(model, FUNCTIONAL_LOOP, paths.BUILD / "functional", progress)
-    save_model(model, paths.DIFFLORA, torch.float16, {"stage": "functional"})
-    return validation_losses(model, base)
+    """The functional preset: reader of faces, photo to LoRA, and the DiT of its latents.
+
+    The reader is not shipped.
+    """
+    settings = functional_settings()
+    train.run(settings, plain_console())
+    _copy(_trained("functional"), paths.DIFFLORA)
+    _copy(_run("functional") / train.READER, paths.FACE_READER)
+    return _figures("functional") | validation_losses(load_model(paths.DIFFLORA))
 
 
-def train_functional(
-    model: DiffLoRAModel, loop: LoopConfig, folder: Path, progress: Progress
-) -> DiffusersBase:
-    """Train MIF, predictor and decoder on the people of the `train` pool; gives back the base."""
-    base, data = people("train", drawn_pool())
-    judge = FaceReader(READER)
-    judge.load_state_dict(read_file(paths.FACE_READER, "face reader")[0])
-    objective = difflora.FunctionalObjective(model, base, FUNCTIONAL, judge)
-    difflora.fit(objective, data, loop, folder, progress)
-    return base
+def corpus(progress: Progress) -> Figures:
+    """DreamBooth LoRAs of training people, all over the functional model's `down`."""
+    return {"loras": len(corpus_of_loras())}
 
 
-def distribution(progress: Progress) -> Figures:
-    """The DiT of the functional preset: how latents of a person's photos are distributed."""
-    model = load_model(paths.DIFFLORA)
-    train = _latent_examples(model, "train", drawn_pool(), 1500, PICTURES)
-    held_out = _latent_examples(model, "validation", validation_pool(), 100, VALIDATION_PICTURES)
-    folder = paths.BUILD / "distribution"
-    figures = latent_dit.fit(model, train, DISTRIBUTION, folder, held_out, progress)
-    save_model(model, paths.DIFFLORA, torch.float16, {"stage": "distribution"})
-    return dict(figures)
+def corpus_of_loras() -> LoRACorpus:
+    """The corpus; what is missing of it is made, the people's dataset too."""
+    prepared(CORPUS_SET, _corpus_pool())
+    settings = corpus_command.Settings(
+        source=str(dataset_folder(CORPUS_SET)),
+        out=str(_run("corpus")),
+        base="demo",
+        rank=CORPUS.dreambooth.rank,
+        group=CORPUS.group,
+        training=CORPUS.dreambooth,
+        down=str(paths.DIFFLORA),
+    )
+    corpus_command.run(settings, plain_console())
+    store = LoRAStore(_run("corpus"))
+    names = tuple(int(row.identity) for row in store.rows)
+    return LoRACorpus(store.layout, names, store.batch(range(len(store))))
+
+
+def corpus_people(progress: Progress) -> tuple[LoRACorpus, ImageFeatures]:
+    """The corpus, and the features of PICTURES photos of everybody in it, person by person."""
+    loras = corpus_of_loras()
+    people = people_of(CORPUS_SET, progress)
+    places = {int(name): place for place, name in enumerate(people.names)}
+    own = people.some([places[identity] for identity in loras.identities])
+    return loras, own.photos(PICTURES)
 
 
 def encoder(progress: Progress) -> Figures:
@@ -146,43 +164,40 @@ def encoder(progress: Progress) -> Figures:
     In closed form, towards the latents of the people's photos, which were themselves learned
     through the base's denoising loss. (Training it on through that loss made it worse.)
     """
-    model = load_model(paths.DIFFLORA)
-    base, _ = base_and_latents("validation")
-    corpus = corpus_of_loras(base, progress)
-    count = CORPUS_PEOPLE + CORPUS_HELD_OUT
-    photos = _latent_examples(model, "train", drawn_pool(), count, PICTURES)
-    known = photos.latents.mean(1)
-    train, held_out = (
-        lae_encoder.EncoderExamples(_rows(corpus, rows), known[rows])
+    made = _trained("functional")
+    model = load_model(made)
+    loras, features = corpus_people(progress)
+    known = latent_dit.photo_latents(model, features, len(loras)).mean(1)
+    train_people, held_out = (
+        lae_encoder.EncoderExamples(_rows(loras, rows), known[rows])
         for rows in (slice(0, CORPUS_PEOPLE), slice(CORPUS_PEOPLE, None))
     )
-    figures = lae_encoder.fit_mirror(model.lae, train, held_out)
-    save_model(model, paths.DIFFLORA, torch.float16, {"stage": "encoder"})
+    figures = lae_encoder.fit_mirror(model.lae, train_people, held_out)
+    source = {**read_description(made).source, "encoder": figures}
+    save_model(model, paths.DIFFLORA, torch.float16, source)
     return dict(figures)
 
 
 def paper(progress: Progress) -> Figures:
     """The paper preset: LAE on a corpus of DreamBooth LoRAs, then MIF and DiT on its latents."""
-    base, _ = base_and_latents("validation")
-    corpus = corpus_of_loras(base, progress)
-    model = new_model(4, "paper", predictor=PredictorConfig(width=32, depth=1), lae=PAPER_LAE)
-    train, held_out = slice(0, CORPUS_PEOPLE), slice(CORPUS_PEOPLE, None)
-    loop = LoopConfig(steps=1500, learning_rate=2e-3, ema=0.99, validate_every=250, patience=3)
-    settings = lae.LAETrainConfig(loop=loop)
-    folder = paths.BUILD / "paper"
-    learned = lae.fit(
-        model.lae, _rows(corpus, train), settings, folder / "lae", _rows(corpus, held_out), progress
+    settings = train.Settings(
+        dataset=str(dataset_folder(CORPUS_SET)),
+        folder=str(_run("paper")),
+        method="paper",
+        corpus=str(_run("corpus")),
+        held_out=CORPUS_HELD_OUT / (CORPUS_PEOPLE + CORPUS_HELD_OUT),
+        clip_vision=str(paths.CLIP_VISION),
+        size="small",
+        rank=LORA_RANK,
+        lae=lae.LAETrainConfig(loop=PAPER_LOOP),
+        dit=DISTRIBUTION,
+        sample_prompt=PROMPT,
+        license="Apache-2.0",
+        seed=4,
     )
-    feats = pool_features("train", drawn_pool().head(PICTURES * len(corpus.identities)))
-    sets = []
-    for rows in (train, held_out):
-        chosen = range(*rows.indices(len(corpus.identities)))
-        photos = [k * PICTURES + j for k in chosen for j in range(PICTURES)]
-        latents = latent_dit.corpus_latents(model, _rows(corpus, rows))
-        sets.append(latent_dit.LatentExamples(feats.select(photos), latents))
-    figures = latent_dit.fit(model, sets[0], DISTRIBUTION, folder / "dit", sets[1], progress)
-    save_model(model, paths.DIFFLORA_PAPER, torch.float16, {"stage": "paper"})
-    return {**learned, **figures}
+    train.run(settings, plain_console())
+    _copy(_trained("paper"), paths.DIFFLORA_PAPER)
+    return _figures("paper")
 
 
 def example(progress: Progress) -> Figures:
@@ -198,22 +213,19 @@ def example(progress: Progress) -> Figures:
     return {"person": examples.PERSON, "old_lora": examples.SITTER}
 
 
-def people(name: str, pool: PicturePool) -> tuple[DiffusersBase, difflora.PersonPictures]:
-    """The base, and a pool's pictures ready for the functional recipe."""
-    base, _ = base_and_latents(name)
-    return base, person_data(base, name, pool)
-
-
-def person_data(base: DiffusersBase, name: str, pool: PicturePool) -> difflora.PersonPictures:
-    """A pool's pictures ready for the functional recipe."""
-    latents = pool_latents(base.vae, name, pool)
-    return person_pictures(base, latents, pool, pool_features(name, pool))
+def people_of(name: str, progress: Progress) -> People:
+    """The people of a dataset as `train` sees them."""
+    device = torch.device("cpu")
+    _, image = open_encoders("", str(paths.CLIP_VISION), device)
+    encoders = Encoders(open_base("demo", device).model, image, file_digest(paths.CLIP_VISION))
+    place = paths.BUILD / "encoded"
+    return load_people(PreparedDataset(dataset_folder(name)), encoders, place, progress)
 
 
 @torch.no_grad()
-def validation_losses(model: DiffLoRAModel, base: DiffusersBase, batches: int = 12) -> Figures:
+def validation_losses(model: DiffLoRAModel, batches: int = 12) -> Figures:
     """Denoising loss on other pictures of validation people, for one photo; and without a LoRA."""
-    data = person_data(base, "validation", validation_pool())
+    data, base = people_of(VALIDATION, _quiet).pictures, load_base(paths.BASE)
     config = difflora.FunctionalConfig(batch=64, photos=1, feature_noise=0, latent_noise=0)
     objective = difflora.FunctionalObjective(model, base, config)
     draw = difflora.person_batches(data, model, config, len(base.alphas_cumprod))
@@ -227,37 +239,35 @@ def validation_losses(model: DiffLoRAModel, base: DiffusersBase, batches: int = 
     return {"validation_denoising": with_lora, "validation_denoising_base": without}
 
 
-def corpus_of_loras(base: DiffusersBase, progress: Progress) -> LoRACorpus:
-    """DreamBooth LoRAs of training people with one shared `down`, kept on disk."""
-    path = paths.BUILD / "corpus.safetensors"
-    shared = load_model(paths.DIFFLORA).lae.down_factors()
-    count = CORPUS_PEOPLE + CORPUS_HELD_OUT
-    data = _dreambooth_examples(base, count)
-
-    def pictures(numbers: Sequence[int]) -> DreamBoothExamples:
-        rows = list(numbers)
-        return DreamBoothExamples(data.latents[rows], [data.prompts[k] for k in rows], rows)
-
-    down = {name: factor.detach() for name, factor in shared.items()}
-    return build_corpus(base, range(count), pictures, CORPUS, path, down, progress)
+def _corpus_pool() -> PicturePool:
+    """Portraits of the people of the corpus."""
+    return drawn_pool().head((CORPUS_PEOPLE + CORPUS_HELD_OUT) * PICTURES)
 
 
-def _dreambooth_examples(base: DiffusersBase, count: int) -> DreamBoothExamples:
-    drawn = drawn_pool()
-    latents = pool_latents(base.vae, "train", drawn)
-    pool = drawn.head(count * PICTURES)
-    captions = [scene.caption() for scene in pool.scenes]
-    grouped_captions = [captions[k : k + PICTURES] for k in range(0, len(captions), PICTURES)]
-    grouped = latents[: len(pool)].float().reshape(count, PICTURES, *latents.shape[1:])
-    return DreamBoothExamples(grouped, grouped_captions)
+def _run(name: str) -> Path:
+    """Folder of a command's run."""
+    return paths.BUILD / "runs" / name
 
 
-def _latent_examples(
-    model: DiffLoRAModel, name: str, pool: PicturePool, count: int, pictures: int
-) -> latent_dit.LatentExamples:
-    feats = pool_features(name, pool).select(range(count * pictures))
-    return latent_dit.LatentExamples(feats, latent_dit.photo_latents(model, feats, count))
+def _trained(run: str) -> Path:
+    """The model of a run of `train`."""
+    return _run(run) / train.MODEL.format("model")
 
 
-def _rows(corpus: LoRACorpus, rows: slice) -> LoRAWeights:
-    return corpus.select(corpus.identities[rows]).weights
+def _figures(run: str) -> Figures:
+    """What a run of `train` measured."""
+    return dict(read_description(_trained(run)).source["figures"])
+
+
+def _copy(made: Path, to: Path) -> None:
+    """A file of a run to where it is kept, whole or not at all."""
+    with replacing(to) as temporary:
+        shutil.copyfile(made, temporary)
+
+
+def _rows(loras: LoRACorpus, rows: slice) -> LoRAWeights:
+    return loras.select(loras.identities[rows]).weights
+
+
+def _quiet(done: int, total: int, metrics: object) -> None:
+    """Tells nobody."""

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from ...base_model.protocol import BaseModel
 from ...data.lora_store import NewLoRA, StoreWriter
 from ...errors import DivergedError
@@ -67,6 +69,7 @@ class StoreTrainer:
         config: settings of the training, and how many are trained in one batch.
         writer: of the store, see `open_store`.
         likeness: measures how like the person the pictures of a LoRA are, in [-1, 1].
+        shared_down: as in `train_dreambooth`.
     """
 
     base: BaseModel
@@ -74,6 +77,7 @@ class StoreTrainer:
     config: CorpusConfig
     writer: StoreWriter
     likeness: Likeness | None = None
+    shared_down: Mapping[str, Tensor] | None = None
 
     def plan(self, identities: Sequence[str]) -> StorePlan:
         """Who has to be trained.
@@ -130,7 +134,8 @@ class StoreTrainer:
     def _source(self, name: str) -> str:
         """Digest of what a LoRA is made from."""
         layout = self.writer.layout
-        return fingerprint(self.examples([name]), self.config.dreambooth, layout.hash)
+        parts = self.examples([name]), self.config.dreambooth, layout.hash
+        return fingerprint(*parts, *([] if self.shared_down is None else [self.shared_down]))
 
     def _weights(
         self, names: Sequence[str], run: Path, progress: Progress | None
@@ -139,7 +144,11 @@ class StoreTrainer:
         course = self.config.dreambooth
         pictures, folder = self.examples(names), run / "group"
         try:
-            trained = train_dreambooth(self.base, pictures, course, progress, folder=folder)
+            trained = train_dreambooth(
+                *(self.base, pictures, course, progress),
+                shared_down=self.shared_down,
+                folder=folder,
+            )
         except DivergedError as failure:
             if len(names) == 1:
                 yield None, str(failure)
