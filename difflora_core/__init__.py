@@ -20,6 +20,8 @@ Map of the rooms (imports point down this list only):
 - ``evaluation``  metrics
 - ``demo``        a procedural world small enough to train everything
 - ``commands``    the command line: `python -m difflora_core`
+
+Above them all is `demo/build`, which makes the demo world, by these commands where there is one.
 """
 
 __version__ = "0.1.0"

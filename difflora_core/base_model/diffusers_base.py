@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..lora.layout import ATTENTION_PROJECTIONS, LoRALayout, layout_from_unet_config
-from .protocol import TextCondition
+from .protocol import PIXELS, TextCondition
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -92,6 +92,6 @@ def _at_once(pixels: int) -> int:
 
 def time_ids(latents: Tensor) -> Tensor:
     """SDXL's size conditioning (B, 6) as ComfyUI fills it in: eight times the latent's size."""
-    height, width = latents.shape[-2] * 8, latents.shape[-1] * 8
+    height, width = latents.shape[-2] * PIXELS, latents.shape[-1] * PIXELS
     row = torch.tensor([height, width, 0, 0, height, width], device=latents.device)
     return row.to(latents.dtype).expand(len(latents), 6)

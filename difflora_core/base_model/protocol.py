@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from ..lora.layout import ATTENTION_PROJECTIONS, LoRALayout
 
+PIXELS = 8
+"""Of a picture's side for each of the latent's, as SDXL's VAE has them."""
+
 
 @dataclass(frozen=True)
 class TextCondition:
@@ -29,6 +32,17 @@ class TextCondition:
         """Rows by index (n,), which may repeat: a condition of n prompts."""
         sizes = None if self.time_ids is None else self.time_ids[index]
         return TextCondition(self.context[index], self.pooled[index], sizes)
+
+
+def told_sizes(time_ids: Tensor, height: int, latent_height: int) -> Tensor:
+    """Sizes of pictures as hosts tell them: a latent pixel counts for PIXELS, whatever the VAE.
+
+    Args:
+        time_ids: (..., 6) in pixels of the pictures, see `TextCondition`.
+        height: of one of the pictures.
+        latent_height: of its latent.
+    """
+    return time_ids * (PIXELS * latent_height / height)
 
 
 class BaseModel(Protocol):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..base_model.diffusers_base import DiffusersBase
-from ..base_model.protocol import TextCondition
+from ..base_model.protocol import TextCondition, told_sizes
 from ..data.encodings import Latents, encode_latents
 from ..data.prepared import PreparedDataset
 from ..data.records import PreparedPicture
@@ -130,21 +130,22 @@ def load_people(
     rows = _usable(dataset, fewest)
     latents = _latents(dataset, encoders.base, progress)
     tensors = _stored_features(dataset, rows, encoders, folder, progress)
-    texts = list(dataset.column("captions"))  # without opening the pictures
+    texts = list(dataset.column("captions"))
     captions = [texts[row][0] for row in rows]
     prompts = list(dict.fromkeys(captions))
     numbers = {prompt: number for number, prompt in enumerate(prompts)}
     recogniser = Path(dataset.facts.face_encoder).name
     table, who = _people(dataset, rows)
+    own, pixels = [latents.read(row) for row in rows], tensors["time_ids"]
     pictures = PersonPictures(
-        latents=sized([latents.read(row) for row in rows]),
+        latents=sized(own),
         text=encode_all(encoders.base, prompts),
         prompts=torch.tensor([numbers[caption] for caption in captions]),
         features=ImageFeatures(
             **{name: tensors[name] for name in TENSORS}, image_region="crop", recogniser=recogniser
         ),
         people=table,
-        time_ids=tensors["time_ids"],
+        time_ids=told_sizes(pixels, int(pixels[0, 4]), own[0].shape[1]),
         boxes=_boxes(dataset, rows),
     )
     return People(pictures, who)

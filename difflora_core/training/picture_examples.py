@@ -10,14 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..base_model.protocol import BaseModel
+from ..base_model.protocol import BaseModel, told_sizes
 from ..diffusion.objective import stratified_timesteps
 from ..errors import ConfigError, counted
 from ..text.new_words import TEMPLATES, find_words
 from ..vision.preprocess import marks_nothing
-
-PIXELS = 8
-"""Of a picture's side for each of the latent's, as SDXL's VAE has them."""
 
 
 class Examples(Protocol):
@@ -168,8 +165,7 @@ def picture_examples(
         small = F.interpolate(shaped[:, None], tuple(latents.shape[-2:]), mode="area")[:, 0]
         shaped = small / small.flatten(1).amax(1).clamp_min(1e-6)[:, None, None]
     if time_ids is not None:
-        # Hosts take a latent pixel for 8 of the picture, whatever the VAE makes of them.
-        time_ids = time_ids * (PIXELS * latents.shape[2] / images.shape[1])
+        time_ids = told_sizes(time_ids, images.shape[1], latents.shape[2])
     return PictureExamples(latents, lists, shaped, time_ids)
 
 

@@ -297,7 +297,7 @@ def test_people_are_split_and_those_with_fewer_pictures_kept(dataset, tmp_path):
     photos = people.photos()
     first = people.pictures.features.select(people.pictures.people[1, [0, 1, 2, 0]])
     assert torch.equal(photos.face[4:8], first.face)  # who has fewer is seen again
-    assert torch.equal(people.pictures.time_ids[0], torch.tensor([64.0, 64, 0, 0, 64, 64]))
+    assert torch.equal(people.pictures.time_ids[0], torch.tensor([128.0, 128, 0, 0, 128, 128]))
 
 
 def test_what_does_not_suit_is_refused(tmp_path, settings, corpus, photos):
@@ -349,7 +349,7 @@ def test_pictures_of_several_shapes_train_in_batches_of_one(photos, tmp_path, se
     people = load_people(dataset, encoders, tmp_path / "features", lambda *_: None).pictures
     for row in range(len(dataset)):
         height, width = (int(side) * 4 for side in people.latents[torch.tensor([row])].shape[2:])
-        assert people.time_ids[row, 4:].tolist() == [height, width]
+        assert people.time_ids[row, 4:].tolist() == [2 * height, 2 * width]
         assert dataset[row].picture.shape[:2] == (height, width)
         box = (
             people.boxes[row]

@@ -61,7 +61,9 @@ def by_the_library(base, portraits):
     captions = [scene.caption() for scene in portraits.scenes]
     prompts = list(dict.fromkeys(captions))
     return PersonPictures(
-        latents=torch.cat([base.encode_images(image[None]) for image in images]).half(),
+        latents=torch.cat(
+            [base.encode_images(image[None]).contiguous() for image in images]
+        ).half(),
         text=base.encode_prompts(prompts),
         prompts=torch.tensor([prompts.index(caption) for caption in captions]),
         features=replace(features, face=face, image_tokens=features.image_tokens.half()),

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from ...base_model.diffusers_base import DiffusersBase
-from ...base_model.protocol import TextCondition, compute_device
+from ...base_model.protocol import TextCondition, compute_device, told_sizes
 from ...config import Config, check_range
 from ...data.encodings import Latents
 from ...data.prepared import PreparedDataset
@@ -59,7 +59,8 @@ class DatasetPeople:
         self._captions = [captions[0] for captions in dataset.column("captions")]
         self._repeats = list(dataset.column("repeats"))
         told = [torch.tensor(list(dataset.column(n))) for n in ("original_size", "cut", "size")]
-        self._time_ids = torch.cat(told, 1).float()  # as `PreparedPicture.time_ids`
+        pixels = torch.cat(told, 1).float()  # as `PreparedPicture.time_ids`
+        self._time_ids = told_sizes(pixels, int(pixels[0, 4]), latents.read(0).shape[1])
 
     def __call__(self, names: Sequence[str]) -> DreamBoothExamples:
         """Pictures of some people."""
