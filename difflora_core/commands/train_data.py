@@ -130,17 +130,14 @@ def load_people(
     rows = _usable(dataset, fewest)
     latents = _latents(dataset, encoders.base, progress)
     tensors = _stored_features(dataset, rows, encoders, folder, progress)
-    texts = list(dataset.column("captions"))
-    captions = [texts[row][0] for row in rows]
-    prompts = list(dict.fromkeys(captions))
-    numbers = {prompt: number for number, prompt in enumerate(prompts)}
+    prompts, numbers = _prompts(dataset, rows)
     recogniser = Path(dataset.facts.face_encoder).name
     table, who = _people(dataset, rows)
     own, pixels = [latents.read(row) for row in rows], tensors["time_ids"]
     pictures = PersonPictures(
         latents=sized(own),
         text=encode_all(encoders.base, prompts),
-        prompts=torch.tensor([numbers[caption] for caption in captions]),
+        prompts=numbers,
         features=ImageFeatures(
             **{name: tensors[name] for name in TENSORS}, image_region="crop", recogniser=recogniser
         ),
@@ -209,6 +206,14 @@ def _people(dataset: PreparedDataset, rows: Sequence[int]) -> tuple[Tensor, tupl
     most = max(map(len, own.values()))
     table = [numbers + [-1] * (most - len(numbers)) for numbers in own.values()]
     return torch.tensor(table), tuple(own)
+
+
+def _prompts(dataset: PreparedDataset, rows: Sequence[int]) -> tuple[list[str], Tensor]:
+    """The different captions of rows (n,), and which (n,) each row has; no picture is read."""
+    texts = list(dataset.column("captions"))
+    captions = [texts[row][0] for row in rows]
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(captions))}
+    return list(numbers), torch.tensor([numbers[caption] for caption in captions])
 
 
 def _boxes(dataset: PreparedDataset, rows: Sequence[int]) -> Tensor:
