@@ -183,7 +183,8 @@ class _Work:
         if not self.settings.validation:
             return []
         judging = PreparedDataset(self.settings.validation)
-        ours, theirs = (data.facts.face_encoder for data in (self.dataset, judging))
+        both = self.dataset, judging
+        ours, theirs = (data.facts.face_encoder or "nobody" for data in both)
         if ours != theirs:
             raise ConfigError(
                 f"The faces of the dataset were found by {shown(ours)}, those of the people to "

@@ -321,6 +321,8 @@ def test_what_does_not_suit_is_refused(tmp_path, settings, corpus, photos):
     prepare(photos, blind, replace(SMALL, faces=""))
     with pytest.raises(DatasetError, match="Nobody looked for faces"):
         run(replace(settings(tmp_path / "last"), dataset=str(blind)), plain_console())
+    with pytest.raises(ConfigError, match="judge by by nobody: prepare both with one face"):
+        run(settings(tmp_path / "judged", validation=str(blind)), plain_console())
 
 
 def test_the_full_size_network_takes_the_encoders_at_hand():
