@@ -146,8 +146,7 @@ def test_corpus_of_a_dataset(dataset, tmp_path, capsys):
                 None
             ],
             [[p.captions[0] for p in pictures]],
-            [seed_of(name)],
-            torch.tensor([[p.time_ids() for p in pictures]]),
+            [seed_of(name)],  # of whole pictures the base is told what it is told when it draws
         )
         expected = train_dreambooth(base, alone, course)[3].batch_item(0)
         for layer in expected:
