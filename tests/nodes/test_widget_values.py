@@ -6,7 +6,6 @@ from importlib import import_module
 import pytest
 import torch
 from comfy_api.latest import io
-
 from difflora_core.demo.comfyui.client import ComfyPromptError
 
 
