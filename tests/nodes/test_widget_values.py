@@ -6,7 +6,8 @@ from importlib import import_module
 import pytest
 import torch
 from comfy_api.latest import io
-from difflora_core.demo.comfyui.client import ComfyPromptError
+
+from difflora_core.comfy_client import ComfyPromptError
 
 
 def node(class_type, **inputs):
