@@ -26,6 +26,13 @@ RETRIES = 5
 """How often a job is done again whose process or machine is lost."""
 AHEAD = 2
 """Jobs that wait for a worker, for each worker."""
+SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_grpc_client_keepalive_time_ms": "15000",
+    "RAY_grpc_client_keepalive_timeout_ms": "15000",
+}
+"""Ray tells nobody of its use, and asks every quarter of a minute whether a machine that computes
+for it still answers. By itself it waits for more than six minutes for one that is unplugged."""
 KNOCK = 10.0
 """Seconds in which a cluster has to answer."""
 
@@ -45,7 +52,8 @@ class RayWorkers:
     alone = False
 
     def __init__(self, address: str, count: int = 0, gpus: float = 0.0) -> None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody
+        for name, value in SETTINGS.items():
+            os.environ.setdefault(name, value)
         try:
             self._ray: Any = importlib.import_module("ray")
         except ImportError as error:
