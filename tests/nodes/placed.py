@@ -12,6 +12,7 @@ from tests.nodes.sampler_graphs import (
     invented_lora,
     node,
     sampling_nodes,
+    shown,
 )
 
 SMILING = "photo of a person, smiling"
@@ -35,6 +36,17 @@ class Ours:
     ours: Placed
     base: Placed = field(default_factory=Placed)
     cores: Placed | None = None
+
+
+def ksampler(name, placed, **changes):
+    """Nodes that draw with KSampler."""
+    latent = node(
+        "KSampler", model=list(placed.model), positive=list(placed.positive),
+        negative=list(placed.negative), latent_image=["empty", 0], seed=3, steps=3, cfg=2.0,
+        sampler_name="euler", scheduler="normal", denoise=1.0,
+    )  # fmt: skip
+    latent["inputs"] |= changes
+    return {f"{name}_latent": latent, **shown(name, [f"{name}_latent", 0])}
 
 
 def masks():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from difflora_core.comfy_client import ComfyPromptError
-from tests.nodes.placed import OURS, Placed, common_nodes
+from tests.nodes.placed import OURS, Placed, common_nodes, ksampler
 from tests.nodes.sampler_graphs import (
     MODEL,
     ROUNDING,
@@ -25,7 +25,6 @@ from tests.nodes.sampler_graphs import (
     guided,
     node,
     perp_neg,
-    shown,
 )
 
 ALIKE = 0.2  # least cosine of an effect with that in the plain graph; the opposite one's is below 0
@@ -34,15 +33,6 @@ ALIKE = 0.2  # least cosine of an effect with that in the plain graph; the oppos
 def draw(make, name, placed):
     """Nodes that draw with a guider."""
     return guided(name, make(list(placed.model), list(placed.positive), list(placed.negative)))
-
-
-def ksampler(name, placed):
-    latent = node(
-        "KSampler", model=list(placed.model), positive=list(placed.positive),
-        negative=list(placed.negative), latent_image=["empty", 0], seed=3, steps=3, cfg=2.0,
-        sampler_name="euler", scheduler="normal", denoise=1.0,
-    )  # fmt: skip
-    return {f"{name}_latent": latent, **shown(name, [f"{name}_latent", 0])}
 
 
 PATCHES = {
