@@ -18,6 +18,10 @@ ALONE = (
     "There is one person to place by words ({words}), who would be everywhere. Add Place LoRA by "
     "Words for the others too (strength 0 for those without a LoRA), or use Load LoRA Model."
 )
+UNUSED = (
+    "no step was left after people were found, so no LoRA acted. Take more steps, or a smaller "
+    "find_percent."
+)
 NOTHING = torch.zeros(0)
 
 
@@ -96,8 +100,10 @@ class RegionFinder:
 
     def described(self, number: int) -> str | None:
         """How large a person's region in the first picture is, and on which side; None before."""
-        if not len(self._found):
+        if self.looking:
             return None
+        if not len(self._found):
+            return f"{self.places[number]}: {UNUSED}"
         mask = self._found[0, number]
         if not mask.any():
             return f"{self.places[number]}: found nowhere."

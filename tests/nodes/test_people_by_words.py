@@ -65,6 +65,16 @@ def test_words_say_who_stands_where(comfy, shipped):
     assert difference(drawn, swapped) > 30
 
 
+def test_without_a_step_after_finding_them_nobody_is_placed_and_told(comfy, shipped):
+    """As a model of one step draws."""
+    nodes = people() | guided("out", cfg(["place1", 0], ["words", 0]))
+    nodes["steps"]["inputs"]["steps"] = 1
+    told, drawn = said(comfy, nodes)
+    assert told["place0"].startswith("red shirt: no step was left after people were found")
+    nodes["out_guider"]["inputs"]["model"] = MODEL
+    assert difference(drawn, said(comfy, nodes)[1]) == 0
+
+
 def test_in_another_case_with_weights_and_in_any_order(comfy, shipped):
     """Tokens are compared, so what CLIP reads alike is alike; so is the order of the nodes."""
     nodes = people("Red Shirt", " green shirt ") | guided("out", cfg(["place1", 0], ["words", 0]))
