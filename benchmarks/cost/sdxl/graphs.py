@@ -204,8 +204,13 @@ def witnessed(prompt: Mapping[str, Mapping[str, Any]], info: Info) -> Prompt | N
         if node["class_type"] != "VAEDecode" or not _is_link(source):
             continue
         if ancestors(prompt, source[0]) != ancestors(plain, source[0]):
-            shown = {"class_type": "PreviewImage", "inputs": {"images": [key, 0]}}
-            return {**copy.deepcopy(dict(prompt)), WITNESS: shown}  # type: ignore[dict-item]
+            inputs = {"images": [key, 0]}
+            others = {  # ComfyUI runs two nodes that are alike as one, and does not say so
+                k: dict(copy.deepcopy(n))
+                for k, n in prompt.items()
+                if (n["class_type"], n["inputs"]) != ("PreviewImage", inputs)
+            }
+            return {**others, WITNESS: {"class_type": "PreviewImage", "inputs": inputs}}
     return None
 
 
