@@ -59,7 +59,7 @@ def inpainted(name, placed):
         ),
     }  # fmt: skip
     soft = patched("DifferentialDiffusion", {}, name, Placed(placed.model, (conds, 0), (conds, 1)))
-    soft[f"{name}_latent"]["inputs"] |= {"latent_image": [conds, 2], "denoise": 0.9}
+    soft[f"{name}_latent"]["inputs"] |= {"latent_image": [conds, 2]}
     return nodes | soft
 
 
