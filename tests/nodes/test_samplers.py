@@ -42,14 +42,14 @@ def patched(class_type, settings, name, placed):
 
 
 def inpainted(name, placed):
-    """The middle of a picture, in a mask, softly."""
+    """The middle of a picture, in a mask, by Differential Diffusion."""
     conds = f"{name}_conds"
     nodes = {
         "old": node("EmptyImage", width=64, height=64, batch_size=1, color=0x808040),
         "black": node("SolidMask", value=0.0, width=64, height=64),
-        "grey": node("SolidMask", value=0.8, width=32, height=64),
+        "white": node("SolidMask", value=1.0, width=32, height=64),
         "stripe": node(
-            "MaskComposite", destination=["black", 0], source=["grey", 0], x=16, y=0,
+            "MaskComposite", destination=["black", 0], source=["white", 0], x=16, y=0,
             operation="add",
         ),
         conds: node(
