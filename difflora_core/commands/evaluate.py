@@ -36,11 +36,13 @@ from ..evaluation.report import Interval, bootstrap_interval
 from ..evaluation.scores import Eyes, Known, Shown, by_person, columns, whole_row
 from ..storage.image_files import SUFFIXES, read_texts
 from ..training.fingerprint import fingerprint, weights_digest
+from .comfy_servers import Servers
 from .encoders import chosen_device, open_encoders
 from .evaluate_backbones import Backbones, OpenBackbones, open_backbones
 from .evaluate_report import NAME as REPORT
 from .evaluate_report import Table, WholeReport, device_name, markdown, write_report
 from .evaluate_rows import PHOTOS, REAL, BaseRow, PictureRow, Row, Setting, open_rows
+from .evaluate_workflows import WorkflowRow, draw_row
 from .local_base import DEMO, LocalBase, open_base
 from .run_folder import RunFolder, run_folder
 
@@ -57,8 +59,9 @@ class Settings(Config):
     """Compares models that make LoRAs of photos, LoRA files, and pictures of other programs.
 
     A row is NAME=PATH or PATH: a DiffLoRA model, a HyperLoRA folder, a LoRA file (for everybody), a
-    folder with PERSON.safetensors, or a folder with pictures PERSON/PROMPT-SEED.png, numbers from 1
-    (anna/03-1.png). The base without any is always a row.
+    folder with PERSON.safetensors, a folder with pictures PERSON/PROMPT-SEED.png, numbers from 1
+    (anna/03-1.png), or a workflow as multiply takes it, which running ComfyUIs draw by. The base
+    without any is always a row.
 
     Args:
         folder: of the run: pictures, report.md, report.json, report.html.
@@ -82,6 +85,7 @@ class Settings(Config):
         steps: of the sampler; 0 takes the protocol's.
         side: of the pictures in pixels; 0 takes the protocol's.
         batch: pictures that are drawn at once.
+        servers: that draw the rows of workflows.
         device: auto, cpu, or cuda.
     """
 
@@ -103,6 +107,7 @@ class Settings(Config):
     steps: int = 0
     side: int = 0
     batch: int = 8
+    servers: Servers = field(default_factory=Servers)
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -199,8 +204,13 @@ class _Work:
         for cell, image in zip(cells, images, strict=True):
             yield cell, image, {PROMPT: self.protocol.text(cell[0], given.trigger), **facts}
 
-    def foreign(self, row: PictureRow) -> Shown:
-        """The pictures of another program; what is missing is told."""
+    def foreign(self, row: PictureRow | WorkflowRow) -> Shown:
+        """The pictures of another program, drawn now or before; what is missing is told."""
+        if isinstance(row, WorkflowRow):
+            folder, servers = self.run.path / PICTURES / row.name, self.settings.servers
+            return self._shown(
+                draw_row(row, self.setting.photos, self.protocol, servers, self.run, folder)
+            )
         found = foreign_pictures(
             row.folder, self.people, len(self.protocol.prompts), self.protocol.seeds
         )

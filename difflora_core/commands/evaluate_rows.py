@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.base import AdapterEntry, AdapterSet
+from ..data.generator_workflow import read_workflow
 from ..errors import CheckpointError, ConfigError, LayoutError, LoRAFileError, counted, shown
 from ..evaluation.backbones import weight_files
 from ..evaluation.drawing import Adaptation
@@ -35,6 +36,7 @@ from ..vision.face_encoder import FaceEncoder
 from ..vision.features import extract_features
 from ..vision.image_encoder import ImageEncoder
 from .encoders import options_for
+from .evaluate_workflows import WorkflowRow
 
 BASE, PHOTOS, REAL = "base", "photos", "real"
 """Names that are taken: a row, people's photos, and what FID and KID compare with."""
@@ -201,20 +203,25 @@ class PictureRow:
 
 def open_rows(
     words: Sequence[str], setting: Setting, strengths: Sequence[float]
-) -> tuple[list[Row], list[PictureRow]]:
+) -> tuple[list[Row], list[PictureRow | WorkflowRow]]:
     """The rows that words name, `NAME=PATH` or PATH; each LoRA row at each strength.
+
+    Those that are drawn here, and those that other programs draw or have drawn.
 
     Raises:
         ConfigError: a name stands twice, cannot be a folder's, or a path holds nothing known.
     """
     drawn: list[Row] = []
-    foreign: list[PictureRow] = []
+    foreign: list[PictureRow | WorkflowRow] = []
     for word in words:
         name, _, place = word.rpartition("=")
         path = Path(place)
         name = name or path.stem
         if not path.exists():
             raise ConfigError(f"There is no {shown(str(path), 300)}: a row is NAME=PATH or PATH.")
+        if path.suffix.lower() == ".json":
+            foreign.append(WorkflowRow(name, read_workflow(path)))
+            continue
         if _holds_pictures(path, list(setting.photos)):
             foreign.append(PictureRow(name, path))
             continue

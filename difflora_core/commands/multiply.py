@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import urllib.error
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
-from websocket import WebSocketException, WebSocketTimeoutException
 
-from ..comfy_client import ComfyClient, ComfyInterrupted, ComfyPromptError
-from ..config import Config, check_range
+from ..config import Config
 from ..data.drawn_people import (
     DROPPED,
     PICTURES,
@@ -25,21 +22,14 @@ from ..data.drawn_people import (
     drawings,
     find_portraits,
     keep_drawing,
-    picture_of,
     write_dropped,
 )
-from ..data.generator_workflow import GeneratorWorkflow, read_prompts, read_workflow
+from ..data.generator_workflow import read_prompts, read_workflow
 from ..data.looker import LookSettings, face_encoder
 from ..data.looks import SeenFace
-from ..data.shared_work import (
-    JobFailedError,
-    Patience,
-    ServerDownError,
-    ServerUnfitError,
-    SharedWork,
-)
-from ..errors import ConfigError, DatasetError, counted, shown
-from .run_folder import RunFolder, run_folder
+from ..errors import counted
+from .comfy_servers import Order, Servers, draw_on_servers
+from .run_folder import run_folder
 
 PROMPTS = (
     "portrait photo, neutral background, soft light",
@@ -99,15 +89,12 @@ class Settings(Config):
     wait: float = 60.0
 
     def __post_init__(self) -> None:
-        check_range("multiply", "timeout", self.timeout, 1, 86_400)
-        check_range("multiply", "tries", self.tries, 1, 100)
-        check_range("multiply", "wait", self.wait, 0, 86_400)
-        wrong = [url for url in self.comfyui if not url.startswith(("http://", "https://"))]
-        if wrong or not self.comfyui or len(set(self.comfyui)) != len(self.comfyui):
-            raise ConfigError(
-                "--comfyui takes different addresses such as http://127.0.0.1:8188, one a server; "
-                f"got {', '.join(map(shown, self.comfyui)) or 'none'}."
-            )
+        _ = self.servers  # whose values are checked
+
+    @property
+    def servers(self) -> Servers:
+        """The servers, and how long to wait for them."""
+        return Servers(self.comfyui, self.timeout, self.tries, self.wait)
 
 
 def run(settings: Settings, console: Console) -> None:
@@ -127,7 +114,8 @@ def run(settings: Settings, console: Console) -> None:
         missing = [d for each in wanted.values() for d in each if not d.file.exists()]
         people = counted(len(portraits), "portrait")
         own.say(f"{people}, {counted(len(missing), 'picture')} to draw")
-        dropped |= _draw(settings, workflow, missing, own)
+        orders = [_order(drawing, own.path) for drawing in missing]
+        dropped |= draw_on_servers(settings.servers, workflow, orders, own)
         finder = _faces_of(settings) if settings.faces else None
         filtered = DrawnFilter(own.path, settings.drawn, finder, signature)
         kept = 0
@@ -145,70 +133,11 @@ def run(settings: Settings, console: Console) -> None:
         )
 
 
-def _draw(
-    settings: Settings, workflow: GeneratorWorkflow, missing: Sequence[Drawing], own: RunFolder
-) -> dict[str, str]:
-    """Draws; gives file to reason of each picture that failed.
-
-    Raises:
-        DatasetError: pictures are left, and no server.
-    """
-    if not missing:
-        return {}
-    servers = {url: _Server(url, workflow, settings.timeout) for url in settings.comfyui}
-    work = SharedWork[Drawing](servers, Patience(settings.tries, settings.wait), own.say)
-    done, failed = 0, dict[str, str]()
-    with own.watch("draw") as watch:
-        for outcome in work.run(missing):
-            done += 1
-            if outcome.failure:
-                failed[outcome.job.file.relative_to(own.path).as_posix()] = outcome.failure
-            watch(done, len(missing), {})
-    if done < len(missing):
-        raise DatasetError(
-            f"No server is left, and {counted(len(missing) - done, 'picture')} of {len(missing)} "
-            f"are not drawn. Start ComfyUI at {', '.join(settings.comfyui)} and run the same again."
-        )
-    if len(failed) == len(missing):
-        raise DatasetError(f"No picture could be drawn: {next(iter(failed.values()))}")
-    return failed
-
-
-class _Server:
-    """One ComfyUI: draws one picture after the other."""
-
-    def __init__(self, url: str, workflow: GeneratorWorkflow, timeout: float) -> None:
-        self.client = ComfyClient(url.rstrip("/"))
-        self.workflow, self.timeout = workflow, timeout
-
-    def __call__(self, drawing: Drawing) -> None:
-        """Uploads the portrait if need be, draws, and keeps the picture."""
-        try:
-            name = self.client.upload_picture(drawing.portrait.file)  # it may have been restarted
-            graph = self.workflow.filled(name, drawing.prompt, drawing.seed)
-            result = self.client.run(graph, timeout=self.timeout)
-            picture = picture_of(result.picture(self.workflow.shows))
-        except ComfyInterrupted as stopped:
-            raise JobFailedError(str(stopped)) from stopped
-        except ComfyPromptError as refusal:
-            raise self._meant(refusal) from refusal
-        except (OSError, WebSocketException, ValueError) as silence:
-            raise ServerDownError(_reason(silence)) from silence
-        keep_drawing(drawing, picture)
-
-    def _meant(self, refusal: ComfyPromptError) -> Exception:
-        """What an error of a prompt says of server and job."""
-        if isinstance(refusal.__cause__, urllib.error.HTTPError):
-            return ServerUnfitError(str(refusal))
-        if isinstance(refusal.__cause__, WebSocketTimeoutException) or refusal.__cause__ is None:
-            return JobFailedError(str(refusal))
-        return ServerDownError(str(refusal))
-
-
-def _reason(silence: Exception) -> str:
-    """Why a server does not answer, in short."""
-    cause = getattr(silence, "reason", None) or silence
-    return shown(str(cause) or type(cause).__name__, 120)
+def _order(drawing: Drawing, folder: Path) -> Order:
+    """A drawing as servers take it; a failure is told by its file in the folder of the run."""
+    name = drawing.file.relative_to(folder).as_posix()
+    keep = partial(keep_drawing, drawing)
+    return Order(name, drawing.portrait.file, drawing.prompt, drawing.seed, keep)
 
 
 def _faces_of(settings: Settings) -> Faces:

@@ -113,14 +113,23 @@ def find_portraits(source: Path, folder: Path) -> tuple[list[Portrait], dict[str
         except (DatasetError, OSError) as reason:
             useless[place.as_posix()] = str(reason)
             continue
-        digest = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
-        file = folder / WORK / f"difflora-{digest[:24]}.png"
-        if not file.exists():
-            _write_png(picture, file)
-        found[name] = Portrait(name, file, digest)
+        found[name] = as_portrait(name, picture, folder)
     if not found:
         raise DatasetError(f"There is no portrait in {shown(str(source), 300)}.")
     return [found[name] for name in sorted(found)], useless
+
+
+def as_portrait(name: str, picture: Image.Image, folder: Path) -> Portrait:
+    """A person's portrait, copied as PNG into the folder of a run.
+
+    Raises:
+        DatasetError: the copy cannot be written.
+    """
+    digest = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
+    file = folder / WORK / f"difflora-{digest[:24]}.png"
+    if not file.exists():
+        _write_png(picture, file)
+    return Portrait(name, file, digest)
 
 
 def drawings(

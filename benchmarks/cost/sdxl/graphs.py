@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -127,15 +127,19 @@ def workflow_names() -> list[str]:
 def all_prompts(info: Info, side: int = SIDE) -> dict[str, Prompt]:
     """Every shipped workflow for SDXL, and trainings that none of them holds, made small."""
     workflows = {name: small_prompt(name, info, side) for name in workflow_names()}
-    return workflows | people_prompts(side) | training_prompts(info, side)
+    return workflows | people_prompts(info, side) | training_prompts(info, side)
 
 
-def people_prompts(side: int = SIDE) -> dict[str, Prompt]:
-    """The workflows in API form that draw people on SDXL for `multiply`, filled and made small."""
+def people_prompts(nodes: Container[str], side: int = SIDE) -> dict[str, Prompt]:
+    """The workflows in API form that draw people on SDXL for `multiply`, filled and made small.
+
+    Those alone whose nodes are there: some need another pack.
+    """
     found = {}
     for path in sorted(FOLDER.glob("api/*_sdxl_*.json")):
         filled = generator_workflow.read_workflow(path).filled(PHOTO, SCENE, seed=1)
-        found[path.stem] = smaller(filled, side)
+        if all(entry["class_type"] in nodes for entry in filled.values()):
+            found[path.stem] = smaller(filled, side)
     return found
 
 
