@@ -197,7 +197,7 @@ def size(trained):
 
 def test_a_second_table_takes_everything_from_disk(report, world, monkeypatch):
     monkeypatch.setattr("benchmarks.styles.trainer.run_adaptation", None)
-    monkeypatch.setattr("benchmarks.styles.pictures.sample", None)
+    monkeypatch.setattr("benchmarks.styles.pictures.draw_latents", None)
     again = measure(world, TINY, names=SOME)
     for name, row in again.rows.items():
         assert set(row) == set(report.rows[name])

@@ -361,8 +361,10 @@ def test_text_with_a_new_word(text):
     short = text.encode(["a <h1>"], {"<h1>": own}, padded=False)
     assert short.context.shape[1] == 4
     torch.testing.assert_close(short.context[0], plain.context[1, :4])
-    absent = text.encode(["a cat", "a <h1>x"], {"<h1>": own})
-    assert absent.positions["<h1>"].tolist() == [-1, -1]  # whole words only
+    other = text.encode(["a cat", "a <h1>s"], {"<h1>": own})
+    assert other.positions["<h1>"].tolist() == [-1, 2]  # its bracket ends it
+    absent = text.encode(["a cat", "a blorpx"], {"blorp": own})
+    assert absent.positions["blorp"].tolist() == [-1, -1]  # whole words only
     assert text_probe(text).shape == (64,)
     with pytest.raises(ConfigError, match="75"):
         text.encode(["a <h1> " + "hat " * 80], {"<h1>": own})
