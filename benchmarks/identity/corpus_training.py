@@ -57,7 +57,7 @@ COURSE = DreamBoothConfig(
     normalise_gradient=False,
     precision="bf16",
 )
-GROUP, JUDGED, QUICK_STEPS = 16, 4, 20
+GROUP, JUDGED, QUICK_STEPS = 32, 4, 20
 GROUPED, CORE_NODE = "groups", "core's Train LoRA"
 PRECISIONS = {"bf16": "bfloat16", "no": "float32"}
 CORE_LENGTHS = (10, 40)
