@@ -8,6 +8,8 @@ import torch
 
 from difflora_core.base_model.diffusers_base import DiffusersBase
 from difflora_core.commands.networks import network_config
+from difflora_core.commands.plan import DEMO
+from difflora_core.commands.train_data import encode_all
 from difflora_core.demo import paths
 from difflora_core.demo.build.features import demo_encoders
 from difflora_core.demo.networks.base import demo_layout
@@ -17,10 +19,8 @@ from difflora_core.storage.safetensors_io import read_file, write_atomic
 from difflora_core.training.difflora.functional import PersonPictures
 from difflora_core.training.loop import Progress
 from difflora_core.vision.face_choice import FaceOptions
-from difflora_core.vision.features import FeatureSizes, ImageFeatures, extract_features
+from difflora_core.vision.features import ImageFeatures, extract_features
 
-SIZES = FeatureSizes(face=128, image=64, tokens=65, token_dim=128)
-"""Of the demo's encoders."""
 _CHUNK = 500
 _PARTS = ("face", "face_found", "image", "image_tokens")
 
@@ -33,7 +33,7 @@ def new_model(seed: int, **parts: object) -> DiffLoRAModel:
         parts: networks in place of the usual ones.
     """
     about = {"face_encoder": "demo_faces/rec_demo.onnx", "image_encoder": "demo CLIP vision"}
-    config = network_config(SIZES, False, **{**about, **parts})
+    config = network_config(DEMO, False, **{**about, **parts})
     return DiffLoRAModel(config, demo_layout(), generator=torch.Generator().manual_seed(seed))
 
 
@@ -71,14 +71,10 @@ def person_pictures(
     captions = [scene.caption() for scene in pool.scenes]
     prompts = list(dict.fromkeys(captions))
     row = {prompt: k for k, prompt in enumerate(prompts)}
-    parts = [base.encode_prompts(prompts[i : i + 256]) for i in range(0, len(prompts), 256)]
-    text = type(parts[0])(
-        torch.cat([p.context for p in parts]), torch.cat([p.pooled for p in parts])
-    )
     count = len(torch.unique(pool.identities))
     return PersonPictures(
         latents=latents,
-        text=text,
+        text=encode_all(base, prompts),
         prompts=torch.tensor([row[caption] for caption in captions]),
         features=features,
         people=torch.arange(len(pool)).reshape(count, -1),

@@ -79,14 +79,14 @@ class Settings(Config):
     portraits: str
     out: str
     workflow: str
-    comfyui: tuple[str, ...] = ("http://127.0.0.1:8188",)
+    comfyui: tuple[str, ...] = Servers.comfyui
     prompts: str = ""
     drawn: DrawnConfig = field(default_factory=DrawnConfig)
     faces: str = ""
     provider: str = "cpu"
-    timeout: float = 600.0
-    tries: int = 3
-    wait: float = 60.0
+    timeout: float = Servers.timeout
+    tries: int = Servers.tries
+    wait: float = Servers.wait
 
     def __post_init__(self) -> None:
         _ = self.servers  # whose values are checked
