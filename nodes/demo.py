@@ -25,9 +25,8 @@ class LoadDemo(io.ComfyNode):
                     "word_by_word",
                     default=False,
                     optional=True,
-                    tooltip="On for learned words: the same model, trained on "
-                    "to read a prompt word by word, as SDXL does. Off: it reads the whole prompt "
-                    "at its end.",
+                    tooltip="Without effect: the base reads every prompt word by word. It stays so "
+                    "that older workflows open.",
                 ),
             ],
             outputs=[
@@ -51,11 +50,10 @@ class LoadDemo(io.ComfyNode):
 
     @classmethod
     def execute(cls, word_by_word=False):
-        (base, words, vision, difflora, control), faces = model_paths.demo_paths()
-        changed = words if word_by_word else None
+        (base, vision, difflora, control), faces = model_paths.demo_paths()
         return io.NodeOutput(
-            host_demo.load_demo_unet(base, changed),
-            host_demo.load_demo_clip(base, changed),
+            host_demo.load_demo_unet(base),
+            host_demo.load_demo_clip(base),
             host_demo.load_demo_vae(base),
             host_demo.load_demo_clip_vision(vision),
             InsightFaceEncoder(faces).analysis,

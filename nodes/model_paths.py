@@ -34,7 +34,7 @@ DEMO = "difflora_demo"
 """Holds the demo world; `extra_model_paths.yaml` can name another folder."""
 
 DEMO_FOLDER = paths.ARTEFACTS
-DEMO_PARTS = (paths.BASE, paths.WORDS, paths.CLIP_VISION, paths.DIFFLORA, paths.CONTROLNET)
+DEMO_PARTS = (paths.BASE, paths.CLIP_VISION, paths.DIFFLORA, paths.CONTROLNET)
 DEMO_FILES = tuple(part.name for part in DEMO_PARTS)
 DEMO_LORAS = paths.LORAS.relative_to(paths.ARTEFACTS)
 DEMO_CONCEPTS = paths.CONCEPTS.relative_to(paths.ARTEFACTS)

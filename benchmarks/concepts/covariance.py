@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     set_threads(options.threads)
     counts = QUICK_COUNTS if options.quick else COUNTS
     console = benchmark_console()
-    rows = table(demo_concept_text(paths.BASE, paths.WORDS), counts)
+    rows = table(demo_concept_text(paths.BASE), counts)
     facts = {"ridge": RIDGE, "selections": len(SELECTIONS), "quick": options.quick}
     report = Report(rows, {**facts, "commit": commit(), "machine": machine()})
     console.print(report.to_markdown({"tokens": 0, "condition": 0, "seconds": 1}))

@@ -30,10 +30,10 @@ CAPTIONS = 10_000
 
 def demo_evaluator(console: Console) -> ConceptEvaluator:
     """The demo world's models and judges."""
-    text = demo_concept_text(paths.BASE, paths.WORDS)
+    text = demo_concept_text(paths.BASE)
     covariance = build_covariance(text, captions(CAPTIONS, "demo"))
-    base_hash = hashlib.sha256(paths.BASE.read_bytes() + paths.WORDS.read_bytes()).hexdigest()
-    base, folder = load_base(paths.BASE, paths.WORDS), CACHE / "words"
+    base_hash = hashlib.sha256(paths.BASE.read_bytes()).hexdigest()
+    base, folder = load_base(paths.BASE), CACHE / "words"
     models = ConceptModels(base, text, covariance)
     trainer = ConceptTrainer(models, base_hash, folder, console.print)
     judge = load_concept_judge(paths.CONCEPT_JUDGE)

@@ -115,7 +115,7 @@ def prompt(
     photos: list[str], kind: str, own: Mapping[str, Any], steps: int
 ) -> dict[str, dict[str, Any]]:
     """The graph of one training; its LoRA is saved by core's node."""
-    nodes: dict[str, dict[str, Any]] = {"demo": _node("DiffLoRA_LoadDemo", word_by_word=False)}
+    nodes: dict[str, dict[str, Any]] = {"demo": _node("DiffLoRA_LoadDemo")}
     last: list[Any] = []
     for number, photo in enumerate(photos):
         nodes[f"photo{number}"] = _node("LoadImage", image=photo)

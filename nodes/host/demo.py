@@ -26,7 +26,6 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...difflora_core.config import parse_json
-from ...difflora_core.demo.networks.changes import with_changes
 from ...difflora_core.demo.networks.stored import REMEDY, check_names
 from ...difflora_core.demo.networks.text import text_config
 from ...difflora_core.errors import CheckpointError
@@ -76,21 +75,15 @@ VAE_NAMES = (
 )
 
 
-def read_demo_file(
-    path: Path, words: Path | None = None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """State dict and configuration; `words` holds tensors to put in the place of some.
+def read_demo_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State dict and configuration.
 
     Raises:
-        CheckpointError: there is no configuration, so the file is something else; or `words`
-            belongs to another base.
+        CheckpointError: there is no configuration, so the file is something else.
     """
     tensors, metadata = read_file(path, "file of the demo world")
     if not metadata or "config" not in metadata:
         raise CheckpointError(f"{path} is no file of the demo world: it holds no configuration.")
-    if words is not None:
-        changes, _ = read_file(words, "file of changes to the demo base")
-        tensors = with_changes(tensors, changes, words)
     return tensors, parse_json(metadata["config"], f"{path}: the configuration", CheckpointError)
 
 
@@ -155,15 +148,13 @@ def vae_ratio(config: Mapping[str, Any]) -> int:
     return 2 ** (len(config["block_out_channels"]) - 1)
 
 
-def load_demo_unet(
-    path: Path, words: Path | None = None, disable_dynamic: bool = False
-) -> comfy.model_patcher.ModelPatcher:
+def load_demo_unet(path: Path, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
     """The UNet in a ModelPatcher, as ComfyUI's checkpoint loader makes one.
 
     Raises:
         CheckpointError: the file's tensors are not those of the UNet.
     """
-    state, facts = read_demo_file(path, words)
+    state, facts = read_demo_file(path)
     config = demo_model_config(state, facts)
     device = comfy.model_management.get_torch_device()
     dtype = comfy.model_management.unet_dtype(
@@ -185,7 +176,7 @@ def load_demo_unet(
     tell = partial(tell_far_size, config.picture_size, config.latent_format)
     patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "difflora_demo_size", tell)
     # Hooks and copies for other devices reload the model from its file.
-    patcher.cached_patcher_init = (load_demo_unet, (path, words))
+    patcher.cached_patcher_init = (load_demo_unet, (path,))
     return patcher
 
 
@@ -259,13 +250,13 @@ def vae_state(state: Mapping[str, Tensor], levels: int) -> dict[str, Tensor]:
     return renamed
 
 
-def load_demo_clip(path: Path, words: Path | None = None) -> comfy.sd.CLIP:
+def load_demo_clip(path: Path) -> comfy.sd.CLIP:
     """Both text encoders behind ComfyUI's SDXL tokenizer and CLIP class.
 
     Raises:
         CheckpointError: the file's tensors are not those of the text encoders.
     """
-    state, _ = read_demo_file(path, words)
+    state, _ = read_demo_file(path)
     weights: dict[str, Tensor] = {}
     options = {}
     for part, prefix in TEXT.items():

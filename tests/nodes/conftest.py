@@ -20,7 +20,6 @@ from PIL import Image
 
 from difflora_core.comfy_client import ComfyClient
 from difflora_core.demo.build.controlnet import save_controlnet
-from difflora_core.demo.build.words import write_words
 from difflora_core.demo.comfyui.server import ComfyServer
 from difflora_core.demo.networks.base import demo_layout, load_base, new_base, save_base
 from difflora_core.demo.networks.clip_vision import ClipVisionRecipe, save_clip_vision
@@ -35,7 +34,7 @@ from difflora_core.vision.features import FeatureSizes
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "difflora_core" / "demo" / "artefacts"
 PARTS = (
-    *("base.safetensors", "words.safetensors", "clip_vision.safetensors"),
+    *("base.safetensors", "clip_vision.safetensors"),
     *("difflora.safetensors", "controlnet.safetensors"),
     "insightface/demo_faces",
 )
@@ -77,10 +76,6 @@ def random_world(random_difflora, tmp_path_factory: pytest.TempPathFactory) -> P
     vae = new_vae(4)
     save_base(folder / "base.safetensors", unet, text, vae)
     generator = torch.Generator().manual_seed(6)
-    for name, parameter in unet.named_parameters():
-        if "attn2.to_v" in name:
-            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator).half()
-    write_words(folder / "words.safetensors", folder / "base.safetensors", unet, text)
     control = ControlLoRA(load_base(folder / "base.safetensors"), 4, generator)
     for parameter in control.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
@@ -292,9 +287,9 @@ def draw_models(comfy):
     def node(class_type, **inputs):
         return {"class_type": class_type, "inputs": inputs}
 
-    def run(nodes, models, demo=None):
+    def run(nodes, models):
         graph = {
-            "demo": node("DiffLoRA_LoadDemo", **(demo or {})),
+            "demo": node("DiffLoRA_LoadDemo"),
             "identity": node(
                 "DiffLoRA_InventIdentity", difflora_model=difflora, seed=3, count=1, steps=4,
                 guidance=1.0,

@@ -183,7 +183,7 @@ OURS: dict[str, Callable[[], Ours]] = {
 def common_nodes(comfy, comfy_server):
     """Two people's LoRAs, also as hooks of core's own from files, and prompts."""
     people = invented_lora() | invented_lora(4)
-    nodes = {"demo": node("DiffLoRA_LoadDemo", word_by_word=True), **people}
+    nodes = {"demo": node("DiffLoRA_LoadDemo"), **people}
     saved = {"placed": "lora", "placed4": "lora4"}
     comfy.run(
         nodes

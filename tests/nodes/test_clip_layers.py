@@ -37,7 +37,7 @@ def draw(comfy, is_shipped):
 
     def run(nodes, clips, text=f"photo of a person, wearing a {HAT}"):
         graph = {
-            "demo": node("DiffLoRA_LoadDemo", word_by_word=True),
+            "demo": node("DiffLoRA_LoadDemo"),
             "none": node("CLIPTextEncode", clip=CLIP, text=""),
             "on": on("hat"),
             **nodes,
@@ -116,8 +116,9 @@ def test_a_prompt_of_the_other_clip_is_told(draw):
 
 
 def test_a_clip_of_another_base_is_refused(draw):
-    """The demo's other text encoders, which read a prompt at its end."""
-    nodes = {"other": node("DiffLoRA_LoadDemo"), "hat": loaded(clip=("other", 1))}
+    """One of other weights: core's merging nodes make it of the demo's own."""
+    other = node("CLIPMergeSubtract", clip1=CLIP, clip2=CLIP, multiplier=0.3)
+    nodes = {"other": other, "hat": loaded(clip=("other", 0))}
     with pytest.raises(ComfyPromptError, match="was made with other text encoders") as caught:
         draw(nodes, {"p": (("on", 0), ("hat", 1))})
     assert caught.value.node_id == "hat"

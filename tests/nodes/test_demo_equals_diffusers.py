@@ -17,14 +17,9 @@ def base_file(demo_world):
     return demo_world / "base.safetensors"
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["base", "word_by_word"])
-def words(request, demo_world):
-    return demo_world / "words.safetensors" if request.param else None
-
-
 @pytest.fixture(scope="module")
-def reference(base_file, words):
-    return load_base(base_file, words)
+def reference(base_file):
+    return load_base(base_file)
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +28,8 @@ def demo(node_module):
 
 
 @pytest.fixture(scope="module")
-def text(demo, base_file, words):
-    clip = demo.load_demo_clip(base_file, words)
+def text(demo, base_file):
+    clip = demo.load_demo_clip(base_file)
 
     def encode(caption):
         return clip.encode_from_tokens(clip.tokenize(caption), return_pooled=True)
@@ -58,14 +53,6 @@ def test_word_outside_the_vocabulary_is_the_unknown_word(demo, base_file):
     name = next(k for k in state if k.startswith(prefix) and k.endswith("token_embedding.weight"))
     assert table.shape[0] == 49408
     torch.testing.assert_close(table[30000], state[name][unknown])
-
-
-def test_words_of_another_base(demo, base_file, tmp_path):
-    other = tmp_path / "words.safetensors"
-    save_file({"nowhere": torch.ones(1)}, other)
-    with pytest.raises(Exception, match="does not fit the demo base") as caught:
-        demo.load_demo_unet(base_file, other)
-    assert type(caught.value).__name__ == "CheckpointError"
 
 
 @pytest.mark.parametrize("wrong", ["missing", "unknown", "size mismatch"])
@@ -99,10 +86,10 @@ def test_a_file_whose_tensors_do_not_fit_is_refused(demo, base_file, tmp_path, l
     assert type(caught.value).__name__ == "CheckpointError"
 
 
-def test_unet_is_the_same(comfyui, demo, reference, base_file, words, text):
+def test_unet_is_the_same(comfyui, demo, reference, base_file, text):
     import comfy.model_management
 
-    patcher = demo.load_demo_unet(base_file, words)
+    patcher = demo.load_demo_unet(base_file)
     comfy.model_management.load_models_gpu([patcher])
     generator = torch.Generator().manual_seed(1)
     noisy = torch.randn(3, 8, 16, 16, generator=generator)

@@ -30,7 +30,7 @@ def graph(**changes):
     inputs = {"teacher": ["lora", 0], "teacher_clip": ["demo", 1], **STUDENT, **WIDGETS, **changes}
     return {
         "demo": node("DiffLoRA_LoadDemo"),
-        "words": node("DiffLoRA_LoadDemo", word_by_word=True),
+        "reader": node("CLIPMergeSubtract", clip1=["demo", 1], clip2=["demo", 1], multiplier=0.3),
         "file": node("DiffLoRA_LoadLoRAFile", lora_name="difflora_demo_old_lora.safetensors"),
         "lora": node(
             "LoraModelLoader", model=["demo", 0], lora=["file", 0], strength_model=2.0, bypass=False
@@ -69,7 +69,7 @@ def test_a_teacher_that_reads_otherwise_is_compared_by_outputs(comfy, comfy_serv
     )
     told = comfy.run(
         graph(
-            teacher=["words", 0], teacher_clip=["words", 1], prompts="", prompt_file="told.txt",
+            teacher=["demo", 0], teacher_clip=["reader", 0], prompts="", prompt_file="told.txt",
             file_name="foreign", method=other, rank=1, steps=2, held_out=0,
         )
     ).outputs["told"]["text"][0]  # fmt: skip

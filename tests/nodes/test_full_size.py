@@ -13,7 +13,7 @@ QUICKSTART = PACK / "workflows" / "quickstart_demo.json"
 @pytest.fixture(scope="module")
 def harness(comfy_server):
     base = graphs.base_prompt("")
-    base["load"] = {"class_type": "DiffLoRA_LoadDemo", "inputs": {"word_by_word": False}}
+    base["load"] = {"class_type": "DiffLoRA_LoadDemo", "inputs": {}}
     base["empty"]["inputs"] |= {"width": 64, "height": 64}
     return Harness(comfy_server, base)
 

@@ -29,7 +29,7 @@ def draw(comfy, is_shipped):
         pytest.skip("the demo world is not complete")
 
     def run(text, names=()):
-        nodes = {"demo": node("DiffLoRA_LoadDemo", word_by_word=True)}
+        nodes = {"demo": node("DiffLoRA_LoadDemo")}
         model, clip = ["demo", 0], CLIP
         for name in names:
             load, worn = f"load_{name}", f"worn_{name}"

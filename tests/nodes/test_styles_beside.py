@@ -99,9 +99,7 @@ def test_beside_a_concept(draw_models, files, is_shipped, method):
         "style off": concept(["style", 0], 0.0),
     }
     shown = draw_models(
-        nodes,
-        plain("style", "concept", "concept style", "concept off", "style off"),
-        {"word_by_word": True},
+        nodes, plain("style", "concept", "concept style", "concept off", "style off")
     )
     np.testing.assert_array_equal(shown["concept off"], shown["concept"])
     np.testing.assert_array_equal(shown["style off"], shown["style"])

@@ -50,7 +50,7 @@ def draw(comfy, is_shipped):
     ):
         """Pictures by name; `prompts` has for each a model (on or base), and a text or link."""
         nodes = {
-            "demo": node("DiffLoRA_LoadDemo", word_by_word=True),
+            "demo": node("DiffLoRA_LoadDemo"),
             "load": node("DiffLoRA_LoadConcept", concept_name=f"{names[0]}.safetensors", clip=CLIP),
             "on": applied(**settings),
             "none": encoded("", CLIP),

@@ -35,8 +35,9 @@ def made_since(begun: int) -> Digests:
 
 def _files() -> list[Path]:
     """What a later stage, or a user, reads: artefacts, and what the build keeps for itself."""
-    kept = (paths.FACE_READER, paths.DIFFLORA_PAPER, *(paths.BUILD / "vae" / "trained").rglob("*"))
-    files = (*paths.ARTEFACTS.rglob("*"), *kept)
+    kept = (paths.FIRST_BASE, paths.FACE_READER, paths.DIFFLORA_PAPER)
+    trained_vae = (paths.BUILD / "vae" / "trained").rglob("*")
+    files = (*paths.ARTEFACTS.rglob("*"), *kept, *trained_vae)
     return sorted(path for path in files if path.is_file() and path != paths.MANIFEST)
 
 

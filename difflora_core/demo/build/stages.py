@@ -104,7 +104,7 @@ def vae(progress: Progress) -> Figures:
 
 
 def base(progress: Progress) -> Figures:
-    """Train UNet and text encoders on the latents."""
+    """Train UNet and text encoders on the latents; the stage `words` goes on from them."""
     model = AutoencoderKL.from_pretrained(paths.BUILD / "vae" / "trained")
     portraits, pairs, held_out = drawn_pool(), pairs_pool().head(2000), validation_pool()
     latents = [
@@ -117,7 +117,7 @@ def base(progress: Progress) -> Figures:
     data = (latents[0], portraits.captions, latents[1], pairs.captions, BASE_BATCH)
     hooks = Hooks(progress, fingerprint=fingerprint(*data))
     train(objective, draw, BASE_LOOP, paths.BUILD / "base", hooks)
-    save_base(paths.BASE, unet, text, model)
+    save_base(paths.FIRST_BASE, unet, text, model)
     return {"validation_loss": base_loss(objective, latents[2], held_out)}
 
 

@@ -83,7 +83,7 @@ def _through_vae(base: DiffusersBase, images: Tensor) -> Tensor:
 
 def concepts(progress: Progress) -> Figures:
     """Teach the words that ship."""
-    base, text = load_base(paths.BASE, paths.WORDS), demo_concept_text(paths.BASE, paths.WORDS)
+    base, text = load_base(paths.BASE), demo_concept_text(paths.BASE)
     covariance = build_covariance(text, captions(CAPTIONS, "demo"))
     figures: Figures = {}
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -34,14 +33,7 @@ from ...storage.safetensors_io import read_file, write_atomic
 from ...training.fingerprint import fingerprint
 from ...training.loop import Hooks, LoopConfig, Progress, train
 from .. import paths
-from ..networks.base import (
-    BaseObjective,
-    DemoText,
-    load_base,
-    load_text,
-    stored_tensors,
-    write_half,
-)
+from ..networks.base import BaseObjective, DemoText, load_base, load_text, save_base
 from ..networks.text import END, tokenize, word_numbers
 from ..networks.vae import encode_pool
 from ..world.identities import split_seeds
@@ -200,8 +192,8 @@ def _draw_pairs(vae: AutoencoderKL, start: int) -> ThingLatents:
 
 
 def words(progress: Progress) -> Figures:
-    """Train the base on where TRAINED says; only what changed is written."""
-    base, text = load_base(paths.BASE), load_text(paths.BASE)
+    """Train the first base on where TRAINED says, and write the base that ships."""
+    base, text = load_base(paths.FIRST_BASE), load_text(paths.FIRST_BASE)
     pool, unseen = drawn_pool(), validation_pool()
     portraits = pool_latents(base.vae, "train", pool), pool
     things = thing_latents(base.vae)
@@ -216,19 +208,8 @@ def words(progress: Progress) -> Figures:
     hooks = Hooks(progress, splits=False, fingerprint=fingerprint(*facts))
     draw = word_batches(portraits, things, BATCH, len(base.alphas_cumprod))
     train(objective, draw, LOOP, paths.BUILD / "words", hooks)
-    write_words(paths.WORDS, paths.BASE, base.unet, text)
+    save_base(paths.BASE, base.unet, text, base.vae)
     return {
         "validation_loss": base_loss(plain, held_out, unseen),
         "validation_loss_before": before,
     }
-
-
-def write_words(path: Path, base: Path, unet: UNet2DConditionModel, text: DemoText) -> None:
-    """Write what differs from a base's file under its names, for `load_base(base, words)`."""
-    old, _ = read_file(base, "demo base")
-    tensors = {
-        key: tensor
-        for key, tensor in stored_tensors(unet, text).items()
-        if not torch.equal(tensor.half(), old[key])
-    }
-    write_half(path, tensors, {"format": "difflora-demo-words-1"})

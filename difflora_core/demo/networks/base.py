@@ -211,18 +211,21 @@ def write_half(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, st
     write_atomic(stored, dict(facts), path)
 
 
-def load_base(path: Path, words: Path | None = None) -> DiffusersBase:
+def load_base(path: Path, changes: Path | None = None) -> DiffusersBase:
     """The demo base as a frozen float32 model for training and evaluation.
 
     Args:
         path: the base's file.
-        words: weights that replace some of it, see words.py.
+        changes: weights that replace some of its own, as a teacher of a style holds them.
 
     Raises:
         CheckpointError: a file cannot be read, they do not fit each other, or the base lacks
             something or holds something else.
     """
-    tensors, metadata = _stored(path, words)
+    tensors, metadata = read_file(path, "demo base")
+    if changes is not None:
+        changed, _ = read_file(changes, "file of changes to the demo base")
+        tensors = with_changes(tensors, changed, changes)
     with building(path):
         facts = parse_json(metadata["config"], "the configuration")
         unet, vae = UNet2DConditionModel(**facts["unet"]), AutoencoderKL(**facts["vae"])
@@ -238,13 +241,13 @@ def load_base(path: Path, words: Path | None = None) -> DiffusersBase:
     return DiffusersBase(unet, vae, text.encode_prompts, DDIMScheduler(**SCHEDULER_CONFIG))
 
 
-def load_text(path: Path, words: Path | None = None) -> DemoText:
-    """The demo base's text encoders alone, frozen, float32; `words` as for `load_base`.
+def load_text(path: Path) -> DemoText:
+    """The demo base's text encoders alone, frozen, float32.
 
     Raises:
         CheckpointError: as for `load_base`, of the text encoders.
     """
-    return _text(_stored(path, words)[0], path)
+    return _text(read_file(path, "demo base")[0], path)
 
 
 def _text(tensors: Mapping[str, Tensor], path: Path) -> DemoText:
@@ -253,15 +256,6 @@ def _text(tensors: Mapping[str, Tensor], path: Path) -> DemoText:
     _load_part("text_l", text.text_l, tensors, path)
     _load_part("text_g", text.text_g, tensors, path)
     return text.requires_grad_(False).eval()
-
-
-def _stored(path: Path, words: Path | None) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    """Tensors of a base file, those of `words` in place of its own, and its metadata."""
-    tensors, metadata = read_file(path, "demo base")
-    if words is not None:
-        changes, _ = read_file(words, "file of changes to the demo base")
-        tensors = with_changes(tensors, changes, words)
-    return tensors, metadata
 
 
 def _unet_names(unet: UNet2DConditionModel) -> dict[str, str]:

@@ -12,9 +12,9 @@ from .text import END, LENGTH, PAD, START, UNKNOWN, word_numbers
 SPECIAL = SpecialTokens(START, END, (END, PAD), UNKNOWN, LENGTH)
 
 
-def demo_concept_text(path: Path, words: Path | None = None) -> ClipPairText:
-    """The demo base's text encoders from its file; `words` as for `base.load_base`."""
-    text = load_text(path, words)
+def demo_concept_text(path: Path) -> ClipPairText:
+    """The demo base's text encoders from its file."""
+    text = load_text(path)
     return ClipPairText((text.text_l, text.text_g), word_numbers, SPECIAL)
 
 
