@@ -15,7 +15,7 @@ BIASES = (1.1, 0.95, 0.6)
 
 def teach_concept(graph: Graph, target: Target) -> None:
     """Three pictures and their masks become a word."""
-    builder = WorkflowBuilder(graph, target, CONCEPT_NOTES["teach_concept"], words=True)
+    builder = WorkflowBuilder(graph, target, CONCEPT_NOTES["teach_concept"])
     add = graph.add
     pictures, places = _training_photos(builder)
     with graph.group("2 Load and train"):
@@ -64,7 +64,7 @@ def teach_concept(graph: Graph, target: Target) -> None:
 
 def one_concept(graph: Graph, target: Target) -> None:
     """A word from its file, its likeness turned up and down."""
-    builder = WorkflowBuilder(graph, target, CONCEPT_NOTES["one_concept"], words=True)
+    builder = WorkflowBuilder(graph, target, CONCEPT_NOTES["one_concept"])
     with graph.group("1 Load"):
         builder.load_base()
         concept = _load_concept(builder, target, "demo_hat", "my_hat")
@@ -89,7 +89,7 @@ def one_concept(graph: Graph, target: Target) -> None:
 
 def two_concepts(graph: Graph, target: Target) -> None:
     """Two words in one prompt."""
-    builder = WorkflowBuilder(graph, target, CONCEPT_NOTES["two_concepts"], words=True)
+    builder = WorkflowBuilder(graph, target, CONCEPT_NOTES["two_concepts"])
     with graph.group("1 Load two words"):
         builder.load_base()
         hat = _load_concept(builder, target, "demo_hat", "my_hat")
@@ -113,7 +113,7 @@ def two_concepts(graph: Graph, target: Target) -> None:
 
 def concept_person(graph: Graph, target: Target) -> None:
     """A DiffLoRA person with a taught thing."""
-    builder = WorkflowBuilder(graph, target, CONCEPT_NOTES["concept_person"], words=True)
+    builder = WorkflowBuilder(graph, target, CONCEPT_NOTES["concept_person"])
     with graph.group("1 Load"):
         photo = builder.photo(PERSON, "Photo of the person")
         builder.load()

@@ -69,13 +69,10 @@ SDXL = Target(
 
 
 class WorkflowBuilder:
-    """The steps that most workflows share, on one graph for one target.
+    """The steps that most workflows share, on one graph for one target."""
 
-    `words`: the demo base reads word by word, as taught words need.
-    """
-
-    def __init__(self, graph: Graph, target: Target, about: str, words: bool = False) -> None:
-        self.graph, self.target, self.words = graph, target, words
+    def __init__(self, graph: Graph, target: Target, about: str) -> None:
+        self.graph, self.target = graph, target
         graph.note(f"{target.words(about.strip())}\n{target.about}".strip())
 
     def load(self, column: int = 0, control: bool = False, model: str = SDXL_MODEL) -> None:
@@ -104,7 +101,7 @@ class WorkflowBuilder:
     def load_base(self, column: int = 0) -> Node:
         """The base model alone: `model`, `clip` and `vae`."""
         if self.target.name == "demo":
-            base = self.graph.add("DiffLoRA_LoadDemo", column, word_by_word=self.words)
+            base = self.graph.add("DiffLoRA_LoadDemo", column)
         else:
             file = self._file("checkpoints")
             base = self.graph.add(
