@@ -9,6 +9,7 @@ from collections.abc import Sequence
 BENCHMARKS = {
     "identity": ("identity.identity", "the main table: likeness of predicted LoRAs"),
     "composition": ("identity.composition", "people blended, invented and put side by side"),
+    "toy": ("identity.toy", "whether LoRA weights are easier to compress and predict than others"),
     "compression": ("identity.compression", "how far a LoRA can be compressed"),
     "seeds": ("identity.seeds", "spread of the two headline rows between seeds"),
     "train_baselines": ("identity.train_baselines", "baselines of the main table, trained once"),
