@@ -66,7 +66,7 @@ STAGES = (
     Stage("chinese", 5, stages_styles.chinese),
     Stage("styles", 12, stages_shipped_styles.styles),
     Stage("controlnet", 7, controlnet.controlnet),
-    Stage("dataset", 17, stages_lora.dataset),
+    Stage("dataset", 8, stages_lora.dataset),
     Stage("functional", 70, stages_lora.functional),
     Stage("corpus", 12, stages_lora.corpus),
     Stage("encoder", 1, stages_lora.encoder),

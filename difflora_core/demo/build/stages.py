@@ -68,7 +68,7 @@ def pairs_pool() -> PicturePool:
 
 
 def drawn_pool() -> PicturePool:
-    """The portraits that the base and DiffLoRA learn to draw: 3,000 people with 10 pictures."""
+    """The portraits that the base learns to draw: 3,000 people with 10 pictures."""
     return train_pool().head(30_000)
 
 

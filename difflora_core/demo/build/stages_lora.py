@@ -40,8 +40,8 @@ from .features import demo_encoders
 from .people import dataset_folder, prepared
 from .stages import Figures, drawn_pool, validation_pool
 
-PICTURES = 10
-"""Pictures of each person in `drawn_pool`."""
+PEOPLE, PICTURES = 1500, 10
+"""Of `drawn_pool`: so many people with so many pictures each teach DiffLoRA."""
 TRAIN, VALIDATION, CORPUS_SET = "train", "validation", "corpus"
 """The datasets; that of the corpus has the first people of the first."""
 
@@ -86,7 +86,8 @@ CORPUS = CorpusConfig(
 def dataset(progress: Progress) -> Figures:
     """Photos of people as datasets: faces found, latents and captions encoded."""
     figures: Figures = {}
-    pools = {TRAIN: drawn_pool(), VALIDATION: validation_pool(), CORPUS_SET: _corpus_pool()}
+    people = drawn_pool().head(PEOPLE * PICTURES)
+    pools = {TRAIN: people, VALIDATION: validation_pool(), CORPUS_SET: _corpus_pool()}
     for name, pool in pools.items():
         made = prepared(name, pool)
         figures |= {f"{name}_people": made.facts.people, f"{name}_pictures": len(made)}
