@@ -1,6 +1,6 @@
 """What Perfusion could have trained on the small network."""
 
-RATES = {"value_rate": 0.03, "word_rate": 0.006}
+RATES = {"value_rate": 0.5, "word_rate": 0.015}
 """Of a training of a few steps in ComfyUI."""
 LEAST_CHANGE = 0.01
 """Of its values by another guidance."""
