@@ -19,7 +19,7 @@ DETAILS = {
 KNOWN = (
     "sai_model_spec architecture implementation title description date trigger_phrase tags "
     "usage_hint network_module network_dim network_alpha base_model_version tag_frequency "
-    "training_comment version base strength"
+    "training_comment version base strength license"
 ).split()
 
 

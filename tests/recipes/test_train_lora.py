@@ -212,6 +212,7 @@ def test_refinement_is_the_librarys_refine(base, text, setting, batch):
             for s in layout
         }
     )
+    base.unet.double()  # or the order of sums, which processors choose, decides
     config, alone = refinement_config(2), LoRAObjective(setting, refinement(2), start)
     encoded = text.encode(PROMPTS, {})
     both = TextCondition(encoded.context, encoded.pooled)
