@@ -1,5 +1,6 @@
 """The build of the demo world: files that are not what a stage made, and the whole chain, tiny."""
 
+import hashlib
 import json
 import os
 import signal
@@ -147,3 +148,20 @@ def test_a_stage_that_was_killed_after_it_wrote_goes_on(world, monkeypatch):
     assert build.main([]) == 0
     (world / "artefacts" / "second").write_text("edited")
     assert build.main([]) == 1
+
+
+def test_the_manifest_is_of_the_files_that_ship():
+    """Every file that git keeps, as it is; and no record of a stage that the build lacks."""
+    manifest = made.read(paths.MANIFEST)
+    listed = subprocess.run(
+        ["git", "-C", str(paths.ARTEFACTS), "ls-files"], capture_output=True, text=True, check=False
+    ).stdout.split("\n")
+    shipped = {name for name in listed if name and name != paths.MANIFEST.name}
+    if not shipped:
+        pytest.skip("this copy of the pack is not a git checkout")
+    assert manifest["files"].keys() == shipped
+    for name, facts in manifest["files"].items():
+        path = paths.ARTEFACTS / name
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        assert (path.stat().st_size, digest) == (facts["bytes"], facts["sha256"]), name
+    assert manifest["stages"].keys() <= {stage.name for stage in build.STAGES}
