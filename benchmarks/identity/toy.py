@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found: dict[str, list[dict[str, Tensor]]] = {}
     for seed in track(range(options.seeds), "seeds", console=console, transient=True):
         mean = mean_network(faces, options.steps, seed)
-        before = errors(unchanged, mean, faces)
+        before = errors(perceptron, mean, faces)
         for kind in kinds(mean, len(faces.colours), seed):
             trained = learn(kind, faces, options.steps, seed)
             made = judge(kind, trained, faces, options.components)
@@ -197,11 +197,6 @@ def mean_network(faces: Faces, steps: int, seed: int) -> Weights:
     mean = Faces(faces.colours[known].mean(0, keepdim=True), faces.places, faces.features[:1])
     every = tuple(range(2 * (HIDDEN + 1)))
     return learn(Kind("mean", network(1, seed, True), perceptron, every), mean, steps, seed)
-
-
-def unchanged(weights: Weights, places: Tensor) -> Tensor:
-    """Colours (1, P, 3) of the mean perceptron for everybody."""
-    return perceptron(weights, places)
 
 
 def split(faces: Faces) -> tuple[slice, slice, slice]:

@@ -51,7 +51,7 @@ def test_what_is_linear_in_the_features_is_predicted_and_what_is_random_is_not()
     """People differ in three numbers: shared weights carry them, starts of their own bury them."""
     known = faces()
     mean = toy.mean_network(known, 150, 0)
-    before = toy.errors(toy.unchanged, mean, known)
+    before = toy.errors(toy.perceptron, mean, known)
     rows = {}
     for kind in toy.kinds(mean, 40, 0):
         made = toy.judge(kind, toy.learn(kind, known, 150, 0), known, 3)
