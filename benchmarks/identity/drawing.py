@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from difflora_core.adapters.attach import attach
 from difflora_core.adapters.lora import lora_adapter_set
 from difflora_core.base_model.diffusers_base import DiffusersBase
 from difflora_core.base_model.drawing import draw_latents, trailing_ddim
+from difflora_core.base_model.precision import autocast
 from difflora_core.base_model.protocol import TextCondition
 from difflora_core.config import Config
 from difflora_core.demo.world.scenes import Scene
@@ -195,9 +196,9 @@ class PictureSampler:
             with adaptation.steered(self.base, owner, strength) as base:
                 yield base
 
-    def _precision(self) -> torch.autocast:
+    def _precision(self) -> AbstractContextManager[Any]:
         """bfloat16 products where the plan says so."""
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.plan.half)
+        return autocast(torch.device("cpu"), "bf16" if self.plan.half else "no")
 
 
 @dataclass(frozen=True)

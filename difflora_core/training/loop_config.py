@@ -35,7 +35,8 @@ class LoopConfig(Config):
         clip: largest gradient norm; 0 leaves gradients alone.
         ema: decay of the running average of the weights; 0 is off.
         checkpoint_every, log_every: steps.
-        precision: `no`, `bf16`, or `fp16` with a scaled loss; the trained weights stay float32.
+        precision: `no`, `bf16`, or `fp16` with a scaled loss; the trained weights stay float32. A
+            processor that would have to imitate bfloat16 takes float32 for it.
         seed: of batches and noise.
         compile: use torch.compile.
         accumulate: parts of a batch that are computed one after the other, to save memory.

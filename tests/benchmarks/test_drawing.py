@@ -8,6 +8,7 @@ import torch
 from benchmarks.identity.drawing import PictureSampler, groups, select, unseen_latents
 from benchmarks.identity.people import benchmark_people
 from benchmarks.prompts import PROMPTS, QUICK, asked
+from difflora_core.base_model.precision import imitates_bfloat16
 from difflora_core.demo.world.identities import SPLITS
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 
@@ -58,7 +59,8 @@ def test_guidance_and_half_precision_change_little_but_something(artefacts, plan
 
     base, half = drawn(plan), drawn(replace(plan, half=True))
     guided = drawn(replace(plan, guidance=3.0))
-    assert 0 < float((half - base).abs().mean()) < 0.05
+    changed = float((half - base).abs().mean())
+    assert changed == 0 if imitates_bfloat16(torch.device("cpu")) else 0 < changed < 0.05
     assert float((guided - base).abs().max()) > 0
 
 

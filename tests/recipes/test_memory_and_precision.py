@@ -1,6 +1,7 @@
 """What makes full-size training possible: checkpointing, parts of a batch, half precision."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from difflora_core.base_model.checkpointing import (
     ldm_blocks,
 )
 from difflora_core.base_model.diffusers_base import DiffusersBase
+from difflora_core.base_model.precision import autocast, imitates_bfloat16
 from difflora_core.base_model.protocol import TextCondition
 from difflora_core.errors import ConfigError
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
@@ -241,3 +243,20 @@ def test_dreambooth_in_parts_and_with_checkpoints_is_the_same_to_rounding(base, 
         torch.testing.assert_close(parts[name].down, whole[name].down, rtol=1e-6, atol=1e-9)
     with pytest.raises(ConfigError, match="4 samples"):
         train_dreambooth(base, examples, replace(config, accumulate=3))
+
+
+def test_a_processor_that_would_imitate_bfloat16_computes_in_float32():
+    here = torch.device("cpu")
+    x = torch.ones(2, 2)
+    with autocast(here, "bf16"):
+        half = (x @ x).dtype == torch.bfloat16
+    with autocast(here, "no"):
+        assert (x @ x).dtype == torch.float32
+    with autocast(here, "fp16"):
+        assert (x @ x).dtype == torch.float16
+    assert half is not imitates_bfloat16(here)
+    assert not imitates_bfloat16(torch.device("cuda"))
+    facts = Path("/proc/cpuinfo")
+    features = set(facts.read_text().split()) if facts.exists() else set()
+    if "sse2" in features:  # a PC's processor, as Linux tells of it
+        assert half is ({"avx512bw", "avx512vl", "avx512dq"} <= features)

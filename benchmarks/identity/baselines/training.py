@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from difflora_core.base_model.diffusers_base import DiffusersBase
+from difflora_core.base_model.precision import autocast
 from difflora_core.base_model.protocol import TextCondition
 from difflora_core.config import Config
 from difflora_core.demo import paths
@@ -208,7 +209,7 @@ def held_out(objective: nn.Module, people: TrainingSet, budget: Budget) -> float
     for number in range(JUDGED_BATCHES):
         batch = draw(torch.Generator().manual_seed(7000 + number))
         quiet = {name: batch[name] * 0 for name in ("feature_noise", "latent_noise")}
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast(torch.device("cpu"), "bf16"):
             losses.append(float(objective({**batch, **quiet})[1]["denoising"]))
     return sum(losses) / len(losses)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...base_model.diffusers_base import DiffusersBase
 from ...base_model.drawing import draw_latents, trailing_ddim
+from ...base_model.precision import autocast
 from ...config import parse_json
 from ...diffusion.sampler import SampleSettings, initial_noise, seeded_generators
 from ...storage.safetensors_io import read_file, write_atomic
@@ -120,7 +121,7 @@ def draw_controlled(
         hints = control_pictures(data, torch.arange(len(pool)))
         base = ControlledBase(base, control, hints)
     settings = SampleSettings(15, guidance)
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast(torch.device("cpu"), "bf16"):
         z = draw_latents(base, noise, text, null, settings, trailing_ddim(base))
         return base.decode_latents(z)
 

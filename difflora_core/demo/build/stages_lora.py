@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from ...base_model.precision import autocast
 from ...commands import corpus as corpus_command
 from ...commands import train
 from ...commands.encoders import file_digest, open_encoders
@@ -233,7 +234,7 @@ def validation_losses(model: DiffLoRAModel, batches: int = 12) -> Figures:
     totals = torch.zeros(2)
     for k in range(batches):
         batch = draw(torch.Generator().manual_seed(5000 + k))
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast(torch.device("cpu"), "bf16"):
             totals[0] += objective(batch)[1]["denoising"]
             totals[1] += objective.without_lora(batch)
     with_lora, without = (totals / batches).tolist()
