@@ -61,7 +61,8 @@ class Settings(Config):
         group: people that are trained at once.
         training: course of the training of everybody; its rank is that of the corpus.
         down: a DiffLoRA model whose shared `down` everybody begins with, and keeps with
-            --training.no-train-down: LoRAs as its autoencoder makes them. Empty draws them.
+            --training.no-train-down: LoRAs as its autoencoder makes them. Or a corpus, of other
+            people too: the `down` that serves all its LoRAs best. Empty draws them.
         judge: of the likeness that each LoRA reached when it was trained.
         tokenizer: folder of CLIP's vocab.json and merges.txt, for a checkpoint file; empty takes
             that of ComfyUI (COMFYUI_PATH).

@@ -12,12 +12,14 @@ from torch import Tensor
 from ..base_model.protocol import compute_device
 from ..data.encodings import Latents, encode_latents
 from ..data.lora_checks import LoRACheckSettings
+from ..data.lora_rows import LoRARows
 from ..data.lora_store import LoRAStore
 from ..data.prepared import PreparedDataset
 from ..data.workers import Crew
 from ..errors import ConfigError, counted, shown
 from ..storage.checkpoint import load_model
 from ..training.difflora.dataset_people import DatasetPeople, JudgeSettings, LikenessJudge
+from ..training.difflora.lae_stream import common_down
 from ..training.difflora.lora_corpus import CorpusConfig
 from ..training.difflora.lora_store import WORK, StorePlan, StoreTrainer, open_store
 from ..training.fingerprint import weights_digest
@@ -40,7 +42,8 @@ class PeopleJob:
         group: people that are trained at once.
         course: settings of their training.
         judge: measures likeness, if it names a face analysis.
-        down: file of the DiffLoRA model whose `down` everybody begins with; empty: none.
+        down: file of the DiffLoRA model, or folder of the corpus, whose `down` everybody begins
+            with; empty: none.
     """
 
     dataset: str
@@ -93,15 +96,21 @@ class PeopleJob:
         return StoreTrainer(base, self.people, config, writer, likeness, self._shared_down())
 
     def _shared_down(self) -> dict[str, Tensor] | None:
-        """Layer name to (r, in) of the model that is named, if one is.
+        """Layer name to (r, in) of the model or corpus that is named, if one is.
+
+        Of a corpus they are those that serve all its LoRAs best, see `lae.common_down`.
 
         Raises:
             ConfigError: it has no shared `down`, or is for another base or rank.
         """
         if not self.down:
             return None
-        model = load_model(self.down)
         wanted, place = self.opened.model.layout(self.opened.family, self.course.rank), self.down
+        if Path(place).is_dir():
+            loras = LoRARows(LoRAStore(place, wanted))
+            device = compute_device(self.opened.model)
+            return common_down(loras, tuple(wanted), wanted.rank, device)
+        model = load_model(place)
         if model.layout.hash != wanted.hash:
             raise ConfigError(
                 f"{shown(place, 300)} is for {shown(model.layout.base)} at rank "

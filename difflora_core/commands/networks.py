@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,14 +15,16 @@ SMALL_LAE = LAEConfig(basis_size=40, learn_down=True, encoder="mirror")
 """Trained through the base; LoRAs enter it by a mirror of the decoder, fitted in closed form."""
 SMALL_PAPER_LAE = LAEConfig(basis_size=32)
 """Trained on the weights of a corpus."""
-_SMALL: Mapping[str, Mapping[str, Any]] = {
-    "functional": {"lae": SMALL_LAE},
-    "paper": {"lae": SMALL_PAPER_LAE, "predictor": PredictorConfig(width=32, depth=1)},
-}
+LINEAR_LAE = LAEConfig(kind="linear", latent_dim=8)
+"""Fitted to the weights of a corpus: every further number is more of its noise."""
 
 
 def network_config(
-    sizes: FeatureSizes, full: bool, preset: str = "functional", **about: Any
+    sizes: FeatureSizes,
+    full: bool,
+    preset: str = "functional",
+    autoencoder: str = "structured",
+    **about: Any,
 ) -> DiffLoRAConfig:
     """The network for encoders of these sizes: SDXL's, or the demo world's.
 
@@ -31,14 +32,20 @@ def network_config(
         sizes: of the encoders.
         full: which one.
         preset: functional or paper.
+        autoencoder: kind of the autoencoder of paper.
         about: further fields of `DiffLoRAConfig`, in place of the usual ones.
     """
+    paper = preset == "paper"
     if not full:
-        dit = DiTConfig(width=96, depth=4, mlp_ratio=2.0)
-        return DiffLoRAConfig.demo(
-            sizes, **{"dit": dit, "preset": preset, **_SMALL[preset], **about}
-        )
+        small = {"dit": DiTConfig(width=96, depth=4, mlp_ratio=2.0), "lae": SMALL_LAE}
+        if paper:
+            lae = LINEAR_LAE if autoencoder == "linear" else SMALL_PAPER_LAE
+            lae = replace(lae, kind=autoencoder)
+            small |= {"lae": lae, "predictor": PredictorConfig(width=32, depth=1)}
+        return DiffLoRAConfig.demo(sizes, **{"preset": preset, **small, **about})
     config = DiffLoRAConfig.sdxl(preset=preset, **about)
+    if paper:
+        config = replace(config, lae=replace(config.lae, kind=autoencoder))
     mif = replace(
         config.mif,
         face_dim=sizes.face,

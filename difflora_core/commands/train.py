@@ -74,7 +74,9 @@ class Settings(Config):
             512 pixels of SDXL); 0 reads whole pictures.
         functional: settings of the functional recipe.
         functional_loop: its course.
-        lae: the autoencoder of paper.
+        autoencoder: kind of the autoencoder of paper; linear is fitted in closed form, for LoRAs
+            of small bases alone.
+        lae: training of that autoencoder.
         dit: the DiT of both.
         sample_prompt: what the validation people are drawn with.
         samples: how many of them are drawn.
@@ -106,6 +108,7 @@ class Settings(Config):
     functional_loop: LoopConfig = field(
         default_factory=lambda: LoopConfig(steps=20_000, ema=0.999, learning_rate=2e-4)
     )
+    autoencoder: Literal["structured", "conv1d", "linear"] = "structured"
     lae: lae.LAETrainConfig = field(default_factory=lae.LAETrainConfig)
     dit: latent_dit.LatentDiTConfig = field(default_factory=latent_dit.LatentDiTConfig)
     sample_prompt: str = "a photo of a person"
@@ -322,6 +325,7 @@ class _Work:
             self.people.pictures.features.sizes,
             full,
             preset=preset,
+            autoencoder=s.autoencoder,
             face_encoder=self.dataset.facts.face_encoder,
             image_encoder=f"{Path(s.clip_vision).name} {self.clip_digest[:12]}",
         )

@@ -263,3 +263,20 @@ def test_people_are_trained_over_the_down_of_a_model(dataset, tmp_path, capsys):
     files_alone = ["corpus", str(tmp_path / "loras"), str(tmp_path / "y"), "--base", "demo"]
     assert main([*files_alone, "--rank", "2", "--down", str(files[0])]) == 1
     assert "--down is for a dataset alone" in capsys.readouterr().err
+
+
+def test_people_are_trained_over_the_down_that_serves_a_corpus(dataset, tmp_path, capsys):
+    free = of_people(dataset)
+    assert main(["corpus", *free[:1], str(tmp_path / "free"), *free[1:]]) == 0
+    words = of_people(dataset, "--training.no-train-down", "--down", str(tmp_path / "free"))
+    assert main(["corpus", *words[:1], str(tmp_path / "out"), *words[1:]]) == 0
+    every = LoRAStore(tmp_path / "free")
+    for name, layer in LoRAStore(tmp_path / "out")[0].layers.items():
+        changes = torch.cat([every[k].layers[name].delta().double() for k in range(PEOPLE)])
+        best = torch.linalg.svd(changes)[2][:2]  # 2 in: right singular vectors, Eckart and Young
+        own = layer.folded().down.double()
+        torch.testing.assert_close(own.mT @ own, best.mT @ best, atol=1e-4, rtol=0)
+    rank = words.index("--rank") + 1
+    wrong = [*words[:rank], "4", *words[rank + 1 :]]
+    assert main(["corpus", *wrong[:1], str(tmp_path / "x"), *wrong[1:]]) == 1
+    assert str(tmp_path / "free") in capsys.readouterr().err

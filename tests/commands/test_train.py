@@ -329,6 +329,8 @@ def test_the_full_size_network_takes_the_encoders_at_hand():
     config = network_config(FeatureSizes(512, 1024, 257, 1280), True, preset="paper")
     assert config.feature_sizes == FeatureSizes(512, 1024, 257, 1280)
     assert (config.lae.latent_tokens, config.preset) == (64, "paper")
+    own = network_config(FeatureSizes(512, 1024, 257, 1280), True, "paper", "conv1d")
+    assert (own.lae.kind, config.lae.kind, own.lae.latent_dim) == ("conv1d", "structured", 64)
 
 
 def test_pictures_of_several_shapes_train_in_batches_of_one(photos, tmp_path, settings):

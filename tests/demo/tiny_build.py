@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from difflora_core.commands import networks
 from difflora_core.demo import paths
 from difflora_core.demo.build import (
     __main__ as build,
@@ -77,7 +78,11 @@ def few_people() -> None:
         words: {"PAIR_PICTURES": 32, "CHUNK": 32},
         stages_concepts: {"CAPTIONS": 50, "JUDGED": 2},
         stages_styles: {"DRAWN": 2},
-        stages_lora: {"CORPUS_PEOPLE": 16, "CORPUS_HELD_OUT": 8, "CORPUS": CORPUS},
+        stages_lora: {
+            **{"CORPUS_PEOPLE": 16, "CORPUS_HELD_OUT": 8, "CORPUS": CORPUS},
+            **{"PAPER_PEOPLE": 12, "PAPER_HELD_OUT": 4, "DOWN_PEOPLE": 4},
+        },
+        networks: {"LINEAR_LAE": replace(networks.LINEAR_LAE, latent_tokens=2, latent_dim=4)},
     }
     for module, values in smaller.items():
         for name, value in values.items():

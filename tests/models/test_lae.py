@@ -1,4 +1,4 @@
-"""LAE, both kinds: initial state, exact inverses, agreement with TokenGrid, learning, full size."""
+"""LAE, every kind: initial state, exact inverses, agreement with TokenGrid, learning, full size."""
 
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ SMALL = LAEConfig(
 )  # fmt: skip
 CASES = [
     pytest.param(replace(SMALL, kind=kind, parts=parts), id=f"{kind}-{'-'.join(parts)}")
-    for kind in ("structured", "conv1d")
+    for kind in ("structured", "conv1d", "linear")
     for parts in (("up",), ("down", "up"))
 ]
 

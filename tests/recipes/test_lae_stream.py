@@ -5,7 +5,8 @@ import torch
 
 from difflora_core.data.lora_rows import LoRARows
 from difflora_core.data.lora_store import NewLoRA, StoreWriter
-from difflora_core.errors import CheckpointError, InterruptedTraining
+from difflora_core.errors import CheckpointError, ConfigError, InterruptedTraining
+from difflora_core.lora.layout import sdxl_layout
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.models.lae.autoencoder import LoRAAutoencoder
 from difflora_core.models.lae.config import LAEConfig
@@ -119,3 +120,45 @@ def test_rows_of_a_store(store):
                        next(iter(whole.layers.values())).down[9])  # fmt: skip
     assert rows.digest != LoRARows(found, [2, 5, 9]).digest
     assert [part.batch_shape[0] for part in LoRARows(found).parts(16)] == [16, 16, 5]
+
+
+@pytest.mark.parametrize("parts", [("up",), ("down", "up")])
+def test_the_linear_kind_is_the_best_of_its_size(layout, tmp_path, parts):
+    g = torch.Generator().manual_seed(0)
+    sizes = {shape.name: (shape.in_features, shape.out_features) for shape in layout}
+    layers = {
+        name: LoRALayer(
+            torch.randn(COUNT, 2, n, generator=g), torch.randn(COUNT, m, 2, generator=g), 2.0
+        )
+        for name, (n, m) in sizes.items()
+    }
+    whole = LoRAWeights(layers)
+    writer = StoreWriter(tmp_path / "store", layout, "")
+    writer.add([NewLoRA(f"{n:02d}", whole.batch_item(n)) for n in range(COUNT)])
+    found = writer.write_index()
+    config = LAEConfig(kind="linear", latent_tokens=2, latent_dim=4, parts=parts)
+    settings = recipe.LAETrainConfig(canonical=False)
+    for corpus in (whole, LoRARows(found)):
+        lae = LoRAAutoencoder(config, layout, generator=torch.Generator().manual_seed(0))
+        figures = recipe.fit(lae, corpus, settings, tmp_path / "run", whole)
+        tokens = lae.tokens(whole).double()
+        again = lae.decode(lae.encode(tokens.float())).double()
+        centred = lae.groups.flatten(tokens - tokens.mean(0))
+        least = torch.linalg.svdvals(centred)[8:].square().sum()  # Eckart and Young
+        left = (tokens - again).square().sum()
+        torch.testing.assert_close(left, least, rtol=1e-3, atol=0)
+        kept = 1 - float(least / centred.square().sum())
+        assert figures["kept"] == pytest.approx(kept, rel=1e-3)
+        assert figures["validation"] == pytest.approx(recipe.reconstruction_error(lae, whole))
+
+
+def test_a_linear_autoencoder_of_too_few_loras_says_so(layout, store, tmp_path):
+    config = LAEConfig(kind="linear", latent_tokens=2, latent_dim=32)
+    lae = LoRAAutoencoder(config, layout)
+    with pytest.raises(ConfigError, match="a linear autoencoder of 64 numbers needs 65 LoRAs"):
+        recipe.fit(lae, store[1], recipe.LAETrainConfig(), tmp_path)
+
+
+def test_a_linear_autoencoder_of_sdxl_is_too_large():
+    with torch.device("meta"), pytest.raises(ConfigError, match="take the kind structured"):
+        LoRAAutoencoder(LAEConfig(kind="linear"), sdxl_layout(8))

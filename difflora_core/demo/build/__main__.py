@@ -56,6 +56,7 @@ STAGES = (
     Stage("detector", 7, stages_faces.detector),
     Stage("judges", 15, stages_faces.judges),
     Stage("vae", 15, stages.vae),
+    Stage("decoder", 60, stages.decoder),
     Stage("base", 45, stages.base),
     Stage("words", 50, words.words),
     Stage("concept_judge", 14, stages_concepts.judge),
@@ -70,6 +71,7 @@ STAGES = (
     Stage("functional", 70, stages_lora.functional),
     Stage("corpus", 12, stages_lora.corpus),
     Stage("encoder", 1, stages_lora.encoder),
+    Stage("paper_corpus", 70, stages_lora.paper_corpus),
     Stage("paper", 6, stages_lora.paper),
     Stage("example", 1, stages_lora.example),
 )

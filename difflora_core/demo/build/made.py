@@ -36,8 +36,8 @@ def made_since(begun: int) -> Digests:
 def _files() -> list[Path]:
     """What a later stage, or a user, reads: artefacts, and what the build keeps for itself."""
     kept = (paths.FIRST_BASE, paths.FACE_READER, paths.DIFFLORA_PAPER)
-    trained_vae = (paths.BUILD / "vae" / "trained").rglob("*")
-    files = (*paths.ARTEFACTS.rglob("*"), *kept, *trained_vae)
+    vaes = (paths.BUILD / stage / "trained" for stage in ("vae", "decoder"))
+    files = (*paths.ARTEFACTS.rglob("*"), *kept, *(path for vae in vaes for path in vae.rglob("*")))
     return sorted(path for path in files if path.is_file() and path != paths.MANIFEST)
 
 

@@ -8,6 +8,7 @@ the demo's own.
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from ...storage.checkpoint import load_model, read_description, save_model
 from ...storage.lora_corpus import LoRACorpus
 from ...storage.lora_file import write_lora_file
 from ...training.difflora import functional as difflora
-from ...training.difflora import lae, lae_encoder, latent_dit
+from ...training.difflora import lae_encoder, latent_dit
 from ...training.difflora.lora_corpus import CorpusConfig
 from ...training.loop import LoopConfig, Progress
 from ...training.lora.dreambooth import DreamBoothConfig
@@ -45,6 +46,8 @@ PEOPLE, PICTURES = 1500, 10
 """Of `drawn_pool`: so many people with so many pictures each teach DiffLoRA."""
 TRAIN, VALIDATION, CORPUS_SET = "train", "validation", "corpus"
 """The datasets; that of the corpus has the first people of the first."""
+PAPER_SET, DOWN_SET = "paper", "down"
+"""Of the paper preset: the people of its corpus, and others from whom its `down` comes."""
 
 READER_LOOP = LoopConfig(steps=700, learning_rate=2e-3, decay=0.6, precision="bf16", seed=5)
 FUNCTIONAL_LOOP = LoopConfig(
@@ -66,7 +69,7 @@ DISTRIBUTION = latent_dit.LatentDiTConfig(
         steps=2000, learning_rate=1e-3, ema=0.99, weight_decay=0.1, validate_every=250, patience=3
     ),
 )
-PAPER_LOOP = LoopConfig(steps=1500, learning_rate=2e-3, ema=0.99, validate_every=250, patience=3)
+PAPER_PEOPLE, PAPER_HELD_OUT, DOWN_PEOPLE = 320, 32, 16
 PROMPT = "photo of a person, smiling, blue background, red shirt"
 """What validation people are drawn with."""
 CORPUS_PEOPLE, CORPUS_HELD_OUT = 192, 32
@@ -135,18 +138,37 @@ def corpus(progress: Progress) -> Figures:
 
 def corpus_of_loras() -> LoRACorpus:
     """The corpus; what is missing of it is made, the people's dataset too."""
-    prepared(CORPUS_SET, _corpus_pool())
+    return _loras(CORPUS_SET, _corpus_pool(), CORPUS.dreambooth, str(paths.DIFFLORA))
+
+
+def paper_corpus(progress: Progress) -> Figures:
+    """The corpus of the paper preset, which owes nothing to the functional model.
+
+    A few people's LoRAs train both factors; the `down` that serves all of them best is that of
+    everybody else, who have the same start then.
+    """
+    free = replace(CORPUS.dreambooth, train_down=True, same_start=True, learning_rate=1e-2)
+    first, count = (PAPER_PEOPLE + PAPER_HELD_OUT) * PICTURES, DOWN_PEOPLE * PICTURES
+    pool = drawn_pool()
+    _loras(DOWN_SET, pool.head(first + count).tail(count), free)
+    made = _loras(PAPER_SET, pool.head(first), CORPUS.dreambooth, str(_corpus_folder(DOWN_SET)))
+    return {"loras": len(made)}
+
+
+def _loras(name: str, pool: PicturePool, course: DreamBoothConfig, down: str = "") -> LoRACorpus:
+    """LoRAs of a pool's people over a `down`, by `prepare` and `corpus`."""
+    prepared(name, pool)
     settings = corpus_command.Settings(
-        source=str(dataset_folder(CORPUS_SET)),
-        out=str(_run("corpus")),
+        source=str(dataset_folder(name)),
+        out=str(_corpus_folder(name)),
         base="demo",
-        rank=CORPUS.dreambooth.rank,
+        rank=course.rank,
         group=CORPUS.group,
-        training=CORPUS.dreambooth,
-        down=str(paths.DIFFLORA),
+        training=course,
+        down=down,
     )
     corpus_command.run(settings, plain_console())
-    store = LoRAStore(_run("corpus"))
+    store = LoRAStore(_corpus_folder(name))
     names = tuple(int(row.identity) for row in store.rows)
     return LoRACorpus(store.layout, names, store.batch(range(len(store))))
 
@@ -183,15 +205,15 @@ def encoder(progress: Progress) -> Figures:
 def paper(progress: Progress) -> Figures:
     """The paper preset: LAE on a corpus of DreamBooth LoRAs, then MIF and DiT on its latents."""
     settings = train.Settings(
-        dataset=str(dataset_folder(CORPUS_SET)),
+        dataset=str(dataset_folder(PAPER_SET)),
         folder=str(_run("paper")),
         method="paper",
-        corpus=str(_run("corpus")),
-        held_out=CORPUS_HELD_OUT / (CORPUS_PEOPLE + CORPUS_HELD_OUT),
+        corpus=str(_corpus_folder(PAPER_SET)),
+        held_out=PAPER_HELD_OUT / (PAPER_PEOPLE + PAPER_HELD_OUT),
         clip_vision=str(paths.CLIP_VISION),
         size="small",
         rank=LORA_RANK,
-        lae=lae.LAETrainConfig(loop=PAPER_LOOP),
+        autoencoder="linear",
         dit=DISTRIBUTION,
         sample_prompt=PROMPT,
         license="Apache-2.0",
@@ -249,6 +271,11 @@ def _corpus_pool() -> PicturePool:
 def _run(name: str) -> Path:
     """Folder of a command's run."""
     return paths.BUILD / "runs" / name
+
+
+def _corpus_folder(name: str) -> Path:
+    """Where the LoRAs of a dataset's people are kept."""
+    return _run(f"corpus_{name}")
 
 
 def _trained(run: str) -> Path:

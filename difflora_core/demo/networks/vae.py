@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from ...base_model.precision import autocast
 from ...config import Config, check_ranges
 from ...models.layers import DrawnFrom
 from ..world.pool import PicturePool
@@ -32,14 +33,16 @@ class VaeLoss(Config):
     """Weights of the loss.
 
     `face`: how much more a pixel inside a face box counts; `kl`: of the mean divergence of a
-    latent number from the unit Gaussian.
+    latent number from the unit Gaussian; `noise`: most spread of what is added to every second
+    picture's latents, about as far as those that a base model draws are from real ones.
     """
 
     face: float = 2.0
     kl: float = 1e-4
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
-        check_ranges("VAE loss", self, 0, 1000, "face", "kl")
+        check_ranges("VAE loss", self, 0, 1000, "face", "kl", "noise")
 
 
 class VaeObjective(nn.Module):
@@ -52,13 +55,13 @@ class VaeObjective(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss () of `images` (B, 3, H, W) in [-1, 1] under pixel `weights` (B, 1, H, W).
 
-        The latents are drawn with `noise` (B, 8, H/4, W/4).
+        The latents are drawn with `noise` (B, 8, H/4, W/4), and `spread` (B, 1, 1, 1) more of it.
         """
         images, weights = batch["images"], batch["weights"]
         moments = self.vae.quant_conv(self.vae.encoder(images)).float()  # B 16 H/4 W/4
         mean, logvar = moments.chunk(2, 1)  # B 8 H/4 W/4 each
         logvar = logvar.clamp(-20, 10)
-        z = mean + torch.exp(0.5 * logvar) * batch["noise"]
+        z = mean + (logvar.exp() + batch["spread"] ** 2).sqrt() * batch["noise"]
         error = self.vae.decoder(self.vae.post_quant_conv(z)).float() - images  # B 3 H W
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
         reconstruction = (weights * (error.abs() + error**2)).mean()
@@ -78,20 +81,21 @@ def vae_batches(
         loss: how much faces count.
 
     Returns:
-        From a generator to a batch: `images` (B, 3, H, W) in [-1, 1], `weights` (B, 1, H, W) and
-        unit `noise` (B, 8, H/4, W/4).
+        From a generator to a batch: `images` (B, 3, H, W) in [-1, 1], `weights` (B, 1, H, W), unit
+        `noise` (B, 8, H/4, W/4) and `spread` (B, 1, 1, 1).
     """
     height, width = pool.images.shape[1:3]
     y, x = torch.arange(height)[:, None], torch.arange(width)[None]
 
     def draw(generator: torch.Generator) -> dict[str, Tensor]:
         index = torch.randint(len(pool), (batch,), generator=generator)
-        x0, y0, x1, y1 = pool.boxes[index, 0, :, None, None].unbind(1)
-        inside = (x >= x0) & (x < x1) & (y >= y0) & (y < y1)
+        x0, y0, x1, y1 = pool.boxes[index, :, :, None, None].unbind(2)
+        inside = ((x >= x0) & (x < x1) & (y >= y0) & (y < y1)).any(1)
         images = pool.images[index].permute(0, 3, 1, 2).float() / 127.5 - 1
         noise = torch.randn(batch, 8, height // 4, width // 4, generator=generator)
         weights = 1 + (loss.face - 1) * inside[:, None].float()
-        return {"images": images, "weights": weights, "noise": noise}
+        spread = loss.noise * (2 * torch.rand(batch, 1, 1, 1, generator=generator) - 1).relu()
+        return {"images": images, "weights": weights, "noise": noise, "spread": spread}
 
     return draw
 
@@ -124,7 +128,7 @@ def encode_pool(vae: AutoencoderKL, images: Tensor, batch: int = 32) -> Tensor:
     parts = []
     for chunk in images.split(batch):
         pixels = chunk.permute(0, 3, 1, 2).float() / 127.5 - 1
-        with torch.autocast(pixels.device.type, torch.bfloat16):
+        with autocast(pixels.device, "bf16"):
             parts.append(vae.encode(pixels).latent_dist.mean.half())
     return torch.cat(parts).contiguous()
 
@@ -134,7 +138,7 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor, batch: int = 32) -> Tens
     """Pictures (M, H, W, 3) float32 in [0, 1] of unscaled latents."""
     parts = []
     for chunk in latents.split(batch):
-        with torch.autocast(chunk.device.type, torch.bfloat16):
+        with autocast(chunk.device, "bf16"):
             parts.append(vae.decode(chunk.float()).sample.float())
     return (torch.cat(parts) / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 

@@ -39,14 +39,21 @@ class PicturePool:
 
     def head(self, count: int) -> PicturePool:
         """The first `count` pictures."""
+        return self._some(slice(count))
+
+    def _some(self, rows: slice) -> PicturePool:
         return PicturePool(
-            self.images[:count],
-            self.identities[:count],
-            self.captions[:count],
-            self.scenes[:count],
-            self.keypoints[:count],
-            self.boxes[:count],
+            self.images[rows],
+            self.identities[rows],
+            self.captions[rows],
+            self.scenes[rows],
+            self.keypoints[rows],
+            self.boxes[rows],
         )
+
+    def tail(self, count: int) -> PicturePool:
+        """The last `count` pictures."""
+        return self._some(slice(len(self) - count, len(self)))
 
     def parameters(self) -> Tensor:
         """Identity parameters of each picture's (left) person: (M, P)."""

@@ -1,9 +1,9 @@
 """LAE: the LoRA weight autoencoder, between the tokens of one LoRA and a short latent.
 
 Source: DiffLoRA (arXiv:2408.06740): an autoencoder with 1-D convolutions that compresses a LoRA
-nearly 300 times. Its layers are not public. Two encoder/decoder pairs stand behind one class:
-`conv1d` (the paper's) and `structured` (ours); the structured decoder may also have an encoder that
-mirrors it.
+nearly 300 times. Its layers are not public. Three encoder/decoder pairs stand behind one class:
+`conv1d` (the paper's), `structured` (ours) and `linear` (principal components); the structured
+decoder may also have an encoder that mirrors it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ...lora.layout import LoRALayout
 from ...lora.weights import LoRALayer, LoRAWeights
 from .config import LAEConfig
 from .conv1d import Conv1dDecoder, Conv1dEncoder
+from .linear import LinearDecoder, LinearEncoder
 from .structured import MirrorEncoder, StructuredDecoder, StructuredEncoder
 from .tokens import TokenGroups
 
@@ -70,14 +71,17 @@ class LoRAAutoencoder(nn.Module):
         super().__init__()
         self.config, self.layout = config, layout
         self.groups = groups = TokenGroups(layout, config.parts)
-        self.encoder: StructuredEncoder | Conv1dEncoder | MirrorEncoder
-        self.decoder: StructuredDecoder | Conv1dDecoder
+        self.encoder: StructuredEncoder | Conv1dEncoder | LinearEncoder | MirrorEncoder
+        self.decoder: StructuredDecoder | Conv1dDecoder | LinearDecoder
         if config.kind == "structured":
             if config.encoder == "mirror":
                 self.encoder = MirrorEncoder(config, groups, operations)
             else:
                 self.encoder = StructuredEncoder(config, groups, operations, generator)
             self.decoder = StructuredDecoder(config, groups, operations, generator)
+        elif config.kind == "linear":
+            self.encoder = LinearEncoder(config, groups, operations)
+            self.decoder = LinearDecoder(config, groups, operations)
         else:
             self.encoder = Conv1dEncoder(config, groups, operations, generator)
             self.decoder = Conv1dDecoder(config, groups, operations, generator)

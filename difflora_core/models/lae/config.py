@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ...config import Config, check_range
 from ...errors import ConfigError
 
-KINDS = ("structured", "conv1d")
+KINDS = ("structured", "conv1d", "linear")
 ENCODERS = ("own", "mirror")
 
 
@@ -16,7 +16,7 @@ class LAEConfig(Config):
     """Sizes of the autoencoder.
 
     Args:
-        kind: `structured` or `conv1d`.
+        kind: `structured`, `conv1d` or `linear`.
         latent_tokens: K.
         latent_dim: Dz.
         parts: which factors are generated; `("up",)` with one shared `down` per layer, which

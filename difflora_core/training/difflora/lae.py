@@ -22,6 +22,7 @@ from ...lora.distance import squared_relative_error
 from ...lora.statistics import WeightStatistics
 from ...lora.weights import LoRALayer, LoRAWeights
 from ...models.lae.autoencoder import LoRAAutoencoder
+from ...models.lae.linear import LinearEncoder
 from ...models.lae.structured import MirrorEncoder, StructuredEncoder
 from ...storage.atomic import write_text
 from ..fingerprint import fingerprint
@@ -34,6 +35,7 @@ from ..losses import (
     weight_preserved_loss,
 )
 from . import lae_stream
+from .lae_linear import fit_components
 
 START_LOG_VARIANCE = -6.0
 
@@ -206,7 +208,7 @@ def fit(
         corpus: batched LoRAs of M identities; or those of a store, which are read as they are
             drawn, so that memory does not depend on how many there are.
         config: settings.
-        folder: of checkpoints and log.
+        folder: of checkpoints and log. The kind `linear` is fitted in closed form instead.
         validation: LoRAs of other identities; the weights of their lowest squared relative delta W
             error are kept.
         progress: as in `loop.train`.
@@ -221,6 +223,8 @@ def fit(
         data = _Streamed(lae, corpus, config)
     else:
         data = _InMemory(lae, corpus, config)
+    if lae.config.kind == "linear":
+        return _fit_linear(lae, data, validation)
     lae.shared_down.requires_grad_(False)
     _quiet_posterior(lae)
     objective = LAEObjective(lae, config)
@@ -241,6 +245,15 @@ def fit(
         fingerprint=fingerprint(config, data.identity, _identity(validation)),
     )
     return train(objective, draw, config.loop, folder, hooks)
+
+
+def _fit_linear(
+    lae: LoRAAutoencoder, data: _InMemory | _Streamed, validation: LoRAWeights | LoRARows | None
+) -> dict[str, float]:
+    """The linear kind has no course: its components, and their error on other LoRAs."""
+    figures = fit_components(lae, data.count, data.tokens)
+    error = _validation(lae, validation, data.reference)
+    return figures if error is None else figures | {"validation": error()}
 
 
 class _InMemory:
@@ -314,7 +327,7 @@ def reconstruction_error(lae: LoRAAutoencoder, weights: LoRAWeights) -> float:
 def _quiet_posterior(lae: LoRAAutoencoder) -> None:
     """Starts an untrained posterior at a small variance: unit noise would drown the latent."""
     encoder = lae.encoder
-    if isinstance(encoder, MirrorEncoder):
+    if isinstance(encoder, (MirrorEncoder, LinearEncoder)):
         return  # its variance is fixed, and small
     if isinstance(encoder, StructuredEncoder):
         last = "latent_out.bias"
