@@ -51,17 +51,11 @@ class Artefacts:
     megabytes: Mapping[str, float] = field(default_factory=dict)
 
     @property
-    def shared_down(self) -> dict[str, Tensor] | None:
-        """The frozen `down` factors of the functional model, which the baselines share."""
-        model = self.models.get("functional")
-        factors = {} if model is None else model.lae.down_factors()
-        return {name: down.detach() for name, down in factors.items()} or None
-
-    @property
     def trainer(self) -> DreamBoothTrainer:
         """DreamBooth training on this base."""
         folder = self.cache / "dreambooth"
-        return DreamBoothTrainer(self.base, self.base_hash, self.shared_down, folder, self.log)
+        down = None if self.linear is None else self.linear.down
+        return DreamBoothTrainer(self.base, self.base_hash, down, folder, self.log)
 
     def photo_features(self, images: Tensor) -> ImageFeatures:
         """Features of photos (N, H, W, 3) of one person, as a user's photo is read."""
@@ -99,16 +93,20 @@ def load_artefacts(models: Mapping[str, Path] | None = None, log: Log = silent) 
         judges=Judges({**load_judges(paths.JUDGES).networks, "attributes": prompts}),
         encoders=demo_encoders(),
         models=found,
-        linear=_linear(found, log),
+        linear=_linear(log),
         cache=CACHE,
         log=log,
         megabytes=megabytes,
     )
 
 
-def _linear(models: Mapping[str, DiffLoRAModel], log: Log) -> Linear | None:
-    """The linear baselines, which need the shared `down` of the functional model."""
-    if not LINEAR.exists() or "functional" not in models:
+def _linear(log: Log) -> Linear | None:
+    """The linear baselines."""
+    if not LINEAR.exists():
         log("left out: ridge and PCA, run make bench name=fit_linear")
         return None
-    return load_linear(LINEAR)[0]
+    linear = load_linear(LINEAR)[0]
+    if not linear.down:
+        log(f"left out: ridge and PCA, {LINEAR.name} is older; run make bench name=fit_linear")
+        return None
+    return linear

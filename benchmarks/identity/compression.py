@@ -87,9 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     experiment = Experiment(artefacts, plan, "validation", options.people)
     original = corpus_row(artefacts, experiment.people)
     if original is None:
-        console.print("The curve needs the functional model, whose `down` the corpus shares.")
+        console.print("The curve needs the `down` of the corpus: make bench name=fit_linear.")
         return 1
-    corpus = stages_lora.corpus_of_loras()
+    corpus = stages_lora.paper_loras()
     rows = curve(experiment, original, corpus, options.steps, console)
     report = Report(rows, {"seed": plan.seed, "commit": commit(), "machine": machine()})
     console.print(report.to_markdown({"numbers": 0, "ratio": 0}))

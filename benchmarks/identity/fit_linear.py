@@ -32,9 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         def report(step: int, total: int, metrics: dict[str, float]) -> None:
             bar.update(task, completed=step, total=total)
 
-        corpus, features = stages_lora.corpus_people(report)
+        corpus = stages_lora.paper_loras()
+        features = stages_lora.features_of(stages_lora.PAPER_SET, corpus, report)
     pictures = stages_lora.PICTURES
-    learned = stages_lora.CORPUS_PEOPLE
+    learned = stages_lora.PAPER_PEOPLE
     photos = [
         [features.select(k * pictures + j) for j in range(pictures)] for k in range(len(corpus))
     ]

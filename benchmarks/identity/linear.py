@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,10 +27,14 @@ from difflora_core.vision.features import ImageFeatures
 
 @dataclass(frozen=True)
 class Linear:
-    """PCA of `up` factors over one shared `down`, and a ridge map from features to its numbers."""
+    """PCA of `up` factors over one shared `down`, and a ridge map from features to its numbers.
+
+    `down`: layer name to (r, in), that of the corpus.
+    """
 
     pca: PCAAutoencoder
     ridge: RidgeRegression
+    down: Mapping[str, Tensor]
 
     @property
     def size(self) -> int:
@@ -43,12 +47,10 @@ class Linear:
         tokens = self.pca.decode(self.pca.encode(grid.encode(weights)[0]))
         return grid.decode(tokens, {name: layer.down[0] for name, layer in weights.layers.items()})
 
-    def predict(
-        self, people: Sequence[ImageFeatures], layout: LoRALayout, down: dict[str, Tensor]
-    ) -> LoRAWeights:
+    def predict(self, people: Sequence[ImageFeatures], layout: LoRALayout) -> LoRAWeights:
         """LoRAs of people from the features of their photos, over the shared `down`."""
         tokens = self.pca.decode(self.ridge.predict(feature_matrix(people)))
-        return TokenGrid(layout, ("up",)).decode(tokens, down)
+        return TokenGrid(layout, ("up",)).decode(tokens, dict(self.down))
 
 
 def fit_linear(
@@ -73,12 +75,13 @@ def fit_linear(
         rows = [feature_matrix(person) for person in people]
         counts = torch.tensor([len(row) for row in rows])
         sets.append((torch.cat(rows), pca.encode(part).repeat_interleave(counts, 0)))
-    return Linear(pca, best_ridge(sets[0], sets[1])[0])
+    down = {name: layer.down[0] for name, layer in corpus[0].folded().layers.items()}
+    return Linear(pca, best_ridge(sets[0], sets[1])[0], down)
 
 
 def save_linear(linear: Linear, path: Path, facts: dict[str, object]) -> None:
     """Write the baselines; the components in half precision."""
-    tensors = {}
+    tensors = {f"down.{name}": value.contiguous() for name, value in linear.down.items()}
     for part in ("pca", "ridge"):
         for name, value in vars(getattr(linear, part)).items():
             kind = torch.float16 if value.ndim == 3 else torch.float32
@@ -88,10 +91,11 @@ def save_linear(linear: Linear, path: Path, facts: dict[str, object]) -> None:
 
 def load_linear(path: Path) -> tuple[Linear, dict[str, object]]:
     """Read the baselines and the facts of their making."""
-    parts: dict[str, dict[str, Tensor]] = {"pca": {}, "ridge": {}}
+    parts: dict[str, dict[str, Tensor]] = {"pca": {}, "ridge": {}, "down": {}}
     with safe_open(path, "pt") as file:
         for key in file.keys():
-            part, name = key.split(".")
+            part, name = key.split(".", 1)
             parts[part][name] = file.get_tensor(key).float()
         facts = json.loads(file.metadata()["facts"])
-    return Linear(PCAAutoencoder(**parts["pca"]), RidgeRegression(**parts["ridge"])), facts
+    pca, ridge = PCAAutoencoder(**parts["pca"]), RidgeRegression(**parts["ridge"])
+    return Linear(pca, ridge, parts["down"]), facts

@@ -127,7 +127,7 @@ def controls(best: Row, original: Row | None) -> list[Row]:
 
 def corpus_row(artefacts: Artefacts, people: People) -> Row | None:
     """LoRAs trained like the corpus of the autoencoders, whose originals they reconstruct."""
-    if artefacts.shared_down is None:
+    if artefacts.linear is None:  # it knows their `down`
         return None
     weights = artefacts.trainer.train(people.photos, people.seeds, CORPUS_SETTINGS)
     per_step = artefacts.trainer.seconds_alone(people.photos, CORPUS_SETTINGS)
@@ -255,10 +255,10 @@ def refined_name(artefacts: Artefacts) -> str:
 
 def ridge_row(artefacts: Artefacts, photos: list) -> list[Row]:
     """Ridge regression on the features of one photo."""
-    if artefacts.linear is None or artefacts.shared_down is None:
+    if artefacts.linear is None:
         return []
     started = time.perf_counter()
-    weights = artefacts.linear.predict(photos, artefacts.layout, artefacts.shared_down)
+    weights = artefacts.linear.predict(photos, artefacts.layout)
     seconds = (time.perf_counter() - started) / len(photos)
     return [Row("ridge regression, 1 photo", weights, seconds)]
 

@@ -162,7 +162,8 @@ def short(monkeypatch):
 
 def linear_baselines(artefacts):
     """PCA and ridge fitted on predictions of the functional model for five training people."""
-    model, down = artefacts.models["functional"], artefacts.shared_down
+    model = artefacts.models["functional"]
+    down = {name: part.detach() for name, part in model.lae.down_factors().items()}
     crowd = benchmark_people("train", 5, ())
     seen = artefacts.features(crowd.photos.images[:, :2])
     weights = rows.predict(model, seen)

@@ -133,16 +133,21 @@ def functional(progress: Progress) -> Figures:
 
 def corpus(progress: Progress) -> Figures:
     """DreamBooth LoRAs of training people, all over the functional model's `down`."""
-    return {"loras": len(corpus_of_loras())}
+    return {"loras": len(_mirrored())}
 
 
-def corpus_of_loras() -> LoRACorpus:
-    """The corpus; what is missing of it is made, the people's dataset too."""
+def _mirrored() -> LoRACorpus:
+    """That corpus; what is missing of it is made, the people's dataset too."""
     return _loras(CORPUS_SET, _corpus_pool(), CORPUS.dreambooth, str(paths.DIFFLORA))
 
 
 def paper_corpus(progress: Progress) -> Figures:
-    """The corpus of the paper preset, which owes nothing to the functional model.
+    """The corpus of the paper preset."""
+    return {"loras": len(paper_loras())}
+
+
+def paper_loras() -> LoRACorpus:
+    """That corpus, which owes nothing to the functional model; what is missing of it is made.
 
     A few people's LoRAs train both factors; the `down` that serves all of them best is that of
     everybody else, who have the same start then.
@@ -151,8 +156,8 @@ def paper_corpus(progress: Progress) -> Figures:
     first, count = (PAPER_PEOPLE + PAPER_HELD_OUT) * PICTURES, DOWN_PEOPLE * PICTURES
     pool = drawn_pool()
     _loras(DOWN_SET, pool.head(first + count).tail(count), free)
-    made = _loras(PAPER_SET, pool.head(first), CORPUS.dreambooth, str(_corpus_folder(DOWN_SET)))
-    return {"loras": len(made)}
+    down = str(_corpus_folder(DOWN_SET))
+    return _loras(PAPER_SET, pool.head(first), CORPUS.dreambooth, down)
 
 
 def _loras(name: str, pool: PicturePool, course: DreamBoothConfig, down: str = "") -> LoRACorpus:
@@ -173,13 +178,12 @@ def _loras(name: str, pool: PicturePool, course: DreamBoothConfig, down: str = "
     return LoRACorpus(store.layout, names, store.batch(range(len(store))))
 
 
-def corpus_people(progress: Progress) -> tuple[LoRACorpus, ImageFeatures]:
-    """The corpus, and the features of PICTURES photos of everybody in it, person by person."""
-    loras = corpus_of_loras()
-    people = people_of(CORPUS_SET, progress)
+def features_of(name: str, loras: LoRACorpus, progress: Progress) -> ImageFeatures:
+    """Features of PICTURES photos of everybody in a dataset's corpus, person by person."""
+    people = people_of(name, progress)
     places = {int(name): place for place, name in enumerate(people.names)}
     own = people.some([places[identity] for identity in loras.identities])
-    return loras, own.photos(PICTURES)
+    return own.photos(PICTURES)
 
 
 def encoder(progress: Progress) -> Figures:
@@ -190,7 +194,8 @@ def encoder(progress: Progress) -> Figures:
     """
     made = _trained("functional")
     model = load_model(made)
-    loras, features = corpus_people(progress)
+    loras = _mirrored()
+    features = features_of(CORPUS_SET, loras, progress)
     known = latent_dit.photo_latents(model, features, len(loras)).mean(1)
     train_people, held_out = (
         lae_encoder.EncoderExamples(_rows(loras, rows), known[rows])
