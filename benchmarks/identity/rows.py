@@ -182,7 +182,7 @@ def predicted_rows(
         for source, gate in SOURCES.items():
             guess = predict(model, one, torch.tensor(gate))
             rows.append(Row(f"{name}, 1 photo, {source} alone", guess, None, HEADLINE))
-    if model.has_best_guess and trained_dit(model):
+    if trained_dit(model):
         sampled = model.decode(sampled_latent(model, one)).detach()
         rows.append(Row(f"{name}, 1 photo, sampled", sampled))
     return rows
@@ -193,11 +193,7 @@ def predict(
     model: DiffLoRAModel, features: list, gate_override: Tensor | None = None
 ) -> LoRAWeights:
     """The best guess of each person, as `DiffLoRAModel.adapters` makes it."""
-    if not model.has_best_guess:
-        latent = sampled_latent(model, features)
-    else:
-        latent = model.mean_latent(model.condition(features, gate_override))
-    return model.decode(latent).detach()
+    return model.decode(model.mean_latent(model.condition(features, gate_override))).detach()
 
 
 @torch.no_grad()

@@ -163,7 +163,7 @@ class ModelRow(Row):
 
     @torch.no_grad()
     def adaptation(self, person: str) -> Adaptation:
-        """The LoRA that the model makes: its best guess, or a sample where it has none.
+        """The LoRA that the model makes: its best guess.
 
         Raises:
             DiffLoRAError: the encoders are not the model's, or a photo shows no face.
@@ -183,9 +183,7 @@ class ModelRow(Row):
         options = options_for(model, FaceOptions(), self.setting.faces)
         features = extract_features(pictures, *self.setting.encoders(), options).features
         condition = model.condition(model.complete(features).to(self.setting.device))
-        guess = model.mean_latent(condition) if model.has_best_guess else None
-        latent = guess or model.sample_latent(condition, [0])
-        return model.decode(latent).batch_item(0).to(device="cpu")
+        return model.decode(model.mean_latent(condition)).batch_item(0).to(device="cpu")
 
 
 @dataclass(frozen=True)

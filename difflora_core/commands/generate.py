@@ -114,7 +114,7 @@ def read_photo(path: Path) -> Tensor:
 
 def _latents(model: IdentityModel, condition: IdentityCondition, settings: Settings) -> LoRALatent:
     """The best guess, or samples, as a batch."""
-    if settings.variants == 0 and model.has_best_guess:
+    if settings.variants == 0:
         return model.mean_latent(condition)
     return model.sample_latent(condition, _seeds(settings), settings.sampling)
 
@@ -140,7 +140,7 @@ def _write(
     weights = model.decode(select(latent, number)).batch_item(0).to(device="cpu")
     if settings.rank:
         weights = canonical(weights, settings.rank)
-    sampled = settings.variants > 0 or not model.has_best_guess
+    sampled = settings.variants > 0
     info = LoRAInfo(
         title=settings.title or path.stem,
         license=model.license,

@@ -1,8 +1,9 @@
 """DiffLoRA: photos to features, condition, LoRA latent and LoRA weights (arXiv:2408.06740).
 
-The paper samples the latent with a DiT. Here a deterministic predictor gives the single best guess
-(`mean_latent`) and the DiT models the distribution around it (`sample_latent`); both end in the
-same autoencoder's decoder.
+The paper samples the latent with a DiT (`sample_latent`). There is also a single best guess
+(`mean_latent`): in the functional preset a deterministic predictor gives it, around which the DiT
+models a distribution; in the paper's it is the mean of that distribution. All end in the same
+autoencoder's decoder.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ from .predictor import LatentPredictor
 
 __all__ = ["DiffLoRAConfig", "DiffLoRAModel"]
 
+MEAN_DRAWS = 8
+"""Of the noise from which the DiT tells the mean of a distribution."""
+
 
 class DiffLoRAModel(IdentityModel):
     """The whole model for one base family: condition, latent, LoRA.
@@ -59,8 +63,6 @@ class DiffLoRAModel(IdentityModel):
     ) -> None:
         super().__init__()
         self.config, self.layout = config, layout
-        # A model trained on weights alone has no predictor: its guess is a sample.
-        self.has_best_guess = config.preset != "paper"
         self.face_encoder = config.face_encoder
         self.mif = MixedImageFeatures(config.mif, operations, generator)
         self.predictor = LatentPredictor(config.predictor, operations, generator)
@@ -128,8 +130,19 @@ class DiffLoRAModel(IdentityModel):
         return result
 
     def mean_latent(self, condition: IdentityCondition) -> LoRALatent:
-        """The single best guess for each of B identities; differentiable."""
-        return self.latent(self.predictor(condition))
+        """The single best guess for each of B identities.
+
+        That of a predictor is differentiable. A model that was trained on weights alone has none:
+        there it is the mean of what the DiT samples. From pure noise the DiT predicts that mean
+        in one step; a few draws of the noise are averaged, because networks are not exact.
+        """
+        if self.config.preset != "paper":
+            return self.latent(self.predictor(condition))
+        count, once = len(condition), SampleSettings(steps=1)
+        draws = [
+            self.sample_latent(condition, [seed] * count, once).z for seed in range(MEAN_DRAWS)
+        ]
+        return self.wrap(torch.stack(draws).mean(0))
 
     def latent(self, z: Tensor) -> LoRALatent:
         """Wraps autoencoder latents z (B, K, Dz) as normalised latents."""

@@ -30,14 +30,12 @@ class IdentityModel(nn.Module):
         license: terms of the weights that also bind what is made with them, in words; empty where
             there are none beyond the pack's own.
         image_region: what CLIP vision saw in training, one of `face_choice.IMAGE_REGIONS`.
-        has_best_guess: False where the guess for a person is a sample.
         face_encoder: package and file of the face recogniser of training; empty if nobody knows.
     """
 
     layout: LoRALayout
     license: str = ""
     image_region: str = "crop"
-    has_best_guess: bool = True
     face_encoder: str = ""
 
     @property
@@ -83,7 +81,7 @@ class IdentityModel(nn.Module):
 
     @abstractmethod
     def mean_latent(self, condition: IdentityCondition) -> LoRALatent:
-        """The single best guess for each of B identities; differentiable."""
+        """The single best guess for each of B identities."""
 
     @abstractmethod
     def decode(self, latent: LoRALatent) -> LoRAWeights:

@@ -125,7 +125,7 @@ def draw_latent(
         )
     if condition is not None:
         condition = condition.to(network.anchor)
-    if mode == BEST_GUESS and condition is not None and network.has_best_guess:
+    if mode == BEST_GUESS and condition is not None:
         return network.mean_latent(condition)
     return network.sample_latent(condition, [seed], settings, callback=progress(settings.steps))
 

@@ -66,6 +66,35 @@ def test_a_seed_gives_one_lora_on_any_device(model, person) -> None:
         torch.testing.assert_close(delta, layer.delta(), rtol=1e-3, atol=1e-4)
 
 
+class ExactGaussian(torch.nn.Module):
+    """What a perfect DiT predicts where latents are normal: mean `mean`, deviation `deviation`."""
+
+    def __init__(self, schedule, mean, deviation):
+        super().__init__()
+        self.abar, self.mean = schedule.scheduler().alphas_cumprod, mean
+        self.variance = deviation**2
+
+    def forward(self, z, timestep, condition, drop=None):
+        abar = self.abar[timestep.long()].reshape(-1, 1, 1)
+        rest = z - abar.sqrt() * self.mean
+        return self.mean + self.variance * abar.sqrt() * rest / (abar * self.variance + 1 - abar)
+
+
+def test_without_a_predictor_the_best_guess_is_the_mean_of_samples(config, layout, person) -> None:
+    model = DiffLoRAModel(replace(config, preset="paper"), layout)
+    assert model.config.schedule.prediction == "sample"
+    mean = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(3))
+    model.dit = ExactGaussian(model.config.schedule, mean, deviation=0.7)
+    condition = model.condition([person(1), person(2)])
+    with torch.no_grad():
+        guess = model.mean_latent(condition).z
+        samples = torch.stack([model.sample_latent(condition, [k] * 2).z for k in range(64)])
+    torch.testing.assert_close(guess, mean, atol=0.02, rtol=0)
+    assert (samples.std(0) > 0.4).all()  # none of them is it
+    torch.testing.assert_close(samples.mean(0), mean, atol=0.35, rtol=0)
+    assert torch.equal(guess, model.mean_latent(condition).z)
+
+
 def test_guidance_one_ignores_the_null_condition(model, person) -> None:
     condition = model.condition(person(1))
     before = model.sample_latent(condition, [3], SampleSettings(5, 1.0)).z

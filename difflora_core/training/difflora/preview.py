@@ -27,7 +27,7 @@ def draw_people(
     """One latent of each of P people, drawn by the base with the person's LoRA.
 
     Args:
-        model: photos to LoRA: the best guess, or a sample where there is none.
+        model: photos to LoRA: the best guess.
         base: draws; its UNet is as before afterwards.
         people: photos of each person.
         text: two encoded prompts: what to draw, and the empty one for guidance.
@@ -40,8 +40,6 @@ def draw_people(
     pictures = []
     for number, photos in enumerate(people):
         condition = model.condition(model.complete(photos.to(model.device, torch.float32)))
-        guess = model.mean_latent(condition) if model.has_best_guess else None
-        latent = guess or model.sample_latent(condition, [number], SampleSettings())
-        weights, names = model.decode(latent), model.layout.module_names
+        weights, names = model.decode(model.mean_latent(condition)), model.layout.module_names
         pictures.append(draw(base, weights, names, text, [number], settings, shape))
     return torch.cat(pictures)
