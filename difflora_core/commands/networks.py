@@ -24,6 +24,7 @@ def network_config(
     full: bool,
     preset: str = "functional",
     autoencoder: str = "structured",
+    condition_rank: int = 0,
     **about: Any,
 ) -> DiffLoRAConfig:
     """The network for encoders of these sizes: SDXL's, or the demo world's.
@@ -33,17 +34,20 @@ def network_config(
         full: which one.
         preset: functional or paper.
         autoencoder: kind of the autoencoder of paper.
+        condition_rank: see `DiTConfig`.
         about: further fields of `DiffLoRAConfig`, in place of the usual ones.
     """
     paper = preset == "paper"
     if not full:
-        small = {"dit": DiTConfig(width=96, depth=4, mlp_ratio=2.0), "lae": SMALL_LAE}
+        dit = DiTConfig(width=96, depth=4, mlp_ratio=2.0, condition_rank=condition_rank)
+        small: dict[str, Any] = {"dit": dit, "lae": SMALL_LAE}
         if paper:
             lae = LINEAR_LAE if autoencoder == "linear" else SMALL_PAPER_LAE
             lae = replace(lae, kind=autoencoder)
             small |= {"lae": lae, "predictor": PredictorConfig(width=32, depth=1)}
         return DiffLoRAConfig.demo(sizes, **{"preset": preset, **small, **about})
     config = DiffLoRAConfig.sdxl(preset=preset, **about)
+    config = replace(config, dit=replace(config.dit, condition_rank=condition_rank))
     if paper:
         config = replace(config, lae=replace(config.lae, kind=autoencoder))
     mif = replace(

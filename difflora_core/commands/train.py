@@ -76,6 +76,8 @@ class Settings(Config):
         functional_loop: its course.
         autoencoder: kind of the autoencoder of paper; linear is fitted in closed form, for LoRAs
             of small bases alone.
+        condition_rank: rank of the linear maps whose factors the condition makes, in every block of
+            the DiT; 0 leaves the condition to adaptive layer norm.
         lae: training of that autoencoder.
         dit: the DiT of both.
         sample_prompt: what the validation people are drawn with.
@@ -109,6 +111,7 @@ class Settings(Config):
         default_factory=lambda: LoopConfig(steps=20_000, ema=0.999, learning_rate=2e-4)
     )
     autoencoder: Literal["structured", "conv1d", "linear"] = "structured"
+    condition_rank: int = 0
     lae: lae.LAETrainConfig = field(default_factory=lae.LAETrainConfig)
     dit: latent_dit.LatentDiTConfig = field(default_factory=latent_dit.LatentDiTConfig)
     sample_prompt: str = "a photo of a person"
@@ -123,6 +126,7 @@ class Settings(Config):
         check_range("train", "rank", self.rank, 1, 256)
         check_range("train", "held_out", self.held_out, 0, 0.9)
         check_range("train", "face_crop", self.face_crop, 0, 1024)
+        check_range("train", "condition_rank", self.condition_rank, 0, 256)
         check_range("train", "samples", self.samples, 0, 1000)
         check_range("train", "seed", self.seed, 0, 2**31 - 1)
         if self.method != "functional" and not self.corpus:
@@ -326,6 +330,7 @@ class _Work:
             full,
             preset=preset,
             autoencoder=s.autoencoder,
+            condition_rank=s.condition_rank,
             face_encoder=self.dataset.facts.face_encoder,
             image_encoder=f"{Path(s.clip_vision).name} {self.clip_digest[:12]}",
         )

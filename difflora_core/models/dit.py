@@ -49,6 +49,8 @@ class DiTConfig(Config):
         heads: attention heads; must divide `inner_dim` (or `width`).
         inner_dim: features of all heads together; `width` unless given.
         mlp_ratio: hidden width of the block's MLP relative to `width`.
+        condition_rank: r of `LowRankCondition` in every block; 0 leaves the condition to adaptive
+            layer norm alone.
 
     Raises:
         ConfigError: a value out of range, or heads that do not divide.
@@ -63,6 +65,7 @@ class DiTConfig(Config):
     heads: int = 4
     inner_dim: int | None = None
     mlp_ratio: float = 4.0
+    condition_rank: int = 0
 
     def __post_init__(self) -> None:
         for name in ("latent_tokens", "latent_dim", "condition_dim", "width"):
@@ -71,6 +74,7 @@ class DiTConfig(Config):
         check_range("DiT", "depth", self.depth, 1, 128)
         check_range("DiT", "heads", self.heads, 1, 256)
         check_range("DiT", "mlp_ratio", self.mlp_ratio, 0.5, 16)
+        check_range("DiT", "condition_rank", self.condition_rank, 0, 256)
         inner = self.width if self.inner_dim is None else self.inner_dim
         check_range("DiT", "inner_dim", inner, 1, 16_384)
         if inner % self.heads:
@@ -93,6 +97,27 @@ class DiTConfig(Config):
         )
 
 
+class LowRankCondition(nn.Module):
+    """A linear map of low rank whose factors the condition makes, beside a block's MLP.
+
+    So the condition changes how tokens are mixed, where adaptive layer norm only scales and shifts
+    them. After the conditioning of LoRA Diffusion (arXiv:2412.02352), whose code is not public. It
+    adds nothing before training.
+    """
+
+    def __init__(self, config: DiTConfig, operations: Any = nn) -> None:
+        super().__init__()
+        self.shape = (config.condition_rank, config.width)
+        self.down = operations.Linear(config.width, config.condition_rank * config.width)
+        self.up = operations.Linear(config.width, config.condition_rank * config.width)
+
+    def forward(self, h: Tensor, c: Tensor) -> Tensor:
+        """Maps tokens h (B, N, D) under the condition c (B, D) to what is added to them."""
+        down, up = (part(c).unflatten(-1, self.shape) for part in (self.down, self.up))  # B r D
+        out: Tensor = h @ down.mT / self.shape[1] ** 0.5 @ up
+        return out
+
+
 class DiTBlock(nn.Module):
     """AdaLN-zero block (section 3.2 of arXiv:2212.09748); the identity before training.
 
@@ -107,13 +132,15 @@ class DiTBlock(nn.Module):
         self.attention = Attention(d, config.heads, config.inner_dim, operations=operations)
         self.mlp = MLP((d, int(d * config.mlp_ratio), d), operations=operations)
         self.modulation = operations.Linear(d, 6 * d)
+        self.low_rank = LowRankCondition(config, operations) if config.condition_rank else None
 
     def forward(self, h: Tensor, c: Tensor) -> Tensor:
         """Maps tokens h (B, S+K, D) under the condition c (B, D) to (B, S+K, D)."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(c).chunk(6, dim=-1)
         h = h + gate_a[:, None] * self.attention(modulate(plain_norm(h), shift_a, scale_a))
-        out: Tensor = h + gate_m[:, None] * self.mlp(modulate(plain_norm(h), shift_m, scale_m))
-        return out
+        seen = modulate(plain_norm(h), shift_m, scale_m)
+        out: Tensor = h + gate_m[:, None] * self.mlp(seen)
+        return out if self.low_rank is None else out + self.low_rank(seen, c)
 
 
 class DiT(nn.Module):
@@ -152,6 +179,8 @@ class DiT(nn.Module):
         for block in self.blocks:
             if isinstance(block, DiTBlock):
                 zero(block.modulation)
+                if block.low_rank is not None:
+                    zero(block.low_rank.up)
         zero(self.final_modulation)
         zero(self.latent_out)
 

@@ -43,8 +43,12 @@ def latents(batch: int, config: DiTConfig = CONFIG) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(5))
 
 
-def test_before_training_blocks_are_the_identity_and_the_output_is_zero() -> None:
-    dit = network()
+KINDS = pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, condition_rank=3)])
+
+
+@KINDS
+def test_before_training_blocks_are_the_identity_and_the_output_is_zero(config) -> None:
+    dit = network(config)
     block = dit.blocks[0]
     assert isinstance(block, DiTBlock)
     h = torch.randn(2, 6, 16)
@@ -52,8 +56,9 @@ def test_before_training_blocks_are_the_identity_and_the_output_is_zero() -> Non
     assert dit(latents(2), torch.tensor([10, 900]), identities(2)).eq(0).all()
 
 
-def test_adaln_gradients_reach_every_weight_after_the_first_step() -> None:
-    dit = network()
+@KINDS
+def test_gradients_reach_every_weight_after_the_first_step(config) -> None:
+    dit = network(config)
     target = latents(3) + 1
     optimiser = torch.optim.SGD(dit.parameters(), lr=0.5)
     for _ in range(3):
@@ -64,6 +69,20 @@ def test_adaln_gradients_reach_every_weight_after_the_first_step() -> None:
         optimiser.step()
     silent = [n for n, p in dit.named_parameters() if p.grad is None or not p.grad.any()]
     assert silent == []
+
+
+def test_the_condition_makes_the_factors_of_a_low_rank_map() -> None:
+    part = awake(replace(CONFIG, condition_rank=3)).blocks[0].low_rank
+    g = torch.Generator().manual_seed(6)
+    h, c = torch.randn(2, 5, 16, generator=g), torch.randn(2, 16, generator=g)
+    added = part(h, c)
+    for row in range(2):
+        down = (part.down.weight.double() @ c[row].double() + part.down.bias).view(3, 16)
+        up = (part.up.weight.double() @ c[row].double() + part.up.bias).view(3, 16)
+        matrix = up.T @ down / 4  # the root of 16 features
+        assert torch.linalg.matrix_rank(matrix) == 3
+        expected = torch.stack([matrix @ token for token in h[row].double()])
+        torch.testing.assert_close(added[row].double(), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_condition_and_timestep_matter_after_training() -> None:
