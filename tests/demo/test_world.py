@@ -12,10 +12,13 @@ from difflora_core.demo.comfyui.server import comfyui_folder
 from difflora_core.demo.networks.base import load_base, new_base, save_base
 from difflora_core.demo.networks.text import CLIP_NUMBERS, END, PAD, START, UNKNOWN, tokenize
 from difflora_core.demo.networks.vae import (
+    VaeLoss,
+    VaeObjective,
     decode_latents,
     encode_pool,
     new_vae,
     standardise_latents,
+    vae_batches,
 )
 from difflora_core.demo.world import scenes
 from difflora_core.demo.world.identities import PARAMETERS, SPLITS, identity_parameters, split_seeds
@@ -130,6 +133,31 @@ def test_pool_is_kept(tmp_path: Path) -> None:
     assert (made.captions, made.scenes) == (read.captions, read.scenes)
     assert torch.equal(read.parameters()[0], read.parameters()[2])
     assert len(read.head(4)) == 4
+    assert read.tail(3).captions == made.captions[-3:]
+
+
+def test_a_decoder_that_trains_alone_leaves_the_latents() -> None:
+    """Every second picture's latents get more noise; what the encoder says stays."""
+    pool, loss = portrait_pool("train", 4, 2), VaeLoss(face=3.0, noise=0.2)
+    batch = vae_batches(pool, 64, loss)(torch.Generator().manual_seed(0))
+    spread = batch["spread"].flatten()
+    assert 0.3 < (spread == 0).float().mean() < 0.7
+    assert 0.15 < spread.max() <= 0.2
+    assert vae_batches(pool, 8, VaeLoss())(torch.Generator())["spread"].eq(0).all()
+    vae = new_vae(0)
+    for part in (vae.encoder, vae.quant_conv):
+        part.requires_grad_(False)
+    objective, few = VaeObjective(vae, loss), {name: part[:4] for name, part in batch.items()}
+    latents = encode_pool(vae, pool.images)
+    optimiser = torch.optim.SGD([p for p in vae.parameters() if p.requires_grad], lr=0.01)
+    losses = []
+    for _ in range(3):
+        optimiser.zero_grad()
+        losses.append(objective(few)[0])
+        losses[-1].backward()
+        optimiser.step()
+    assert losses[0] > losses[1] > losses[2]
+    assert torch.equal(encode_pool(vae, pool.images), latents)
 
 
 def test_standardised_latents_reconstruct_the_same() -> None:
