@@ -26,7 +26,7 @@ from .drawing import Plan
 from .experiment import Experiment, Trial, score
 from .rows import DreamBoothRuns, wanted_row
 
-GRID = (0.75, 1.0, 1.25, 1.5, 2.0)
+GRID = (0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
 AGREEMENT_LOSS = 0.03
 _SCENES = PROMPTS[::3]
 
