@@ -101,7 +101,7 @@ class PeopleJob:
         Of a corpus they are those that serve all its LoRAs best, see `lae.common_down`.
 
         Raises:
-            ConfigError: it has no shared `down`, or is for another base or rank.
+            DiffLoRAError: it cannot be read, has no shared `down`, or is for another base or rank.
         """
         if not self.down:
             return None

@@ -89,8 +89,8 @@ def vae_batches(
 
     def draw(generator: torch.Generator) -> dict[str, Tensor]:
         index = torch.randint(len(pool), (batch,), generator=generator)
-        x0, y0, x1, y1 = pool.boxes[index, :, :, None, None].unbind(2)
-        inside = ((x >= x0) & (x < x1) & (y >= y0) & (y < y1)).any(1)
+        x0, y0, x1, y1 = pool.boxes[index, 0, :, None, None].unbind(1)
+        inside = (x >= x0) & (x < x1) & (y >= y0) & (y < y1)
         images = pool.images[index].permute(0, 3, 1, 2).float() / 127.5 - 1
         noise = torch.randn(batch, 8, height // 4, width // 4, generator=generator)
         weights = 1 + (loss.face - 1) * inside[:, None].float()

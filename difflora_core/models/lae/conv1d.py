@@ -91,6 +91,4 @@ class Conv1dDecoder(nn.Module):
         for level, (unfold, mix) in enumerate(zip(self.unfold, self.mix, strict=True)):
             x = unfold(x if level == 0 else F.leaky_relu(x, SLOPE))  # B C K*fold
             x = mix(F.leaky_relu(x, SLOPE))  # the same; B 1 P' at the last
-        tokens = self.groups.unflatten(x[:, 0, : self.groups.numel])  # B T L
-        pairs = zip(self.groups.split(tokens), statistics, strict=True)
-        return [values * scale + mean for values, (mean, scale) in pairs]  # B T_g L_g
+        return self.groups.raw(x[:, 0, : self.groups.numel], statistics)

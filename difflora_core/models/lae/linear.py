@@ -48,9 +48,7 @@ class LinearDecoder(nn.Module):
 
     def forward(self, z: Tensor, statistics: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """Maps z (B, K, Dz) to raw values per group, (B, T_g, L_g)."""
-        tokens = self.groups.unflatten(self.directions(z.flatten(1)))  # B T L
-        pairs = zip(self.groups.split(tokens), statistics, strict=True)
-        return [values * scale + mean for values, (mean, scale) in pairs]  # B T_g L_g
+        return self.groups.raw(self.directions(z.flatten(1)), statistics)
 
 
 def _map(operations: Any, values: int, config: LAEConfig, out: bool = False) -> nn.Module:

@@ -6,7 +6,7 @@ group, so that a decoder can work on a few dense tensors without padding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -100,6 +100,16 @@ class TokenGroups:
         """Inverse of `flatten`: (B, P) to padded tokens (B, T, L)."""
         pieces = flat.split([slot.length for slot in self.slots], dim=1)
         return torch.stack([F.pad(p, (0, self.longest - p.shape[1])) for p in pieces], dim=1)
+
+    def raw(self, flat: Tensor, statistics: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """Normalised values (B, P) to raw ones per group, (B, T_g, L_g).
+
+        Args:
+            flat: as `flatten` gives them.
+            statistics: mean (T_g, L_g) and scale (T_g, 1) of every group.
+        """
+        pairs = zip(self.split(self.unflatten(flat)), statistics, strict=True)
+        return [values * scale + mean for values, (mean, scale) in pairs]
 
     def weights(self, groups: list[Tensor], shared_down: Mapping[str, Tensor]) -> LoRAWeights:
         """Cuts groups into layers without copying.

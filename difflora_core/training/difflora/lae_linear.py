@@ -10,6 +10,7 @@ from torch import Tensor
 from ...errors import ConfigError, counted
 from ...models.lae.autoencoder import LoRAAutoencoder
 from ...models.lae.linear import LinearDecoder, LinearEncoder
+from .linear_baselines import leading
 
 AT_ONCE = 64
 """LoRAs of a block: products of two blocks make up the matrix of inner products."""
@@ -52,8 +53,7 @@ def fit_components(
         return lae.groups.flatten(lae.normalise(tokens(rows))).double() * spread
 
     products = _inner_products(blocks, centred)
-    values, vectors = torch.linalg.eigh(products)  # rising
-    values, vectors = values[-size:].flip(0), vectors[:, -size:].flip(1)
+    values, vectors = leading(products, size)
     directions = torch.zeros(size, lae.groups.numel, dtype=torch.float64, device=spread.device)
     for block in blocks:
         directions += vectors[block].mT.to(spread.device) @ centred(block)

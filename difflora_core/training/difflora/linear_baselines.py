@@ -63,8 +63,7 @@ def pca_autoencoder(tokens: Tensor, k: int, scale: Tensor | None = None) -> PCAA
     unit = torch.ones_like(tokens[0, :, :1]) if scale is None else scale
     mean = tokens.double().mean(0)
     centred = ((tokens.double() - mean) / unit.double()).flatten(1)  # M P
-    values, vectors = torch.linalg.eigh(centred @ centred.mT)  # rising
-    values, vectors = values[-k:].flip(0).clamp_min(0), vectors[:, -k:].flip(1)
+    values, vectors = leading(centred @ centred.mT, k)
     rows = F.normalize(vectors.mT @ centred, dim=1)  # k P
     return PCAAutoencoder(
         mean.to(tokens.dtype),
@@ -72,6 +71,17 @@ def pca_autoencoder(tokens: Tensor, k: int, scale: Tensor | None = None) -> PCAA
         rows.unflatten(1, tokens.shape[1:]).to(tokens.dtype),
         (values / len(tokens)).sqrt().to(tokens.dtype),
     )
+
+
+def leading(products: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest eigenvalues (k,), falling, and their vectors (M, k).
+
+    Args:
+        products: (M, M) inner products of centred rows.
+        k: at most M.
+    """
+    values, vectors = torch.linalg.eigh(products)  # rising
+    return values[-k:].flip(0).clamp_min(0), vectors[:, -k:].flip(1)
 
 
 @dataclass(frozen=True, eq=False)
