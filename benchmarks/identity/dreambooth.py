@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from difflora_core.base_model.diffusers_base import DiffusersBase
-from difflora_core.demo.build.stages_lora import CORPUS
+from difflora_core.demo.build.stages_lora import PAPER_COURSE
 from difflora_core.demo.examples import DREAMBOOTH
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.storage.safetensors_io import write_atomic
@@ -33,7 +33,7 @@ ALONE_STEPS = 8
 SETTINGS = DREAMBOOTH
 """The yardstick: both factors trained, tuned on validation people."""
 
-CORPUS_SETTINGS = CORPUS.dreambooth
+CORPUS_SETTINGS = PAPER_COURSE
 """How the corpus was trained, over a shared `down`: the LoRAs that autoencoders are made for."""
 
 

@@ -32,6 +32,8 @@ class LoopConfig(Config):
             zero from the first step on, `one_cycle` by half a cosine after the warm-up.
         decay: see `plateau`.
         weight_decay, betas: of AdamW.
+        eps: of AdamW, beside the size of a gradient. Far above that size, steps follow the gradient
+            as plain descent does, where else every number moves equally far.
         clip: largest gradient norm; 0 leaves gradients alone.
         ema: decay of the running average of the weights; 0 is off.
         checkpoint_every, log_every: steps.
@@ -59,6 +61,7 @@ class LoopConfig(Config):
     decay: float = 0.3
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
     clip: float = 1.0
     ema: float = 0.0
     checkpoint_every: int = field(default=500, metadata=SAME_COURSE)
@@ -83,6 +86,7 @@ class LoopConfig(Config):
         check_ranges("Training", self, 0, 10, "learning_rate", "matrix_rate")
         check_ranges("Training", self, 0, MAX_TRAINING_SEED, "seed")
         check_range("Training", "decay", self.decay, 0, 1)
+        check_range("Training", "eps", self.eps, 1e-12, 1000)
         for value in (self.ema, *self.betas):
             if not 0 <= value < 1:
                 raise ConfigError(f"Training: ema and betas must lie in [0, 1), got {value}.")

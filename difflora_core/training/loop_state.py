@@ -45,7 +45,7 @@ def optimizers(
     rate, decay = config.learning_rate, config.weight_decay
     found: list[torch.optim.Optimizer] = []
     if rest:
-        found.append(torch.optim.AdamW(rest, rate, config.betas, weight_decay=decay))
+        found.append(torch.optim.AdamW(rest, rate, config.betas, config.eps, decay))
     if large:
         found.append(torch.optim.Muon(large, config.matrix_rate, weight_decay=decay))
     for group in (g for optimizer in found for g in optimizer.param_groups):

@@ -80,7 +80,8 @@ def few_people() -> None:
         stages_styles: {"DRAWN": 2},
         stages_lora: {
             **{"CORPUS_PEOPLE": 16, "CORPUS_HELD_OUT": 8, "CORPUS": CORPUS},
-            **{"PAPER_PEOPLE": 12, "PAPER_HELD_OUT": 4, "DOWN_PEOPLE": 4},
+            **{"PAPER_PEOPLE": 12, "PAPER_HELD_OUT": 4, "DOWN_PEOPLE": 4, "PAPER_PICTURES": 10},
+            **{name: replace(getattr(stages_lora, name), steps=1) for name in COURSES},
         },
         networks: {"LINEAR_LAE": replace(networks.LINEAR_LAE, latent_tokens=2, latent_dim=4)},
     }
@@ -104,6 +105,7 @@ def a_detector_that_finds(shipped: Path) -> None:
     stages_faces.train_detector = trained
 
 
+COURSES = ("PAPER_COURSE", "DOWN_COURSE")
 CORPUS: CorpusConfig = replace(
     stages_lora.CORPUS, dreambooth=replace(stages_lora.CORPUS.dreambooth, steps=1)
 )

@@ -328,10 +328,42 @@ def test_course_of_the_learning_rate(schedule, expected):
     assert [loop.rate(3.0, step) / 3 for step in range(8)] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("eps", [1e-8, 0.5])
+def test_eps_decides_whether_steps_follow_the_gradient(eps):
+    """Two steps of Adam in float64, by arXiv:1412.6980; with a large eps a large gradient moves
+    its number further, with a small one all move alike."""
+    gradients = torch.tensor([[3.0, 0.01], [1.0, 0.02]], dtype=torch.float64)
+    expected, first, second = torch.zeros(2).double(), torch.zeros(2), torch.zeros(2)
+    for step, gradient in enumerate(gradients, 1):
+        first = 0.8 * first + 0.2 * gradient
+        second = 0.9 * second + 0.1 * gradient.square()
+        size = (second / (1 - 0.9**step)).sqrt() + eps
+        expected = expected - 0.1 * first / (1 - 0.8**step) / size
+    model = nn.ParameterList([nn.Parameter(torch.zeros(2))])
+
+    class Slope(nn.Module):
+        """The loss whose gradient is the batch."""
+
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, batch):
+            return (self.model[0] * batch["slope"]).sum(), {}
+
+    course = {"schedule": "constant", "warmup": 0, "weight_decay": 0.0, "clip": 0.0}
+    loop = LoopConfig(2, learning_rate=0.1, betas=(0.8, 0.9), eps=eps, **course)
+    train(Slope(), ByStep(lambda step: {"slope": gradients[step].float()}), loop, None)
+    moved = model[0].detach().double()
+    assert moved == pytest.approx(expected, rel=1e-5)
+    assert (float(moved[0] / moved[1]) > 20) == (eps > 0.1)
+
+
 def test_settings_are_strict():
     for bad in (
         {"steps": 0}, {"steps": 5, "precision": "fp8"}, {"steps": 5, "schedule": "up"},
         {"steps": 5, "ema": 1.0}, {"steps": 5, "accumulate": 0}, {"steps": 5, "validate_every": 0},
+        {"steps": 5, "eps": 0.0},
     ):  # fmt: skip
         with pytest.raises(ConfigError):
             LoopConfig(**bad)

@@ -37,7 +37,7 @@ from ...vision.face_choice import FaceOptions
 from ...vision.features import ImageFeatures, extract_features
 from .. import examples, paths
 from ..networks.base import LORA_RANK, demo_layout, load_base
-from ..world.pool import PicturePool
+from ..world.pool import PicturePool, cached_pool, portrait_pool
 from .features import demo_encoders
 from .people import dataset_folder, prepared
 from .stages import Figures, drawn_pool, validation_pool
@@ -69,7 +69,7 @@ DISTRIBUTION = latent_dit.LatentDiTConfig(
         steps=2000, learning_rate=1e-3, ema=0.99, weight_decay=0.1, validate_every=250, patience=3
     ),
 )
-PAPER_PEOPLE, PAPER_HELD_OUT, DOWN_PEOPLE = 320, 32, 16
+PAPER_PEOPLE, PAPER_HELD_OUT, DOWN_PEOPLE, PAPER_PICTURES = 1000, 40, 16, 32
 PROMPT = "photo of a person, smiling, blue background, red shirt"
 """What validation people are drawn with."""
 CORPUS_PEOPLE, CORPUS_HELD_OUT = 192, 32
@@ -85,6 +85,12 @@ CORPUS = CorpusConfig(
         precision="bf16",
     ),
 )
+
+PAPER_COURSE = replace(CORPUS.dreambooth, learning_rate=0.12, eps=0.1)
+"""Of the paper preset's LoRAs: each number moves by the size of its gradient. LoRAs of Adam's equal
+steps differ by the pictures and the noise that they met far more than by the person."""
+DOWN_COURSE = replace(CORPUS.dreambooth, train_down=True, same_start=True, learning_rate=1e-2)
+"""Of LoRAs whose common `down` is taken: both factors learn, from one start for all."""
 
 
 def dataset(progress: Progress) -> Figures:
@@ -152,12 +158,10 @@ def paper_loras() -> LoRACorpus:
     A few people's LoRAs train both factors; the `down` that serves all of them best is that of
     everybody else, who have the same start then.
     """
-    free = replace(CORPUS.dreambooth, train_down=True, same_start=True, learning_rate=1e-2)
-    first, count = (PAPER_PEOPLE + PAPER_HELD_OUT) * PICTURES, DOWN_PEOPLE * PICTURES
-    pool = drawn_pool()
-    _loras(DOWN_SET, pool.head(first + count).tail(count), free)
+    pool, apart = _paper_pool(), DOWN_PEOPLE * PAPER_PICTURES
+    _loras(DOWN_SET, pool.tail(apart), DOWN_COURSE)
     down = str(_corpus_folder(DOWN_SET))
-    return _loras(PAPER_SET, pool.head(first), CORPUS.dreambooth, down)
+    return _loras(PAPER_SET, pool.head(len(pool) - apart), PAPER_COURSE, down)
 
 
 def _loras(name: str, pool: PicturePool, course: DreamBoothConfig, down: str = "") -> LoRACorpus:
@@ -271,6 +275,14 @@ def validation_losses(model: DiffLoRAModel, batches: int = 12) -> Figures:
 def _corpus_pool() -> PicturePool:
     """Portraits of the people of the corpus."""
     return drawn_pool().head((CORPUS_PEOPLE + CORPUS_HELD_OUT) * PICTURES)
+
+
+def _paper_pool() -> PicturePool:
+    """Portraits of the people of the paper preset, more of each than the base has seen."""
+    people = PAPER_PEOPLE + PAPER_HELD_OUT + DOWN_PEOPLE
+    return cached_pool(
+        paths.POOLS / "paper.safetensors", lambda: portrait_pool("train", people, PAPER_PICTURES)
+    )
 
 
 def _run(name: str) -> Path:

@@ -35,6 +35,8 @@ class DreamBoothConfig(Config):
             with large errors then count no more than others).
         clip: else the largest gradient norm of an identity; 0 leaves gradients alone.
         betas: of Adam.
+        eps: see `LoopConfig`. A person's normalised gradient has a norm of 1, so of n numbers each
+            has about 1 / sqrt(n).
         weight_decay: of AdamW.
         precision: see `LoopConfig`.
         seed: together with each identity's seed it fixes start and draws.
@@ -59,6 +61,7 @@ class DreamBoothConfig(Config):
     normalise_gradient: bool = True
     clip: float = 1.0
     betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
     weight_decay: float = 0.0
     precision: Precision = "no"
     seed: int = 0
@@ -73,6 +76,7 @@ class DreamBoothConfig(Config):
         for name in ("warmup", "clip", "weight_decay", "seed"):
             check_range("DreamBooth", name, getattr(self, name), 0, 2**62)
         check_range("DreamBooth", "learning_rate", self.learning_rate, 1e-9, 10)
+        check_range("DreamBooth", "eps", self.eps, 1e-12, 1000)
         for step in self.snapshots:
             check_range("DreamBooth", "snapshots", step, 1, self.steps)
         self.check_choices("DreamBooth")
@@ -89,6 +93,7 @@ class DreamBoothConfig(Config):
             schedule=self.decay,
             weight_decay=self.weight_decay,
             betas=self.betas,
+            eps=self.eps,
             clip=0.0,
             checkpoint_every=self.checkpoint_every,
             log_every=1,
