@@ -39,12 +39,19 @@ from .rows import BASE
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = command_parser("Train the baselines of the identity table.")
-    parser.add_argument("--quick", action="store_true", help="minutes for each; all are poor")
+    parser.add_argument("--budget", choices=BUDGETS, default="full", help="what each method gets")
+    parser.add_argument(
+        "--quick",
+        dest="budget",
+        action="store_const",
+        const="quick",
+        help="minutes for each; all are poor",
+    )
     parser.add_argument("--only", nargs="+", choices=METHODS, metavar="NAME", help="these methods")
     options = parser.parse_args(arguments)
     set_threads(options.threads)
     console = benchmark_console()
-    budget = BUDGETS["quick" if options.quick else "full"]
+    budget = BUDGETS[options.budget]
     rows = train_all(budget, options.only or METHODS, console)
     facts = {"budget": budget.to_dict(), "commit": commit(), "machine": machine()}
     facts["sources"] = {name: method.source for name, method in BASELINES.items()}

@@ -55,8 +55,11 @@ class Budget(Config):
     seed: int = 0
 
 
-QUICK = Budget(people=400, steps=150, batch=16)
-BUDGETS: Mapping[str, Budget] = {"quick": QUICK, "full": Budget()}
+BUDGETS: Mapping[str, Budget] = {
+    "quick": Budget(people=400, steps=150, batch=16),
+    "medium": Budget(people=1500, steps=800, batch=32),
+    "full": Budget(),
+}
 SAME = "DiffLoRA, same budget"
 OURS: Mapping[str, dict[str, Any]] = {
     SAME: {},
