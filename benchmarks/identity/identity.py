@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from difflora_core.evaluation.report import Report
+from difflora_core.storage.image_files import write_image
 
 from ..command import benchmark_console, command_parser, commit, machine, set_threads, write_report
 from ..prompts import PROMPTS, QUICK
@@ -26,6 +27,7 @@ from .conclusions import conclusions, label, sentences
 from .drawing import Plan
 from .experiment import Experiment, Trial
 from .measure import COLUMNS
+from .pictures import picture_grid
 from .rows import DreamBoothRuns, Row, wanted_row
 
 FULL_PLAN = Plan(PROMPTS, repeats=6, noises=4)
@@ -54,7 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = QUICK_RUNS if options.quick else DreamBoothRuns()
     runs = runs.only(options.rows)
     budget = BUDGETS.get(options.baselines)
-    trials = run(experiment, runs, strengths, console, options.rows, budget)
+    rows = rows_of(experiment, runs, options.rows, budget)
+    if options.pictures:
+        write_image(picture_grid(experiment, rows, strengths), options.pictures)
+        console.print(f"wrote {options.pictures}")
+    trials = run(experiment, rows, strengths, console)
     minutes = (time.perf_counter() - started) / 60
     facts = {"split": options.split, "quick": options.quick, "minutes": minutes}
     report = make_report(trials, experiment, facts)
@@ -94,21 +100,29 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="TEXT",
         help="only rows whose name contains one of these; =TEXT: is TEXT",
     )
+    parser.add_argument(
+        "--pictures", type=Path, metavar="FILE", help="also draw some pictures of every row, a PNG"
+    )
     return parser.parse_args(arguments)
 
 
-def run(
+def rows_of(
     experiment: Experiment,
     runs: DreamBoothRuns,
-    strengths: Mapping[str, float],
-    console: Console,
     only: Sequence[str] | None = None,
     baselines: Budget | None = None,
-) -> list[Trial]:
-    """Real pictures, base, and every row (or `only` some) at strength 1 and at the chosen one."""
+) -> list[Row]:
+    """Every row, or `only` some."""
     rows = [row for row in experiment.rows(runs, only) if wanted_row(row.name, only)]
     if baselines is not None:
         rows += baseline_rows(experiment.artefacts, experiment.people, baselines, only)
+    return rows
+
+
+def run(
+    experiment: Experiment, rows: Sequence[Row], strengths: Mapping[str, float], console: Console
+) -> list[Trial]:
+    """Real pictures, base, and every row at strength 1 and at the chosen one."""
     wanted = [(row, strength) for row in rows for strength in strengths_of(row, strengths)]
     return [*experiment.real(), experiment.base(), *experiment.trials(wanted, console)]
 
