@@ -15,6 +15,7 @@ BENCHMARKS = {
     "train_baselines": ("identity.train_baselines", "baselines of the main table, trained once"),
     "train_lora": ("identity.train_lora", "Train Identity LoRA against DreamBooth and core's node"),
     "corpus_training": ("identity.corpus_training", "identities an hour, in groups or one by one"),
+    "lora_noise": ("identity.lora_noise", "how much of a trained LoRA is the person"),
     "choose_strength": ("identity.choose_strength", "strengths, chosen on validation people"),
     "fit_linear": ("identity.fit_linear", "fits the linear baselines, PCA and ridge regression"),
     "plots": ("plots", "plots of reports of other benchmarks, and of training runs"),

@@ -54,12 +54,12 @@ class People:
 def benchmark_people(split: str, count: int, scenes: Sequence[Scene], start: int = 0) -> People:
     """Render what the benchmark needs of `count` people of a split."""
     seeds = split_seeds(split, count, start)
-    photos = _render(seeds, _PHOTO_NUMBERS, ("photo",))
-    more = _render(seeds, _MORE_NUMBERS, LOOKS)
+    photos = render_people(seeds, _PHOTO_NUMBERS, ("photo",))
+    more = render_people(seeds, _MORE_NUMBERS, LOOKS)
     nothing = RealPictures(photos.images[:, :0], [[] for _ in seeds])
 
     def prompted(numbers: Sequence[int]) -> RealPictures:
-        return _render(seeds, numbers[: len(scenes)], LOOKS, scenes) if scenes else nothing
+        return render_people(seeds, numbers[: len(scenes)], LOOKS, scenes) if scenes else nothing
 
     return People(
         seeds=tuple(seeds),
@@ -68,14 +68,14 @@ def benchmark_people(split: str, count: int, scenes: Sequence[Scene], start: int
             torch.cat([photos.images, more.images], 1),
             [a + b for a, b in zip(photos.captions, more.captions, strict=True)],
         ),
-        unseen=_render(seeds, _UNSEEN_NUMBERS, LOOKS),
-        others=_render(seeds, _OTHER_NUMBERS, PLAIN_LOOKS),
+        unseen=render_people(seeds, _UNSEEN_NUMBERS, LOOKS),
+        others=render_people(seeds, _OTHER_NUMBERS, PLAIN_LOOKS),
         prompted=prompted(_PROMPTED_NUMBERS),
         again=prompted(_AGAIN_NUMBERS),
     )
 
 
-def _render(
+def render_people(
     seeds: Sequence[int],
     numbers: Sequence[int],
     looks: Sequence[str],

@@ -1,0 +1,121 @@
+"""`make bench name=lora_noise args='--quick'`: how much of a trained LoRA is the person.
+
+Everybody is trained three times over one `down`: twice on the same pictures with other noise, and
+once on other pictures. What the LoRAs of two people differ in falls into what all trainings of a
+person have in common, what only those on the same pictures have, and the rest, which is chance. An
+autoencoder and a network that predicts LoRAs can learn the first part alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from difflora_core.demo.build.stages_lora import CORPUS, PAPER_COURSE
+from difflora_core.demo.world.renderer import LOOKS
+from difflora_core.evaluation.report import Report
+from difflora_core.lora.weights import LoRAWeights
+from difflora_core.training.lora.dreambooth import DreamBoothConfig
+
+from ..command import benchmark_console, command_parser, commit, machine, set_threads, write_report
+from .artefacts import load_artefacts
+from .choose_strength import best_strength
+from .drawing import Plan
+from .experiment import Experiment, score
+from .identity import QUICK_PLAN
+from .people import RealPictures, render_people
+from .rows import Row
+
+PEOPLE, QUICK_PEOPLE = 16, 4
+PICTURES = 10
+OTHER_DRAWS = 10**6
+"""Added to everybody's seed where the draws of noise and pictures are others."""
+STRENGTHS = (1.0, 1.5, 2.0)
+COURSES = {
+    "Adam, rate 0.02": CORPUS.dreambooth,
+    "Adam, rate 0.005": replace(CORPUS.dreambooth, learning_rate=0.005),
+    "eps 0.1, rate 0.3": replace(PAPER_COURSE, learning_rate=0.3),
+    "eps 0.1, rate 0.12": PAPER_COURSE,
+}
+DIGITS = {"strength": 1, "norm": 1, "denoising_loss": 4}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = command_parser("How much of a trained LoRA is the person, and how much is chance.")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_PEOPLE} people")
+    parser.add_argument("--only", nargs="+", choices=COURSES, metavar="NAME", help="these courses")
+    options = parser.parse_args(arguments)
+    set_threads(options.threads)
+    console = benchmark_console()
+    people = QUICK_PEOPLE if options.quick else PEOPLE
+    plan: Plan = replace(QUICK_PLAN, repeats=0, seed=1)
+    artefacts = load_artefacts(log=console.print)
+    if artefacts.linear is None:
+        console.print("It needs the `down` of the corpus: make bench name=fit_linear.")
+        return 1
+    experiment = Experiment(artefacts, plan, "validation", people)
+    rows = {}
+    for name in options.only or COURSES:
+        rows[name] = course_row(experiment, name, COURSES[name])
+        console.print(f"{name}: " + "  ".join(f"{k} {v:.4g}" for k, v in rows[name].items()))
+    facts = {"people": people, "pictures": PICTURES, "commit": commit(), "machine": machine()}
+    report = Report(rows, facts)
+    console.print(report.to_markdown(DIGITS))
+    console.print(f"{facts['machine']}, {str(facts['commit'])[:12]}")
+    write_report(report, options.json, console)
+    return 0
+
+
+def course_row(experiment: Experiment, name: str, course: DreamBoothConfig) -> dict[str, float]:
+    """Parts of the variation, and what the first LoRAs of everybody are worth at their best."""
+    first, again, others = trainings(experiment, course)
+    parts = variation(up_factors(first), up_factors(again), up_factors(others))
+    base, real = experiment.base(), experiment.real()[0]
+    trials = [experiment.trial(Row(name, first), strength) for strength in STRENGTHS]
+    scores = {trial.strength: score(trial, base, real) for trial in trials}
+    best = best_strength(trials, scores, base)
+    means = next(trial for trial in trials if trial.strength == best).means()
+    kept = ("strength", "face_similarity", "parameter_error", "prompt_agreement")
+    loss = trials[0].means()["denoising_loss"]  # at strength 1, where it was trained
+    return {**parts, "denoising_loss": loss, **{column: means[column] for column in kept}}
+
+
+def trainings(experiment: Experiment, course: DreamBoothConfig) -> list[LoRAWeights]:
+    """LoRAs of everybody: of some pictures, of the same with other draws, and of other pictures."""
+    people, trainer = experiment.people, experiment.artefacts.trainer
+    sets: list[RealPictures] = [
+        render_people(people.seeds, range(start, start + PICTURES), LOOKS)
+        for start in (400, 400 + PICTURES)
+    ]
+    other = [seed + OTHER_DRAWS for seed in people.seeds]
+    runs = ((sets[0], people.seeds), (sets[0], other), (sets[1], other))
+    return [trainer.train(pictures, seeds, course) for pictures, seeds in runs]
+
+
+def up_factors(weights: LoRAWeights) -> Tensor:
+    """All `up` factors (I, P) of LoRAs over one `down`, in float64."""
+    layers = weights.folded().layers.values()
+    return torch.cat([layer.up.flatten(1) for layer in layers], 1).double()
+
+
+def variation(first: Tensor, again: Tensor, others: Tensor) -> dict[str, float]:
+    """Parts of what people's LoRAs (I, P) differ in; they add up to 1.
+
+    Args:
+        first: trained on some pictures.
+        again: on the same ones with other draws.
+        others: on other pictures.
+
+    Returns:
+        `person`, `pictures` and `chance`, and `norm`, the length of a LoRA.
+    """
+    centred = [rows - rows.mean(0) for rows in (first, again, others)]
+    whole = sum(float(rows.square().sum()) for rows in centred) / len(centred)
+    same = float((centred[0] * centred[1]).sum()) / whole
+    crossed = sum(float((rows * centred[2]).sum()) for rows in centred[:2]) / 2 / whole
+    norm = float(first.norm(dim=1).mean())
+    return {"person": crossed, "pictures": same - crossed, "chance": 1 - same, "norm": norm}
