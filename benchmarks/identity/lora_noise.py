@@ -1,4 +1,4 @@
-"""`make bench name=lora_noise args='--quick'`: how much of a trained LoRA is the person.
+"""`make bench name=lora_noise args='--people 4'`: how much of a trained LoRA is the person.
 
 Everybody is trained three times over one `down`: twice on the same pictures with other noise, and
 once on other pictures. What the LoRAs of two people differ in falls into what all trainings of a
@@ -29,7 +29,6 @@ from .identity import QUICK_PLAN
 from .people import RealPictures, render_people
 from .rows import Row
 
-PEOPLE, QUICK_PEOPLE = 16, 4
 PICTURES = 10
 OTHER_DRAWS = 10**6
 """Added to everybody's seed where the draws of noise and pictures are others."""
@@ -46,23 +45,27 @@ DIGITS = {"strength": 1, "norm": 1, "denoising_loss": 4}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = command_parser("How much of a trained LoRA is the person, and how much is chance.")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_PEOPLE} people")
+    parser.add_argument("--people", type=int, default=16, help="of the split validation")
     parser.add_argument("--only", nargs="+", choices=COURSES, metavar="NAME", help="these courses")
     options = parser.parse_args(arguments)
     set_threads(options.threads)
     console = benchmark_console()
-    people = QUICK_PEOPLE if options.quick else PEOPLE
     plan: Plan = replace(QUICK_PLAN, repeats=0, seed=1)
     artefacts = load_artefacts(log=console.print)
     if artefacts.linear is None:
         console.print("It needs the `down` of the corpus: make bench name=fit_linear.")
         return 1
-    experiment = Experiment(artefacts, plan, "validation", people)
+    experiment = Experiment(artefacts, plan, "validation", options.people)
     rows = {}
     for name in options.only or COURSES:
         rows[name] = course_row(experiment, name, COURSES[name])
         console.print(f"{name}: " + "  ".join(f"{k} {v:.4g}" for k, v in rows[name].items()))
-    facts = {"people": people, "pictures": PICTURES, "commit": commit(), "machine": machine()}
+    facts = {
+        "people": options.people,
+        "pictures": PICTURES,
+        "commit": commit(),
+        "machine": machine(),
+    }
     report = Report(rows, facts)
     console.print(report.to_markdown(DIGITS))
     console.print(f"{facts['machine']}, {str(facts['commit'])[:12]}")
