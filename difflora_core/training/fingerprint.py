@@ -12,13 +12,18 @@ from torch import Tensor, nn
 SAME_COURSE = {"same_course": True}
 """Metadata of a setting that changes how a run is computed, not what comes out of it."""
 
+LATER = {"later": True}
+"""Metadata of a setting that came when there were runs already: at its default it does not count,
+so that what was trained before it is known again."""
+
 
 def fingerprint(*parts: object) -> str:
     """SHA-256 of settings and data.
 
     Args:
         parts: numbers, texts, None, tensors, and any nesting of them in mappings, sequences and
-            dataclasses, whose fields with the metadata `SAME_COURSE` do not count.
+            dataclasses, whose fields with the metadata `SAME_COURSE` do not count, nor those with
+            `LATER` at their default.
 
     Raises:
         TypeError: something else.
@@ -59,9 +64,11 @@ def _pieces(part: object) -> Iterator[bytes | memoryview]:
     elif dataclasses.is_dataclass(part):
         yield type(part).__name__.encode()
         for field in dataclasses.fields(part):
-            if not field.metadata.get("same_course"):
+            value = getattr(part, field.name)
+            unchanged = bool(field.metadata.get("later")) and value == field.default
+            if not (unchanged or field.metadata.get("same_course")):
                 yield field.name.encode()
-                yield from _pieces(getattr(part, field.name))
+                yield from _pieces(value)
     elif isinstance(part, Mapping):
         yield f"mapping {len(part)}".encode()
         for name, value in part.items():

@@ -8,7 +8,7 @@ from typing import Literal
 
 from ..config import Config, check_range, check_ranges
 from ..errors import ConfigError
-from .fingerprint import SAME_COURSE
+from .fingerprint import LATER, SAME_COURSE
 
 Schedule = Literal["plateau", "constant", "linear", "cosine", "one_cycle"]
 Precision = Literal["no", "bf16", "fp16"]
@@ -61,7 +61,7 @@ class LoopConfig(Config):
     decay: float = 0.3
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = 1e-8
+    eps: float = field(default=1e-8, metadata=LATER)
     clip: float = 1.0
     ema: float = 0.0
     checkpoint_every: int = field(default=500, metadata=SAME_COURSE)

@@ -12,6 +12,7 @@ from torch import nn
 from difflora_core.errors import CheckpointError, ConfigError, InterruptedTraining
 from difflora_core.training.fingerprint import fingerprint
 from difflora_core.training.loop import ByStep, Hooks, LoopConfig, train
+from difflora_core.training.lora.dreambooth_config import DreamBoothConfig
 
 
 class Line(nn.Module):
@@ -394,6 +395,20 @@ def test_a_fingerprint_tells_what_differs():
     )
     with pytest.raises(TypeError):
         fingerprint(object())
+
+
+RUNS = {
+    DreamBoothConfig(): "0fbf5d34bb0ac52ed01498ff786e203282c74d4cb47395df0b60f63edfd7c05a",
+    LoopConfig(5): "18e4abd86da88598659aee93ceacb3c38e2e68cb21db034ca01d7686d579efec",
+}
+"""Settings and what runs with them were known by on 2026-11-30."""
+
+
+@pytest.mark.parametrize("settings", RUNS, ids=lambda settings: type(settings).__name__)
+def test_a_later_setting_does_not_forget_what_was_trained(settings):
+    """A corpus knows its LoRAs, and a run its state, by the settings: days of training."""
+    assert fingerprint(settings) == RUNS[settings]
+    assert fingerprint(replace(settings, eps=0.1)) != RUNS[settings]
 
 
 def test_want_of_memory_keeps_the_state(tmp_path):

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...config import Config, check_range
 from ...diffusion.objective import LossWeight
 from ...errors import ConfigError, counted
-from ..fingerprint import SAME_COURSE
+from ..fingerprint import LATER, SAME_COURSE
 from ..loop_config import LoopConfig, Precision
 
 
@@ -61,7 +61,7 @@ class DreamBoothConfig(Config):
     normalise_gradient: bool = True
     clip: float = 1.0
     betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = 1e-8
+    eps: float = field(default=1e-8, metadata=LATER)
     weight_decay: float = 0.0
     precision: Precision = "no"
     seed: int = 0
