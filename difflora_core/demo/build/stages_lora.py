@@ -87,8 +87,8 @@ CORPUS = CorpusConfig(
 )
 
 PAPER_COURSE = replace(CORPUS.dreambooth, learning_rate=0.12, eps=0.1)
-"""Of the paper preset's LoRAs: each number moves by the size of its gradient. LoRAs of Adam's equal
-steps differ by the pictures and the noise that they met far more than by the person."""
+"""Of the paper preset's LoRAs: short steps, by the size of the gradient. After long equal ones
+LoRAs differ by the pictures and the noise that they met, and hardly by the person."""
 DOWN_COURSE = replace(CORPUS.dreambooth, train_down=True, same_start=True, learning_rate=1e-2)
 """Of LoRAs whose common `down` is taken: both factors learn, from one start for all."""
 
