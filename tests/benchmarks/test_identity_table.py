@@ -21,13 +21,11 @@ from benchmarks.identity.experiment import Experiment, Trial, score
 from benchmarks.identity.identity import make_report, parse, rows_of, run, strengths_of
 from benchmarks.identity.linear import fit_linear
 from benchmarks.identity.people import benchmark_people
-from benchmarks.identity.pictures import SIDE, picture_grid
 from benchmarks.identity.rows import BASE, HEADLINE, DreamBoothRuns, Row
 from difflora_core.commands import networks
 from difflora_core.lora.tokens import TokenGrid
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.storage.lora_corpus import LoRACorpus
-from difflora_core.vision.grid import LABEL_HEIGHT
 
 QUIET = Console(quiet=True)
 RUNS = DreamBoothRuns(one_photo=(1,), all_photos=(1, 2))
@@ -178,8 +176,7 @@ def linear_baselines(artefacts):
 def test_whole_table_on_a_tiny_world(artefacts, plan, short, tmp_path):
     linear = linear_baselines(artefacts)
     experiment = Experiment(replace(artefacts, linear=linear), plan, "validation", 2)
-    made = rows_of(experiment, RUNS)
-    trials = run(experiment, made, {HEADLINE: 1.5}, QUIET)
+    trials = run(experiment, rows_of(experiment, RUNS), {HEADLINE: 1.5}, QUIET)
     names = [label(one) for one in trials]
     for wanted in (
         "real pictures",
@@ -226,23 +223,6 @@ def test_whole_table_on_a_tiny_world(artefacts, plan, short, tmp_path):
     ]
     assert dreambooth_steps[0] == pytest.approx(dreambooth_steps[1])  # one measurement for both
     assert len(read["per_identity"]["base"]["face_similarity"]) == 2
-
-
-def test_a_grid_shows_the_pictures_that_the_table_judges(artefacts, plan):
-    experiment = Experiment(artefacts, plan, "validation", 2)
-    features = artefacts.features(experiment.people.photos.images[:, :1])
-    row = Row(HEADLINE, rows.predict(artefacts.models["functional"], features))
-    sheet = picture_grid(experiment, [row], {HEADLINE: 1.5})
-    columns = 2 * len(plan.scenes[:2])
-    assert sheet.shape == (4 * (SIDE + LABEL_HEIGHT), columns * SIDE, 3)
-    left, top = columns // 2 * SIDE, 4 * (SIDE + LABEL_HEIGHT) - SIDE  # second person, first prompt
-    shown = (
-        sheet[top : top + SIDE, left : left + SIDE].unflatten(1, (64, -1)).unflatten(0, (64, -1))
-    )
-    judged = experiment.sampler.pictures(row.weights, 1.5)[:, :2].flatten(0, 1)
-    apart = (shown.mean((1, 3)) - judged).abs().mean((1, 2, 3))
-    assert int(apart.argmin()) == 2
-    assert float(apart.min()) < 0.03
 
 
 def test_rows_that_nobody_wants_are_not_trained(artefacts, plan, short, monkeypatch):
