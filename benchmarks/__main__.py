@@ -18,7 +18,7 @@ BENCHMARKS = {
     "lora_noise": ("identity.lora_noise", "how much of a trained LoRA is the person"),
     "choose_strength": ("identity.choose_strength", "strengths, chosen on validation people"),
     "fit_linear": ("identity.fit_linear", "fits the linear baselines, PCA and ridge regression"),
-    "plots": ("plots", "plots of reports of other benchmarks, and of training runs"),
+    "plots": ("identity.plots", "plots of reports of other benchmarks, and of training runs"),
     "perfusion": ("concepts.perfusion", "new words by Perfusion and by other methods"),
     "covariance": ("concepts.covariance", "how many captions the covariance C needs"),
     "choose_rates": ("concepts.choose_rates", "learning rates, chosen on validation concepts"),

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from benchmarks import plots
+from benchmarks.identity import plots
 from difflora_core.errors import ConfigError
 
 PEOPLE = {
@@ -34,6 +34,14 @@ def test_a_row_at_several_strengths_is_one_line_of_its_means():
     assert found["base"] == [pytest.approx((0.95, 0.1))]
     expected = [pytest.approx((0.85, 0.8)), pytest.approx((0.75, 0.9))]
     assert found["functional, 1 photo"] == expected
+
+
+def test_rows_that_nobody_wants_are_not_drawn_but_base_is():
+    found = plots.only({"rows": {}, "per_identity": PEOPLE}, ["=functional, 1 photo"])
+    assert set(found["per_identity"]) == set(PEOPLE) - {"not drawn"}
+    assert set(plots.only({"rows": {}, "per_identity": PEOPLE}, ["=other"])["per_identity"]) == {
+        "base"
+    }
 
 
 def test_intervals_are_those_of_people():

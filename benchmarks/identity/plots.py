@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -21,7 +22,8 @@ from difflora_core.evaluation.report import bootstrap_interval
 from difflora_core.storage.atomic import replacing
 from difflora_core.training.event_log import EVENTS
 
-from .command import benchmark_console, command_parser
+from ..command import benchmark_console, command_parser
+from .rows import wanted_row
 
 SIZE, DPI = (7.5, 5.0), 110
 FACE, AGREEMENT = "face_similarity", "prompt_agreement"
@@ -37,6 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--run", action="append", default=[], metavar="NAME=FOLDER", help="a run's loss by step"
     )
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        metavar="TEXT",
+        help="of the main table, base, and rows whose name contains one of these; =TEXT: is TEXT",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of the plots")
     options = parser.parse_args(arguments)
     console = benchmark_console()
@@ -44,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, (_, draw) in PLOTS.items():
         given = getattr(options, name)
         if given is not None:
-            console.print(f"wrote {save(draw(read_report(given)), options.out / f'{name}.png')}")
+            report = only(read_report(given), options.rows)
+            console.print(f"wrote {save(draw(report), options.out / f'{name}.png')}")
     if options.run:
         runs = {name: read_events(Path(at)) for name, at in (r.split("=", 1) for r in options.run)}
         console.print(f"wrote {save(training(runs), options.out / 'training.png')}")
@@ -69,8 +78,9 @@ def identity(report: Mapping[str, Any]) -> Figure:
         (x, xs), (y, ys) = (
             ([p[k][0] for p in points], [[p[k][e] for p in points] for e in (1, 2)]) for k in (0, 1)
         )
-        marker, colour = ("*", "black") if row in ENDS else ("os^Dv"[number % 5], f"C{number % 10}")
-        bars = {"elinewidth": 0.8, "capsize": 2, "linewidth": 0.8, "label": row}
+        colour = "black" if row in ENDS else colormaps["tab20"](number % 20)
+        marker = "*" if row in ENDS else "os^Dv"[number % 5]
+        bars = {"elinewidth": 0.6, "capsize": 1.5, "linewidth": 1.0, "label": row}
         axes.errorbar(x, y, ys, xs, marker=marker, markersize=6, color=colour, **bars)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
@@ -124,6 +134,16 @@ PLOTS = {
     "seeds": ("spread between training seeds", seeds),
 }
 """Option to what it is and how it is drawn."""
+
+
+def only(report: Mapping[str, Any], wanted: Sequence[str] | None) -> Mapping[str, Any]:
+    """A report with those of its people's rows that are wanted, see `rows.wanted_row`."""
+    people = {
+        name: columns
+        for name, columns in report.get("per_identity", {}).items()
+        if name in ENDS or wanted_row(name.split(" x ")[0], wanted)
+    }
+    return {**report, "per_identity": people}
 
 
 def read_report(path: Path) -> dict[str, Any]:
