@@ -11,7 +11,7 @@ from difflora_core.evaluation.report import crossed_interval, recovered_share, s
 
 from .experiment import Trial
 from .people import PHOTOS
-from .rows import BASE, CONTROLS, HEADLINE, REAL, REAL_VAE
+from .rows import BASE, CONTROLS, HEADLINE, REAL, REAL_VAE, labelled
 
 YARDSTICK = f"DreamBooth, {PHOTOS} photos"
 PAPER = ("paper, 1 photo", "paper, 1 photo, sampled")
@@ -121,7 +121,7 @@ def sentences(facts: Mapping[str, Any]) -> Iterator[str]:
 
 def label(trial: Trial) -> str:
     """Row name in the table."""
-    return trial.row if trial.strength in (0.0, 1.0) else f"{trial.row} x {trial.strength:g}"
+    return labelled(trial.row, trial.strength)
 
 
 def last(trials: Sequence[Trial], row: str) -> Trial | None:

@@ -57,15 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = runs.only(options.rows)
     budget = BUDGETS.get(options.baselines)
     rows = rows_of(experiment, runs, options.rows, budget)
-    if options.pictures:
-        write_image(picture_grid(experiment, rows, strengths), options.pictures)
-        console.print(f"wrote {options.pictures}")
     trials = run(experiment, rows, strengths, console)
     minutes = (time.perf_counter() - started) / 60
     facts = {"split": options.split, "quick": options.quick, "minutes": minutes}
     report = make_report(trials, experiment, facts)
     print_results(report, console)
     write_report(report, options.json, console)
+    if options.pictures:
+        write_image(picture_grid(experiment, rows, strengths), options.pictures)
+        console.print(f"wrote {options.pictures}")
     return 0
 
 
@@ -101,7 +101,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="only rows whose name contains one of these; =TEXT: is TEXT",
     )
     parser.add_argument(
-        "--pictures", type=Path, metavar="FILE", help="also draw some pictures of every row, a PNG"
+        "--pictures", type=Path, metavar="FILE", help="also some pictures of every row"
     )
     return parser.parse_args(arguments)
 
@@ -129,7 +129,7 @@ def run(
 
 def strengths_of(row: Row, strengths: Mapping[str, float]) -> list[float]:
     """1 and the chosen strength, once when they are equal."""
-    return list(dict.fromkeys([1.0, strengths.get(row.strength_of, 1.0)]))
+    return list(dict.fromkeys([1.0, row.chosen(strengths)]))
 
 
 def make_report(

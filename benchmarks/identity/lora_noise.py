@@ -11,22 +11,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from difflora_core.demo.build.stages_lora import CORPUS, PAPER_COURSE
 from difflora_core.demo.world.renderer import LOOKS
 from difflora_core.evaluation.report import Report
+from difflora_core.lora.tokens import TokenGrid
 from difflora_core.lora.weights import LoRAWeights
 from difflora_core.training.lora.dreambooth import DreamBoothConfig
 
 from ..command import benchmark_console, command_parser, commit, machine, set_threads, write_report
 from .artefacts import load_artefacts
 from .choose_strength import best_strength
-from .drawing import Plan
-from .experiment import Experiment, score
+from .experiment import Experiment, Trial, score
 from .identity import QUICK_PLAN
-from .people import RealPictures, render_people
+from .people import render_people
 from .rows import Row
 
 PICTURES = 10
@@ -50,15 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     set_threads(options.threads)
     console = benchmark_console()
-    plan: Plan = replace(QUICK_PLAN, repeats=0, seed=1)
+    plan = replace(QUICK_PLAN, repeats=0, seed=1)
     artefacts = load_artefacts(log=console.print)
     if artefacts.linear is None:
         console.print("It needs the `down` of the corpus: make bench name=fit_linear.")
         return 1
     experiment = Experiment(artefacts, plan, "validation", options.people)
-    rows = {}
+    ends, rows = (experiment.base(), experiment.real()[0]), {}
     for name in options.only or COURSES:
-        rows[name] = course_row(experiment, name, COURSES[name])
+        rows[name] = course_row(experiment, name, COURSES[name], ends)
         console.print(f"{name}: " + "  ".join(f"{k} {v:.4g}" for k, v in rows[name].items()))
     facts = {
         "people": options.people,
@@ -73,14 +72,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def course_row(experiment: Experiment, name: str, course: DreamBoothConfig) -> dict[str, float]:
-    """Parts of the variation, and what the first LoRAs of everybody are worth at their best."""
-    first, again, others = trainings(experiment, course)
-    parts = variation(up_factors(first), up_factors(again), up_factors(others))
-    base, real = experiment.base(), experiment.real()[0]
-    trials = [experiment.trial(Row(name, first), strength) for strength in STRENGTHS]
-    scores = {trial.strength: score(trial, base, real) for trial in trials}
-    best = best_strength(trials, scores, base)
+def course_row(
+    experiment: Experiment, name: str, course: DreamBoothConfig, ends: tuple[Trial, Trial]
+) -> dict[str, float]:
+    """Parts of the variation, and what the first LoRAs of everybody are worth at their best.
+
+    `ends`: base and real pictures.
+    """
+    made, grid = trainings(experiment, course), TokenGrid(experiment.artefacts.layout, ("up",))
+    parts = variation(*(grid.encode(weights)[0].flatten(1).double() for weights in made))
+    trials = [experiment.trial(Row(name, made[0]), strength) for strength in STRENGTHS]
+    scores = {trial.strength: score(trial, *ends) for trial in trials}
+    best = best_strength(trials, scores, ends[0])
     means = next(trial for trial in trials if trial.strength == best).means()
     kept = ("strength", "face_similarity", "parameter_error", "prompt_agreement")
     loss = trials[0].means()["denoising_loss"]  # at strength 1, where it was trained
@@ -90,7 +93,7 @@ def course_row(experiment: Experiment, name: str, course: DreamBoothConfig) -> d
 def trainings(experiment: Experiment, course: DreamBoothConfig) -> list[LoRAWeights]:
     """LoRAs of everybody: of some pictures, of the same with other draws, and of other pictures."""
     people, trainer = experiment.people, experiment.artefacts.trainer
-    sets: list[RealPictures] = [
+    sets = [
         render_people(people.seeds, range(start, start + PICTURES), LOOKS)
         for start in (400, 400 + PICTURES)
     ]
@@ -99,14 +102,8 @@ def trainings(experiment: Experiment, course: DreamBoothConfig) -> list[LoRAWeig
     return [trainer.train(pictures, seeds, course) for pictures, seeds in runs]
 
 
-def up_factors(weights: LoRAWeights) -> Tensor:
-    """All `up` factors (I, P) of LoRAs over one `down`, in float64."""
-    layers = weights.folded().layers.values()
-    return torch.cat([layer.up.flatten(1) for layer in layers], 1).double()
-
-
 def variation(first: Tensor, again: Tensor, others: Tensor) -> dict[str, float]:
-    """Parts of what people's LoRAs (I, P) differ in; they add up to 1.
+    """Parts of what people's LoRAs over one `down`, (I, P), differ in; they add up to 1.
 
     Args:
         first: trained on some pictures.

@@ -7,15 +7,16 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from difflora_core.vision.grid import GridRow, draw_grid
+from difflora_core.vision.grid import LABEL_HEIGHT, LARGEST_SIDE, GridRow, draw_grid
 
 from .drawing import PictureSampler
 from .experiment import Experiment
-from .rows import BASE, REAL, Row
+from .rows import BASE, REAL, Row, labelled
 
 PEOPLE, PROMPTS = 4, 2
 """Of a grid's columns: so many people with so many of the plan's prompts each."""
 SIDE = 128
+"""Of a picture in pixels; less where a grid of many rows would be too high."""
 
 
 def picture_grid(
@@ -41,8 +42,8 @@ def picture_grid(
         yield REAL, experiment.people.prompted.images[: len(seeds), : len(plan.scenes)]
         yield BASE, sampler.pictures()
         for row in rows:
-            strength = strengths.get(row.strength_of, 1.0)
-            name = row.name if strength == 1.0 else f"{row.name} x {strength:g}"
-            yield name, sampler.pictures(row.weights, strength)
+            strength = row.chosen(strengths)
+            yield labelled(row.name, strength), sampler.pictures(row.weights, strength)
 
-    return draw_grid([GridRow(list(made.flatten(0, 1)), name) for name, made in lines()], SIDE)
+    shown = [GridRow(list(made.flatten(0, 1)), name) for name, made in lines()]
+    return draw_grid(shown, min(SIDE, LARGEST_SIDE // len(shown) - LABEL_HEIGHT))

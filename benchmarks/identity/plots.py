@@ -23,11 +23,11 @@ from difflora_core.storage.atomic import replacing
 from difflora_core.training.event_log import EVENTS
 
 from ..command import benchmark_console, command_parser
-from .rows import wanted_row
+from .rows import BASE, REAL, TIMES, wanted_row
 
 SIZE, DPI = (7.5, 5.0), 110
 FACE, AGREEMENT = "face_similarity", "prompt_agreement"
-ENDS = ("real pictures", "base")
+ENDS = (REAL, BASE)
 KEPT = {"kept_face_similarity": "face judge", "kept_parameter_error": "parameter judge"}
 
 
@@ -66,22 +66,17 @@ def identity(report: Mapping[str, Any]) -> Figure:
     A row at several strengths is a line.
     """
     figure, axes = _axes("prompt agreement", "face similarity")
-    lines: dict[str, list[str]] = {}
+    lines: dict[str, list[Mapping[str, Sequence[float]]]] = {}
     for name, columns in report["per_identity"].items():
         if FACE in columns and AGREEMENT in columns:
-            lines.setdefault(name.split(" x ")[0], []).append(name)
-    for number, (row, names) in enumerate(lines.items()):
-        points = [
-            [_interval(report["per_identity"][name][c]) for c in (AGREEMENT, FACE)]
-            for name in names
-        ]
-        (x, xs), (y, ys) = (
-            ([p[k][0] for p in points], [[p[k][e] for p in points] for e in (1, 2)]) for k in (0, 1)
-        )
+            lines.setdefault(name.split(TIMES)[0], []).append(columns)
+    for number, (row, points) in enumerate(lines.items()):
+        x, *across = zip(*(_interval(point[AGREEMENT]) for point in points), strict=True)
+        y, *up = zip(*(_interval(point[FACE]) for point in points), strict=True)
         colour = "black" if row in ENDS else colormaps["tab20"](number % 20)
         marker = "*" if row in ENDS else "os^Dv"[number % 5]
         bars = {"elinewidth": 0.6, "capsize": 1.5, "linewidth": 1.0, "label": row}
-        axes.errorbar(x, y, ys, xs, marker=marker, markersize=6, color=colour, **bars)
+        axes.errorbar(x, y, up, across, marker=marker, markersize=6, color=colour, **bars)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
@@ -141,7 +136,7 @@ def only(report: Mapping[str, Any], wanted: Sequence[str] | None) -> Mapping[str
     people = {
         name: columns
         for name, columns in report.get("per_identity", {}).items()
-        if name in ENDS or wanted_row(name.split(" x ")[0], wanted)
+        if name in ENDS or wanted_row(name.split(TIMES)[0], wanted)
     }
     return {**report, "per_identity": people}
 

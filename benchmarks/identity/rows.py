@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -32,6 +32,8 @@ ONE, ALL = "1 photo", f"{PHOTOS} photos"
 SOURCES = {"face": (1.0, 0.0), "picture": (0.0, 1.0)}
 """The MIF gate held to one source, without training anew."""
 TIMED_PEOPLE = 5
+TIMES = " x "
+"""Between a row's name and its strength."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,10 @@ class Row:
     def strength_of(self) -> str:
         """Name under which its strength is stored."""
         return self.like or self.name
+
+    def chosen(self, strengths: Mapping[str, float]) -> float:
+        """The strength that validation people chose for it; 1 where none is known."""
+        return strengths.get(self.strength_of, 1.0)
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,11 @@ def wanted_row(name: str, wanted: Sequence[str] | None) -> bool:
     return wanted is None or any(
         text[1:] == name if text.startswith("=") else text in name for text in wanted
     )
+
+
+def labelled(name: str, strength: float) -> str:
+    """Row name in the table; the strength 0 is that of rows without a LoRA."""
+    return name if strength in (0.0, 1.0) else f"{name}{TIMES}{strength:g}"
 
 
 def dreambooth_name(photos: str, steps: int) -> str:

@@ -4,7 +4,7 @@ from benchmarks.identity import rows
 from benchmarks.identity.experiment import Experiment
 from benchmarks.identity.pictures import SIDE, picture_grid
 from benchmarks.identity.rows import HEADLINE, Row
-from difflora_core.vision.grid import LABEL_HEIGHT
+from difflora_core.vision.grid import LABEL_HEIGHT, LARGEST_SIDE
 
 
 def test_a_grid_shows_the_pictures_that_the_table_judges(artefacts, plan):
@@ -22,3 +22,11 @@ def test_a_grid_shows_the_pictures_that_the_table_judges(artefacts, plan):
     apart = (shown.mean((1, 3)) - judged).abs().mean((1, 2, 3))
     assert int(apart.argmin()) == 2
     assert float(apart.min()) < 0.03
+
+
+def test_a_table_of_many_rows_is_one_grid_too(artefacts, plan):
+    experiment = Experiment(artefacts, plan, "validation", 1)
+    features = artefacts.features(experiment.people.photos.images[:, :1])
+    row = Row(HEADLINE, rows.predict(artefacts.models["functional"], features))
+    sheet = picture_grid(experiment, [row] * 30, {})
+    assert LARGEST_SIDE - 33 < sheet.shape[0] <= LARGEST_SIDE
