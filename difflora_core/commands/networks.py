@@ -15,7 +15,7 @@ SMALL_LAE = LAEConfig(basis_size=40, learn_down=True, encoder="mirror")
 """Trained through the base; LoRAs enter it by a mirror of the decoder, fitted in closed form."""
 SMALL_PAPER_LAE = LAEConfig(basis_size=32)
 """Trained on the weights of a corpus."""
-LINEAR_LAE = LAEConfig(kind="linear", latent_dim=11)
+LINEAR_LAE = LAEConfig(kind="linear", latent_dim=11, encoder="mirror")
 """Fitted to the weights of a corpus: every further number is more of its noise."""
 
 

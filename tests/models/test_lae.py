@@ -36,6 +36,7 @@ CASES = [
     for kind in ("structured", "conv1d", "linear")
     for parts in (("up",), ("down", "up"))
 ]
+CASES += [pytest.param(replace(SMALL, kind="linear", encoder="mirror"), id="linear-mirror")]
 
 
 def autoencoder(config: LAEConfig = SMALL) -> LoRAAutoencoder:

@@ -122,8 +122,9 @@ def test_rows_of_a_store(store):
     assert [part.batch_shape[0] for part in LoRARows(found).parts(16)] == [16, 16, 5]
 
 
+@pytest.mark.parametrize("encoder", ["own", "mirror"])
 @pytest.mark.parametrize("parts", [("up",), ("down", "up")])
-def test_the_linear_kind_is_the_best_of_its_size(layout, tmp_path, parts):
+def test_the_linear_kind_is_the_best_of_its_size(layout, tmp_path, parts, encoder):
     g = torch.Generator().manual_seed(0)
     sizes = {shape.name: (shape.in_features, shape.out_features) for shape in layout}
     layers = {
@@ -136,7 +137,7 @@ def test_the_linear_kind_is_the_best_of_its_size(layout, tmp_path, parts):
     writer = StoreWriter(tmp_path / "store", layout, "")
     writer.add([NewLoRA(f"{n:02d}", whole.batch_item(n)) for n in range(COUNT)])
     found = writer.write_index()
-    config = LAEConfig(kind="linear", latent_tokens=2, latent_dim=4, parts=parts)
+    config = LAEConfig(kind="linear", latent_tokens=2, latent_dim=4, parts=parts, encoder=encoder)
     settings = recipe.LAETrainConfig(canonical=False)
     for corpus in (whole, LoRARows(found)):
         lae = LoRAAutoencoder(config, layout, generator=torch.Generator().manual_seed(0))

@@ -2,8 +2,8 @@
 
 Source: DiffLoRA (arXiv:2408.06740): an autoencoder with 1-D convolutions that compresses a LoRA
 nearly 300 times. Its layers are not public. Three encoder/decoder pairs stand behind one class:
-`conv1d` (the paper's), `structured` (ours) and `linear` (principal components); the structured
-decoder may also have an encoder that mirrors it.
+`conv1d` (the paper's), `structured` (ours) and `linear` (principal components); the latter two
+may also have an encoder that mirrors the decoder.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ...lora.layout import LoRALayout
 from ...lora.weights import LoRALayer, LoRAWeights
 from .config import LAEConfig
 from .conv1d import Conv1dDecoder, Conv1dEncoder
-from .linear import LinearDecoder, LinearEncoder
+from .linear import LinearDecoder, LinearEncoder, LinearMirror
 from .structured import MirrorEncoder, StructuredDecoder, StructuredEncoder
 from .tokens import TokenGroups
 
@@ -71,7 +71,9 @@ class LoRAAutoencoder(nn.Module):
         super().__init__()
         self.config, self.layout = config, layout
         self.groups = groups = TokenGroups(layout, config.parts)
-        self.encoder: StructuredEncoder | Conv1dEncoder | LinearEncoder | MirrorEncoder
+        self.encoder: (
+            StructuredEncoder | Conv1dEncoder | LinearEncoder | MirrorEncoder | LinearMirror
+        )
         self.decoder: StructuredDecoder | Conv1dDecoder | LinearDecoder
         if config.kind == "structured":
             if config.encoder == "mirror":
@@ -80,7 +82,10 @@ class LoRAAutoencoder(nn.Module):
                 self.encoder = StructuredEncoder(config, groups, operations, generator)
             self.decoder = StructuredDecoder(config, groups, operations, generator)
         elif config.kind == "linear":
-            self.encoder = LinearEncoder(config, groups, operations)
+            if config.encoder == "mirror":
+                self.encoder = LinearMirror(config)
+            else:
+                self.encoder = LinearEncoder(config, groups, operations)
             self.decoder = LinearDecoder(config, groups, operations)
         else:
             self.encoder = Conv1dEncoder(config, groups, operations, generator)
@@ -97,8 +102,10 @@ class LoRAAutoencoder(nn.Module):
 
     def posterior(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Gaussian posterior of raw tokens (B, T, L): mean and log variance, (B, K, Dz) each."""
-        seen = self.normalise(tokens)  # B T L
-        if self.config.encoder == "mirror" and isinstance(self.decoder, StructuredDecoder):
+        seen, mirrors = self.normalise(tokens), self.config.encoder == "mirror"  # B T L
+        if mirrors and isinstance(self.decoder, LinearDecoder):
+            seen = self.decoder.readings(seen, self.spread())  # B K*Dz
+        elif mirrors and isinstance(self.decoder, StructuredDecoder):
             seen = self.decoder.readings(seen)  # B T*Kb
         mean, log_variance = self.encoder(seen).chunk(2, dim=-1)  # of B K 2Dz
         return mean, log_variance.clamp(-20.0, 4.0)
@@ -140,6 +147,11 @@ class LoRAAutoencoder(nn.Module):
         groups = self.groups.split(tokens)  # B T_g L_g
         pairs = zip(groups, self._statistics(tokens), strict=True)
         return self.groups.join([(g - mean) / scale for g, (mean, scale) in pairs])
+
+    def spread(self) -> Tensor:
+        """The stored scale of every value, (P,) in the order of `TokenGroups.flatten`."""
+        scales = [self.get_buffer(f"scale_{n}").expand(-1, n)[None] for n in self.groups.lengths]
+        return self.groups.flatten(self.groups.join(scales))[0]
 
     @torch.no_grad()
     def set_statistics(self, mean: Tensor, scale: Tensor) -> None:

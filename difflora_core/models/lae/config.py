@@ -30,7 +30,8 @@ class LAEConfig(Config):
         decoder_depth: residual blocks of that trunk.
         conv_channels: channels inside the convolutions.
         conv_fold: stride of one convolution level.
-        encoder: `own`, the one that goes with the kind, or `mirror` of the structured decoder.
+        encoder: `own`, the one that goes with the kind, or `mirror` of the structured or linear
+            decoder.
 
     Raises:
         ConfigError: a value out of range, or kinds that are unknown or do not fit together.
@@ -55,10 +56,10 @@ class LAEConfig(Config):
         if self.kind not in KINDS:
             raise ConfigError(f"Unknown LAE kind {self.kind!r}; use one of {', '.join(KINDS)}.")
         mirrors = self.encoder == "mirror"
-        if self.encoder not in ENCODERS or (mirrors and self.kind != "structured"):
+        if self.encoder not in ENCODERS or (mirrors and self.kind == "conv1d"):
             raise ConfigError(
                 f"LAE: encoder {self.encoder!r} with kind {self.kind!r}; use `own`, or `mirror` "
-                "with `structured`."
+                "with `structured` or `linear`."
             )
         for name in ("latent_tokens", "latent_dim", "width", "basis_size", "decoder_width"):
             check_range("LAE", name, getattr(self, name), 1, 16_384)

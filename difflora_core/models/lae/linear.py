@@ -23,7 +23,10 @@ MOST_NUMBERS = 2**29
 
 
 class LinearEncoder(nn.Module):
-    """One linear map to the mean; the log variance is at its floor. Before training it gives 0."""
+    """One linear map to the mean; the log variance is at its floor. Before training it gives 0.
+
+    Files hold one of before LinearMirror, which needs none.
+    """
 
     def __init__(self, config: LAEConfig, groups: TokenGroups, operations: Any) -> None:
         super().__init__()
@@ -33,8 +36,19 @@ class LinearEncoder(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Maps normalised tokens (B, T, L) to mean and log variance (B, K, 2 Dz)."""
-        mean = self.mean_out(self.groups.flatten(tokens)).unflatten(-1, self.latent)  # B K Dz
-        return torch.cat([mean, torch.full_like(mean, -20.0)], dim=-1)
+        return _certain(self.mean_out(self.groups.flatten(tokens)), self.latent)
+
+
+class LinearMirror(nn.Module):
+    """The linear decoder read backwards: its readings are the mean. It has no weights."""
+
+    def __init__(self, config: LAEConfig) -> None:
+        super().__init__()
+        self.latent = config.latent_tokens, config.latent_dim
+
+    def forward(self, readings: Tensor) -> Tensor:
+        """Maps `LinearDecoder.readings` (B, K Dz) to mean and log variance (B, K, 2 Dz)."""
+        return _certain(readings, self.latent)
 
 
 class LinearDecoder(nn.Module):
@@ -49,6 +63,26 @@ class LinearDecoder(nn.Module):
     def forward(self, z: Tensor, statistics: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
         """Maps z (B, K, Dz) to raw values per group, (B, T_g, L_g)."""
         return self.groups.raw(self.directions(z.flatten(1)), statistics)
+
+    def readings(self, tokens: Tensor, spread: Tensor) -> Tensor:
+        """What a LoRA's difference from the mean holds of every direction, (B, K Dz).
+
+        The directions of raw values are orthonormal after `fit_components`, so this is the nearest
+        latent.
+
+        Args:
+            tokens: normalised, (B, T, L).
+            spread: (P,) the scale by which every value was divided.
+        """
+        directions = self.directions.get_parameter("weight").to(tokens)  # P K*Dz
+        spread = spread.to(tokens)
+        return (self.groups.flatten(tokens) * spread) @ (directions * spread[:, None])
+
+
+def _certain(mean: Tensor, latent: tuple[int, int]) -> Tensor:
+    """Mean (B, K Dz) beside a log variance at its floor: (B, K, 2 Dz)."""
+    mean = mean.unflatten(-1, latent)
+    return torch.cat([mean, torch.full_like(mean, -20.0)], dim=-1)
 
 
 def _map(operations: Any, values: int, config: LAEConfig, out: bool = False) -> nn.Module:

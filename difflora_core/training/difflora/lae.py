@@ -22,7 +22,7 @@ from ...lora.distance import squared_relative_error
 from ...lora.statistics import WeightStatistics
 from ...lora.weights import LoRALayer, LoRAWeights
 from ...models.lae.autoencoder import LoRAAutoencoder
-from ...models.lae.linear import LinearEncoder
+from ...models.lae.linear import LinearEncoder, LinearMirror
 from ...models.lae.structured import MirrorEncoder, StructuredEncoder
 from ...storage.atomic import write_text
 from ..fingerprint import fingerprint
@@ -327,7 +327,7 @@ def reconstruction_error(lae: LoRAAutoencoder, weights: LoRAWeights) -> float:
 def _quiet_posterior(lae: LoRAAutoencoder) -> None:
     """Starts an untrained posterior at a small variance: unit noise would drown the latent."""
     encoder = lae.encoder
-    if isinstance(encoder, (MirrorEncoder, LinearEncoder)):
+    if isinstance(encoder, (MirrorEncoder, LinearEncoder, LinearMirror)):
         return  # its variance is fixed, and small
     if isinstance(encoder, StructuredEncoder):
         last = "latent_out.bias"

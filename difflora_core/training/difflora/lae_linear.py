@@ -37,7 +37,7 @@ def fit_components(
         ConfigError: another kind, or too few LoRAs for so many numbers.
     """
     encoder, decoder = lae.encoder, lae.decoder
-    if not isinstance(encoder, LinearEncoder) or not isinstance(decoder, LinearDecoder):
+    if not isinstance(decoder, LinearDecoder):
         raise ConfigError("Only a linear autoencoder can be fitted in closed form.")
     size = lae.config.latent_tokens * lae.config.latent_dim
     if size >= count:
@@ -46,7 +46,7 @@ def fit_components(
             f"linear autoencoder of {size} numbers needs {size + 1} LoRAs. Take a smaller latent."
         )
     blocks = torch.arange(count).split(AT_ONCE)
-    spread = _spread(lae)
+    spread = lae.spread().double()
 
     def centred(rows: Tensor) -> Tensor:
         """Raw values minus their mean, (B, P)."""
@@ -58,7 +58,8 @@ def fit_components(
     for block in blocks:
         directions += vectors[block].mT.to(spread.device) @ centred(block)
     directions /= directions.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    encoder.get_parameter("mean_out.weight").copy_(directions * spread)
+    if isinstance(encoder, LinearEncoder):
+        encoder.get_parameter("mean_out.weight").copy_(directions * spread)
     decoder.get_parameter("directions.weight").copy_((directions / spread).mT)
     return {"kept": float(values.sum() / products.diagonal().sum())}
 
@@ -74,9 +75,3 @@ def _inner_products(blocks: Sequence[Tensor], rows: Callable[[Tensor], Tensor]) 
                 part = own @ rows(other).mT
                 products[block[0] : block[-1] + 1, other[0] : other[-1] + 1] = part.cpu()
     return products.tril() + products.tril(-1).mT
-
-
-def _spread(lae: LoRAAutoencoder) -> Tensor:
-    """The stored scale of every value, (P,), in float64."""
-    scales = [lae.get_buffer(f"scale_{n}").expand(-1, n)[None] for n in lae.groups.lengths]
-    return lae.groups.flatten(lae.groups.join(scales))[0].double()
