@@ -73,7 +73,8 @@ def test_paper_preset_learns_people_it_has_not_seen(model_of, tmp_path):
     model = model_of("paper")
     features, who = photos(64)
     other, others = photos(32, seed=1)
-    config = LatentDiTConfig(loop=replace(LOOP, validate_every=20), batch=64)
+    loop = replace(LOOP, validate_every=20)
+    config = LatentDiTConfig(loop=loop, batch=64, weighting="min_snr")
     seen = []
     result = fit(
         model,
@@ -134,6 +135,22 @@ def test_a_latent_is_never_shown_its_own_photo(model_of):
     assert all(torch.equal(again[k], batch[k]) for k in batch)
 
 
+def test_all_noise_counts_the_same(model_of):
+    """From pure noise a model without a predictor reads its best guess."""
+    model = model_of("paper")
+    features, who = photos(8)
+    config = LatentDiTConfig(balance=0.0)
+    batch = LatentBatches(model, LatentExamples(features, latents_of(who)), config)(
+        torch.Generator().manual_seed(0)
+    )
+    objective = LatentDiTObjective(model, config)
+    expected = batch["latents"].square().mean()  # an untrained DiT predicts zero
+    for step in (0, 500, 999):
+        at = torch.full_like(batch["timesteps"], step)
+        loss = objective(batch | {"timesteps": at})[0]
+        torch.testing.assert_close(loss.detach(), expected)
+
+
 def test_dropped_rows_learn_the_null_condition(model_of):
     model = model_of("paper")
     features, who = photos(8)
@@ -179,3 +196,48 @@ def test_bad_examples(model_of, tmp_path):
         )
     with pytest.raises(ConfigError):
         LatentDiTConfig(condition_dropout=1.0)
+
+
+def test_mixed_rows_are_two_people(model_of):
+    """Against a mixture made by hand; one alone where the weight is 1."""
+    model = model_of("paper")
+    features, who = photos(8)
+    config = LatentDiTConfig(batch=16, mixup=0.5, condition_dropout=0.0)
+    with torch.no_grad():
+        for p in model.dit.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    examples = LatentExamples(features, latents_of(who))
+    batch = LatentBatches(model, examples, config)(torch.Generator().manual_seed(3))
+    own = batch["mix"]
+    assert 0.2 < own.eq(1).float().mean() < 0.8
+    seen = []
+    model.dit.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    objective = LatentDiTObjective(model, config)
+    objective(batch)
+    objective({key: value for key, value in batch.items() if key != "mix"})
+    abar = model.config.schedule.scheduler().alphas_cumprod[batch["timesteps"]].view(-1, 1, 1)
+    z = batch["latents"]
+    moved = abar.sqrt() * (1 - own.view(-1, 1, 1)) * (z.roll(-1, 0) - z)
+    torch.testing.assert_close(seen[0] - seen[1], moved)
+    conditions = []
+    model.dit.register_forward_pre_hook(lambda _, inputs: conditions.append(inputs[2]))
+    objective(batch)
+    objective(batch | {"mix": torch.ones_like(own)})
+    mixed, alone = (condition.pooled for condition in conditions)
+    expected = own[:, None] * alone + (1 - own)[:, None] * alone.roll(-1, 0)
+    torch.testing.assert_close(mixed, expected)
+
+
+def test_mixup_draws_nothing_when_it_is_off(model_of):
+    model = model_of("paper")
+    features, who = photos(8)
+    examples = LatentExamples(features, latents_of(who))
+    drawn = [
+        LatentBatches(model, examples, LatentDiTConfig(mixup=share))(
+            torch.Generator().manual_seed(3)
+        )
+        for share in (0.0, 1.0)
+    ]
+    assert "mix" not in drawn[0]
+    assert drawn[1].pop("mix").lt(1).all()
+    assert all(torch.equal(drawn[0][key], drawn[1][key]) for key in drawn[0])

@@ -29,9 +29,9 @@ from ...diffusion.objective import (
 from ...errors import ConfigError, counted
 from ...lora.weights import LoRAWeights
 from ...models.difflora import DiffLoRAModel
-from ...models.mif import balance_loss
+from ...models.mif import IdentityCondition, balance_loss
 from ...vision.features import ImageFeatures
-from ..fingerprint import fingerprint
+from ..fingerprint import LATER, fingerprint
 from ..loop import Hooks, LoopConfig, Progress, train
 from . import lae_stream
 
@@ -48,8 +48,12 @@ class LatentDiTConfig(Config):
         photos: most photos in one condition; their number is drawn anew for each batch.
         condition_dropout: share of rows that see the learned null condition.
         feature_noise: noise on the photo features, in units of their spread over people.
-        weighting: kind of `diffusion.objective.loss_weight`.
+        weighting: kind of `diffusion.objective.loss_weight`. By default all noise counts the same:
+            from pure noise the DiT learns what the photos alone say, which the best guess of the
+            `paper` preset is, and there `min_snr` weighs nothing.
         balance: weight of the gate's load balance, where MIF is trained.
+        mixup: share of rows that are two people in one, their conditions and latents mixed by one
+            uniform weight (arXiv:1806.05236). Few people are learned by heart less quickly.
 
     Raises:
         ConfigError: a value out of range.
@@ -62,13 +66,15 @@ class LatentDiTConfig(Config):
     photos: int = 4
     condition_dropout: float = 0.1
     feature_noise: float = 0.1
-    weighting: LossWeight = "min_snr"
+    weighting: LossWeight = "uniform"
     balance: float = 1e-2
+    mixup: float = field(default=0.0, metadata=LATER)
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.photos < 1 or min(self.feature_noise, self.balance) < 0:
             raise ConfigError("Latent DiT: batch and photos must be at least 1, noise 0 or more.")
         check_ranges("Latent DiT", self, 0, 1000, "feature_noise", "balance")
+        check_ranges("Latent DiT", self, 0, 1, "mixup")
         self.check_choices("Latent DiT")
         if not 0 <= self.condition_dropout < 1:
             raise ConfigError("Latent DiT: condition_dropout must lie in [0, 1).")
@@ -157,6 +163,8 @@ class LatentDiTObjective(nn.Module):
                 batch["face"], batch["face_found"], batch["image"], batch["image_tokens"]
             )
         z = model.latent(batch["latents"]).z
+        if "mix" in batch:
+            condition, z = _mixed(condition, z, batch["mix"])
         abar = abar_at(self.get_buffer("alphas_cumprod"), batch["timesteps"], z)
         noisy = add_noise(z, batch["noise"], abar)
         prediction = model.dit(noisy, batch["timesteps"], condition, batch["drop"])
@@ -186,7 +194,8 @@ class LatentBatches:
 
         `face` (B, N, Df), `face_found` (B, N) bool, `image` (B, N, Di) and `image_tokens`
         (B, N, L, Dt) of the photos; `latents` (B, K, Dz), not normalised, and unit `noise` of the
-        same shape; `timesteps` (B,); `drop` (B,) bool, where the condition is left out.
+        same shape; `timesteps` (B,); `drop` (B,) bool, where the condition is left out; with
+        mixup `mix` (B,), how much of a row is its own person, the rest being the next row's.
         """
         c, latents, photos = self.config, self.examples.latents, self.examples.photos
         count, own = c.batch, latents.shape[1] > 1
@@ -201,7 +210,7 @@ class LatentBatches:
         rows = (people[:, None] * photos + shown).flatten()
         features = self.examples.features.select(rows).to(dtype=torch.float32)
         z = latents[people, made_from].float()
-        return {
+        batch = {
             "face": self._noisy("face", features.face, generator).unflatten(0, (count, seen)),
             "face_found": features.face_found.unflatten(0, (count, seen)),
             "image": self._noisy("image", features.image, generator).unflatten(0, (count, seen)),
@@ -211,6 +220,10 @@ class LatentBatches:
             "timesteps": stratified_timesteps(count, generator, self.steps),
             "drop": torch.rand(count, generator=generator) < c.condition_dropout,
         }
+        if c.mixup:
+            alone, weight = torch.rand(2, count, generator=generator)
+            batch["mix"] = torch.where(alone < c.mixup, weight, 1.0)
+        return batch
 
     def _noisy(self, name: str, value: Tensor, generator: torch.Generator) -> Tensor:
         """Unit-length embeddings with noise, as MIF will see them."""
@@ -265,14 +278,14 @@ def fit(
     hooks = Hooks(
         progress,
         validate,
-        splits=not config.balance,  # a loss of means over the batch
+        splits=not (config.balance or config.mixup),  # a row is more than itself
         fingerprint=fingerprint(config, examples, validation),
     )
     return train(objective, draw, config.loop, folder, hooks)
 
 
 def _validation(objective: LatentDiTObjective, draw: LatentBatches) -> Callable[[], float]:
-    """Loss on fixed batches of validation people, always with their condition."""
+    """Loss on fixed batches of validation people, each alone and with its condition."""
     generator = torch.Generator().manual_seed(objective.config.loop.seed + 1)
     batches = [draw(generator) for _ in range(VALIDATION_DRAWS)]
 
@@ -283,7 +296,24 @@ def _validation(objective: LatentDiTObjective, draw: LatentBatches) -> Callable[
         for batch in batches:
             there = {key: value.to(device) for key, value in batch.items()}
             there["drop"] = torch.zeros_like(there["drop"])
+            there.pop("mix", None)
             losses.append(float(objective(there)[1]["denoising"]))
         return sum(losses) / len(losses)
 
     return validate
+
+
+def _mixed(
+    condition: IdentityCondition, z: Tensor, weight: Tensor
+) -> tuple[IdentityCondition, Tensor]:
+    """Conditions and latents (B, K, Dz) of two people in one row, by the weight (B,) of the first.
+
+    The gate (B, 2) stays each row's own: it is no input of the DiT.
+    """
+
+    def mix(value: Tensor) -> Tensor:
+        own = weight.to(value).view(-1, *[1] * (value.ndim - 1))
+        return own * value + (1 - own) * value.roll(-1, 0)
+
+    both = IdentityCondition(mix(condition.pooled), mix(condition.tokens), condition.gate)
+    return both, mix(z)
