@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..difflora_core.demo import paths
 from ..difflora_core.vision.face_encoder import InsightFaceEncoder
 from . import model_paths, sockets
 from .host import demo as host_demo
@@ -28,6 +29,15 @@ class LoadDemo(io.ComfyNode):
                     tooltip="Without effect: the base reads every prompt word by word. It stays so "
                     "that older workflows open.",
                 ),
+                io.Combo.Input(
+                    "preset",
+                    options=list(paths.MODELS),
+                    default="functional",
+                    optional=True,
+                    tooltip="How the DiffLoRA model was trained. functional: through the base "
+                    "model, on people's photos; the best likeness. paper: as the DiffLoRA paper "
+                    "has it, on the weights of a thousand people's LoRAs.",
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="model"),
@@ -44,13 +54,13 @@ class LoadDemo(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, word_by_word=False):
-        files, faces = model_paths.demo_paths()
+    def fingerprint_inputs(cls, word_by_word=False, preset="functional"):
+        files, faces = model_paths.demo_paths(preset)
         return model_paths.fingerprint(*files, faces)
 
     @classmethod
-    def execute(cls, word_by_word=False):
-        (base, vision, difflora, control), faces = model_paths.demo_paths()
+    def execute(cls, word_by_word=False, preset="functional"):
+        (base, vision, difflora, control), faces = model_paths.demo_paths(preset)
         return io.NodeOutput(
             host_demo.load_demo_unet(base),
             host_demo.load_demo_clip(base),

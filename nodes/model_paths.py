@@ -33,9 +33,6 @@ NO_FILE = "none"
 DEMO = "difflora_demo"
 """Holds the demo world; `extra_model_paths.yaml` can name another folder."""
 
-DEMO_FOLDER = paths.ARTEFACTS
-DEMO_PARTS = (paths.BASE, paths.CLIP_VISION, paths.DIFFLORA, paths.CONTROLNET)
-DEMO_FILES = tuple(part.name for part in DEMO_PARTS)
 DEMO_LORAS = paths.LORAS.relative_to(paths.ARTEFACTS)
 DEMO_CONCEPTS = paths.CONCEPTS.relative_to(paths.ARTEFACTS)
 DEMO_STYLES = paths.STYLES.relative_to(paths.ARTEFACTS)
@@ -55,7 +52,7 @@ def register() -> None:
     for kind in MODEL_FOLDERS:
         own = kind.place[0]
         folder_paths.add_model_folder_path(own, str(Path(folder_paths.models_dir) / own))
-    folder_paths.add_model_folder_path(DEMO, str(DEMO_FOLDER))
+    folder_paths.add_model_folder_path(DEMO, str(paths.ARTEFACTS))
     # A new folder lists every file; ours show their own only.
     for folder in (DIFFLORA, LIBRARY, CONCEPTS, COVARIANCES, STYLES, FEATURES):
         folder_paths.folder_names_and_paths[folder][1].add(".safetensors")
@@ -327,19 +324,22 @@ def insightface_package(name: str) -> str:
     )
 
 
-def demo_paths() -> tuple[list[Path], Path]:
-    """The demo world's files in the order of DEMO_FILES, and its face analysis folder.
+def demo_paths(preset: str = "functional") -> tuple[list[Path], Path]:
+    """The demo world's base, CLIP vision, DiffLoRA and ControlNet, and its face analysis folder.
+
+    `preset`: that trained the DiffLoRA model, a name of `paths.MODELS`.
 
     Raises:
         FileNameError: one of them is missing.
     """
+    files = (paths.BASE, paths.CLIP_VISION, paths.MODELS[preset], paths.CONTROLNET)
+    parts = [file.name for file in files] + [DEMO_FACES]
     folders = [Path(path) for path in folder_paths.get_folder_paths(DEMO)]
     for folder in folders:
-        files, faces = [folder / name for name in DEMO_FILES], folder / DEMO_FACES
-        if all(file.is_file() for file in files) and faces.is_dir():
-            return files, faces
-    wanted = [*(folders[0] / name for name in DEMO_FILES), folders[0] / DEMO_FACES]
-    missing = ", ".join(path.name for path in wanted if not path.exists())
+        *found, faces = (folder / part for part in parts)
+        if all(file.is_file() for file in found) and faces.is_dir():
+            return found, faces
+    missing = ", ".join(Path(part).name for part in parts if not (folders[0] / part).exists())
     raise FileNameError(
         f"The demo world in {folders[0]} lacks {missing}. Install the node pack again, or rebuild "
         "the demo with 'make demo-world'."

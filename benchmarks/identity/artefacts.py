@@ -28,7 +28,6 @@ from .linear import Linear, load_linear
 
 LINEAR = paths.ARTEFACTS / "linear.safetensors"
 STRENGTHS = paths.ARTEFACTS / "strengths.json"
-MODELS = {"functional": paths.DIFFLORA, "paper": paths.DIFFLORA_PAPER}
 
 
 @dataclass(frozen=True)
@@ -72,10 +71,10 @@ def load_artefacts(models: Mapping[str, Path] | None = None, log: Log = silent) 
     """Read the artefacts; a model or baseline whose file is missing is left out with a line.
 
     Args:
-        models: further models by row name; a name of MODELS replaces the shipped file.
+        models: further models by row name; a name of `paths.MODELS` replaces the shipped file.
         log: prints a line.
     """
-    wanted = MODELS | dict(models or {})
+    wanted = paths.MODELS | dict(models or {})
     found, megabytes = {}, {}
     for name, path in wanted.items():
         if Path(path).exists():

@@ -25,7 +25,7 @@ def world(tmp_path, monkeypatch) -> Path:
     for name, folder in (("ROOT", ""), ("ARTEFACTS", "artefacts"), ("BUILD", "build")):
         monkeypatch.setattr(paths, name, tmp_path / folder)
     monkeypatch.setattr(paths, "MANIFEST", tmp_path / "artefacts" / "manifest.json")
-    for name in ("FIRST_BASE", "FACE_READER", "DIFFLORA_PAPER"):
+    for name in ("FIRST_BASE", "FACE_READER"):
         monkeypatch.setattr(paths, name, tmp_path / "build" / name)
     (tmp_path / "artefacts").mkdir()
     stages = (

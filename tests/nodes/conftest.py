@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "difflora_core" / "demo" / "artefacts"
 PARTS = (
     *("base.safetensors", "clip_vision.safetensors"),
-    *("difflora.safetensors", "controlnet.safetensors"),
+    *("difflora.safetensors", "difflora_paper.safetensors", "controlnet.safetensors"),
     "insightface/demo_faces",
 )
 

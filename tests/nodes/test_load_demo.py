@@ -41,3 +41,25 @@ def test_an_older_folder_loads_by_its_base_alone(older_folder, parts):
     assert load_unet.__name__ == "load_demo_unet"
     assert path == older_folder / "base.safetensors"
     assert len(made) == 7
+
+
+@pytest.mark.usefixtures("pack")
+def test_the_preset_chooses_the_model(parts, is_shipped):
+    if not is_shipped:
+        pytest.skip("the trained demo world is not here")
+    load = parts("nodes.demo").LoadDemo
+    made = {preset: load.execute(preset=preset).result[5] for preset in ("functional", "paper")}
+    assert {preset: model.settings.config.preset for preset, model in made.items()} == {
+        "functional": "functional",
+        "paper": "paper",
+    }
+    assert load.fingerprint_inputs(preset="paper") != load.fingerprint_inputs()
+
+
+@pytest.mark.usefixtures("pack")
+def test_an_older_folder_has_no_model_of_the_paper(older_folder, parts):
+    (older_folder / "difflora_paper.safetensors").unlink(missing_ok=True)
+    load = parts("nodes.demo").LoadDemo
+    assert len(load.execute().result) == 7
+    with pytest.raises(parts("difflora_core.errors").FileNameError, match="difflora_paper"):
+        load.execute(preset="paper")

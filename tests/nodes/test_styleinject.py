@@ -205,7 +205,9 @@ def test_files_of_styles_and_of_words_are_told_apart(
     loaded, report = load.execute("mine.safetensors").result
     assert report == f"styleinject, for demo, {len(style.layers)} layers, steps 7"
     assert set(loaded.adaptation.layers) == set(style.layers)
-    concept = next(paths.DEMO_FOLDER.glob("**/concepts/*.safetensors"), None)
+    concept = next(
+        parts("difflora_core.demo.paths").ARTEFACTS.glob("**/concepts/*.safetensors"), None
+    )
     if concept is None:
         pytest.skip("the demo world has no concepts")
     monkeypatch.setattr(paths, "style_file", lambda name: str(concept))

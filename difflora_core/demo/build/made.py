@@ -35,7 +35,7 @@ def made_since(begun: int) -> Digests:
 
 def _files() -> list[Path]:
     """What a later stage, or a user, reads: artefacts, and what the build keeps for itself."""
-    kept = (paths.FIRST_BASE, paths.FACE_READER, paths.DIFFLORA_PAPER)
+    kept = (paths.FIRST_BASE, paths.FACE_READER)
     folders = (paths.ARTEFACTS, paths.BUILD / "vae" / "trained", paths.TRAINED_VAE)
     files = (*kept, *(path for folder in folders for path in folder.rglob("*")))
     return sorted(path for path in files if path.is_file() and path != paths.MANIFEST)
