@@ -71,7 +71,7 @@ STAGES = (
     Stage("functional", 70, stages_lora.functional),
     Stage("corpus", 12, stages_lora.corpus),
     Stage("encoder", 1, stages_lora.encoder),
-    Stage("paper_corpus", 70, stages_lora.paper_corpus),
+    Stage("paper_corpus", 100, stages_lora.paper_corpus),
     Stage("paper", 10, stages_lora.paper),
     Stage("example", 1, stages_lora.example),
 )
