@@ -179,7 +179,6 @@ def _loras(name: str, pool: PicturePool, course: DreamBoothConfig, down: str = "
         group=CORPUS.group,
         training=course,
         down=down,
-        workers=torch.get_num_threads(),
     )
     corpus_command.run(settings, plain_console())
     store = LoRAStore(_corpus_folder(name))
