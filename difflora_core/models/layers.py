@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 EMBEDDING_STD = 0.02  # learned positions and queries, as in DiT and ViT
+LOG_VARIANCE_FLOOR = -20.0  # of an autoencoder whose encoder draws no number
 _DRAWS = frozenset(("uniform_", "normal_", "bernoulli_", "rand", "randn", "randint", "randperm"))
 
 
@@ -63,6 +64,12 @@ def zero(layer: nn.Module) -> None:
         value = getattr(layer, name, None)
         if value is not None and not value.is_meta:
             nn.init.zeros_(value)
+
+
+def certain_posterior(mean: Tensor, latent: tuple[int, int]) -> Tensor:
+    """Means (B, K Dz) beside a log variance at its floor, for a latent of (K, Dz): (B, K, 2 Dz)."""
+    mean = mean.unflatten(-1, latent)
+    return torch.cat([mean, torch.full_like(mean, LOG_VARIANCE_FLOOR)], dim=-1)
 
 
 def normal_parameter(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ...errors import ConfigError, LayoutError
 from ...lora.layout import LoRALayout
 from ...lora.weights import LoRALayer, LoRAWeights
+from ..layers import LOG_VARIANCE_FLOOR
 from .config import LAEConfig
 from .conv1d import Conv1dDecoder, Conv1dEncoder
 from .linear import LinearDecoder, LinearEncoder, LinearMirror
@@ -108,7 +109,7 @@ class LoRAAutoencoder(nn.Module):
         elif mirrors and isinstance(self.decoder, StructuredDecoder):
             seen = self.decoder.readings(seen)  # B T*Kb
         mean, log_variance = self.encoder(seen).chunk(2, dim=-1)  # of B K 2Dz
-        return mean, log_variance.clamp(-20.0, 4.0)
+        return mean, log_variance.clamp(LOG_VARIANCE_FLOOR, 4.0)
 
     def encode(self, tokens: Tensor) -> Tensor:
         """Encodes raw tokens (B, T, L) to the posterior mean z (B, K, Dz)."""

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError
-from ..layers import zero
+from ..layers import certain_posterior, zero
 from .config import LAEConfig
 from .tokens import TokenGroups
 
@@ -36,7 +35,7 @@ class LinearEncoder(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Maps normalised tokens (B, T, L) to mean and log variance (B, K, 2 Dz)."""
-        return _certain(self.mean_out(self.groups.flatten(tokens)), self.latent)
+        return certain_posterior(self.mean_out(self.groups.flatten(tokens)), self.latent)
 
 
 class LinearMirror(nn.Module):
@@ -48,7 +47,7 @@ class LinearMirror(nn.Module):
 
     def forward(self, readings: Tensor) -> Tensor:
         """Maps `LinearDecoder.readings` (B, K Dz) to mean and log variance (B, K, 2 Dz)."""
-        return _certain(readings, self.latent)
+        return certain_posterior(readings, self.latent)
 
 
 class LinearDecoder(nn.Module):
@@ -77,12 +76,6 @@ class LinearDecoder(nn.Module):
         directions = self.directions.get_parameter("weight").to(tokens)  # P K*Dz
         spread = spread.to(tokens)
         return (self.groups.flatten(tokens) * spread) @ (directions * spread[:, None])
-
-
-def _certain(mean: Tensor, latent: tuple[int, int]) -> Tensor:
-    """Mean (B, K Dz) beside a log variance at its floor: (B, K, 2 Dz)."""
-    mean = mean.unflatten(-1, latent)
-    return torch.cat([mean, torch.full_like(mean, -20.0)], dim=-1)
 
 
 def _map(operations: Any, values: int, config: LAEConfig, out: bool = False) -> nn.Module:

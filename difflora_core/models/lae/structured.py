@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from ..layers import MLP, TransformerBlock, initialise, normal_parameter, zero
+from ..layers import (
+    MLP,
+    TransformerBlock,
+    certain_posterior,
+    initialise,
+    normal_parameter,
+    zero,
+)
 from .config import LAEConfig
 from .tokens import TokenGroups
 
@@ -146,6 +153,4 @@ class MirrorEncoder(nn.Module):
 
     def forward(self, readings: Tensor) -> Tensor:
         """Maps readings (B, T*Kb) to mean and log variance (B, K, 2 Dz)."""
-        mean = self.mean_out(readings)  # B K*Dz
-        mean = mean.unflatten(-1, (self.latent_tokens, self.latent_dim))
-        return torch.cat([mean, torch.full_like(mean, -20.0)], dim=-1)
+        return certain_posterior(self.mean_out(readings), (self.latent_tokens, self.latent_dim))
