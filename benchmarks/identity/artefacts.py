@@ -26,9 +26,6 @@ from ..command import CACHE, Log, silent
 from .dreambooth import SETTINGS, DreamBoothTrainer
 from .linear import Linear, load_linear
 
-LINEAR = paths.ARTEFACTS / "linear.safetensors"
-STRENGTHS = paths.ARTEFACTS / "strengths.json"
-
 
 @dataclass(frozen=True)
 class Artefacts:
@@ -101,11 +98,12 @@ def load_artefacts(models: Mapping[str, Path] | None = None, log: Log = silent) 
 
 def _linear(log: Log) -> Linear | None:
     """The linear baselines."""
-    if not LINEAR.exists():
+    if not paths.LINEAR.exists():
         log("left out: ridge and PCA, run make bench name=fit_linear")
         return None
-    linear = load_linear(LINEAR)[0]
+    linear = load_linear(paths.LINEAR)[0]
     if not linear.down:
-        log(f"left out: ridge and PCA, {LINEAR.name} is older; run make bench name=fit_linear")
+        older = f"{paths.LINEAR.name} is older"
+        log(f"left out: ridge and PCA, {older}; run make bench name=fit_linear")
         return None
     return linear

@@ -14,12 +14,13 @@ from typing import Any
 from rich.console import Console
 
 from difflora_core.config import parse_json
+from difflora_core.demo import paths
 from difflora_core.errors import ConfigError
 from difflora_core.storage.atomic import write_text
 
 from ..command import benchmark_console, command_parser, set_threads
 from ..prompts import PROMPTS
-from .artefacts import STRENGTHS, load_artefacts
+from .artefacts import load_artefacts
 from .baselines.rows import baseline_rows
 from .baselines.training import BUDGETS, Budget
 from .drawing import Plan
@@ -49,9 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan = Plan(_SCENES[: options.prompts], repeats=0, seed=1)
     experiment = Experiment(load_artefacts(log=console.print), plan, "validation", options.people)
     chosen = choose(experiment, options.rows, console, baselines=BUDGETS.get(options.baselines))
-    others = read_choices(STRENGTHS) if options.rows else {}
-    write_strengths(STRENGTHS, others | chosen)
-    console.print(f"wrote {STRENGTHS.name}")
+    others = read_choices(paths.STRENGTHS) if options.rows else {}
+    write_strengths(paths.STRENGTHS, others | chosen)
+    console.print(f"wrote {paths.STRENGTHS.name}")
     return 0
 
 

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from difflora_core.demo import paths
 from difflora_core.demo.build import stages_lora
 
 from ..command import benchmark_console, command_parser, set_threads
-from .artefacts import LINEAR, load_artefacts
+from .artefacts import load_artefacts
 from .linear import fit_linear, save_linear
 
 
@@ -48,6 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.components,
     )
     facts = {"people": learned, "components": linear.size, "base": artefacts.base_hash}
-    save_linear(linear, LINEAR, facts)
-    console.print(f"wrote {LINEAR.name}, {LINEAR.stat().st_size / 1024:.0f} KB")
+    save_linear(linear, paths.LINEAR, facts)
+    console.print(f"wrote {paths.LINEAR.name}, {paths.LINEAR.stat().st_size / 1024:.0f} KB")
     return 0

@@ -14,12 +14,13 @@ from pathlib import Path
 
 from rich.console import Console
 
+from difflora_core.demo import paths
 from difflora_core.evaluation.report import Report
 from difflora_core.storage.image_files import write_image
 
 from ..command import benchmark_console, command_parser, commit, machine, set_threads, write_report
 from ..prompts import PROMPTS, QUICK
-from .artefacts import STRENGTHS, load_artefacts
+from .artefacts import load_artefacts
 from .baselines.rows import baseline_rows
 from .baselines.training import BUDGETS, Budget
 from .choose_strength import read_strengths
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     if options.quick:
         console.print("left out: DreamBooth from 1 photo, and from 8 photos at 100 steps")
-    strengths = read_strengths(STRENGTHS)
+    strengths = read_strengths(paths.STRENGTHS)
     if not strengths:
         console.print("no strengths chosen yet: run make bench name=choose_strength")
     runs = QUICK_RUNS if options.quick else DreamBoothRuns()

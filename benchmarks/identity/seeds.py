@@ -27,7 +27,7 @@ from difflora_core.training.difflora import functional
 from difflora_core.training.loop import LoopConfig, Progress
 
 from ..command import benchmark_console, command_parser, commit, machine, set_threads, write_report
-from .artefacts import STRENGTHS, Artefacts, load_artefacts
+from .artefacts import Artefacts, load_artefacts
 from .choose_strength import read_strengths
 from .demo_training import new_model
 from .dreambooth import SETTINGS
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = benchmark_console()
     artefacts = load_artefacts(log=console.print)
     experiment = Experiment(artefacts, QUICK_PLAN, options.split, options.people)
-    strengths = read_strengths(STRENGTHS)
+    strengths = read_strengths(paths.STRENGTHS)
     trials: dict[str, list[Trial]] = {HEADLINE: [], DREAMBOOTH: []}
     for seed in range(options.seeds):
         model = functional_model(artefacts, options.steps, seed, console)

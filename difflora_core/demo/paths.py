@@ -28,6 +28,9 @@ STYLES = ARTEFACTS / "styles"
 LORAS = ARTEFACTS / "loras"
 OLD_LORA = LORAS / "difflora_demo_old_lora.safetensors"
 MANIFEST = ARTEFACTS / "manifest.json"
+LINEAR = ARTEFACTS / "linear.safetensors"
+STRENGTHS = ARTEFACTS / "strengths.json"
+"""No stage makes these two: benchmarks do, whenever they are asked to, of what the stages made."""
 
 ROOT = Path(__file__).parents[2]
 WORK = ROOT / ".cache"

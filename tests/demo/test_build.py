@@ -82,6 +82,17 @@ def test_an_edited_file_is_noticed_before_anything_runs(world, change, said, cap
     assert build.main([]) == 0
 
 
+def test_what_benchmarks_write_belongs_to_no_stage(world, monkeypatch):
+    """Strengths are chosen anew between two stages, and the build goes on."""
+    monkeypatch.setattr(paths, "STRENGTHS", paths.ARTEFACTS / "chosen")
+    first = build.Stage("one", 1, writes("first", "chosen"))  # somebody chose while it ran
+    monkeypatch.setattr(build, "STAGES", (first, build.STAGES[1]))
+    build.main(["--only", "one"])
+    (paths.ARTEFACTS / "chosen").write_text("anew")
+    assert build.main([]) == 0
+    assert "chosen" in json.loads(paths.MANIFEST.read_text())["files"]
+
+
 def test_files_of_another_commit_are_said(world, monkeypatch, capsys):
     build.main([])
     monkeypatch.setattr(build, "_commit", lambda: "another")

@@ -38,7 +38,8 @@ def _files() -> list[Path]:
     kept = (paths.FIRST_BASE, paths.FACE_READER)
     folders = (paths.ARTEFACTS, paths.BUILD / "vae" / "trained", paths.TRAINED_VAE)
     files = (*kept, *(path for folder in folders for path in folder.rglob("*")))
-    return sorted(path for path in files if path.is_file() and path != paths.MANIFEST)
+    others = (paths.MANIFEST, paths.LINEAR, paths.STRENGTHS)
+    return sorted(path for path in files if path.is_file() and path not in others)
 
 
 def foreign(records: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[str]:
