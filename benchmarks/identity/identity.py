@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console, started = benchmark_console(), time.perf_counter()
     models = dict(pair.split("=", 1) for pair in options.model)
     artefacts = load_artefacts({name: Path(path) for name, path in models.items()}, console.print)
-    plan = QUICK_PLAN if options.quick else FULL_PLAN
+    plan = plan_of(options)
     experiment = Experiment(
         artefacts, plan, options.split, QUICK_PEOPLE if options.quick else PEOPLE
     )
@@ -102,9 +103,22 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="only rows whose name contains one of these; =TEXT: is TEXT",
     )
     parser.add_argument(
+        "--guidance",
+        type=float,
+        default=QUICK_PLAN.guidance,
+        metavar="SCALE",
+        help="draw every row under classifier-free guidance, as artists do; strengths stay those "
+        "that were chosen without",
+    )
+    parser.add_argument(
         "--pictures", type=Path, metavar="FILE", help="also some pictures of every row"
     )
     return parser.parse_args(arguments)
+
+
+def plan_of(options: argparse.Namespace) -> Plan:
+    """What is drawn of everybody."""
+    return replace(QUICK_PLAN if options.quick else FULL_PLAN, guidance=options.guidance)
 
 
 def rows_of(

@@ -18,7 +18,16 @@ from benchmarks.identity.choose_strength import (
 from benchmarks.identity.conclusions import conclusions, label, last, sentences
 from benchmarks.identity.drawing import select
 from benchmarks.identity.experiment import Experiment, Trial, score
-from benchmarks.identity.identity import make_report, parse, rows_of, run, strengths_of
+from benchmarks.identity.identity import (
+    FULL_PLAN,
+    QUICK_PLAN,
+    make_report,
+    parse,
+    plan_of,
+    rows_of,
+    run,
+    strengths_of,
+)
 from benchmarks.identity.linear import fit_linear
 from benchmarks.identity.people import benchmark_people
 from benchmarks.identity.rows import BASE, HEADLINE, DreamBoothRuns, Row
@@ -309,6 +318,9 @@ def test_options():
     assert options.split == "validation"
     assert options.model == ["no gate=a.safetensors"]
     assert parse([]).split == "test"
+    assert plan_of(parse([])) == FULL_PLAN
+    guided = plan_of(parse(["--quick", "--guidance", "2"]))
+    assert guided == replace(QUICK_PLAN, guidance=2.0)
     with pytest.raises(SystemExit):
         parse(["--split", "train"])
 
