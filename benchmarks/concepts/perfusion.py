@@ -1,16 +1,18 @@
 """`make bench name=perfusion args='--quick --json FILE'`: words by Perfusion and by others.
 
-Eight concepts, 20 prompts, two noises; every method learns from the same four pictures, masks,
-steps, batches and seeds, and draws from the same noise. Likeness against prompt agreement along
-each method's own setting: the gate's bias for Perfusion, the strength for the others; and the leak,
-likeness to the concept in pictures of the plain word of its kind. Then two concepts in one picture.
+Sixteen concepts, three training seeds, 20 prompts, two noises; every method learns from the same
+four pictures, masks, steps, batches and seeds, and draws from the same noise. That takes hours, so
+`--concepts` and `--seeds` choose some of them; what was trained and judged is kept on disk.
+Likeness against prompt agreement along each method's own setting: the gate's bias for Perfusion,
+the strength for the others; and the leak, likeness to the concept in pictures of the plain word of
+its kind. Then two concepts in one picture.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from rich.console import Console
@@ -21,7 +23,7 @@ from difflora_core.demo.world.concepts import CONCEPTS, DemoConcept, render_item
 from difflora_core.demo.world.identities import split_seeds
 from difflora_core.demo.world.scenes import Scene
 from difflora_core.evaluation.pareto import hypervolume, shortfall
-from difflora_core.evaluation.report import Report, bootstrap_interval
+from difflora_core.evaluation.report import Report, crossed_interval, crossed_means
 
 from ..command import (
     benchmark_console,
@@ -45,15 +47,20 @@ from .word_pictures import (
 )
 from .words import PHOTOS
 
-PAIRS = ((0, 4), (0, 2), (1, 5), (4, 3), (6, 7), (1, 7), (6, 5), (7, 2))
+PAIRS = (
+    *((0, 4), (0, 2), (1, 5), (4, 3), (6, 7), (1, 7), (6, 5), (7, 2)),
+    *((8, 10), (10, 9), (12, 13), (13, 11), (14, 15), (12, 15), (14, 9), (8, 11)),
+)
 """Concepts that stand together in one picture."""
+BOTH, BOTH_LORA = "two_concepts_both", "two_concepts_both_lora"
 BASE, BASE_TWO = "base, plain words", "two: base, plain words"
 REAL, REAL_VAE = "real pictures", "real pictures, through the VAE"
 
 
 @dataclass(frozen=True)
 class Size(Config):
-    """How much is measured."""
+    """How much is measured: numbers of `concepts`, training `seeds`, `scenes` and `noises` of each
+    prompt, `pairs` of concepts in the first `pair_scenes`, and what all trainings share."""
 
     concepts: tuple[int, ...] = tuple(range(len(CONCEPTS)))
     scenes: tuple[Scene, ...] = SCENES
@@ -61,6 +68,7 @@ class Size(Config):
     pairs: tuple[tuple[int, int], ...] = PAIRS
     pair_scenes: int = 10
     training: TrainingSettings = field(default_factory=TrainingSettings)
+    seeds: tuple[int, ...] = (0, 1, 2)
 
     def wanted(self, concept: DemoConcept) -> list[EvaluationPrompt]:
         """Every prompt with one concept, in every noise; half of them name another thing too."""
@@ -71,18 +79,29 @@ class Size(Config):
             for prompt in evaluation_prompts([concept], scenes, number, noise)
         ]
 
+    def some(self, concepts: Sequence[int] | None, seeds: Sequence[int] | None) -> Size:
+        """A part of it: these concepts, with the pairs among them, and these seeds."""
+        chosen = self.concepts if concepts is None else tuple(concepts)
+        pairs = tuple(pair for pair in self.pairs if set(pair) <= set(chosen))
+        return replace(
+            self, concepts=chosen, pairs=pairs, seeds=self.seeds if seeds is None else tuple(seeds)
+        )
 
-QUICK = Size((0, 4), SCENES[:6], 1, ((0, 4),), 4, TrainingSettings(steps=200))
+
+QUICK = Size((0, 4), SCENES[:6], 1, ((0, 4),), 4, TrainingSettings(steps=200), (0,))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = command_parser("New words by Perfusion and by others.", threads=1)
     parser.add_argument("--quick", action="store_true", help="2 concepts, 6 prompts, 200 steps")
+    numbers = range(len(CONCEPTS))
+    parser.add_argument("--concepts", type=int, nargs="+", choices=numbers, help="these concepts")
+    parser.add_argument("--seeds", type=int, nargs="+", help="these training seeds")
     options = parser.parse_args(arguments)
     set_threads(options.threads)
     console, started = benchmark_console(), time.perf_counter()
-    size = QUICK if options.quick else Size()
+    size = (QUICK if options.quick else Size()).some(options.concepts, options.seeds)
     report = measure(demo_evaluator(console), size)
     minutes = (time.perf_counter() - started) / 60
     facts = {"quick": options.quick, "minutes": minutes, "machine": machine(), "commit": commit()}
@@ -98,21 +117,25 @@ def measure(evaluator: ConceptEvaluator, size: Size) -> Report:
     wanted = {c.word: size.wanted(c) for c in chosen}
     rows = ceilings(evaluator, [w for c in chosen for w in wanted[c.word]])
     trained = {
-        name: {c.word: evaluator.trainer.train(c, method, size.training) for c in chosen}
+        name: [
+            {c.word: evaluator.trainer.train(c, method, training) for c in chosen}
+            for training in (replace(size.training, seed=seed) for seed in size.seeds)
+        ]
         for name, method in METHODS.items()
     }
     sweeps: dict[str, Tensor] = {}
     leak = {"base": rows[BASE]["concept_similarity"]}
     rows[BASE]["leak"] = leak["base"]
     for name, method in METHODS.items():
-        table = sweep(evaluator, method, trained[name], wanted)
-        for setting, columns in zip(method.settings, table, strict=True):
+        tables = [sweep(evaluator, method, own, wanted) for own in trained[name]]
+        every = [one for own in trained[name] for one in own.values()]
+        for place, setting in enumerate(method.settings):
             rows[method.label(setting)] = {
-                **{column: float(values.mean()) for column, values in columns.items()},
-                **costs(evaluator, list(trained[name].values()), setting),
+                **_mean_over_seeds([table[place] for table in tables]),
+                **costs(evaluator, every, setting),
             }
-        sweeps[name] = goals(table)
-        leak[name] = float(table[method.settings.index(method.usual)]["leak"].mean())
+        sweeps[name] = torch.stack([goals(table) for table in tables])
+        leak[name] = rows[method.label(method.usual)]["leak"]
     together, both = two_concepts(evaluator, trained, size)
     reference = torch.tensor([rows[BASE]["concept_similarity"], 0.0]).double()
     facts = {
@@ -121,6 +144,7 @@ def measure(evaluator: ConceptEvaluator, size: Size) -> Report:
         "leak": leak,
         "protocol": {
             "concepts": len(chosen),
+            "seeds": len(size.seeds),
             "prompts": len(size.scenes),
             "noises": size.noises,
             "pictures_to_learn_from": PHOTOS,
@@ -131,6 +155,11 @@ def measure(evaluator: ConceptEvaluator, size: Size) -> Report:
         },
     }
     return Report({**rows, **together}, facts)
+
+
+def _mean_over_seeds(tables: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """Means over seeds and concepts of columns (C,)."""
+    return {name: float(torch.stack([t[name] for t in tables]).mean()) for name in tables[0]}
 
 
 def costs(
@@ -165,10 +194,20 @@ def real_pictures(wanted: Sequence[EvaluationPrompt]) -> Tensor:
 
 
 def two_concepts(
-    evaluator: ConceptEvaluator, trained: Mapping[str, Mapping[str, TrainedConcept]], size: Size
+    evaluator: ConceptEvaluator,
+    trained: Mapping[str, Sequence[Mapping[str, TrainedConcept]]],
+    size: Size,
 ) -> tuple[dict[str, dict[str, float]], dict[str, object]]:
-    """Rows of pictures with two concepts, and the share in which both are recognised."""
+    """Rows of pictures with two concepts, and the share in which both are recognised.
+
+    Args:
+        evaluator: draws and judges.
+        trained: method to what each training seed made, word by word.
+        size: which pairs; without any there are no rows.
+    """
     pairs = [[CONCEPTS[a], CONCEPTS[b]] for a, b in size.pairs]
+    if not pairs:
+        return {}, {}
     scenes = size.scenes[: size.pair_scenes]
     wanted = [evaluation_prompts(pair, scenes, 100 + k) for k, pair in enumerate(pairs)]
     flat = [prompt for group in wanted for prompt in group]
@@ -178,12 +217,14 @@ def two_concepts(
     for name, method in METHODS.items():
         for setting in method.pair_settings:
             parts = [
-                evaluator.columns(group, [trained[name][c.word] for c in pair], setting)
+                evaluator.columns(group, [own[c.word] for c in pair], setting)
+                for own in trained[name]
                 for group, pair in zip(wanted, pairs, strict=True)
             ]
             columns = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
             table[f"two: {method.label(setting)}"] = columns
-            shares = columns["all_recognised"].unflatten(0, (len(pairs), -1)).mean(1)
+            each = columns["all_recognised"].unflatten(0, (len(trained[name]), len(pairs), -1))
+            shares = each.mean(2)  # S P
             if name not in best or shares.mean() > best[name].mean():
                 best[name] = shares
     rows = {
@@ -191,8 +232,8 @@ def two_concepts(
         for name, columns in table.items()
     }
     facts: dict[str, object] = {}
-    for method, name in ((PERFUSION, "two_concepts_both"), (DREAMBOOTH, "two_concepts_both_lora")):
-        interval = bootstrap_interval(best[method.name])
+    for method, name in ((PERFUSION, BOTH), (DREAMBOOTH, BOTH_LORA)):
+        interval = crossed_interval(best[method.name])
         facts |= {name: interval.value, f"{name}_ci95": [interval.low, interval.high]}
     return rows, facts
 
@@ -200,21 +241,23 @@ def two_concepts(
 def conclusions(sweeps: Mapping[str, Tensor], reference: Tensor) -> dict[str, object]:
     """Hypervolumes, and whether Perfusion's sweep lies on or above all others.
 
+    Intervals resample training seeds and concepts.
+
     Args:
-        sweeps: method to (K, C, 2), settings, concepts, goals.
+        sweeps: method to (S, K, C, 2), seeds, settings, concepts, goals.
         reference: (2,) from which areas are measured: the base's likeness, no agreement.
     """
     own = sweeps[PERFUSION.name].double()
-    others = torch.cat([sweeps[m].double() for m in METHODS if m != PERFUSION.name])
-    counts = [len(own), len(others)]
-    table = torch.cat([own, others]).permute(1, 0, 2).flatten(1)  # C (K 2)
+    others = torch.cat([sweeps[m].double() for m in METHODS if m != PERFUSION.name], 1)
+    counts = [own.shape[1], others.shape[1]]
 
     def missing(columns: Tensor) -> Tensor:
         front, points = columns.unflatten(-1, (-1, 2)).split(counts, -2)
         return shortfall(front, points)
 
-    short = bootstrap_interval(table, missing, draws=2000)
-    dominating = missing(_resampled(table)) <= 0
+    table = _by_concept(own, others)
+    short = crossed_interval(table, missing, draws=2000)
+    dominating = missing(crossed_means(table, draws=200)) <= 0
     facts: dict[str, object] = {
         "front_dominates": short.value <= 0,
         "front_dominates_share": float(dominating.double().mean()),
@@ -223,25 +266,22 @@ def conclusions(sweeps: Mapping[str, Tensor], reference: Tensor) -> dict[str, ob
     }
     areas, gains = {}, {}
     for method in METHODS:
-        volume = hypervolume(sweeps[method].double().mean(1), reference)
-        areas[method] = float(volume)
+        theirs = sweeps[method].double()
+        areas[method] = float(hypervolume(theirs.mean((0, 2)), reference))
         if method != PERFUSION.name:
-            size = len(sweeps[method])
-            pair = torch.cat([own, sweeps[method].double()]).permute(1, 0, 2).flatten(1)
 
-            def more(columns: Tensor, size: int = size) -> Tensor:
-                front, points = columns.unflatten(-1, (-1, 2)).split([len(own), size], -2)
+            def more(columns: Tensor, sizes: tuple[int, int] = (counts[0], theirs.shape[1])):
+                front, points = columns.unflatten(-1, (-1, 2)).split(sizes, -2)
                 return hypervolume(front, reference) - hypervolume(points, reference)
 
-            gain = bootstrap_interval(pair, more, draws=2000)
+            gain = crossed_interval(_by_concept(own, theirs), more, draws=2000)
             gains[method] = [gain.value, gain.low, gain.high]
     return {**facts, "hypervolume": areas, "hypervolume_gain_ci95": gains}
 
 
-def _resampled(table: Tensor, draws: int = 200) -> Tensor:
-    """Means of resampled concepts (draws, columns)."""
-    generator = torch.Generator().manual_seed(0)
-    return table[torch.randint(len(table), (draws, len(table)), generator=generator)].mean(1)
+def _by_concept(*sweeps: Tensor) -> Tensor:
+    """Sweeps (S, K, C, 2) beside each other: (S, C, all K times 2)."""
+    return torch.cat(sweeps, 1).permute(0, 2, 1, 3).flatten(2)
 
 
 def print_results(report: Report, console: Console) -> None:
@@ -259,6 +299,6 @@ def print_results(report: Report, console: Console) -> None:
     console.print(f"front_shortfall: {facts['front_shortfall']:+.4f} [{low:+.4f}, {high:+.4f}]")
     leaks = ", ".join(f"{name} {value:.3f}" for name, value in facts["leak"].items())
     console.print(f"leak, likeness in pictures of the plain word: {leaks}")
-    for name in ("two_concepts_both", "two_concepts_both_lora"):
+    for name in (BOTH, BOTH_LORA) if BOTH in facts else ():
         low, high = facts[f"{name}_ci95"]
         console.print(f"{name}: {facts[name]:.2f} [{low:.2f}, {high:.2f}]")

@@ -63,31 +63,50 @@ def bootstrap_interval(
 
 
 def crossed_interval(
-    values: Tensor, level: float = 0.95, draws: int = 10_000, seed: int = 0
+    values: Tensor,
+    statistic: Callable[[Tensor], Tensor] | None = None,
+    level: float = 0.95,
+    draws: int = 10_000,
+    seed: int = 0,
 ) -> Interval:
-    """Mean of a table whose rows and columns are both drawn by chance, with its interval.
+    """A function of the means of a table whose rows and columns are both drawn by chance.
 
     Rows and columns are resampled independently (Owen's pigeonhole bootstrap, 2007), so what
     one training seed does to all people counts as one draw, as does one person under all seeds. Few
     rows make it too narrow by sqrt((S - 1) / S) in their part; a single row adds nothing.
 
     Args:
-        values: (S, I) of S training seeds and I identities.
+        values: (S, I) of S training seeds and I identities, or (S, I, C) of several numbers each.
+        statistic: maps their means (..., C) to (...); None takes the only one.
         level: coverage.
         draws: resamples.
         seed: of the resampling.
 
+    Returns:
+        The statistic of the whole table and its interval; NaN resamples are left out.
+
     Raises:
-        ConfigError: an empty table.
+        ConfigError: an empty table, or several numbers without a statistic.
     """
-    if values.ndim != 2 or not values.numel():
+    table = values.double()
+    table = table[..., None] if table.ndim == 2 else table
+    if table.ndim != 3 or not table.numel():
         raise ConfigError("An interval over seeds and identities needs at least one of each.")
-    table, generator = values.double(), torch.Generator().manual_seed(seed)
-    counts = [_resampled(size, draws, generator) for size in table.shape]
-    means = torch.einsum("ds,si,di->d", counts[0], table, counts[1])
+    if statistic is None and table.shape[2] != 1:
+        raise ConfigError("An interval of several numbers needs a statistic to compute.")
+    statistic = statistic or (lambda means: means[..., 0])
+    results = statistic(crossed_means(table, draws, seed))
     tail = (1 - level) / 2
-    low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=means.dtype)).tolist()
-    return Interval(float(table.mean()), low, high)
+    levels = torch.tensor([tail, 1 - tail], dtype=results.dtype)
+    low, high = results.nanquantile(levels).tolist()
+    return Interval(float(statistic(table.mean((0, 1)))), low, high)
+
+
+def crossed_means(values: Tensor, draws: int, seed: int = 0) -> Tensor:
+    """Means (draws, C) of resamples of a table (S, I, C), see `crossed_interval`."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = (_resampled(size, draws, generator) for size in values.shape[:2])
+    return torch.einsum("ds,sic,di->dc", rows, values.double(), columns)
 
 
 def _resampled(size: int, draws: int, generator: torch.Generator) -> Tensor:

@@ -28,7 +28,7 @@ from difflora_core.text.captions import captions
 from difflora_core.text.covariance import build_covariance
 
 HAT, CAT = CONCEPTS[0], CONCEPTS[4]
-TINY = Size((0, 4), SCENES[:2], 1, ((0, 4),), 1, TrainingSettings(steps=2, batch=1))
+TINY = Size((0, 4), SCENES[:2], 1, ((0, 4),), 1, TrainingSettings(steps=2, batch=1), (0, 1))
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ def test_prompts():
     assert prompt.text(plain=True).endswith("white shirt, wearing a hat, with a cat")
     assert len(SCENES) == 20
     seeds = [w.seed for concept in CONCEPTS for w in Size().wanted(concept)]
-    assert len(set(seeds)) == len(seeds) == 320
+    assert len(set(seeds)) == len(seeds) == 640
     for concept in CONCEPTS:
         asked = Size().wanted(concept)[: len(SCENES)]
         plain = [w for w in asked if w.scene.item != "none"]
@@ -193,6 +193,7 @@ def test_prompts():
             assert w.scene.item_colour != w.scene.shirt
             assert w.text().index(concept.word) < w.text().index(w.goals["beside"])
     hands = {"cup", "flower"}
+    assert {number for pair in perfusion.PAIRS for number in pair} == set(range(len(CONCEPTS)))
     for a, b in perfusion.PAIRS:
         assert CONCEPTS[a].kind != CONCEPTS[b].kind
         assert {CONCEPTS[a].kind, CONCEPTS[b].kind} != hands
@@ -255,7 +256,7 @@ def test_the_judge_knows_real_concepts(concept):
 
 def test_conclusions_by_hand():
     """Two concepts; the baselines are under Perfusion's line until one of them leaves it."""
-    line = torch.tensor([[0.2, 0.9], [0.6, 0.8]])[:, None].expand(-1, 2, -1)
+    line = torch.tensor([[0.2, 0.9], [0.6, 0.8]])[None, :, None].expand(3, -1, 2, -1)
     sweeps = {method: line - 0.1 for method in METHODS} | {PERFUSION.name: line}
     reference = torch.zeros(2, dtype=torch.float64)
     facts = conclusions(sweeps, reference)
@@ -263,11 +264,30 @@ def test_conclusions_by_hand():
     assert facts["front_dominates_share"] == 1.0
     assert facts["front_shortfall"] == pytest.approx(-0.1)
     assert facts["hypervolume"][PERFUSION.name] == pytest.approx(0.2 * 0.9 + 0.4 * 0.8)
-    better = {**sweeps, DREAMBOOTH.name: torch.full((1, 2, 2), 0.85)}
+    better = {**sweeps, DREAMBOOTH.name: torch.full((3, 1, 2, 2), 0.85)}
     facts = conclusions(better, reference)
     assert facts["front_dominates"] is False
     assert facts["front_shortfall"] == pytest.approx(0.25)
     assert facts["hypervolume_gain_ci95"][DREAMBOOTH.name][0] < 0
+
+
+def test_seeds_that_disagree_widen_what_is_said():
+    """One seed puts a LoRA .2 above Perfusion in likeness, the other as much below."""
+    own = torch.full((2, 1, 4, 2), 0.5)
+    theirs = own + torch.tensor([[0.2, 0.0], [-0.2, 0.0]])[:, None, None]
+    sweeps = {method: own - 0.4 for method in METHODS}
+    sweeps |= {PERFUSION.name: own, DREAMBOOTH.name: theirs}
+    found = conclusions(sweeps, torch.zeros(2, dtype=torch.float64))
+    gain, low, high = found["hypervolume_gain_ci95"][DREAMBOOTH.name]
+    assert (gain, low, high) == pytest.approx((0.0, -0.1, 0.1))  # .5 x .2 in area
+    assert 0 < found["front_dominates_share"] < 1
+
+
+def test_a_part_of_the_table_keeps_the_pairs_within_it():
+    part = Size().some([0, 2, 4], [1])
+    assert (part.concepts, part.seeds, part.pairs) == ((0, 2, 4), (1,), ((0, 4), (0, 2)))
+    assert Size().some(None, None) == Size()
+    assert perfusion.two_concepts(None, {}, part.some([0], None)) == ({}, {})
 
 
 def test_more_captions_come_closer(text):

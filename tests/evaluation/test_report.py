@@ -101,3 +101,20 @@ def test_crossed_interval_of_one_seed_is_that_of_people():
     assert (crossed.low, crossed.high) == pytest.approx((plain.low, plain.high), abs=0.02)
     with pytest.raises(ConfigError, match="at least one"):
         crossed_interval(torch.zeros(0, 4))
+
+
+def test_crossed_interval_of_a_function_of_several_numbers():
+    """Of two numbers that rise and fall together the difference is certain; neither of them is."""
+    one = torch.randn(3, 20, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    table = torch.stack([one + 2, one], -1)
+    apart = crossed_interval(table, lambda means: means[..., 0] - means[..., 1])
+    assert (apart.value, apart.low, apart.high) == pytest.approx((2.0, 2.0, 2.0))
+    ratio = crossed_interval(table.exp(), lambda means: (means[..., 0] / means[..., 1]).log())
+    assert (ratio.value, ratio.low, ratio.high) == pytest.approx((2.0, 2.0, 2.0))
+    first = crossed_interval(table, lambda means: means[..., 0])
+    assert (first.low, first.high) == (
+        pytest.approx(crossed_interval(table[..., 0]).low),
+        pytest.approx(crossed_interval(table[..., 0]).high),
+    )
+    with pytest.raises(ConfigError, match="statistic"):
+        crossed_interval(table)

@@ -39,6 +39,14 @@ CONCEPTS = (
     DemoConcept("<cat-b>", "cat", (0.50, 0.08, 0.16), (0.46, 0.34, 0.94)),
     DemoConcept("<hat-c>", "hat", (0.10, 0.27, 0.47), (0.59, 0.90, 0.43)),
     DemoConcept("<cat-c>", "cat", (0.53, 0.67, 0.42), (0.51, 0.05, 0.35)),
+    DemoConcept("<hat-d>", "hat", (0.18, 0.68, 0.76), (0.06, 0.74, 0.36)),
+    DemoConcept("<cup-c>", "cup", (0.10, 0.20, 0.39), (0.60, 0.16, 0.21)),
+    DemoConcept("<cat-d>", "cat", (0.42, 0.63, 0.08), (0.91, 0.93, 0.25)),
+    DemoConcept("<cup-d>", "cup", (0.45, 0.36, 0.92), (0.88, 0.54, 0.70)),
+    DemoConcept("<hat-e>", "hat", (0.84, 0.33, 0.65), (0.82, 0.21, 0.24)),
+    DemoConcept("<cat-e>", "cat", (0.48, 0.48, 0.40), (0.94, 0.73, 0.60)),
+    DemoConcept("<hat-f>", "hat", (0.15, 0.51, 0.59), (0.12, 0.91, 0.94)),
+    DemoConcept("<cat-f>", "cat", (0.42, 0.74, 0.76), (0.43, 0.81, 0.11)),
 )
 """For final tables: colours far from the eight that captions name, and among those that the base's
 VAE can show on a few pixels. (Flowers have too few pixels for two colours.)"""
