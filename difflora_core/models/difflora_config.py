@@ -31,8 +31,8 @@ class DiffLoRAConfig(Config):
         lae: autoencoder.
         schedule: noise schedule of the latent diffusion.
         preset: how it was trained; `functional` (through the base model's denoising loss) or
-            `paper` (two stages on weights alone). It decides what the best
-            guess is: what the predictor makes, or one DiT sample.
+            `paper` (two stages on weights alone). It decides what the best guess is: what the
+            predictor makes, or the mean of what the DiT samples.
         face_encoder: which face recogniser it was trained with, in words.
         image_encoder: which CLIP vision it was trained with, in words.
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -238,6 +239,7 @@ def test_what_prompts_ask_can_be_read_through_the_vae():
 def test_the_judge_knows_real_concepts(concept):
     """On people that it has not met; alone and beside another thing."""
     judge = concept_judge.load_concept_judge(paths.CONCEPT_JUDGE)
+    judge.read = cache(judge.read)  # one reading of a kind serves all its looks
     people = range(105_000, 105_020)
     real = render_concept(concept, people, range(20)).images
     assert judge.recognised(real, concept).float().mean() >= 0.9
