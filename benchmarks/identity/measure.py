@@ -86,7 +86,7 @@ class Evaluator:
         plain = first[:, self.plain]
         people, count = plain.shape[:2]
         embeddings = self.judges.embed(plain.flatten(0, 1)).unflatten(0, (people, count))
-        parameters = self.judges.parameters(plain.flatten(0, 1)).unflatten(0, (people, count))
+        parameters = self._parameters(plain)
         owner = torch.arange(people).repeat_interleave(count)
         hits = recognition_rate(embeddings.flatten(0, 1), self.centroids, owner)
         answers = self.judges.attributes(first.flatten(0, 1))
@@ -110,6 +110,18 @@ class Evaluator:
             pairs = torch.stack([images[:, :again], images[:, prompts:]], 2)
             columns["seed_diversity"] = seed_diversity(pairs).mean(1)
         return columns
+
+    def parameter_errors(self, images: Tensor) -> Tensor:
+        """Mean error (P,) of each parameter, read from pictures (I, cells, H, W, 3) of the people.
+
+        Of the pictures on which `parameter_error` is judged, whose mean over people this splits.
+        """
+        read = self._parameters(images[:, : len(self.plan.scenes)][:, self.plain])
+        return (read - self.people.parameters[:, None]).abs().mean((0, 1))
+
+    def _parameters(self, images: Tensor) -> Tensor:
+        """What the judge reads (I, N, P) from pictures (I, N, H, W, 3)."""
+        return self.judges.parameters(images.flatten(0, 1)).unflatten(0, images.shape[:2])
 
 
 def file_kilobytes(weights: LoRAWeights) -> float:
