@@ -270,8 +270,8 @@ def conclusions(sweeps: Mapping[str, Tensor], reference: Tensor) -> dict[str, ob
         areas[method] = float(hypervolume(theirs.mean((0, 2)), reference))
         if method != PERFUSION.name:
 
-            def more(columns: Tensor, sizes: tuple[int, int] = (counts[0], theirs.shape[1])):
-                front, points = columns.unflatten(-1, (-1, 2)).split(sizes, -2)
+            def more(columns: Tensor, size: int = theirs.shape[1]) -> Tensor:
+                front, points = columns.unflatten(-1, (-1, 2)).split([counts[0], size], -2)
                 return hypervolume(front, reference) - hypervolume(points, reference)
 
             gain = crossed_interval(_by_concept(own, theirs), more, draws=2000)

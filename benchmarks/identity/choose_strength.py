@@ -29,7 +29,6 @@ from .rows import DreamBoothRuns, wanted_row
 
 GRID = (0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
 AGREEMENT_LOSS = 0.03
-_SCENES = PROMPTS[::3]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,13 +46,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     set_threads(options.threads)
     console = benchmark_console()
-    plan = Plan(_SCENES[: options.prompts], repeats=0, seed=1)
-    experiment = Experiment(load_artefacts(log=console.print), plan, "validation", options.people)
+    artefacts, plan = load_artefacts(log=console.print), validation_plan(options.prompts)
+    experiment = Experiment(artefacts, plan, "validation", options.people)
     chosen = choose(experiment, options.rows, console, baselines=BUDGETS.get(options.baselines))
     others = read_choices(paths.STRENGTHS) if options.rows else {}
     write_strengths(paths.STRENGTHS, others | chosen)
     console.print(f"wrote {paths.STRENGTHS.name}")
     return 0
+
+
+def validation_plan(prompts: int = 6) -> Plan:
+    """What validation people are drawn with: other noise than that of the tables."""
+    return Plan(PROMPTS[::3][:prompts], repeats=0, seed=1)
 
 
 def choose(

@@ -63,13 +63,17 @@ class Experiment:
         """Train, predict, reconstruct; see `build_rows`."""
         return build_rows(self.artefacts, self.people, runs, wanted)
 
-    def real(self) -> list[Trial]:
-        """The ceiling: real pictures of the prompted scenes, as they are and through the VAE."""
+    def real_pictures(self) -> dict[str, Tensor]:
+        """Of the prompted scenes (I, cells, H, W, 3): as they are, and through the VAE."""
         images = self.people.prompted.images
         base = self.artefacts.base
         again = base.decode_latents(base.encode_images(images.flatten(0, 1)))
-        pairs = ((REAL, images), (REAL_VAE, again.unflatten(0, images.shape[:2])))
-        return [Trial(name, 0.0, self.evaluator.columns(shown), {}) for name, shown in pairs]
+        return {REAL: images, REAL_VAE: again.unflatten(0, images.shape[:2])}
+
+    def real(self) -> list[Trial]:
+        """The ceiling: real pictures, judged as a row is."""
+        shown = self.real_pictures()
+        return [Trial(name, 0.0, self.evaluator.columns(p), {}) for name, p in shown.items()]
 
     def base(self) -> Trial:
         """The base model without any LoRA."""

@@ -16,12 +16,10 @@ from difflora_core.demo.world.identities import PARAMETERS
 from difflora_core.evaluation.report import Report
 
 from ..command import benchmark_console, command_parser, commit, machine, set_threads, write_report
-from ..prompts import PROMPTS
 from .artefacts import load_artefacts
-from .choose_strength import read_strengths
-from .drawing import Plan
+from .choose_strength import read_strengths, validation_plan
 from .experiment import Experiment
-from .rows import BASE, HEADLINE, REAL, REAL_VAE, DreamBoothRuns, labelled, wanted_row
+from .rows import BASE, HEADLINE, DreamBoothRuns, labelled, wanted_row
 
 ROWS = (f"={HEADLINE}", "=paper, 1 photo", "=DreamBooth, 8 photos, 300 steps")
 
@@ -40,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     set_threads(options.threads)
     console = benchmark_console()
-    plan = Plan(PROMPTS[::3][:6], repeats=0, seed=1)
-    experiment = Experiment(load_artefacts(log=console.print), plan, "validation", options.people)
+    artefacts = load_artefacts(log=console.print)
+    experiment = Experiment(artefacts, validation_plan(), "validation", options.people)
     errors = errors_of(experiment, read_strengths(paths.STRENGTHS), options.rows)
     report = Report(by_parameter(errors), {"commit": commit(), "machine": machine()})
     console.print(report.to_markdown())
@@ -60,10 +58,7 @@ def errors_of(
         strengths: row to the strength that it is drawn at.
         wanted: see `rows.wanted_row`.
     """
-    base, real = experiment.artefacts.base, experiment.people.prompted.images
-    again = base.decode_latents(base.encode_images(real.flatten(0, 1)))
-    shown = {REAL: real, REAL_VAE: again.unflatten(0, real.shape[:2])}
-    shown[BASE] = experiment.sampler.pictures()
+    shown = {**experiment.real_pictures(), BASE: experiment.sampler.pictures()}
     for row in experiment.rows(DreamBoothRuns().only(wanted), wanted):
         if wanted_row(row.name, wanted):
             strength = row.chosen(strengths)

@@ -52,14 +52,9 @@ def bootstrap_interval(
     table = table[:, None] if table.ndim == 1 else table
     if not len(table) or (statistic is None and table.shape[1] != 1):
         raise ConfigError("A bootstrap needs at least one identity and one statistic to compute.")
-    statistic = statistic or (lambda means: means[..., 0])
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(len(table), (draws, len(table)), generator=generator)
-    results = statistic(table[rows].mean(1))
-    tail = (1 - level) / 2
-    levels = torch.tensor([tail, 1 - tail], dtype=results.dtype)
-    low, high = results.nanquantile(levels).tolist()
-    return Interval(float(statistic(table.mean(0))), low, high)
+    return _percentiles(table.mean(0), table[rows].mean(1), statistic, level)
 
 
 def crossed_interval(
@@ -94,12 +89,19 @@ def crossed_interval(
         raise ConfigError("An interval over seeds and identities needs at least one of each.")
     if statistic is None and table.shape[2] != 1:
         raise ConfigError("An interval of several numbers needs a statistic to compute.")
+    return _percentiles(table.mean((0, 1)), crossed_means(table, draws, seed), statistic, level)
+
+
+def _percentiles(
+    whole: Tensor, resampled: Tensor, statistic: Callable[[Tensor], Tensor] | None, level: float
+) -> Interval:
+    """A statistic of means (C,), and its percentiles over their resamples (draws, C)."""
     statistic = statistic or (lambda means: means[..., 0])
-    results = statistic(crossed_means(table, draws, seed))
+    results = statistic(resampled)
     tail = (1 - level) / 2
     levels = torch.tensor([tail, 1 - tail], dtype=results.dtype)
     low, high = results.nanquantile(levels).tolist()
-    return Interval(float(statistic(table.mean((0, 1)))), low, high)
+    return Interval(float(statistic(whole)), low, high)
 
 
 def crossed_means(values: Tensor, draws: int, seed: int = 0) -> Tensor:

@@ -3,16 +3,13 @@
 import pytest
 import torch
 
-from benchmarks.identity.drawing import Plan
 from benchmarks.identity.experiment import Experiment
 from benchmarks.identity.face_parameters import by_parameter, errors_of
-from benchmarks.prompts import QUICK
 from difflora_core.demo.world.identities import PARAMETERS
 
 
-@pytest.fixture(scope="module")
-def experiment(artefacts):
-    plan = Plan((QUICK[0], QUICK[5]), repeats=1, steps=2, batch=4, noises=1, half=False)
+@pytest.fixture
+def experiment(artefacts, plan):
     return Experiment(artefacts, plan, "validation", 2)
 
 
