@@ -16,6 +16,7 @@ from ..config import Config
 from ..errors import CheckpointError, ConfigError
 from .average import Average
 from .loop_config import LoopConfig
+from .muon import Muon
 from .sharding import local, sharded_as, whole
 from .state_file import RunIdentity, check_tensors, damaged, read_state, write_state
 
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 BEST = "best.safetensors"
 MOMENTS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
-"""What an optimiser keeps of each parameter; by name, because older versions of torch lack Muon."""
+"""What an optimiser keeps of each parameter."""
 
 
 def optimizers(
@@ -47,7 +48,7 @@ def optimizers(
     if rest:
         found.append(torch.optim.AdamW(rest, rate, config.betas, config.eps, decay))
     if large:
-        found.append(torch.optim.Muon(large, config.matrix_rate, weight_decay=decay))
+        found.append(Muon(large, config.matrix_rate, weight_decay=decay))
     for group in (g for optimizer in found for g in optimizer.param_groups):
         group["peak"] = group["lr"]
     return found
