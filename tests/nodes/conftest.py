@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from difflora_core.comfy_client import ComfyClient
+from difflora_core.demo import paths
 from difflora_core.demo.build.controlnet import save_controlnet
 from difflora_core.demo.comfyui.server import ComfyServer
 from difflora_core.demo.networks.base import demo_layout, load_base, new_base, save_base
@@ -32,12 +33,7 @@ from difflora_core.training.controlnet import ControlLoRA
 from difflora_core.vision.features import FeatureSizes
 
 ROOT = Path(__file__).resolve().parents[2]
-SHIPPED = ROOT / "difflora_core" / "demo" / "artefacts"
-PARTS = (
-    *("base.safetensors", "clip_vision.safetensors"),
-    *("difflora.safetensors", "difflora_paper.safetensors", "controlnet.safetensors"),
-    "insightface/demo_faces",
-)
+PARTS = (paths.BASE, paths.CLIP_VISION, paths.CONTROLNET, paths.FACES, *paths.MODELS.values())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -100,13 +96,13 @@ def random_world(random_difflora, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.fixture(scope="session")
 def is_shipped() -> bool:
     """True when the trained demo world is complete."""
-    return all((SHIPPED / part).exists() for part in PARTS)
+    return all(part.exists() for part in PARTS)
 
 
 @pytest.fixture(scope="session")
 def demo_world(is_shipped, request: pytest.FixtureRequest) -> Path:
     """The folder that Load DiffLoRA Demo reads in the tests."""
-    return SHIPPED if is_shipped else request.getfixturevalue("random_world")
+    return paths.ARTEFACTS if is_shipped else request.getfixturevalue("random_world")
 
 
 @pytest.fixture(scope="session")
