@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = runs.only(options.rows)
     budget = BUDGETS.get(options.baselines)
     rows = rows_of(experiment, runs, options.rows, budget)
-    trials = run(experiment, rows, strengths, console)
+    trials = run(experiment, rows, strengths, console, options.chosen)
     minutes = (time.perf_counter() - started) / 60
     facts = {"split": options.split, "quick": options.quick, "minutes": minutes}
     report = make_report(trials, experiment, facts)
@@ -103,6 +103,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="only rows whose name contains one of these; =TEXT: is TEXT",
     )
     parser.add_argument(
+        "--chosen", action="store_true", help="rows at their chosen strengths alone, not at 1 too"
+    )
+    parser.add_argument(
         "--guidance",
         type=float,
         default=QUICK_PLAN.guidance,
@@ -135,16 +138,21 @@ def rows_of(
 
 
 def run(
-    experiment: Experiment, rows: Sequence[Row], strengths: Mapping[str, float], console: Console
+    experiment: Experiment,
+    rows: Sequence[Row],
+    strengths: Mapping[str, float],
+    console: Console,
+    chosen: bool = False,
 ) -> list[Trial]:
-    """Real pictures, base, and every row at strength 1 and at the chosen one."""
-    wanted = [(row, strength) for row in rows for strength in strengths_of(row, strengths)]
+    """Real pictures, base, and every row at its strengths, see `strengths_of`."""
+    wanted = [(row, strength) for row in rows for strength in strengths_of(row, strengths, chosen)]
     return [*experiment.real(), experiment.base(), *experiment.trials(wanted, console)]
 
 
-def strengths_of(row: Row, strengths: Mapping[str, float]) -> list[float]:
-    """1 and the chosen strength, once when they are equal."""
-    return list(dict.fromkeys([1.0, row.chosen(strengths)]))
+def strengths_of(row: Row, strengths: Mapping[str, float], chosen: bool = False) -> list[float]:
+    """1 and the chosen strength, once when they are equal; or the `chosen` one alone."""
+    own = row.chosen(strengths)
+    return [own] if chosen else list(dict.fromkeys([1.0, own]))
 
 
 def make_report(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -16,6 +16,7 @@ from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.models.difflora import DiffLoRAModel
 from difflora_core.models.lae.autoencoder import LoRALatent
 from difflora_core.training.difflora.refine import refine, refinement_config
+from difflora_core.training.lora.dreambooth import DreamBoothConfig
 
 from .artefacts import Artefacts
 from .drawing import Adaptation, groups, select
@@ -28,7 +29,9 @@ REAL, REAL_VAE = "real pictures", "real pictures through the VAE"
 ANOTHER, MEAN, WRONG = "another identity's LoRA", "mean LoRA", "wrong photo"
 CONTROLS = (ANOTHER, MEAN, WRONG)
 CORPUS_LORA = f"LoRA as in the corpus, {PHOTOS} photos"
-ONE, ALL = "1 photo", f"{PHOTOS} photos"
+ONE, FOUR, ALL = "1 photo", "4 photos", f"{PHOTOS} photos"
+SEEN = {ONE: 1, FOUR: 4}
+"""Photos that a prediction is made from, by their name in the table."""
 SOURCES = {"face": (1.0, 0.0), "picture": (0.0, 1.0)}
 """The MIF gate held to one source, without training anew."""
 TIMED_PEOPLE = 5
@@ -107,7 +110,7 @@ def build_rows(
 
     Of rows that are not `wanted` (see `wanted_row`) those are left out that would be trained.
     """
-    features = artefacts.features(people.photos.images[:, :4])
+    features = artefacts.features(people.photos.images[:, : SEEN[FOUR]])
     trained = dreambooth_rows(artefacts, people, runs)
     of_corpus = (CORPUS_LORA, MEAN, *reconstruction_names(artefacts))
     asked = any(wanted_row(name, wanted) for name in of_corpus)
@@ -122,8 +125,8 @@ def build_rows(
     for name, model in artefacts.models.items():
         rows += predicted_rows(artefacts, name, model, features, people)
     rows += trained
-    if functional is not None and wanted_row(refined_name(artefacts), wanted):
-        rows.append(refined_row(artefacts, people, guess, rows))
+    if functional is not None:
+        rows += refined_rows(artefacts, people, features, wanted)
     return rows + ridge_row(artefacts, [row.select([0]) for row in features])
 
 
@@ -176,9 +179,9 @@ def predicted_rows(
     """From one and from four photos, and a DiT sample where the best guess is not one."""
     one = [row.select([0]) for row in features]
     seconds = seconds_to_lora(artefacts, model, people.photos.images[:, :1])
-    four_seconds = seconds_to_lora(artefacts, model, people.photos.images[:, :4])
+    four_seconds = seconds_to_lora(artefacts, model, people.photos.images[:, : SEEN[FOUR]])
     size, kind = artefacts.megabytes.get(name), name.split(", seed ")[0]
-    made = {"1 photo": (one, seconds), "4 photos": (features, four_seconds)}
+    made = {ONE: (one, seconds), FOUR: (features, four_seconds)}
     rows = [
         Row(
             f"{name}, {photos}",
@@ -240,24 +243,38 @@ def dreambooth_rows(artefacts: Artefacts, people: People, runs: DreamBoothRuns) 
     return rows
 
 
-def refined_row(artefacts: Artefacts, people: People, guess: LoRAWeights, rows: list[Row]) -> Row:
-    """The prediction after 25 steps on its one photo."""
+def refined_rows(
+    artefacts: Artefacts, people: People, features: list, wanted: Sequence[str] | None
+) -> Iterator[Row]:
+    """Predictions of the functional model after 25 steps on the photos that they were made from."""
+    model = artefacts.models["functional"]
     config = replace(refinement_config(artefacts.layout.rank), precision=SETTINGS.precision)
-    pictures = first_photos(people, 1)
+    for photos, count in SEEN.items():
+        name = f"functional, {photos}, {config.steps} refinement steps"
+        if not wanted_row(name, wanted):
+            continue
+        guess = predict(model, [row.select(list(range(count))) for row in features])
+        pictures = first_photos(people, count)
+        weights = refined(artefacts, people, guess, pictures, config)
+        per_step = artefacts.trainer.seconds_alone(pictures, config)
+        start = seconds_to_lora(artefacts, model, pictures.images)
+        yield Row(name, weights, start + per_step * config.steps)
+
+
+def refined(
+    artefacts: Artefacts,
+    people: People,
+    guess: LoRAWeights,
+    pictures: RealPictures,
+    config: DreamBoothConfig,
+) -> LoRAWeights:
+    """Predictions, one for each of the people, tuned on pictures of them, group by group."""
     parts = []
     for group in groups(len(people), GROUP):
         chosen = RealPictures(pictures.images[group], [pictures.captions[k] for k in group])
         examples = artefacts.trainer.examples(chosen, [people.seeds[k] for k in group])
         parts.append(refine(artefacts.base, select(guess, group), examples, config))
-    per_step = artefacts.trainer.seconds_alone(pictures, config)
-    start = next(row.seconds for row in rows if row.name == HEADLINE)
-    seconds = (start or 0.0) + per_step * config.steps
-    return Row(refined_name(artefacts), concatenate(parts), seconds)
-
-
-def refined_name(artefacts: Artefacts) -> str:
-    """Name of the row of refined predictions."""
-    return f"{HEADLINE}, {refinement_config(artefacts.layout.rank).steps} refinement steps"
+    return concatenate(parts)
 
 
 def ridge_row(artefacts: Artefacts, photos: list) -> list[Row]:

@@ -11,7 +11,7 @@ from benchmarks.identity import rows as identity_rows
 from benchmarks.identity import train_baselines
 from benchmarks.identity.baselines import rows, textual_inversion, training
 from benchmarks.identity.baselines.base import BaselineObjective, ConditionedPeople, Photos
-from benchmarks.identity.baselines.hyperdreambooth import relaxed, relaxed_config
+from benchmarks.identity.baselines.hyperdreambooth import relaxed_config
 from benchmarks.identity.baselines.ip_adapter import DecoupledAttention
 from benchmarks.identity.baselines.photomaker import CLASS_WORD
 from benchmarks.identity.baselines.registry import BASELINES
@@ -267,9 +267,8 @@ def test_relaxed_refinement_doubles_the_rank_and_keeps_the_start(artefacts):
         artefacts.models["functional"], artefacts.features(people.photos.images[:, :1])
     )
     pictures = identity_rows.first_photos(people, 1)
-    examples = artefacts.trainer.examples(pictures, people.seeds)
     config = replace(relaxed_config(4, steps=1), samples_per_step=1, learning_rate=1e-9)
-    made = relaxed(artefacts.base, guess, examples, config)
+    made = identity_rows.refined(artefacts, people, guess, pictures, config)
     for name, layer in made.layers.items():
         assert layer.rank == 8
         own = guess[name]

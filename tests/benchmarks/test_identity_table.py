@@ -135,6 +135,7 @@ def test_strengths(trials, tmp_path):
     row = Row("wrong photo", None, like=HEADLINE)
     assert strengths_of(row, {HEADLINE: 1.5}) == [1.0, 1.5]
     assert strengths_of(row, {}) == [1.0]
+    assert strengths_of(row, {HEADLINE: 1.5}, chosen=True) == [1.5]
     path = tmp_path / "strengths.json"
     assert read_strengths(path) == {}
     write_strengths(path, {HEADLINE: {"strength": 1.5, "scores": {"1.5": 0.7}}})
@@ -207,6 +208,7 @@ def test_whole_table_on_a_tiny_world(artefacts, plan, short, tmp_path):
         "DreamBooth, 8 photos, 1 steps",
         "DreamBooth, 8 photos, 2 steps",
         "functional, 1 photo, 1 refinement steps",
+        "functional, 4 photos, 1 refinement steps",
         "ridge regression, 1 photo",
         "PCA-2 reconstruction",
     ):
@@ -235,7 +237,7 @@ def test_whole_table_on_a_tiny_world(artefacts, plan, short, tmp_path):
 
 
 def test_rows_that_nobody_wants_are_not_trained(artefacts, plan, short, monkeypatch):
-    for name in ("corpus_row", "refined_row"):
+    for name in ("corpus_row", "refined"):
         monkeypatch.setattr(rows, name, lambda *_: 1 / 0)
     people = benchmark_people("validation", 1, plan.scenes)
     made = rows.build_rows(artefacts, people, DreamBoothRuns((), ()), [f"={HEADLINE}"])

@@ -15,12 +15,10 @@ from difflora_core.vision.features import ImageFeatures
 
 from ..artefacts import Artefacts
 from ..people import People
-from ..rows import ONE, TIMED_PEOPLE, Row, predict, seconds_to_lora, wanted_row
+from ..rows import ONE, SEEN, TIMED_PEOPLE, Row, predict, seconds_to_lora, wanted_row
 from .base import Baseline, ConditionedPeople, photos_of
 from .registry import BASELINES, PERSONAL
 from .training import OURS, Budget, file_of, load_baseline
-
-COUNTS = {ONE: 1, "4 photos": 4}
 
 
 def baseline_rows(
@@ -50,13 +48,13 @@ def baseline_rows(
 
 
 def _names(name: str) -> list[str]:
-    return [f"{name}, {photos}" for photos in COUNTS]
+    return [f"{name}, {photos}" for photos in SEEN]
 
 
 def _trained_once(artefacts: Artefacts, people: People, name: str, path: Path) -> Iterator[Row]:
     """The rows of a method with a file: from one photo, and from four."""
     size = path.stat().st_size / 1e6
-    images = {photos: people.photos.images[:, :count] for photos, count in COUNTS.items()}
+    images = {photos: people.photos.images[:, :count] for photos, count in SEEN.items()}
     features = {photos: artefacts.features(shown) for photos, shown in images.items()}
     if name in OURS:
         model: DiffLoRAModel = load_model(path).eval().requires_grad_(False)
