@@ -7,7 +7,12 @@ from typing import Any
 
 import torch
 
-from difflora_core.evaluation.report import crossed_interval, recovered_share, share_improved
+from difflora_core.evaluation.report import (
+    bootstrap_interval,
+    crossed_interval,
+    recovered_share,
+    share_improved,
+)
 
 from .experiment import Trial
 from .people import PHOTOS
@@ -28,7 +33,7 @@ def conclusions(trials: Sequence[Trial]) -> dict[str, Any]:
     `recovered_share…` of the functional preset and `paper.recovered_share…` of the paper's, by both
     judges; `of_real`: the functional preset's share of real pictures' own similarity, and how many
     times the parameter error of real pictures through the VAE it makes; `copy_paste` by row;
-    `seeds`: see `over_seeds`; `control_gaps`.
+    `seeds`: see `over_seeds`; `ahead`: see `ahead_of`; `control_gaps`.
     """
     base = next(trial for trial in trials if trial.row == BASE)
     copying = {label(t): t.means()["copy_paste"] for t in trials if "copy_paste" in t.columns}
@@ -38,6 +43,7 @@ def conclusions(trials: Sequence[Trial]) -> dict[str, Any]:
         "paper": shares(paper[0] if paper else None, trials),
         "of_real": of_real(trials),
         "seeds": over_seeds(trials),
+        "ahead": ahead_of(trials),
         "control_gaps": control_gaps(trials, base),
         "copy_paste": copying,
     }
@@ -93,6 +99,22 @@ def over_seeds(trials: Sequence[Trial]) -> dict[str, Any]:
     return result
 
 
+def ahead_of(trials: Sequence[Trial]) -> dict[str, dict[str, list[float]]]:
+    """By how much the headline row is better than every other row, person by person.
+
+    Row to judge to difference, low and high of its interval over people; above 0 is better.
+    """
+    ours, result = last(trials, HEADLINE), {}
+    others = [trial for trial in trials if trial.row not in (HEADLINE, REAL, REAL_VAE)]
+    for trial in others if ours is not None else ():
+        result[label(trial)] = {}
+        for column in JUDGES:
+            more = ours.columns[column] - trial.columns[column]
+            found = bootstrap_interval(-more if column == "parameter_error" else more)
+            result[label(trial)][column] = [found.value, found.low, found.high]
+    return result
+
+
 def sentences(facts: Mapping[str, Any]) -> Iterator[str]:
     """The conclusions in words."""
     for name, found in (("functional", facts), ("paper", facts["paper"])):
@@ -117,6 +139,12 @@ def sentences(facts: Mapping[str, Any]) -> Iterator[str]:
     for column in JUDGES if seeds["count"] else ():
         value, low, high = seeds[column]
         yield f"{HEADLINE}, {column}, {seeds['count']} seeds: {value:.3f} [{low:.3f}, {high:.3f}]"
+    for row, found in facts["ahead"].items():
+        parts = [
+            "{:+.3f} [{:+.3f}, {:+.3f}] by the {}".format(*found[column], judge)
+            for column, (_, judge) in JUDGES.items()
+        ]
+        yield f"{HEADLINE}, better than {row} by: {'; '.join(parts)}"
 
 
 def label(trial: Trial) -> str:

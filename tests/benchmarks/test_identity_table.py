@@ -84,6 +84,25 @@ def test_shares_of_real_pictures_by_hand(trials):
     assert conclusions(trials)["of_real"]["parameters"] is None
 
 
+def test_how_far_the_headline_is_ahead_by_hand(trials):
+    """At its own strength, person by person; a smaller parameter error is better."""
+    through = trial("real pictures through the VAE", [0.8, 0.8], [0.2, 0.3], 0.0)
+    facts = conclusions([*trials, through])
+    ahead = facts["ahead"]
+    assert set(ahead) == {label(t) for t in trials if t.row not in (HEADLINE, "real pictures")}
+    assert ahead["DreamBooth, 8 photos, 300 steps"] == {
+        "face_similarity": pytest.approx([0.0, -0.1, 0.1]),
+        "parameter_error": pytest.approx([-0.05, -0.1, 0.0]),
+    }
+    assert ahead[BASE]["parameter_error"] == pytest.approx([0.15, 0.1, 0.2])
+    said = [line for line in sentences(facts) if "better than base" in line]
+    assert said == [
+        f"{HEADLINE}, better than base by: +0.400 [+0.300, +0.500] by the face judge; "
+        "+0.150 [+0.100, +0.200] by the parameter judge"
+    ]
+    assert conclusions([t for t in trials if t.row != HEADLINE])["ahead"] == {}
+
+
 def test_the_paper_preset_has_its_own_share(trials):
     assert conclusions(trials)["paper"]["recovered_share"] is None
     facts = conclusions([*trials, trial("paper, 1 photo", [0.1, 0.1], [0.45, 0.45])])
