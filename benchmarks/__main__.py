@@ -23,6 +23,7 @@ BENCHMARKS = {
     "perfusion": ("concepts.perfusion", "new words by Perfusion and by other methods"),
     "covariance": ("concepts.covariance", "how many captions the covariance C needs"),
     "choose_rates": ("concepts.choose_rates", "learning rates, chosen on validation concepts"),
+    "choose_pairs": ("concepts.choose_pairs", "settings for two words, on validation concepts"),
     "styles": ("styles.styles", "styles by every method, learned from teachers and from pictures"),
     "style_rates": ("styles.style_rates", "learning rates of styles, chosen on held-out pictures"),
     "overhead": ("cost.overhead", "what a LoRA or a concept costs while sampling"),

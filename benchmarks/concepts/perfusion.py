@@ -1,11 +1,11 @@
 """`make bench name=perfusion args='--quick --json FILE'`: words by Perfusion and by others.
 
-Sixteen concepts, three training seeds, 20 prompts, two noises; every method learns from the same
-four pictures, masks, steps, batches and seeds, and draws from the same noise. That takes hours, so
-`--concepts` and `--seeds` choose some of them; what was trained and judged is kept on disk.
-Likeness against prompt agreement along each method's own setting: the gate's bias for Perfusion,
-the strength for the others; and the leak, likeness to the concept in pictures of the plain word of
-its kind. Then two concepts in one picture.
+Sixteen concepts, three training seeds, 20 prompts; every method learns from the same four pictures,
+masks, steps, batches and seeds, and draws from the same noise, another one for each training seed.
+That takes hours, so `--concepts` and `--seeds` choose some of them; what was trained and judged is
+kept on disk. Likeness against prompt agreement along each method's own setting: the gate's bias for
+Perfusion, the strength for the others; and at the setting that artists start from the leak,
+likeness to the concept in pictures of the plain word of its kind. Then two concepts in one picture.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from ..prompts import with_plain_things
 from .methods import DREAMBOOTH, METHODS
 from .methods.base import TrainedConcept, TrainingSettings
 from .methods.perfusion import METHOD as PERFUSION
-from .sweep import SCENES, demo_evaluator, goals, means, sweep
+from .pairs import pair_columns, pair_prompts, shares_of_both
+from .sweep import SCENES, demo_evaluator, goals, leak, means, sweep
 from .word_pictures import (
     GUIDANCE,
     STEPS,
@@ -59,25 +60,23 @@ REAL, REAL_VAE = "real pictures", "real pictures, through the VAE"
 
 @dataclass(frozen=True)
 class Size(Config):
-    """How much is measured: numbers of `concepts`, training `seeds`, `scenes` and `noises` of each
-    prompt, `pairs` of concepts in the first `pair_scenes`, and what all trainings share."""
+    """How much is measured: numbers of `concepts`, training `seeds`, `scenes`, `pairs` of concepts
+    in the first `pair_scenes`, and what all trainings share."""
 
     concepts: tuple[int, ...] = tuple(range(len(CONCEPTS)))
     scenes: tuple[Scene, ...] = SCENES
-    noises: int = 2
     pairs: tuple[tuple[int, int], ...] = PAIRS
     pair_scenes: int = 10
     training: TrainingSettings = field(default_factory=TrainingSettings)
     seeds: tuple[int, ...] = (0, 1, 2)
 
-    def wanted(self, concept: DemoConcept) -> list[EvaluationPrompt]:
-        """Every prompt with one concept, in every noise; half of them name another thing too."""
-        number, scenes = CONCEPTS.index(concept), with_plain_things(self.scenes, concept.kind)
-        return [
-            prompt
-            for noise in range(self.noises)
-            for prompt in evaluation_prompts([concept], scenes, number, noise)
-        ]
+    def wanted(self, concept: DemoConcept, seed: int = 0) -> list[EvaluationPrompt]:
+        """Every prompt with one concept, in the noise that belongs to a training seed.
+
+        Half of them name another thing too.
+        """
+        scenes = with_plain_things(self.scenes, concept.kind)
+        return evaluation_prompts([concept], scenes, CONCEPTS.index(concept), seed)
 
     def some(self, concepts: Sequence[int] | None, seeds: Sequence[int] | None) -> Size:
         """A part of it: these concepts, with the pairs among them, and these seeds."""
@@ -88,7 +87,7 @@ class Size(Config):
         )
 
 
-QUICK = Size((0, 4), SCENES[:6], 1, ((0, 4),), 4, TrainingSettings(steps=200), (0,))
+QUICK = Size((0, 4), SCENES[:6], ((0, 4),), 4, TrainingSettings(steps=200), (0,))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,8 +113,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(evaluator: ConceptEvaluator, size: Size) -> Report:
     """All rows and conclusions."""
     chosen = [CONCEPTS[k] for k in size.concepts]
-    wanted = {c.word: size.wanted(c) for c in chosen}
-    rows = ceilings(evaluator, [w for c in chosen for w in wanted[c.word]])
+    wanted = [{c.word: size.wanted(c, seed) for c in chosen} for seed in size.seeds]
+    rows = ceilings(evaluator, [w for asked in wanted for group in asked.values() for w in group])
     trained = {
         name: [
             {c.word: evaluator.trainer.train(c, method, training) for c in chosen}
@@ -124,10 +123,11 @@ def measure(evaluator: ConceptEvaluator, size: Size) -> Report:
         for name, method in METHODS.items()
     }
     sweeps: dict[str, Tensor] = {}
-    leak = {"base": rows[BASE]["concept_similarity"]}
-    rows[BASE]["leak"] = leak["base"]
+    leaks = {"base": rows[BASE]["concept_similarity"]}
+    rows[BASE]["leak"] = leaks["base"]
     for name, method in METHODS.items():
-        tables = [sweep(evaluator, method, own, wanted) for own in trained[name]]
+        pairs = list(zip(trained[name], wanted, strict=True))
+        tables = [sweep(evaluator, method, own, asked) for own, asked in pairs]
         every = [one for own in trained[name] for one in own.values()]
         for place, setting in enumerate(method.settings):
             rows[method.label(setting)] = {
@@ -135,18 +135,19 @@ def measure(evaluator: ConceptEvaluator, size: Size) -> Report:
                 **costs(evaluator, every, setting),
             }
         sweeps[name] = torch.stack([goals(table) for table in tables])
-        leak[name] = rows[method.label(method.usual)]["leak"]
+        leaked = torch.stack([leak(evaluator, method, own, asked) for own, asked in pairs])
+        leaks[name] = float(leaked.mean())
+        rows[method.label(method.usual)]["leak"] = leaks[name]
     together, both = two_concepts(evaluator, trained, size)
     reference = torch.tensor([rows[BASE]["concept_similarity"], 0.0]).double()
     facts = {
         **conclusions(sweeps, reference),
         **both,
-        "leak": leak,
+        "leak": leaks,
         "protocol": {
             "concepts": len(chosen),
             "seeds": len(size.seeds),
             "prompts": len(size.scenes),
-            "noises": size.noises,
             "pictures_to_learn_from": PHOTOS,
             "steps": size.training.steps,
             "batch": size.training.batch,
@@ -205,35 +206,25 @@ def two_concepts(
         trained: method to what each training seed made, word by word.
         size: which pairs; without any there are no rows.
     """
-    pairs = [[CONCEPTS[a], CONCEPTS[b]] for a, b in size.pairs]
+    pairs = {100 + PAIRS.index((a, b)): (CONCEPTS[a], CONCEPTS[b]) for a, b in size.pairs}
     if not pairs:
         return {}, {}
-    scenes = size.scenes[: size.pair_scenes]
-    wanted = [evaluation_prompts(pair, scenes, 100 + k) for k, pair in enumerate(pairs)]
-    flat = [prompt for group in wanted for prompt in group]
+    wanted = [pair_prompts(pairs, size.scenes[: size.pair_scenes], seed) for seed in size.seeds]
+    flat = [prompt for groups in wanted for group in groups for prompt in group]
     shown = {f"two: {REAL}": real_pictures(flat), BASE_TWO: evaluator.draw(flat)}
     table = {name: evaluator.judged(pictures, flat) for name, pictures in shown.items()}
-    best: dict[str, Tensor] = {}
+    shares = {}
     for name, method in METHODS.items():
-        for setting in method.pair_settings:
-            parts = [
-                evaluator.columns(group, [own[c.word] for c in pair], setting)
-                for own in trained[name]
-                for group, pair in zip(wanted, pairs, strict=True)
-            ]
-            columns = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-            table[f"two: {method.label(setting)}"] = columns
-            each = columns["all_recognised"].unflatten(0, (len(trained[name]), len(pairs), -1))
-            shares = each.mean(2)  # S P
-            if name not in best or shares.mean() > best[name].mean():
-                best[name] = shares
+        columns = pair_columns(evaluator, wanted, trained[name], method.pair_setting)
+        table[f"two: {method.label(method.pair_setting)}"] = columns
+        shares[name] = shares_of_both(columns, wanted)
     rows = {
         name: {**means(columns), "both_recognised": float(columns["all_recognised"].mean())}
         for name, columns in table.items()
     }
     facts: dict[str, object] = {}
     for method, name in ((PERFUSION, BOTH), (DREAMBOOTH, BOTH_LORA)):
-        interval = crossed_interval(best[method.name])
+        interval = crossed_interval(shares[method.name])
         facts |= {name: interval.value, f"{name}_ci95": [interval.low, interval.high]}
     return rows, facts
 

@@ -49,8 +49,6 @@ def sweep(
 ) -> list[Columns]:
     """For each setting of a method the mean columns (C,) of its concepts' pictures.
 
-    `leak`: likeness to the concept in pictures of the plain word of its kind, on the taught model.
-
     Args:
         evaluator: draws and judges.
         method: its settings are taken.
@@ -61,11 +59,24 @@ def sweep(
     for setting in method.settings:
         each = [evaluator.columns(wanted[w], [own], setting) for w, own in trained.items()]
         names = [name for name in each[0] if name != "all_recognised"]
-        row = {n: torch.stack([columns[n].mean() for columns in each]) for n in names}
-        plain = [evaluator.columns(wanted[w], [own], setting, True) for w, own in trained.items()]
-        row["leak"] = torch.stack([columns["concept_similarity"].mean() for columns in plain])
-        table.append(row)
+        table.append({n: torch.stack([columns[n].mean() for columns in each]) for n in names})
     return table
+
+
+def leak(
+    evaluator: ConceptEvaluator,
+    method: ComparedMethod,
+    trained: Mapping[str, TrainedConcept],
+    wanted: Mapping[str, Sequence[EvaluationPrompt]],
+) -> Tensor:
+    """Likeness (C,) to each concept in pictures of the plain word of its kind.
+
+    Drawn on the taught model, at the method's usual setting; for arguments see `sweep`.
+    """
+    plain = [
+        evaluator.columns(wanted[w], [own], method.usual, plain=True) for w, own in trained.items()
+    ]
+    return torch.stack([columns["concept_similarity"].mean() for columns in plain])
 
 
 def goals(table: Sequence[Columns]) -> Tensor:

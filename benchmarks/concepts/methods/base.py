@@ -71,15 +71,17 @@ class ComparedMethod(ABC):
     """One method.
 
     `rates`: learning rates, the best of `rate_grid` on validation concepts (`choose_rates` looks
-    at them side by side); `settings`: of the sweep from prompt to likeness; `pair_settings`: tried
-    with two concepts in one picture; `usual`: the setting that artists start from.
+    at them side by side); `settings`: of the sweep from prompt to likeness; `pair_setting`: for two
+    concepts in one picture, the best of `pair_grid` on validation concepts (`choose_pairs`);
+    `usual`: the setting that artists start from.
     """
 
     name: str
     rates: tuple[float, ...]
     rate_grid: tuple[tuple[float, ...], ...]
     settings: tuple[float, ...]
-    pair_settings: tuple[float, ...]
+    pair_grid: tuple[float, ...]
+    pair_setting: float
     usual: float = 1.0
 
     objective: ClassVar[Callable[..., Any]]

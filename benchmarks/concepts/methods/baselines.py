@@ -101,12 +101,14 @@ DREAMBOOTH = DreamBoothMethod(
     rates=(0.003,),
     rate_grid=((0.001,), (0.003,), (0.01,)),
     settings=STRENGTHS,
-    pair_settings=(1.0, 0.7),
+    pair_grid=(1.0, 0.7, 0.5),
+    pair_setting=0.7,
 )
 INVERSION = InversionMethod(
     "Textual Inversion",
     rates=(0.01,),
     rate_grid=((0.003,), (0.01,), (0.03,)),
     settings=STRENGTHS[1:],
-    pair_settings=(1.0,),
+    pair_grid=(1.0, 0.75),
+    pair_setting=1.0,
 )

@@ -25,5 +25,6 @@ METHOD = InfusionMethod(
     rates=(0.3,),
     rate_grid=((0.03,), (0.1,), (0.3,), (1.0,)),
     settings=STRENGTHS,
-    pair_settings=(1.0, 0.5),
+    pair_grid=(1.0, 0.75, 0.5),
+    pair_setting=0.5,
 )

@@ -39,6 +39,7 @@ METHOD = PerfusionMethod(
     rates=(TRAINING.value_rate, TRAINING.word_rate),
     rate_grid=((0.03, 0.001), (0.1, 0.001), (0.3, 0.001), (0.1, 0.006)),
     settings=(0.9, 0.8, 0.75, 0.7, 0.6, 0.45),
-    pair_settings=(0.6, 0.45),
+    pair_grid=(0.75, 0.6, 0.45),
+    pair_setting=0.6,
     usual=PerfusionConfig.bias,
 )
