@@ -144,7 +144,7 @@ def sentences(facts: Mapping[str, Any]) -> Iterator[str]:
             "{:+.3f} [{:+.3f}, {:+.3f}] by the {}".format(*found[column], judge)
             for column, (_, judge) in JUDGES.items()
         ]
-        yield f"{HEADLINE}, better than {row} by: {'; '.join(parts)}"
+        yield f"{HEADLINE}, above 0 where better than {row}: {'; '.join(parts)}"
 
 
 def label(trial: Trial) -> str:
