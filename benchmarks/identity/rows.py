@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -126,7 +126,7 @@ def build_rows(
         rows += predicted_rows(artefacts, name, model, features, people)
     rows += trained
     if functional is not None:
-        rows += refined_rows(artefacts, people, features, wanted)
+        rows += refined_rows(artefacts, people, rows, wanted)
     return rows + ridge_row(artefacts, [row.select([0]) for row in features])
 
 
@@ -244,21 +244,20 @@ def dreambooth_rows(artefacts: Artefacts, people: People, runs: DreamBoothRuns) 
 
 
 def refined_rows(
-    artefacts: Artefacts, people: People, features: list, wanted: Sequence[str] | None
-) -> Iterator[Row]:
-    """Predictions of the functional model after 25 steps on the photos that they were made from."""
-    model = artefacts.models["functional"]
+    artefacts: Artefacts, people: People, rows: Sequence[Row], wanted: Sequence[str] | None
+) -> list[Row]:
+    """Predictions of the functional model, of `rows`, after 25 steps on the photos of each."""
     config = replace(refinement_config(artefacts.layout.rank), precision=SETTINGS.precision)
+    guesses, made = {row.name: row for row in rows}, []
     for photos, count in SEEN.items():
-        name = f"functional, {photos}, {config.steps} refinement steps"
-        if not wanted_row(name, wanted):
-            continue
-        guess = predict(model, [row.select(list(range(count))) for row in features])
-        pictures = first_photos(people, count)
-        weights = refined(artefacts, people, guess, pictures, config)
-        per_step = artefacts.trainer.seconds_alone(pictures, config)
-        start = seconds_to_lora(artefacts, model, pictures.images)
-        yield Row(name, weights, start + per_step * config.steps)
+        guess = guesses[f"functional, {photos}"]
+        name = f"{guess.name}, {config.steps} refinement steps"
+        if wanted_row(name, wanted):
+            pictures = first_photos(people, count)
+            weights = refined(artefacts, people, guess.weights, pictures, config)
+            per_step = artefacts.trainer.seconds_alone(pictures, config)
+            made.append(Row(name, weights, (guess.seconds or 0.0) + per_step * config.steps))
+    return made
 
 
 def refined(
