@@ -23,7 +23,7 @@ from .state_file import RunIdentity, check_tensors, damaged, read_state, write_s
 logger = logging.getLogger(__name__)
 
 BEST = "best.safetensors"
-MOMENTS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
+MOMENTS = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum_buffer",)}
 """What an optimiser keeps of each parameter."""
 
 
@@ -340,7 +340,7 @@ class RunState:
             for index, parameter in enumerate(parameters):
                 moments = {
                     f"optimizer.{number}.{index}.{name}": _COUNT if name == "step" else parameter
-                    for name in MOMENTS[type(optimizer).__name__]
+                    for name in MOMENTS[type(optimizer)]
                 }
                 like |= moments if moments.keys() & tensors.keys() else {}
         check_tensors(path, tensors, like)
