@@ -12,7 +12,7 @@ browser: setup  # Chromium for the front-end checks, where it may be installed
 test: browser  # style, types, every test but gpu and slow
 	@$(RUN) -m ruff check --quiet . && $(RUN) -m ruff format --check --quiet .
 	@cd .cache/pack && ../../$(RUN) -m mypy --config-file ../../pyproject.toml --no-error-summary -p DiffLoRA.difflora_core -p DiffLoRA.nodes
-	@$(RUN) -m pytest -n 2 --dist loadfile
+	@$(RUN) -m pytest -n 2 --dist loadfile --durations 30
 
 test-slow: setup  # the tests that take minutes
 	@$(RUN) -m pytest -m "slow and not gpu"

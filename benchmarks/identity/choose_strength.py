@@ -15,6 +15,7 @@ from rich.console import Console
 
 from difflora_core.config import parse_json
 from difflora_core.demo import paths
+from difflora_core.demo.build.made import list_artefacts
 from difflora_core.errors import ConfigError
 from difflora_core.storage.atomic import write_text
 
@@ -51,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = choose(experiment, options.rows, console, baselines=BUDGETS.get(options.baselines))
     others = read_choices(paths.STRENGTHS) if options.rows else {}
     write_strengths(paths.STRENGTHS, others | chosen)
+    list_artefacts()
     console.print(f"wrote {paths.STRENGTHS.name}")
     return 0
 

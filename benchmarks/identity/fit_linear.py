@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from difflora_core.demo import paths
-from difflora_core.demo.build import stages_lora
+from difflora_core.demo.build import made, stages_lora
 
 from ..command import benchmark_console, command_parser, set_threads
 from .artefacts import load_artefacts
@@ -50,5 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     facts = {"people": learned, "components": linear.size, "base": artefacts.base_hash}
     save_linear(linear, paths.LINEAR, facts)
+    made.list_artefacts()
     console.print(f"wrote {paths.LINEAR.name}, {paths.LINEAR.stat().st_size / 1024:.0f} KB")
     return 0

@@ -161,6 +161,17 @@ def test_a_stage_that_was_killed_after_it_wrote_goes_on(world, monkeypatch):
     assert build.main([]) == 1
 
 
+def test_what_no_stage_makes_is_listed_when_it_is_written(world):
+    assert build.main([]) == 0
+    before = json.loads(paths.MANIFEST.read_text())
+    (world / "artefacts" / "strengths.json").write_text("{}")
+    made.list_artefacts()
+    after = json.loads(paths.MANIFEST.read_text())
+    digest = "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
+    new = {"strengths.json": {"bytes": 2, "sha256": digest}}
+    assert after == before | {"files": before["files"] | new}
+
+
 def test_the_manifest_is_of_the_files_that_ship():
     """Every file that git keeps, as it is; and no record of a stage that the build lacks."""
     manifest = made.read(paths.MANIFEST)

@@ -23,7 +23,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ...errors import InterruptedTraining
 from ...storage.atomic import write_text
-from ...storage.file_digest import hashed
 from .. import paths
 from . import (
     controlnet,
@@ -112,15 +111,8 @@ def write_manifest() -> None:
     A stage that was not run here keeps the record of the run that made its artefacts.
     """
     before = made.read(paths.MANIFEST)["stages"] if paths.MANIFEST.exists() else {}
-    files = sorted(p for p in paths.ARTEFACTS.rglob("*") if p.is_file() and p != paths.MANIFEST)
     manifest = {
-        "files": {
-            str(path.relative_to(paths.ARTEFACTS)): {
-                "bytes": path.stat().st_size,
-                "sha256": hashed(path).hexdigest(),
-            }
-            for path in files
-        },
+        "files": made.artefacts(),
         "stages": {
             s.name: _record(s.name) if _done(s.name) else before[s.name]
             for s in STAGES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,27 @@ def foreign(records: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[str]:
             f"{name} {what} the stage {stage} made: put that file back, or delete "
             f"{_name(marker(stage))} to make it again, and with it what was made from it."
         )
+
+
+def artefacts() -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every artefact but the manifest, by its path among them."""
+    files = sorted(p for p in paths.ARTEFACTS.rglob("*") if p.is_file() and p != paths.MANIFEST)
+    return {
+        str(path.relative_to(paths.ARTEFACTS)): {
+            "bytes": path.stat().st_size,
+            "sha256": hashed(path).hexdigest(),
+        }
+        for path in files
+    }
+
+
+def list_artefacts() -> None:
+    """The manifest's list of files as they are now; what it says of the stages stays.
+
+    For what writes an artefact and is no stage.
+    """
+    manifest = read(paths.MANIFEST) | {"files": artefacts()}
+    write_text(paths.MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
 def marker(stage: str) -> Path:
