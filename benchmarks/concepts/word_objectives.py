@@ -21,10 +21,11 @@ from difflora_core.training.loop import LoopConfig
 
 @dataclass(frozen=True)
 class YardstickConfig(AdaptationTraining):
-    """Settings; `rank` is of the LoRA, `rate` of AdamW."""
+    """Settings: `rate` of AdamW, `rank` of the LoRA, `guidance` that the loss is taken under."""
 
     rate: float = 0.01
     rank: int = 4
+    guidance: float = 1.0
 
     @property
     def loop(self) -> LoopConfig:
@@ -50,7 +51,7 @@ class WordObjective(nn.Module):
         return self.layout.module_names
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        return masked_loss(self, batch), {}
+        return masked_loss(self, batch, self.config.guidance), {}
 
 
 class LoRAObjective(WordObjective):

@@ -56,7 +56,7 @@ def test_what_is_cached_is_named_as_ever():
         assert repr(config) == (
             "YardstickConfig(steps=400, batch=4, weighting='uniform', evaluate_every=50, "
             "precision='no', seed=0, accumulate=1, checkpointing=False, patience=0, "
-            f"rate={METHODS[name].rates[0]}, rank=4)"
+            f"rate={METHODS[name].rates[0]}, rank=4, guidance=1.5)"
         )
 
 
@@ -70,7 +70,7 @@ def test_other_rates_reach_the_recipe():
             if hasattr(config, field)
         ]
         assert tuple(found) == chosen
-        assert (config.seed, config.steps) == (3, 400)
+        assert (config.seed, config.steps, config.guidance) == (3, 400, 1.5)
 
 
 def test_choices_are_among_what_was_tried():
@@ -78,4 +78,5 @@ def test_choices_are_among_what_was_tried():
         assert method.name == name
         assert method.rates in method.rate_grid
         assert len(set(method.settings)) == len(method.settings) >= 3
-    assert json.loads(TrainingSettings().to_json()) == {"steps": 400, "batch": 4, "seed": 0}
+    shared = {"steps": 400, "batch": 4, "seed": 0, "guidance": 1.5}
+    assert json.loads(TrainingSettings().to_json()) == shared

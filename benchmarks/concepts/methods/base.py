@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from difflora_core.adapters.base import AdapterSet
 from difflora_core.base_model.diffusers_base import DiffusersBase
 from difflora_core.config import Config
+from difflora_core.demo.build.concept_training import TRAINING
 from difflora_core.text.covariance import Covariance
 from difflora_core.text.encoders import EncodedPrompts, TextEncoders, WordEmbedding
 from difflora_core.text.new_words import superclass_token
@@ -24,11 +25,16 @@ STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True)
 class TrainingSettings(Config):
-    """What all methods share: optimiser steps, pictures per step, seed of batches and noise."""
+    """What all methods share.
+
+    `steps`: of the optimiser; `batch`: pictures per step; `seed`: of batches and noise; `guidance`:
+    that the loss is taken under (`training.losses.under_guidance`), as the demo's words are taught.
+    """
 
     steps: int = 400
     batch: int = 4
     seed: int = 0
+    guidance: float = TRAINING.guidance
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +115,6 @@ class ComparedMethod(ABC):
         """What `write` wrote."""
 
 
-def run_settings(training: TrainingSettings) -> dict[str, int]:
+def run_settings(training: TrainingSettings) -> dict[str, Any]:
     """What every recipe gets: the shared settings, with eight evaluations on the way."""
     return {**training.to_dict(), "evaluate_every": max(1, training.steps // 8)}
