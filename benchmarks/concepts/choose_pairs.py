@@ -51,9 +51,7 @@ def choose(
     }
     wanted, best = [pair_prompts(pairs, SCENES[:scenes], training.seed)], {}
     for name, method in METHODS.items():
-        trained = {
-            c.word: evaluator.trainer.train(c, method, training) for c in VALIDATION_CONCEPTS
-        }
+        trained = evaluator.trainer.train_each(VALIDATION_CONCEPTS, method, training)
         shares = {}
         for setting in method.pair_grid:
             columns = pair_columns(evaluator, wanted, [trained], setting)

@@ -69,9 +69,7 @@ def choose(
         areas = {}
         for rates in method.rate_grid:
             own = replace(method, rates=rates)
-            trained = {
-                c.word: evaluator.trainer.train(c, own, training) for c in VALIDATION_CONCEPTS
-            }
+            trained = evaluator.trainer.train_each(VALIDATION_CONCEPTS, own, training)
             points = goals(sweep(evaluator, own, trained, wanted)).double().mean(1)
             areas[rates] = float(hypervolume(points, reference))
             line = "  ".join(f"{like:.2f}/{agrees:.2f}" for like, agrees in points.tolist())

@@ -117,8 +117,8 @@ def measure(evaluator: ConceptEvaluator, size: Size) -> Report:
     rows = ceilings(evaluator, [w for asked in wanted for group in asked.values() for w in group])
     trained = {
         name: [
-            {c.word: evaluator.trainer.train(c, method, training) for c in chosen}
-            for training in (replace(size.training, seed=seed) for seed in size.seeds)
+            evaluator.trainer.train_each(chosen, method, replace(size.training, seed=seed))
+            for seed in size.seeds
         ]
         for name, method in METHODS.items()
     }

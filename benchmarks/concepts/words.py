@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,12 @@ class ConceptTrainer:
         weights, seconds = method.read(path, self.models)
         size = path.stat().st_size
         return TrainedConcept(method, concept.word, concept.kind, weights, seconds, size, name)
+
+    def train_each(
+        self, concepts: Sequence[DemoConcept], method: ComparedMethod, training: TrainingSettings
+    ) -> dict[str, TrainedConcept]:
+        """Each of these by one method, by its word."""
+        return {c.word: self.train(c, method, training) for c in concepts}
 
     def training_set(
         self, concept: DemoConcept, photos: ConceptPictures

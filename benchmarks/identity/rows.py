@@ -115,17 +115,19 @@ def build_rows(
     of_corpus = (CORPUS_LORA, MEAN, *reconstruction_names(artefacts))
     asked = any(wanted_row(name, wanted) for name in of_corpus)
     original = corpus_row(artefacts, people) if asked else None
+    predicted = [
+        row
+        for name, model in artefacts.models.items()
+        for row in predicted_rows(artefacts, name, model, features, people)
+    ]
     rows = controls(trained[-1], original) if trained else []
-    functional = artefacts.models.get("functional")
-    if functional is not None:
-        guess = predict(functional, [row.select([0]) for row in features])
-        rows.append(Row(WRONG, rolled(guess), None, HEADLINE))
+    rows += [
+        Row(WRONG, rolled(row.weights), None, HEADLINE) for row in predicted if row.name == HEADLINE
+    ]
     if original is not None:
         rows += [original, *reconstructions(artefacts, original)]
-    for name, model in artefacts.models.items():
-        rows += predicted_rows(artefacts, name, model, features, people)
-    rows += trained
-    if functional is not None:
+    rows += predicted + trained
+    if "functional" in artefacts.models:
         rows += refined_rows(artefacts, people, rows, wanted)
     return rows + ridge_row(artefacts, [row.select([0]) for row in features])
 
