@@ -172,8 +172,8 @@ def _method() -> list[io.Input]:
             options=list(TARGETS),
             default=LoRATraining.targets,
             advanced=True,
-            tooltip="Where: attention, as most LoRAs; with convolutions (LoCon), which also learn "
-            "texture; all adds feed-forward layers.",
+            tooltip="Where: attention, as most LoRAs; transformer, with feed-forward layers; with "
+            "convolutions (LoCon), which also learn texture; all: with both.",
         ),
         io.Combo.Input(
             "factors",
@@ -352,7 +352,7 @@ def _pictures(batches) -> list:
 def _write(done, weights, config: LoRATraining, request: PhotoRequest, parts: Parts) -> Path:
     """The LoRA's file, with what it was trained by."""
     path = run_file(done.folder, request.folder, request.file_name)
-    layout = unet_layout(parts.model, parts.base_name, config.rank, TARGETS[config.targets])
+    layout = unet_layout(parts.model, parts.base_name, config.rank, tuple(weights))
     info = LoRAInfo(
         title=path.stem,
         description="LoRA trained on photos by DiffLoRA.",

@@ -264,7 +264,7 @@ def photo_latents(artefacts: Artefacts, model: DiffLoRAModel, cast: Cast) -> LoR
 def person_sampler(artefacts: Artefacts, seeds: Sequence[int], scenes: Sequence[Scene]):
     """Draws people (model, latents) in fixed scenes under fixed noise: (I, scenes, H, W, 3)."""
     plan = Plan(tuple(scenes), repeats=0)
-    sampler = PictureSampler(artefacts.base, artefacts.layout, plan, list(seeds))
+    sampler = PictureSampler(artefacts.base, plan, list(seeds))
 
     def draw(model: DiffLoRAModel, latents: LoRALatent) -> Tensor:
         with torch.no_grad():

@@ -22,7 +22,6 @@ from difflora_core.config import Config
 from difflora_core.demo.world.scenes import Scene
 from difflora_core.diffusion.objective import stratified_timesteps
 from difflora_core.diffusion.sampler import SampleSettings, initial_noise, seeded_generators
-from difflora_core.lora.layout import LoRALayout
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.training.losses import NoisedBatch, denoising_error
 
@@ -91,17 +90,14 @@ class PictureSampler:
 
     Args:
         base: the frozen base model.
-        layout: names of the layers.
         plan: what to draw and how.
         seeds: identity seeds; they fix the noise, so a person's pictures do not depend on the
             group.
     """
 
-    def __init__(
-        self, base: DiffusersBase, layout: LoRALayout, plan: Plan, seeds: Sequence[int]
-    ) -> None:
+    def __init__(self, base: DiffusersBase, plan: Plan, seeds: Sequence[int]) -> None:
         self.base, self.plan = base, plan
-        self.names = layout.module_names
+        self.names = base.module_names
         self.people = len(seeds)
         self.captions = [scene.caption() for scene in plan.scenes]
         config = base.unet.config

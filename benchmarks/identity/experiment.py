@@ -55,7 +55,7 @@ class Experiment:
     def __init__(self, artefacts: Artefacts, plan: Plan, split: str, count: int) -> None:
         self.artefacts, self.plan = artefacts, plan
         self.people: People = benchmark_people(split, count, plan.scenes)
-        self.sampler = PictureSampler(artefacts.base, artefacts.layout, plan, self.people.seeds)
+        self.sampler = PictureSampler(artefacts.base, plan, self.people.seeds)
         self.unseen = unseen_latents(artefacts.base, self.people.unseen, plan, self.people.seeds)
         self.evaluator = Evaluator(artefacts.judges, self.people, plan)
 

@@ -34,7 +34,7 @@ def picture_grid(
     """
     artefacts, seeds = experiment.artefacts, experiment.people.seeds[:PEOPLE]
     plan = replace(experiment.plan, scenes=experiment.plan.scenes[:PROMPTS], repeats=0)
-    sampler = PictureSampler(artefacts.base, artefacts.layout, plan, seeds)
+    sampler = PictureSampler(artefacts.base, plan, seeds)
 
     def lines() -> Iterator[tuple[str, Tensor]]:
         photos = experiment.people.photos.images[: len(seeds), :1]

@@ -146,7 +146,7 @@ class _Judge:
         pictures = experiment.people.unseen
         own = RealPictures(pictures.images[:1], pictures.captions[:1])
         self.unseen = unseen_latents(base, own, experiment.plan, seeds)
-        self.sampler = PictureSampler(base, experiment.artefacts.layout, experiment.plan, seeds)
+        self.sampler = PictureSampler(base, experiment.plan, seeds)
 
     def loss(self, weights: LoRAWeights | None) -> float:
         """Under a LoRA; None for the base alone."""

@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..lora.layout import ATTENTION_PROJECTIONS, LoRALayout, layout_from_unet_config
+from ..lora.layout import (
+    ATTENTION_PROJECTIONS,
+    LoRALayout,
+    layout_from_unet_config,
+    unet_name_map,
+)
 from .protocol import PIXELS, TextCondition
 
 if TYPE_CHECKING:
@@ -41,6 +46,11 @@ class DiffusersBase:
         """LoRA layout of the UNet's layers whose names end so."""
         config: Mapping[str, Any] = self.unet.config
         return layout_from_unet_config(base, dict(config), rank, targets)
+
+    @property
+    def module_names(self) -> dict[str, str]:
+        """Canonical name to module path of every layer, whichever of them a LoRA edits."""
+        return {layer: path for path, layer in unet_name_map(dict(self.unet.config)).items()}
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> TextCondition:

@@ -17,6 +17,7 @@ from ..data.lora_store import LoRAStore
 from ..data.prepared import PreparedDataset
 from ..data.workers import Crew
 from ..errors import ConfigError, counted, shown
+from ..lora.layout import ATTENTION_PROJECTIONS
 from ..storage.checkpoint import load_model
 from ..training.difflora.dataset_people import DatasetPeople, JudgeSettings, LikenessJudge
 from ..training.difflora.lae_stream import common_down
@@ -92,8 +93,9 @@ class PeopleJob:
         if self.judge.faces:
             encoder, _ = open_encoders(self.judge.faces, "", compute_device(base))
             likeness = LikenessJudge(base, self.people, self.data, encoder, self.judge)
-        writer = open_store(Path(self.folder), base, config)
-        return StoreTrainer(base, self.people, config, writer, likeness, self._shared_down())
+        shared = self._shared_down()
+        writer = open_store(Path(self.folder), base, config, tuple(shared or ()))
+        return StoreTrainer(base, self.people, config, writer, likeness, shared)
 
     def _shared_down(self) -> dict[str, Tensor] | None:
         """Layer name to (r, in) of the model or corpus that is named, if one is.
@@ -105,12 +107,15 @@ class PeopleJob:
         """
         if not self.down:
             return None
-        wanted, place = self.opened.model.layout(self.opened.family, self.course.rank), self.down
-        if Path(place).is_dir():
+        place, rank = self.down, self.course.rank
+        model = None if Path(place).is_dir() else load_model(place)
+        edited = LoRAStore(place).layout if model is None else model.layout
+        layers = (*ATTENTION_PROJECTIONS, *edited.module_names)
+        wanted = self.opened.model.layout(self.opened.family, rank, layers)
+        if model is None:
             loras = LoRARows(LoRAStore(place, wanted))
             device = compute_device(self.opened.model)
             return common_down(loras, tuple(wanted), wanted.rank, device)
-        model = load_model(place)
         if model.layout.hash != wanted.hash:
             raise ConfigError(
                 f"{shown(place, 300)} is for {shown(model.layout.base)} at rank "

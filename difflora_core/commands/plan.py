@@ -15,6 +15,7 @@ from ..lora.layout import LoRALayout, layout_from_unet_config
 from ..models.difflora import DiffLoRAModel
 from ..training.difflora.lae import LAETrainConfig
 from ..training.difflora.latent_dit import LatentDiTConfig
+from ..training.lora.objective import TARGETS
 from ..vision.features import FeatureSizes
 from .bases import unet_config
 from .counting import StepCount, count_step
@@ -62,6 +63,7 @@ class Settings(Config):
         base: sdxl or demo.
         resolution: side of the pictures in pixels.
         rank: of the LoRAs.
+        targets: layers that they edit, see `train`.
         batch: people in a step of functional, over all GPUs.
         accumulate: parts of a batch on each GPU.
         steps: of functional.
@@ -82,6 +84,7 @@ class Settings(Config):
     base: Literal["sdxl", "demo"] = "sdxl"
     resolution: int = 1024
     rank: int = 8
+    targets: Literal["attention", "transformer"] = "attention"
     batch: int = 8
     accumulate: int = 8
     steps: int = 20_000
@@ -172,7 +175,8 @@ class Counts:
     def of(settings: Settings) -> Counts:
         """Counts the networks that settings ask for, without making them."""
         config = unet_config(settings.base)
-        layout = layout_from_unet_config(settings.base, config, settings.rank)
+        targets = TARGETS[settings.targets]
+        layout = layout_from_unet_config(settings.base, config, settings.rank, targets)
         scale = 8 if settings.base == "sdxl" else 4
         side = settings.resolution // scale
         sizes = VIT_L if settings.base == "sdxl" else DEMO

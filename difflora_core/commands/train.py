@@ -30,6 +30,7 @@ from ..training.difflora.preview import draw_people
 from ..training.fingerprint import weights_digest
 from ..training.hooks import Progress
 from ..training.loop import LoopConfig
+from ..training.lora.objective import TARGETS
 from ..training.processes import launched
 from .encoders import chosen_device, file_digest, open_encoders
 from .local_base import open_base
@@ -67,6 +68,8 @@ class Settings(Config):
         name: of the model.
         size: of the network: full (822 M numbers), small, or auto by the base.
         rank: of the LoRAs.
+        targets: layers that the LoRAs of functional edit: attention, or transformer, which adds
+            feed-forward layers, as kohya's trainer has them. Those of paper edit attention.
         held_out: share of the people that only judge.
         validation: what prepare wrote of other people, who only judge; in place of held_out.
         likeness: settings of the face reader, which the likeness loss of functional needs.
@@ -98,6 +101,7 @@ class Settings(Config):
     name: str = "model"
     size: Literal["auto", "small", "full"] = "auto"
     rank: int = 8
+    targets: Literal["attention", "transformer"] = "attention"
     held_out: float = 0.05
     validation: str = ""
     likeness: LoopConfig = field(
@@ -334,7 +338,8 @@ class _Work:
             face_encoder=self.dataset.facts.face_encoder,
             image_encoder=f"{Path(s.clip_vision).name} {self.clip_digest[:12]}",
         )
-        layout = base.model.layout(base.family, s.rank)
+        targets = TARGETS["attention" if preset == "paper" else s.targets]
+        layout = base.model.layout(base.family, s.rank, targets)
         generator = torch.Generator().manual_seed(s.seed)
         return DiffLoRAModel(config, layout, generator=generator).to(self.device)
 

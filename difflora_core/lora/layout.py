@@ -24,6 +24,9 @@ ATTENTION_PROJECTIONS = tuple(
     for projection in ("to_q", "to_k", "to_v", "to_out.0")
 )
 
+TRANSFORMER_LAYERS = (*ATTENTION_PROJECTIONS, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
+"""Every layer of the transformers, as kohya's trainer has them."""
+
 # Inner parts of a diffusers residual block and their LDM names; attention parts share their names.
 _RESNET_PARTS = {
     "norm1": "in_layers.0",
@@ -303,7 +306,7 @@ def layout_from_unet_config(
         base: family name stored in the layout.
         config: configuration of a diffusers ``UNet2DConditionModel``; built on the meta device.
         rank: LoRA rank of every layer.
-        targets: endings of names; the default is every attention projection.
+        targets: names, or endings of them; the default is every attention projection.
 
     Raises:
         LayoutError: when no layer matches.
@@ -312,7 +315,7 @@ def layout_from_unet_config(
     layers = []
     for path, ldm in unet_name_map(config).items():
         size = module_size(unet.get_submodule(path))
-        if size and ldm.endswith(tuple(f".{t}" for t in targets)):
+        if size and f".{ldm}".endswith(tuple(f".{t}" for t in targets)):
             layers.append(LayerShape(ldm, size[0], size[1], path))
     if not layers:
         raise LayoutError(f"The base model {base} has no layer that ends in {targets}.")

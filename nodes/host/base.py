@@ -82,12 +82,15 @@ def _linear(size: tuple[int, ...]) -> tuple[int, ...]:
 def unet_layout(
     model: ModelPatcher, base: str, rank: int, targets: tuple[str, ...] = ATTENTION_PROJECTIONS
 ) -> LoRALayout:
-    """The layers of ComfyUI's UNet whose names end so, attention projections unless given."""
+    """The layers of ComfyUI's UNet with these names or endings of names.
+
+    Attention projections unless given.
+    """
     endings = tuple(f".{target}" for target in targets)
     layers = [
         LayerShape(name, size[0], size[1], name)
         for name, part in model.model.diffusion_model.named_modules()
-        if name.endswith(endings) and (size := module_size(part))
+        if f".{name}".endswith(endings) and (size := module_size(part))
     ]
     return LoRALayout(base, rank, tuple(layers))
 

@@ -69,7 +69,7 @@ def stirred(name: str, artefacts):
 
 
 def sampler(artefacts, plan, seeds=SEEDS) -> PictureSampler:
-    return PictureSampler(artefacts.base, artefacts.layout, plan, seeds)
+    return PictureSampler(artefacts.base, plan, seeds)
 
 
 def trained_set(base, people: int = 4, pictures: int = 3) -> training.TrainingSet:

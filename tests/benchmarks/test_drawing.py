@@ -34,17 +34,17 @@ def loras(artefacts):
 
 
 def test_grouped_sampling_equals_single_sampling(artefacts, plan, loras):
-    together = PictureSampler(artefacts.base, artefacts.layout, plan, SEEDS).pictures(loras, 1.5)
+    together = PictureSampler(artefacts.base, plan, SEEDS).pictures(loras, 1.5)
     assert together.shape == (2, 3, 64, 64, 3)
     for k, seed in enumerate(SEEDS):
-        alone = PictureSampler(artefacts.base, artefacts.layout, replace(plan, batch=1), [seed])
+        alone = PictureSampler(artefacts.base, replace(plan, batch=1), [seed])
         torch.testing.assert_close(
             alone.pictures(select(loras, [k]), 1.5)[0], together[k], atol=2e-4, rtol=0
         )
 
 
 def test_every_person_gets_the_own_lora(artefacts, plan, loras):
-    sampler = PictureSampler(artefacts.base, artefacts.layout, plan, SEEDS)
+    sampler = PictureSampler(artefacts.base, plan, SEEDS)
     straight, swapped = sampler.pictures(loras), sampler.pictures(select(loras, [1, 0]))
     base = sampler.pictures()
     assert float((straight - base).abs().max()) > 1e-3
@@ -55,7 +55,7 @@ def test_every_person_gets_the_own_lora(artefacts, plan, loras):
 
 def test_guidance_and_half_precision_change_little_but_something(artefacts, plan):
     def drawn(changed):
-        return PictureSampler(artefacts.base, artefacts.layout, changed, SEEDS).pictures()
+        return PictureSampler(artefacts.base, changed, SEEDS).pictures()
 
     base, half = drawn(plan), drawn(replace(plan, half=True))
     guided = drawn(replace(plan, guidance=3.0))
@@ -65,12 +65,12 @@ def test_guidance_and_half_precision_change_little_but_something(artefacts, plan
 
 
 def test_grouped_losses_equal_single_losses(artefacts, plan, loras, people):
-    sampler = PictureSampler(artefacts.base, artefacts.layout, plan, SEEDS)
+    sampler = PictureSampler(artefacts.base, plan, SEEDS)
     unseen = unseen_latents(artefacts.base, people.unseen, plan, SEEDS)
     together = sampler.losses(unseen, loras)
     for k, seed in enumerate(SEEDS):
         one = benchmark_people("validation", 1, QUICK[:1], start=k).unseen
-        alone = PictureSampler(artefacts.base, artefacts.layout, plan, [seed])
+        alone = PictureSampler(artefacts.base, plan, [seed])
         single = alone.losses(unseen_latents(artefacts.base, one, plan, [seed]), select(loras, [k]))
         torch.testing.assert_close(single[0], together[k], atol=1e-5, rtol=1e-4)
 

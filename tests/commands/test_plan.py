@@ -22,9 +22,10 @@ from difflora_core.commands.main import plain_console
 from difflora_core.commands.plan import Counts, Settings, check_fits, functional_memory, stages_of
 from difflora_core.demo.networks.base import UNET_CONFIG, demo_layout
 from difflora_core.errors import ConfigError
-from difflora_core.lora.layout import sdxl_layout
+from difflora_core.lora.layout import layout_from_unet_config, sdxl_layout
 from difflora_core.models.difflora import DiffLoRAModel
 from difflora_core.training.difflora.functional import FunctionalConfig, FunctionalObjective
+from difflora_core.training.lora.objective import TARGETS
 from difflora_core.vision.features import ImageFeatures
 
 LAYOUT = demo_layout(4)
@@ -137,8 +138,12 @@ def test_the_vae_costs_what_is_said():
     assert counted.get_total_flops() / 256**2 == pytest.approx(plan.ENCODER_OPERATIONS, rel=0.15)
 
 
-def test_numbers_of_the_model_are_those_that_train(demo):
-    model = DiffLoRAModel(plan.network_config(plan.DEMO, False), LAYOUT)
+@pytest.mark.parametrize("targets", ["attention", "transformer"])
+def test_numbers_of_the_model_are_those_that_train(targets):
+    settings = Settings(10, 4, base="demo", resolution=64, rank=4, targets=targets)
+    demo = Counts.of(settings)
+    layout = layout_from_unet_config("demo", UNET_CONFIG, 4, TARGETS[targets])
+    model = DiffLoRAModel(plan.network_config(plan.DEMO, False), layout)
 
     class Base:
         unet = nn.Linear(1, 1)
@@ -153,9 +158,9 @@ def test_numbers_of_the_model_are_those_that_train(demo):
     optimizer.step()
     state = [t for own in optimizer.state.values() for t in own.values() if t.ndim]
     held = sum(t.numel() * t.element_size() for t in [*trained, *(p.grad for p in trained), *state])
-    quick = Settings(10, 4, base="demo", resolution=64, rank=4, ema_on_cpu=True)
+    quick = replace(settings, ema_on_cpu=True)
     rest = plan._base_memory(quick, demo) + 4 * (demo.model - demo.trained)
-    lora = 12 * LAYOUT.numel
+    lora = 12 * layout.numel
     assert functional_memory(quick, demo) == pytest.approx(held + rest + lora, rel=1e-3)
     s = plan.DEMO
     photo = ImageFeatures(

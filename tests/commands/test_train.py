@@ -230,6 +230,7 @@ def test_both_methods_leave_two_models(tmp_path, settings, corpus):
         functional_loop=course,
         name="two",
         held_out=0.0,
+        targets="transformer",
     )
     run(both, plain_console())
     presets = {
@@ -239,7 +240,14 @@ def test_both_methods_leave_two_models(tmp_path, settings, corpus):
         "difflora-two.safetensors": "functional",
         "difflora-two-paper.safetensors": "paper",
     }
-    assert load_model(tmp_path / "difflora-two-paper.safetensors").license == "for tests"
+    paper = load_model(tmp_path / "difflora-two-paper.safetensors")
+    assert paper.license == "for tests"
+    assert paper.layout == demo_layout()
+    wider = load_model(tmp_path / "difflora-two.safetensors").layout
+    assert {s.name for s in wider if ".ff." not in s.name and ".proj_" not in s.name} == {
+        s.name for s in demo_layout()
+    }
+    assert len(wider) == len(demo_layout()) * 3 // 2  # four beside eight of attention
 
 
 def test_one_portrait_of_each_is_enough_for_paper_alone(tmp_path, settings, corpus, photos):

@@ -10,6 +10,7 @@ from difflora_core.training.lora.dreambooth import (
     DreamBoothExamples,
     train_dreambooth,
 )
+from difflora_core.training.lora.objective import TARGETS
 
 PEOPLE, PICTURES = 3, 5
 
@@ -153,6 +154,28 @@ def test_shared_down_stays_and_start_is_kept(base, people):
         train_dreambooth(base, people(), config, shared_down={})
     with pytest.raises(ConfigError, match="not from both"):
         train_dreambooth(base, people(), config, initial=result, shared_down=shared)
+
+
+def test_a_start_on_more_layers_than_attention_trains_on_all_of_them(base, people):
+    layout = base.layout("base", 2, TARGETS["transformer"])
+    g = torch.Generator().manual_seed(5)
+    start = LoRAWeights(
+        {
+            s.name: LoRALayer(
+                torch.randn(2, s.in_features, generator=g),
+                0.01 * torch.randn(s.out_features, 2, generator=g),
+                2.0,
+            )
+            for s in layout
+        }
+    )
+    config = DreamBoothConfig(rank=2, steps=1, learning_rate=1e-2)
+    made = train_dreambooth(base, people(), config, initial=start)[1]
+    assert len(made) == len(layout) > len(base.layout("base", 2))
+    assert all(not torch.equal(made[s.name].up[0], start[s.name].up) for s in layout)
+    feed_forward = LoRAWeights({n: start[n] for n in start if ".ff." in n})
+    with pytest.raises(LayoutError):
+        train_dreambooth(base, people(), config, initial=feed_forward)
 
 
 def test_bad_pictures_and_settings(base, people):

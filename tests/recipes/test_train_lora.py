@@ -101,7 +101,8 @@ def test_its_loss_is_the_formula_with_merged_weights(setting, batch, targets):
     assert float(loss.detach()) == pytest.approx(wanted, rel=1e-4)
     assert all(float(p.grad.abs().max()) > 0 for p in objective.factors)
     kinds = {type(setting.base.unet.get_submodule(p)) for p in objective.module_names.values()}
-    assert kinds == ({nn.Linear} if targets == "attention" else {nn.Linear, nn.Conv2d})
+    linear = targets in ("attention", "transformer")
+    assert kinds == ({nn.Linear} if linear else {nn.Linear, nn.Conv2d})
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
@@ -275,6 +276,22 @@ def test_prior_preservation_holds_the_class(setting, examples, tmp_path):
     assert harm[1] < harm[0]
 
 
+def test_a_start_on_more_layers_is_trained_on_all_of_them(setting, batch):
+    shape = next(iter(setting.base.layout("tiny", 1, ("ff.net.2",))))
+    g = torch.Generator().manual_seed(6)
+    factors = torch.randn(1, shape.in_features, generator=g), torch.zeros(shape.out_features, 1)
+    start = LoRAWeights({shape.name: LoRALayer(*factors, 1.0)})
+    objective = LoRAObjective(setting, LoRATraining(**SETTINGS), start)
+    attention = setting.base.layout("tiny", 1, TARGETS["attention"])
+    assert set(objective.weights) == {*attention.module_names, shape.name}
+    random_up(objective)
+    loss, _ = objective(batch)
+    loss.backward()
+    assert float(objective.weights[shape.name].up.grad.abs().max()) > 0
+    wanted = written_out(setting, objective.weights.detach(), batch)
+    assert float(loss.detach()) == pytest.approx(wanted, rel=1e-4)
+
+
 def test_sdxls_layers():
     counts = {
         name: len(layout_from_unet_config("sdxl", SDXL_UNET_CONFIG, 4, targets))
@@ -284,6 +301,7 @@ def test_sdxls_layers():
     convolutions = 2 * residual + shortcuts + samplers
     assert counts == {
         "attention": 560,
+        "transformer": 560 + 2 * transformers + 2 * blocks,
         "attention_and_convolutions": 560 + convolutions,
         "all": 560 + convolutions + 2 * transformers + 2 * blocks,
     }
@@ -296,15 +314,13 @@ def test_what_is_refused(setting, base):
         return LoRAWeights({shape.name: LoRALayer(down, torch.zeros(shape.out_features, rank), 1)})
 
     layout = base.layout("tiny", 2, TARGETS["attention"])
-    check_start(lora("attn1.to_q"), layout, "attention")
-    for target, words in (
-        ("ff.net.2", r"edits 1 layer that attention leaves out .*: set layers to all\."),
-        ("emb_layers.1", "start from another LoRA"),
-    ):
-        with pytest.raises(LayoutError, match=words):
-            check_start(lora(target), layout, "attention")
+    check_start(lora("attn1.to_q"), layout)
+    (own,) = lora("attn1.to_q").layers.values()
+    words = r"edits 1 layer that this model lacks .*: start from another LoRA"
+    with pytest.raises(LayoutError, match=words):
+        check_start(LoRAWeights({"input_blocks.99": own}), layout)
     with pytest.raises(LayoutError, match="has rank 3: set rank to 3 or more"):
-        check_start(lora("attn1.to_q", 3), layout, "attention")
+        check_start(lora("attn1.to_q", 3), layout)
     wrong = LoRAWeights(
         {next(iter(layout)).name: LoRALayer(torch.zeros(1, 3), torch.zeros(8, 1), 1)}
     )

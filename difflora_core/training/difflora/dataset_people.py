@@ -156,7 +156,7 @@ class LikenessJudge:
             )
         self.base, self.people, self.encoder, self.settings = base, people, encoder, settings
         self._faces = list(dataset.column("face"))
-        self._names = base.layout("any", 1).module_names
+        self._names = base.module_names
         self._shape = people([people.names[0]]).latents.shape[2:]
 
     def __call__(self, name: str, weights: LoRAWeights) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...base_model.protocol import BaseModel
 from ...data.lora_store import NewLoRA, StoreWriter
 from ...errors import DivergedError
+from ...lora.layout import ATTENTION_PROJECTIONS
 from ...lora.weights import LoRAWeights
 from ..fingerprint import fingerprint, weights_digest
 from ..loop import Progress
@@ -25,18 +26,21 @@ WORK = "work"
 """Folder in the store, of groups that are in training."""
 
 
-def open_store(folder: Path, base: BaseModel, config: CorpusConfig) -> StoreWriter:
+def open_store(
+    folder: Path, base: BaseModel, config: CorpusConfig, layers: Sequence[str] = ()
+) -> StoreWriter:
     """The store of LoRAs that are trained on a base model.
 
     Args:
         folder: of the store.
         base: its layout and its weights are what the store is for.
         config: names the base's family and the rank.
+        layers: names of layers that the LoRAs edit beside attention.
 
     Raises:
         DatasetError: the store is for another base.
     """
-    layout = base.layout(config.base, config.dreambooth.rank)
+    layout = base.layout(config.base, config.dreambooth.rank, (*ATTENTION_PROJECTIONS, *layers))
     return StoreWriter(folder, layout, weights_digest(base.unet))
 
 

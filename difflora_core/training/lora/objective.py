@@ -21,7 +21,7 @@ from ...adapters.lora import lora_adapter_set
 from ...config import check_range
 from ...diffusion.objective import LossWeight
 from ...errors import ConfigError, LayoutError, counted
-from ...lora.layout import ATTENTION_PROJECTIONS, LoRALayout, module_size
+from ...lora.layout import ATTENTION_PROJECTIONS, TRANSFORMER_LAYERS, LoRALayout, module_size
 from ...lora.weights import LoRALayer, LoRAWeights
 from ...methods.base import Facts, TrainedAdaptation
 from ...methods.lora import LoRA, lora_adaptation
@@ -32,14 +32,14 @@ from ..picture_task import PictureTask
 from .dreambooth_start import mixed_generator
 
 CONVOLUTIONS = ("in_layers.2", "out_layers.3", "skip_connection", "op", "conv")
-TRANSFORMERS = ("proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
 TARGETS = {
     "attention": ATTENTION_PROJECTIONS,
+    "transformer": TRANSFORMER_LAYERS,
     "attention_and_convolutions": (*ATTENTION_PROJECTIONS, *CONVOLUTIONS),
-    "all": (*ATTENTION_PROJECTIONS, *TRANSFORMERS, *CONVOLUTIONS),
+    "all": (*TRANSFORMER_LAYERS, *CONVOLUTIONS),
 }
-"""Endings of layer names: a LoRA's usual set, with LoCon's convolutions, and with feed-forward
-layers too, as kohya's trainer has them."""
+"""Endings of layer names: a LoRA's usual set, with feed-forward layers as kohya's trainer has them,
+with LoCon's convolutions, and with both."""
 JUDGED = 12
 """Noised pictures that a state is judged by, at least."""
 
@@ -63,7 +63,7 @@ class LoRATraining(AdaptationTraining):
     schedule: Schedule = "cosine"
     warmup: int = 10
     rank: int = 16
-    targets: Literal["attention", "attention_and_convolutions", "all"] = "attention"
+    targets: Literal["attention", "transformer", "attention_and_convolutions", "all"] = "attention"
     train_down: bool = True
     normalise_gradient: bool = False
 
@@ -91,10 +91,10 @@ class LoRAObjective(nn.Module):
     Args:
         task: the frozen setting. config: the recipe.
         start: LoRA to go on from, of at most the same rank. Layers and components that it lacks
-            start at zero.
+            start at zero; those that it has are trained, whatever `config.targets` says.
 
     Raises:
-        LayoutError: the start has layers that are not trained here, or a higher rank.
+        LayoutError: the start has layers that the base lacks, or a higher rank.
         ConfigError: only `up` would be trained, and there is nothing that it could start from.
     """
 
@@ -111,12 +111,13 @@ class LoRAObjective(nn.Module):
                 "factors."
             )
         self.task, self.config = task, config
-        self.layout = task.base.layout(task.base_name, config.rank, TARGETS[config.targets])
+        targets = (*TARGETS[config.targets], *(() if start is None else start))
+        self.layout = task.base.layout(task.base_name, config.rank, targets)
         self.facts = (start,)
         self.factors = nn.ParameterList()
         self.scale_gradients = self._normalise if config.normalise_gradient else None
         if start is not None:
-            check_start(start, self.layout, config.targets)
+            check_start(start, self.layout)
         generator, layers = mixed_generator(config.seed, 0), {}
         for name, path in self.module_names.items():
             size = module_size(task.base.unet.get_submodule(path))
@@ -160,24 +161,18 @@ class LoRAObjective(nn.Module):
         return [replace(made, facts={**facts, **named})]
 
 
-def check_start(start: LoRAWeights, layout: LoRALayout, targets: str) -> None:
-    """Refuse a LoRA that these settings cannot go on from.
+def check_start(start: LoRAWeights, layout: LoRALayout) -> None:
+    """Refuse a LoRA that cannot be trained on.
 
     Raises:
-        LayoutError: it has layers that the layout lacks, or a higher rank; the message says what
-            to set.
+        LayoutError: it has layers that the base lacks, or a higher rank; the message says what to
+            do.
     """
     outside = [name for name in start if name not in layout.module_names]
     if outside:
-        wider = [
-            name
-            for name, endings in TARGETS.items()
-            if all(layer.endswith(tuple(f".{e}" for e in endings)) for layer in start)
-        ]
-        remedy = f"set layers to {wider[0]}" if wider else "start from another LoRA, or from none"
         raise LayoutError(
-            f"The LoRA to start from edits {counted(len(outside), 'layer')} that {targets} "
-            f"leaves out (for example {outside[0]}): {remedy}."
+            f"The LoRA to start from edits {counted(len(outside), 'layer')} that this model lacks "
+            f"(for example {outside[0]}): start from another LoRA, or from none."
         )
     highest = max(layer.rank for layer in start.layers.values())
     if highest > layout.rank:
