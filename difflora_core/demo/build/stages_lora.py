@@ -36,7 +36,7 @@ from ...training.lora.dreambooth import DreamBoothConfig
 from ...vision.face_choice import FaceOptions
 from ...vision.features import ImageFeatures, extract_features
 from .. import examples, paths
-from ..networks.base import LORA_RANK, demo_layout, load_base
+from ..networks.base import LORA_RANK, load_base
 from ..world.pool import PicturePool, cached_pool, portrait_pool
 from .features import demo_encoders
 from .people import dataset_folder, prepared
@@ -118,6 +118,7 @@ def functional_settings() -> train.Settings:
         clip_vision=str(paths.CLIP_VISION),
         size="small",
         rank=LORA_RANK,
+        targets="transformer",
         likeness=READER_LOOP,
         face_crop=0,  # 16 latent pixels are a face, hair and shoulders
         functional=FUNCTIONAL,
@@ -245,7 +246,7 @@ def example(progress: Progress) -> Figures:
     found = extract_features(photos, *demo_encoders(), FaceOptions(on_missing="skip"))
     with torch.no_grad():
         latent = model.mean_latent(model.condition(found.features))
-        write_lora_file(paths.OLD_LORA, model.decode(latent).batch_item(0), demo_layout())
+        write_lora_file(paths.OLD_LORA, model.decode(latent).batch_item(0), model.layout)
     progress(1, 1, {})
     return {"person": examples.PERSON, "old_lora": examples.SITTER}
 
