@@ -12,10 +12,11 @@ from ..difflora_core.diffusion.objective import LossWeight
 from ..difflora_core.errors import LayoutError, LoRAFileError
 from ..difflora_core.lora.block_groups import GroupStrengths
 from ..difflora_core.lora.formats.state_dict import to_state_dict
+from ..difflora_core.lora.layout import TARGETS
 from ..difflora_core.methods.lora import lora_weights
 from ..difflora_core.storage.lora_file import LoRAInfo, write_lora_file
 from ..difflora_core.training.loop_config import Schedule
-from ..difflora_core.training.lora.objective import TARGETS, LoRAObjective, LoRATraining
+from ..difflora_core.training.lora.objective import LoRAObjective, LoRATraining
 from ..difflora_core.vision.face_choice import FaceOptions
 from . import sockets
 from .host import lora as host_lora

@@ -17,7 +17,7 @@ from ..data.lora_store import LoRAStore
 from ..data.prepared import PreparedDataset
 from ..data.workers import Crew
 from ..errors import ConfigError, counted, shown
-from ..lora.layout import ATTENTION_PROJECTIONS
+from ..lora.layout import TARGETS
 from ..storage.checkpoint import load_model
 from ..training.difflora.dataset_people import DatasetPeople, JudgeSettings, LikenessJudge
 from ..training.difflora.lae_stream import common_down
@@ -110,7 +110,7 @@ class PeopleJob:
         place, rank = self.down, self.course.rank
         model = None if Path(place).is_dir() else load_model(place)
         edited = LoRAStore(place).layout if model is None else model.layout
-        layers = (*ATTENTION_PROJECTIONS, *edited.module_names)
+        layers = (*TARGETS[self.course.targets], *edited.module_names)
         wanted = self.opened.model.layout(self.opened.family, rank, layers)
         if model is None:
             loras = LoRARows(LoRAStore(place, wanted))

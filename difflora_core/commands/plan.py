@@ -11,11 +11,10 @@ from rich.table import Table
 
 from ..config import Config, check_range
 from ..errors import ConfigError, percent
-from ..lora.layout import LoRALayout, layout_from_unet_config
+from ..lora.layout import TARGETS, LoRALayout, layout_from_unet_config
 from ..models.difflora import DiffLoRAModel
 from ..training.difflora.lae import LAETrainConfig
 from ..training.difflora.latent_dit import LatentDiTConfig
-from ..training.lora.objective import TARGETS
 from ..vision.features import FeatureSizes
 from .bases import unet_config
 from .counting import StepCount, count_step

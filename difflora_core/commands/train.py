@@ -19,6 +19,7 @@ from ..data.lora_store import LoRAStore
 from ..data.prepared import PreparedDataset
 from ..diffusion.sampler import SampleSettings
 from ..errors import ConfigError, counted, shown
+from ..lora.layout import TARGETS
 from ..models.difflora import DiffLoRAModel
 from ..models.face_reader import FaceReader, FaceReaderConfig
 from ..models.layers import DrawnFrom
@@ -30,7 +31,6 @@ from ..training.difflora.preview import draw_people
 from ..training.fingerprint import weights_digest
 from ..training.hooks import Progress
 from ..training.loop import LoopConfig
-from ..training.lora.objective import TARGETS
 from ..training.processes import launched
 from .encoders import chosen_device, file_digest, open_encoders
 from .local_base import open_base
@@ -69,7 +69,8 @@ class Settings(Config):
         size: of the network: full (822 M numbers), small, or auto by the base.
         rank: of the LoRAs.
         targets: layers that the LoRAs of functional edit: attention, or transformer, which adds
-            feed-forward layers, as kohya's trainer has them. Those of paper edit attention.
+            feed-forward layers, as kohya's trainer has them. Those of paper edit what the corpus's
+            do.
         held_out: share of the people that only judge.
         validation: what prepare wrote of other people, who only judge; in place of held_out.
         likeness: settings of the face reader, which the likeness loss of functional needs.
@@ -338,8 +339,9 @@ class _Work:
             face_encoder=self.dataset.facts.face_encoder,
             image_encoder=f"{Path(s.clip_vision).name} {self.clip_digest[:12]}",
         )
-        targets = TARGETS["attention" if preset == "paper" else s.targets]
-        layout = base.model.layout(base.family, s.rank, targets)
+        of_corpus = preset == "paper"
+        targets = LoRAStore(s.corpus).layout.module_names if of_corpus else TARGETS[s.targets]
+        layout = base.model.layout(base.family, s.rank, tuple(targets))
         generator = torch.Generator().manual_seed(s.seed)
         return DiffLoRAModel(config, layout, generator=generator).to(self.device)
 

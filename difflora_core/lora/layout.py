@@ -25,7 +25,15 @@ ATTENTION_PROJECTIONS = tuple(
 )
 
 TRANSFORMER_LAYERS = (*ATTENTION_PROJECTIONS, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
-"""Every layer of the transformers, as kohya's trainer has them."""
+CONVOLUTIONS = ("in_layers.2", "out_layers.3", "skip_connection", "op", "conv")
+TARGETS = {
+    "attention": ATTENTION_PROJECTIONS,
+    "transformer": TRANSFORMER_LAYERS,
+    "attention_and_convolutions": (*ATTENTION_PROJECTIONS, *CONVOLUTIONS),
+    "all": (*TRANSFORMER_LAYERS, *CONVOLUTIONS),
+}
+"""Endings of layer names: a LoRA's usual set, with feed-forward layers as kohya's trainer has them,
+with LoCon's convolutions, and with both."""
 
 # Inner parts of a diffusers residual block and their LDM names; attention parts share their names.
 _RESNET_PARTS = {

@@ -22,10 +22,9 @@ from difflora_core.commands.main import plain_console
 from difflora_core.commands.plan import Counts, Settings, check_fits, functional_memory, stages_of
 from difflora_core.demo.networks.base import UNET_CONFIG, demo_layout
 from difflora_core.errors import ConfigError
-from difflora_core.lora.layout import layout_from_unet_config, sdxl_layout
+from difflora_core.lora.layout import TARGETS, layout_from_unet_config, sdxl_layout
 from difflora_core.models.difflora import DiffLoRAModel
 from difflora_core.training.difflora.functional import FunctionalConfig, FunctionalObjective
-from difflora_core.training.lora.objective import TARGETS
 from difflora_core.vision.features import ImageFeatures
 
 LAYOUT = demo_layout(4)

@@ -1,16 +1,18 @@
 """DreamBooth in groups: equal to training alone, to a plain implementation, and resumable."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from difflora_core.errors import CheckpointError, ConfigError, InterruptedTraining, LayoutError
+from difflora_core.lora.layout import TARGETS
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.training.lora.dreambooth import (
     DreamBoothConfig,
     DreamBoothExamples,
     train_dreambooth,
 )
-from difflora_core.training.lora.objective import TARGETS
 
 PEOPLE, PICTURES = 3, 5
 
@@ -170,8 +172,10 @@ def test_a_start_on_more_layers_than_attention_trains_on_all_of_them(base, peopl
         }
     )
     config = DreamBoothConfig(rank=2, steps=1, learning_rate=1e-2)
+    asked = train_dreambooth(base, people(), replace(config, targets="transformer"))[1]
     made = train_dreambooth(base, people(), config, initial=start)[1]
-    assert len(made) == len(layout) > len(base.layout("base", 2))
+    assert len(asked) == len(made) == len(layout) > len(base.layout("base", 2))
+    assert all(bool(layer.up[0].any()) for layer in asked.layers.values())
     assert all(not torch.equal(made[s.name].up[0], start[s.name].up) for s in layout)
     feed_forward = LoRAWeights({n: start[n] for n in start if ".ff." in n})
     with pytest.raises(LayoutError):

@@ -13,7 +13,7 @@ from difflora_core.adapters.attach import attach
 from difflora_core.adapters.lora import lora_adapter_set
 from difflora_core.base_model.protocol import TextCondition
 from difflora_core.errors import ConfigError, LayoutError
-from difflora_core.lora.layout import SDXL_UNET_CONFIG, layout_from_unet_config
+from difflora_core.lora.layout import SDXL_UNET_CONFIG, TARGETS, layout_from_unet_config
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.methods.base import AppliedAdaptation, PreparedAdaptation
 from difflora_core.methods.lora import LoRA, lora_weights
@@ -21,12 +21,7 @@ from difflora_core.storage.adapter_file import read_adaptation, write_adaptation
 from difflora_core.training.adaptation_run import run_adaptation
 from difflora_core.training.difflora.refine import refinement_config
 from difflora_core.training.lora.dreambooth import DreamBoothObjective
-from difflora_core.training.lora.objective import (
-    TARGETS,
-    LoRAObjective,
-    LoRATraining,
-    check_start,
-)
+from difflora_core.training.lora.objective import LoRAObjective, LoRATraining, check_start
 from difflora_core.training.losses import denoising_error
 from difflora_core.training.picture_buckets import BucketedExamples, bucketed
 from difflora_core.training.picture_examples import PictureExamples

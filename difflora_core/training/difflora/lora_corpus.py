@@ -13,7 +13,7 @@ from torch import Tensor
 from ...base_model.protocol import BaseModel
 from ...config import Config, check_range
 from ...errors import CheckpointError
-from ...lora.layout import LoRALayout
+from ...lora.layout import TARGETS, LoRALayout
 from ...storage.lora_corpus import LoRACorpus, load_corpus, save_corpus
 from ..fingerprint import fingerprint, weights_digest
 from ..loop import Progress
@@ -75,7 +75,9 @@ def build_corpus(
     same = fingerprint(list(identities), config, shared_down, weights_digest(base.unet))
     facts = {"fingerprint": same, "settings": config.to_dict()}
     folder = path.with_name(path.name + ".parts")
-    layout, settings = base.layout(config.base, config.dreambooth.rank), config.dreambooth
+    settings = config.dreambooth
+    layers = (*TARGETS[settings.targets], *(shared_down or ()))
+    layout = base.layout(config.base, settings.rank, layers)
     starts = range(0, 0 if path.exists() else len(identities), config.group)
     parts = []
     for number, start in enumerate(starts):

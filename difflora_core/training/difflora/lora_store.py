@@ -11,7 +11,7 @@ from torch import Tensor
 from ...base_model.protocol import BaseModel
 from ...data.lora_store import NewLoRA, StoreWriter
 from ...errors import DivergedError
-from ...lora.layout import ATTENTION_PROJECTIONS
+from ...lora.layout import TARGETS
 from ...lora.weights import LoRAWeights
 from ..fingerprint import fingerprint, weights_digest
 from ..loop import Progress
@@ -35,12 +35,13 @@ def open_store(
         folder: of the store.
         base: its layout and its weights are what the store is for.
         config: names the base's family and the rank.
-        layers: names of layers that the LoRAs edit beside attention.
+        layers: names of layers that the LoRAs edit beside those of the course.
 
     Raises:
         DatasetError: the store is for another base.
     """
-    layout = base.layout(config.base, config.dreambooth.rank, (*ATTENTION_PROJECTIONS, *layers))
+    course = config.dreambooth
+    layout = base.layout(config.base, course.rank, (*TARGETS[course.targets], *layers))
     return StoreWriter(folder, layout, weights_digest(base.unet))
 
 

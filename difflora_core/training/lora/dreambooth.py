@@ -22,7 +22,7 @@ from ...base_model.protocol import BaseModel, TextCondition
 from ...config import Config, check_range
 from ...diffusion.objective import stratified_timesteps
 from ...errors import CheckpointError
-from ...lora.layout import ATTENTION_PROJECTIONS
+from ...lora.layout import TARGETS
 from ...lora.weights import LoRALayer, LoRAWeights
 from ..fingerprint import fingerprint, weights_digest
 from ..loop import Batch, ByStep, Hooks, Progress, train
@@ -59,7 +59,7 @@ def train_dreambooth(
         progress: called after every step as (step, steps, metrics), `loss` being the mean over
             people; it may raise InterruptedTraining.
         initial: LoRA to start from, one for all or a batch of B; filled up to `config.rank`. It
-            may edit more layers than attention, and so may `shared_down`.
+            may edit more layers than `config.targets`, and so may `shared_down`.
         shared_down: layer name to (r, in): `down` of everybody at the start (and at the end, if
             `train_down` is off). Without it everybody draws an own one, as LoRA does.
         folder: where the run keeps its state, to go on from exactly there; at its end too, where
@@ -74,8 +74,8 @@ def train_dreambooth(
         LayoutError: `initial` or `shared_down` do not fit the base model.
         CheckpointError: the folder holds another run's state, or cannot be written.
     """
-    layers = initial or shared_down or ()
-    layout = base.layout("base", config.rank, (*ATTENTION_PROJECTIONS, *layers))
+    layers = (*TARGETS[config.targets], *(initial or shared_down or ()))
+    layout = base.layout("base", config.rank, layers)
     start = starting_weights(layout, examples.seeds, config, initial, shared_down)
     source = _Source(base, examples, config)
     fine = torch.promote_types(examples.latents.dtype, torch.float32)

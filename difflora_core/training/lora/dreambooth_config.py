@@ -42,6 +42,7 @@ class DreamBoothConfig(Config):
         seed: together with each identity's seed it fixes start and draws.
         same_start: draw one start for everybody. LoRAs that begin at one place stay comparable
             factor by factor, which is what an autoencoder of LoRAs learns from (ours).
+        targets: layers that the LoRA edits, see `lora.layout.TARGETS`.
         checkpoint_every: steps between checkpoints, when a folder is given.
         accumulate, checkpointing: see `LoopConfig`; both save memory.
 
@@ -66,6 +67,7 @@ class DreamBoothConfig(Config):
     precision: Precision = "no"
     seed: int = 0
     same_start: bool = False
+    targets: Literal["attention", "transformer"] = field(default="attention", metadata=LATER)
     checkpoint_every: int = field(default=500, metadata=SAME_COURSE)
     accumulate: int = field(default=1, metadata=SAME_COURSE)
     checkpointing: bool = field(default=False, metadata=SAME_COURSE)

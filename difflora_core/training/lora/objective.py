@@ -21,7 +21,7 @@ from ...adapters.lora import lora_adapter_set
 from ...config import check_range
 from ...diffusion.objective import LossWeight
 from ...errors import ConfigError, LayoutError, counted
-from ...lora.layout import ATTENTION_PROJECTIONS, TRANSFORMER_LAYERS, LoRALayout, module_size
+from ...lora.layout import TARGETS, LoRALayout, module_size
 from ...lora.weights import LoRALayer, LoRAWeights
 from ...methods.base import Facts, TrainedAdaptation
 from ...methods.lora import LoRA, lora_adaptation
@@ -31,15 +31,6 @@ from ..loop_config import LoopConfig, Schedule
 from ..picture_task import PictureTask
 from .dreambooth_start import mixed_generator
 
-CONVOLUTIONS = ("in_layers.2", "out_layers.3", "skip_connection", "op", "conv")
-TARGETS = {
-    "attention": ATTENTION_PROJECTIONS,
-    "transformer": TRANSFORMER_LAYERS,
-    "attention_and_convolutions": (*ATTENTION_PROJECTIONS, *CONVOLUTIONS),
-    "all": (*TRANSFORMER_LAYERS, *CONVOLUTIONS),
-}
-"""Endings of layer names: a LoRA's usual set, with feed-forward layers as kohya's trainer has them,
-with LoCon's convolutions, and with both."""
 JUDGED = 12
 """Noised pictures that a state is judged by, at least."""
 
