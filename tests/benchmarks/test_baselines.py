@@ -25,6 +25,7 @@ from benchmarks.identity.experiment import Experiment
 from benchmarks.identity.people import RealPictures, benchmark_people
 from benchmarks.prompts import PROMPTS
 from difflora_core.demo.networks.text import tokenize, word_numbers
+from difflora_core.lora.layout import ATTENTION_PROJECTIONS
 from difflora_core.models.difflora import DiffLoRAConfig, DiffLoRAModel
 from difflora_core.storage.checkpoint import load_model
 from difflora_core.text.clip_pair import ClipPairText
@@ -212,11 +213,10 @@ def test_every_method_sees_the_same_batches(artefacts):
 
 @pytest.mark.parametrize("name", training.OURS)
 def test_ours_and_its_ablations_train_on_the_same_terms(name, artefacts, tmp_path, monkeypatch):
-    def new_model(seed, **parts):
+    def new_model(seed, targets=ATTENTION_PROJECTIONS, **parts):
         generator = torch.Generator().manual_seed(seed)
-        return DiffLoRAModel(
-            DiffLoRAConfig.demo(SIZES, **parts), artefacts.layout, generator=generator
-        )
+        layout = artefacts.base.layout("demo", artefacts.layout.rank, targets)
+        return DiffLoRAModel(DiffLoRAConfig.demo(SIZES, **parts), layout, generator=generator)
 
     monkeypatch.setattr(training, "new_model", new_model)
     base, path = artefacts.base, tmp_path / "ours.safetensors"
@@ -224,7 +224,9 @@ def test_ours_and_its_ablations_train_on_the_same_terms(name, artefacts, tmp_pat
     found = training.train_ours(name, base, sets, replace(BUDGET, steps=1), path)
     assert found["validation"] > 0
     sources = training.OURS[name].get("sources", ("face", "image", "tokens"))
-    assert load_model(path).config.mif.sources == sources
+    made = load_model(path)
+    assert made.config.mif.sources == sources
+    assert any(".ff." in layer.name for layer in made.layout) == ("feed-forward" in name)
 
 
 def test_words_of_people_start_at_person_and_keep_apart(artefacts, text):
