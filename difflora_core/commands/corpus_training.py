@@ -17,7 +17,7 @@ from ..data.lora_store import LoRAStore
 from ..data.prepared import PreparedDataset
 from ..data.workers import Crew
 from ..errors import ConfigError, counted, shown
-from ..lora.layout import TARGETS
+from ..lora.layout import TARGETS, LoRALayout
 from ..storage.checkpoint import load_model
 from ..training.difflora.dataset_people import DatasetPeople, JudgeSettings, LikenessJudge
 from ..training.difflora.lae_stream import common_down
@@ -118,13 +118,18 @@ class PeopleJob:
             return common_down(loras, tuple(wanted), wanted.rank, device)
         if model.layout.hash != wanted.hash:
             raise ConfigError(
-                f"{shown(place, 300)} is for {shown(model.layout.base)} at rank "
-                f"{model.layout.rank}, the corpus for {shown(wanted.base)} at rank {wanted.rank}."
+                f"{shown(place, 300)} is for {_about(model.layout)}, the corpus for "
+                f"{_about(wanted)}."
             )
         factors = model.lae.down_factors()
         if not factors:
             raise ConfigError(f"{shown(place, 300)} has no `down` that LoRAs could share.")
         return {name: part.detach() for name, part in factors.items()}
+
+
+def _about(layout: LoRALayout) -> str:
+    """A layout in words."""
+    return f"{counted(len(layout), 'layer')} of {shown(layout.base)} at rank {layout.rank}"
 
 
 class GroupWork:

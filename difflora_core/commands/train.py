@@ -19,7 +19,7 @@ from ..data.lora_store import LoRAStore
 from ..data.prepared import PreparedDataset
 from ..diffusion.sampler import SampleSettings
 from ..errors import ConfigError, counted, shown
-from ..lora.layout import TARGETS
+from ..lora.layout import ATTENTION_PROJECTIONS, TARGETS
 from ..models.difflora import DiffLoRAModel
 from ..models.face_reader import FaceReader, FaceReaderConfig
 from ..models.layers import DrawnFrom
@@ -339,9 +339,10 @@ class _Work:
             face_encoder=self.dataset.facts.face_encoder,
             image_encoder=f"{Path(s.clip_vision).name} {self.clip_digest[:12]}",
         )
-        of_corpus = preset == "paper"
-        targets = LoRAStore(s.corpus).layout.module_names if of_corpus else TARGETS[s.targets]
-        layout = base.model.layout(base.family, s.rank, tuple(targets))
+        targets = TARGETS[s.targets]
+        if preset == "paper":
+            targets = (*ATTENTION_PROJECTIONS, *LoRAStore(s.corpus).layout.module_names)
+        layout = base.model.layout(base.family, s.rank, targets)
         generator = torch.Generator().manual_seed(s.seed)
         return DiffLoRAModel(config, layout, generator=generator).to(self.device)
 

@@ -22,9 +22,10 @@ from difflora_core.data.lora_store import LoRAStore
 from difflora_core.data.prepare import PrepareConfig, prepare
 from difflora_core.data.prepared import PreparedDataset
 from difflora_core.demo import paths
-from difflora_core.demo.networks.base import demo_layout, load_base
+from difflora_core.demo.networks.base import UNET_CONFIG, demo_layout, load_base
 from difflora_core.demo.world.identities import split_seeds
 from difflora_core.demo.world.scenes import render_portraits
+from difflora_core.lora.layout import TARGETS, layout_from_unet_config
 from difflora_core.lora.weights import LoRALayer, LoRAWeights
 from difflora_core.models.difflora import DiffLoRAModel
 from difflora_core.storage.checkpoint import load_model, save_model
@@ -235,16 +236,19 @@ def test_corpus_on_a_cluster_that_loses_a_machine(ray_cluster, dataset, tmp_path
     torch.set_num_threads(threads)
 
 
-def test_people_are_trained_over_the_down_of_a_model(dataset, tmp_path, capsys):
+@pytest.mark.parametrize("targets", ["attention", "transformer"])
+def test_people_are_trained_over_the_down_of_a_model(targets, dataset, tmp_path, capsys):
     """All begin with it and keep it; with other numbers everybody is trained anew."""
+    layout = layout_from_unet_config("demo", UNET_CONFIG, 2, TARGETS[targets])
     config = network_config(FeatureSizes(8, 8, 2, 8), False)
     files = [tmp_path / f"{seed}.safetensors" for seed in range(2)]
     for seed, file in enumerate(files):
         draw = torch.Generator().manual_seed(seed)
-        save_model(DiffLoRAModel(config, demo_layout(2), generator=draw), file)
+        save_model(DiffLoRAModel(config, layout, generator=draw), file)
     words = of_people(dataset, "--training.no-train-down", "--down", str(files[0]))
     assert main(["corpus", *words[:1], str(tmp_path / "out"), *words[1:]]) == 0
     store = LoRAStore(tmp_path / "out")
+    assert store.layout == layout
     shared = load_model(files[0]).lae.down_factors()
     for number in range(PEOPLE):
         for name, layer in store[number].layers.items():
@@ -258,7 +262,9 @@ def test_people_are_trained_over_the_down_of_a_model(dataset, tmp_path, capsys):
     rank = words.index("--rank") + 1
     wrong = [*words[:rank], "4", *words[rank + 1 :]]
     assert main(["corpus", *wrong[:1], str(tmp_path / "x"), *wrong[1:]]) == 1
-    assert "is for demo at rank 2, the corpus for demo at rank 4" in capsys.readouterr().err
+    layers = f"{len(layout)} layers of demo"
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert f"is for {layers} at rank 2, the corpus for {layers} at rank 4" in said
     write(tmp_path / "loras" / "anna.safetensors", 0)
     files_alone = ["corpus", str(tmp_path / "loras"), str(tmp_path / "y"), "--base", "demo"]
     assert main([*files_alone, "--rank", "2", "--down", str(files[0])]) == 1
