@@ -23,7 +23,7 @@ from difflora_core.vision.features import ImageFeatures, extract_features
 from difflora_core.vision.image_encoder import ImageEncoder
 
 from ..command import CACHE, Log, silent
-from .dreambooth import SETTINGS, DreamBoothTrainer
+from .dreambooth import CORPUS_SETTINGS, DreamBoothTrainer
 from .linear import Linear, load_linear
 
 
@@ -31,8 +31,9 @@ from .linear import Linear, load_linear
 class Artefacts:
     """Everything frozen: base model, encoders, judges, trained DiffLoRA models, linear baselines.
 
-    `models`: row name to model; `linear`: None when not fitted; `cache`: folder for DreamBooth
-    LoRAs and trials; `log`: prints a line; `megabytes`: size of each model's file, by row name.
+    `layout`: of the corpus's LoRAs, which need not be a model's; `models`: row name to model;
+    `linear`: None when not fitted; `cache`: folder for DreamBooth LoRAs and trials; `log`: prints a
+    line; `megabytes`: size of each model's file, by row name.
     """
 
     base: DiffusersBase
@@ -81,11 +82,10 @@ def load_artefacts(models: Mapping[str, Path] | None = None, log: Log = silent) 
             log(f"left out: {name}, there is no {Path(path).name}")
     base = load_base(paths.BASE)
     prompts = load_judge(paths.PROMPT_JUDGE)  # reads expressions better than the one it replaces
-    layout = next(iter(found.values())).layout if found else base.layout("demo", SETTINGS.rank)
     return Artefacts(
         base=base,
         base_hash=hashlib.sha256(paths.BASE.read_bytes()).hexdigest(),
-        layout=layout,
+        layout=base.layout("demo", CORPUS_SETTINGS.rank),
         judges=Judges({**load_judges(paths.JUDGES).networks, "attributes": prompts}),
         encoders=demo_encoders(),
         models=found,

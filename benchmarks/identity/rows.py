@@ -164,11 +164,14 @@ def reconstructions(artefacts: Artefacts, original: Row) -> list[Row]:
 
 
 def reconstruction_names(artefacts: Artefacts) -> dict[str, DiffLoRAModel | None]:
-    """Rows of reconstructions and the model of each; None is PCA."""
+    """Rows of reconstructions and the model of each; None is PCA.
+
+    A model of LoRAs on other layers than the corpus's has nothing to reconstruct.
+    """
     names: dict[str, DiffLoRAModel | None] = {
         f"LAE reconstruction, {name}": model
         for name, model in artefacts.models.items()
-        if learned_to_encode(model)
+        if learned_to_encode(model) and model.layout == artefacts.layout
     }
     if artefacts.linear is not None:
         names[f"PCA-{artefacts.linear.size} reconstruction"] = None
