@@ -17,7 +17,7 @@ from ..data.lora_store import LoRAStore
 from ..data.prepared import PreparedDataset
 from ..data.workers import Crew
 from ..errors import ConfigError, counted, shown
-from ..lora.layout import TARGETS, LoRALayout
+from ..lora.layout import LoRALayout
 from ..storage.checkpoint import load_model
 from ..training.difflora.dataset_people import DatasetPeople, JudgeSettings, LikenessJudge
 from ..training.difflora.lae_stream import common_down
@@ -25,6 +25,7 @@ from ..training.difflora.lora_corpus import CorpusConfig
 from ..training.difflora.lora_store import WORK, StorePlan, StoreTrainer, open_store
 from ..training.fingerprint import weights_digest
 from ..training.lora.dreambooth_config import DreamBoothConfig
+from ..training.lora.dreambooth_start import edited_layers
 from .bases import UNETS
 from .encoders import chosen_device, open_encoders
 from .local_base import DEMO, LocalBase, open_base
@@ -110,7 +111,7 @@ class PeopleJob:
         place, rank = self.down, self.course.rank
         model = None if Path(place).is_dir() else load_model(place)
         edited = LoRAStore(place).layout if model is None else model.layout
-        layers = (*TARGETS[self.course.targets], *edited.module_names)
+        layers = edited_layers(self.course, edited.module_names)
         wanted = self.opened.model.layout(self.opened.family, rank, layers)
         if model is None:
             loras = LoRARows(LoRAStore(place, wanted))

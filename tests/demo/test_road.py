@@ -14,9 +14,10 @@ from difflora_core.data.encodings import Latents
 from difflora_core.demo import paths
 from difflora_core.demo.build import people, stages_lora
 from difflora_core.demo.build.features import demo_encoders
-from difflora_core.demo.networks.base import demo_layout, load_base
+from difflora_core.demo.networks.base import load_base
 from difflora_core.demo.networks.vae import encode_pool
 from difflora_core.demo.world.pool import portrait_pool
+from difflora_core.lora.layout import TARGETS
 from difflora_core.models.difflora import DiffLoRAModel
 from difflora_core.models.face_reader import FaceReader, FaceReaderConfig
 from difflora_core.models.layers import DrawnFrom
@@ -108,7 +109,8 @@ def test_train_makes_the_model_that_the_library_makes(small, tmp_path):
         image_encoder=f"clip_vision.safetensors {digest}",
     )
     generator = torch.Generator().manual_seed(settings.seed)
-    model = DiffLoRAModel(config, demo_layout(), generator=generator)
+    layout = base.layout("demo", settings.rank, TARGETS[settings.targets])
+    model = DiffLoRAModel(config, layout, generator=generator)
     objective = functional.FunctionalObjective(model, base, settings.functional, reader)
     folder = tmp_path / "library" / "functional"
     functional.fit(objective, sets[0], settings.functional_loop, folder)

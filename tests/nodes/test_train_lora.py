@@ -119,16 +119,18 @@ def test_it_goes_on_from_a_prediction_and_from_a_file(comfy, face, is_shipped):
     assert abs(again - start).max() <= 2
 
 
-def test_a_start_of_another_layout_or_model(comfy):
+def test_a_start_on_more_layers_or_of_a_higher_rank(comfy, loras):
     comfy.run(training("wide", layers="all", steps=1))
     loaded = {"lora": node("DiffLoRA_LoadLoRAFile", lora_name="wide.safetensors")}
-    for changes, words in (
-        ({}, "layers that attention leaves out .*: set layers to all"),
-        ({"layers": "all", "rank": 1}, "has rank 2: set rank to 2 or more"),
-    ):
-        nodes = training("never", start_lora=["lora", 0], **changes)
-        with pytest.raises(ComfyPromptError, match=words):
-            comfy.run(nodes | loaded)
+    comfy.run(training("wider", start_lora=["lora", 0], steps=1) | loaded)
+    before, after = (load_file(loras / f"{name}.safetensors") for name in ("wide", "wider"))
+    assert before.keys() == after.keys()
+    changed = [key for key in before if "lora_up" in key and not before[key].equal(after[key])]
+    assert any("_in_layers_2" in key for key in changed)
+    assert any("_ff_net_" in key for key in changed)
+    nodes = training("never", start_lora=["lora", 0], rank=1)
+    with pytest.raises(ComfyPromptError, match="has rank 2: set rank to 2 or more"):
+        comfy.run(nodes | loaded)
 
 
 def test_stopping_keeps_the_best_and_queueing_goes_on(comfy, comfy_server, interrupt, loras):

@@ -13,11 +13,12 @@ from torch import Tensor
 from ...base_model.protocol import BaseModel
 from ...config import Config, check_range
 from ...errors import CheckpointError
-from ...lora.layout import TARGETS, LoRALayout
+from ...lora.layout import LoRALayout
 from ...storage.lora_corpus import LoRACorpus, load_corpus, save_corpus
 from ..fingerprint import fingerprint, weights_digest
 from ..loop import Progress
 from ..lora.dreambooth import DreamBoothConfig, DreamBoothExamples, train_dreambooth
+from ..lora.dreambooth_start import edited_layers
 from ..processes import launched
 from ..state_file import differences, remove_run
 
@@ -74,10 +75,8 @@ def build_corpus(
     """
     same = fingerprint(list(identities), config, shared_down, weights_digest(base.unet))
     facts = {"fingerprint": same, "settings": config.to_dict()}
-    folder = path.with_name(path.name + ".parts")
-    settings = config.dreambooth
-    layers = (*TARGETS[settings.targets], *(shared_down or ()))
-    layout = base.layout(config.base, settings.rank, layers)
+    settings, folder = config.dreambooth, path.with_name(path.name + ".parts")
+    layout = base.layout(config.base, settings.rank, edited_layers(settings, shared_down))
     starts = range(0, 0 if path.exists() else len(identities), config.group)
     parts = []
     for number, start in enumerate(starts):

@@ -11,11 +11,11 @@ from torch import Tensor
 from ...base_model.protocol import BaseModel
 from ...data.lora_store import NewLoRA, StoreWriter
 from ...errors import DivergedError
-from ...lora.layout import TARGETS
 from ...lora.weights import LoRAWeights
 from ..fingerprint import fingerprint, weights_digest
 from ..loop import Progress
 from ..lora.dreambooth import DreamBoothExamples, train_dreambooth
+from ..lora.dreambooth_start import edited_layers
 from ..processes import launched
 from ..state_file import remove_run
 from .lora_corpus import CorpusConfig
@@ -41,7 +41,7 @@ def open_store(
         DatasetError: the store is for another base.
     """
     course = config.dreambooth
-    layout = base.layout(config.base, course.rank, (*TARGETS[course.targets], *layers))
+    layout = base.layout(config.base, course.rank, edited_layers(course, layers))
     return StoreWriter(folder, layout, weights_digest(base.unet))
 
 

@@ -22,7 +22,6 @@ from ...base_model.protocol import BaseModel, TextCondition
 from ...config import Config, check_range
 from ...diffusion.objective import stratified_timesteps
 from ...errors import CheckpointError
-from ...lora.layout import TARGETS
 from ...lora.weights import LoRALayer, LoRAWeights
 from ..fingerprint import fingerprint, weights_digest
 from ..loop import Batch, ByStep, Hooks, Progress, train
@@ -36,7 +35,7 @@ from ..state_file import (
     write_state,
 )
 from .dreambooth_config import DreamBoothConfig, DreamBoothExamples
-from .dreambooth_start import mixed_generator, starting_weights
+from .dreambooth_start import edited_layers, mixed_generator, starting_weights
 
 __all__ = ["DreamBoothConfig", "DreamBoothExamples", "train_dreambooth"]
 
@@ -58,8 +57,7 @@ def train_dreambooth(
         config: settings.
         progress: called after every step as (step, steps, metrics), `loss` being the mean over
             people; it may raise InterruptedTraining.
-        initial: LoRA to start from, one for all or a batch of B; filled up to `config.rank`. It
-            may edit more layers than `config.targets`, and so may `shared_down`.
+        initial: LoRA to start from, one for all or a batch of B; filled up to `config.rank`.
         shared_down: layer name to (r, in): `down` of everybody at the start (and at the end, if
             `train_down` is off). Without it everybody draws an own one, as LoRA does.
         folder: where the run keeps its state, to go on from exactly there; at its end too, where
@@ -74,8 +72,7 @@ def train_dreambooth(
         LayoutError: `initial` or `shared_down` do not fit the base model.
         CheckpointError: the folder holds another run's state, or cannot be written.
     """
-    layers = (*TARGETS[config.targets], *(initial or shared_down or ()))
-    layout = base.layout("base", config.rank, layers)
+    layout = base.layout("base", config.rank, edited_layers(config, initial, shared_down))
     start = starting_weights(layout, examples.seeds, config, initial, shared_down)
     source = _Source(base, examples, config)
     fine = torch.promote_types(examples.latents.dtype, torch.float32)

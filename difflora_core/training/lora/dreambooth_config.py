@@ -42,7 +42,8 @@ class DreamBoothConfig(Config):
         seed: together with each identity's seed it fixes start and draws.
         same_start: draw one start for everybody. LoRAs that begin at one place stay comparable
             factor by factor, which is what an autoencoder of LoRAs learns from (ours).
-        targets: layers that the LoRA edits, see `lora.layout.TARGETS`.
+        targets: layers that the LoRA edits, see `lora.layout.TARGETS`, beside those of the LoRA or
+            the `down` that it starts from.
         checkpoint_every: steps between checkpoints, when a folder is given.
         accumulate, checkpointing: see `LoopConfig`; both save memory.
 
