@@ -17,7 +17,7 @@ from ..data.lora_store import LoRAStore
 from ..data.prepared import PreparedDataset
 from ..data.workers import Crew
 from ..errors import ConfigError, counted, shown
-from ..lora.layout import LoRALayout
+from ..lora.layout import LoRALayout, edited_layers
 from ..storage.checkpoint import load_model
 from ..training.difflora.dataset_people import DatasetPeople, JudgeSettings, LikenessJudge
 from ..training.difflora.lae_stream import common_down
@@ -25,7 +25,6 @@ from ..training.difflora.lora_corpus import CorpusConfig
 from ..training.difflora.lora_store import WORK, StorePlan, StoreTrainer, open_store
 from ..training.fingerprint import weights_digest
 from ..training.lora.dreambooth_config import DreamBoothConfig
-from ..training.lora.dreambooth_start import edited_layers
 from .bases import UNETS
 from .encoders import chosen_device, open_encoders
 from .local_base import DEMO, LocalBase, open_base
@@ -95,7 +94,7 @@ class PeopleJob:
             encoder, _ = open_encoders(self.judge.faces, "", compute_device(base))
             likeness = LikenessJudge(base, self.people, self.data, encoder, self.judge)
         shared = self._shared_down()
-        writer = open_store(Path(self.folder), base, config, tuple(shared or ()))
+        writer = open_store(Path(self.folder), base, config, shared)
         return StoreTrainer(base, self.people, config, writer, likeness, shared)
 
     def _shared_down(self) -> dict[str, Tensor] | None:
@@ -111,7 +110,7 @@ class PeopleJob:
         place, rank = self.down, self.course.rank
         model = None if Path(place).is_dir() else load_model(place)
         edited = LoRAStore(place).layout if model is None else model.layout
-        layers = edited_layers(self.course, edited.module_names)
+        layers = edited_layers(self.course.targets, edited.module_names)
         wanted = self.opened.model.layout(self.opened.family, rank, layers)
         if model is None:
             loras = LoRARows(LoRAStore(place, wanted))

@@ -19,7 +19,7 @@ from ..data.lora_store import LoRAStore
 from ..data.prepared import PreparedDataset
 from ..diffusion.sampler import SampleSettings
 from ..errors import ConfigError, counted, shown
-from ..lora.layout import ATTENTION_PROJECTIONS, TARGETS
+from ..lora.layout import TARGETS, edited_layers
 from ..models.difflora import DiffLoRAModel
 from ..models.face_reader import FaceReader, FaceReaderConfig
 from ..models.layers import DrawnFrom
@@ -341,7 +341,7 @@ class _Work:
         )
         targets = TARGETS[s.targets]
         if preset == "paper":
-            targets = (*ATTENTION_PROJECTIONS, *LoRAStore(s.corpus).layout.module_names)
+            targets = edited_layers("attention", LoRAStore(s.corpus).layout.module_names)
         layout = base.model.layout(base.family, s.rank, targets)
         generator = torch.Generator().manual_seed(s.seed)
         return DiffLoRAModel(config, layout, generator=generator).to(self.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -34,6 +34,17 @@ TARGETS = {
 }
 """Endings of layer names: a LoRA's usual set, with feed-forward layers as kohya's trainer has them,
 with LoCon's convolutions, and with both."""
+
+
+def edited_layers(targets: str, *starts: Iterable[str] | None) -> tuple[str, ...]:
+    """Endings of names, and names, of the layers that a LoRA edits.
+
+    Args:
+        targets: key of TARGETS.
+        starts: the layers of what it starts from, where there is such a thing.
+    """
+    return (*TARGETS[targets], *(layer for start in starts for layer in start or ()))
+
 
 # Inner parts of a diffusers residual block and their LDM names; attention parts share their names.
 _RESNET_PARTS = {
@@ -320,10 +331,10 @@ def layout_from_unet_config(
         LayoutError: when no layer matches.
     """
     unet = _meta_unet(_config_text(config))
-    layers = []
+    layers, endings = [], tuple(f".{target}" for target in targets)
     for path, ldm in unet_name_map(config).items():
         size = module_size(unet.get_submodule(path))
-        if size and f".{ldm}".endswith(tuple(f".{t}" for t in targets)):
+        if size and f".{ldm}".endswith(endings):
             layers.append(LayerShape(ldm, size[0], size[1], path))
     if not layers:
         raise LayoutError(f"The base model {base} has no layer that ends in {targets}.")

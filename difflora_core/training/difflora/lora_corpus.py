@@ -13,12 +13,11 @@ from torch import Tensor
 from ...base_model.protocol import BaseModel
 from ...config import Config, check_range
 from ...errors import CheckpointError
-from ...lora.layout import LoRALayout
+from ...lora.layout import LoRALayout, edited_layers
 from ...storage.lora_corpus import LoRACorpus, load_corpus, save_corpus
 from ..fingerprint import fingerprint, weights_digest
 from ..loop import Progress
 from ..lora.dreambooth import DreamBoothConfig, DreamBoothExamples, train_dreambooth
-from ..lora.dreambooth_start import edited_layers
 from ..processes import launched
 from ..state_file import differences, remove_run
 
@@ -76,7 +75,7 @@ def build_corpus(
     same = fingerprint(list(identities), config, shared_down, weights_digest(base.unet))
     facts = {"fingerprint": same, "settings": config.to_dict()}
     settings, folder = config.dreambooth, path.with_name(path.name + ".parts")
-    layout = base.layout(config.base, settings.rank, edited_layers(settings, shared_down))
+    layout = base.layout(config.base, settings.rank, edited_layers(settings.targets, shared_down))
     starts = range(0, 0 if path.exists() else len(identities), config.group)
     parts = []
     for number, start in enumerate(starts):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from ...base_model.protocol import BaseModel
 from ...data.lora_store import NewLoRA, StoreWriter
 from ...errors import DivergedError
+from ...lora.layout import edited_layers
 from ...lora.weights import LoRAWeights
 from ..fingerprint import fingerprint, weights_digest
 from ..loop import Progress
 from ..lora.dreambooth import DreamBoothExamples, train_dreambooth
-from ..lora.dreambooth_start import edited_layers
 from ..processes import launched
 from ..state_file import remove_run
 from .lora_corpus import CorpusConfig
@@ -27,7 +27,7 @@ WORK = "work"
 
 
 def open_store(
-    folder: Path, base: BaseModel, config: CorpusConfig, layers: Sequence[str] = ()
+    folder: Path, base: BaseModel, config: CorpusConfig, start: Iterable[str] | None = None
 ) -> StoreWriter:
     """The store of LoRAs that are trained on a base model.
 
@@ -35,13 +35,13 @@ def open_store(
         folder: of the store.
         base: its layout and its weights are what the store is for.
         config: names the base's family and the rank.
-        layers: names of layers that the LoRAs edit beside those of the course.
+        start: names of the layers of what the LoRAs start from, which they edit too.
 
     Raises:
         DatasetError: the store is for another base.
     """
     course = config.dreambooth
-    layout = base.layout(config.base, course.rank, edited_layers(course, layers))
+    layout = base.layout(config.base, course.rank, edited_layers(course.targets, start))
     return StoreWriter(folder, layout, weights_digest(base.unet))
 
 

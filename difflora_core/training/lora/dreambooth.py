@@ -22,6 +22,7 @@ from ...base_model.protocol import BaseModel, TextCondition
 from ...config import Config, check_range
 from ...diffusion.objective import stratified_timesteps
 from ...errors import CheckpointError
+from ...lora.layout import edited_layers
 from ...lora.weights import LoRALayer, LoRAWeights
 from ..fingerprint import fingerprint, weights_digest
 from ..loop import Batch, ByStep, Hooks, Progress, train
@@ -35,7 +36,7 @@ from ..state_file import (
     write_state,
 )
 from .dreambooth_config import DreamBoothConfig, DreamBoothExamples
-from .dreambooth_start import edited_layers, mixed_generator, starting_weights
+from .dreambooth_start import mixed_generator, starting_weights
 
 __all__ = ["DreamBoothConfig", "DreamBoothExamples", "train_dreambooth"]
 
@@ -72,7 +73,7 @@ def train_dreambooth(
         LayoutError: `initial` or `shared_down` do not fit the base model.
         CheckpointError: the folder holds another run's state, or cannot be written.
     """
-    layout = base.layout("base", config.rank, edited_layers(config, initial, shared_down))
+    layout = base.layout("base", config.rank, edited_layers(config.targets, initial, shared_down))
     start = starting_weights(layout, examples.seeds, config, initial, shared_down)
     source = _Source(base, examples, config)
     fine = torch.promote_types(examples.latents.dtype, torch.float32)

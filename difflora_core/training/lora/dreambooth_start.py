@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import ConfigError, LayoutError, counted
-from ...lora.layout import TARGETS, LoRALayout
+from ...lora.layout import LoRALayout
 from ...lora.weights import LoRALayer, LoRAWeights
 from .dreambooth_config import DreamBoothConfig
 
@@ -21,16 +21,6 @@ def mixed_generator(*numbers: int) -> torch.Generator:
     text = ",".join(str(int(number)) for number in numbers)
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-
-
-def edited_layers(config: DreamBoothConfig, *starts: Iterable[str] | None) -> tuple[str, ...]:
-    """Endings of names, and names, of the layers that a run trains.
-
-    Args:
-        config: settings.
-        starts: the layers of what it starts from, where there is such a thing.
-    """
-    return (*TARGETS[config.targets], *(layer for start in starts for layer in start or ()))
 
 
 def starting_weights(

@@ -21,7 +21,7 @@ from ...adapters.lora import lora_adapter_set
 from ...config import check_range
 from ...diffusion.objective import LossWeight
 from ...errors import ConfigError, LayoutError, counted
-from ...lora.layout import TARGETS, LoRALayout, module_size
+from ...lora.layout import LoRALayout, edited_layers, module_size
 from ...lora.weights import LoRALayer, LoRAWeights
 from ...methods.base import Facts, TrainedAdaptation
 from ...methods.lora import LoRA, lora_adaptation
@@ -102,8 +102,8 @@ class LoRAObjective(nn.Module):
                 "factors."
             )
         self.task, self.config = task, config
-        targets = (*TARGETS[config.targets], *(() if start is None else start))
-        self.layout = task.base.layout(task.base_name, config.rank, targets)
+        edited = edited_layers(config.targets, start)
+        self.layout = task.base.layout(task.base_name, config.rank, edited)
         self.facts = (start,)
         self.factors = nn.ParameterList()
         self.scale_gradients = self._normalise if config.normalise_gradient else None
