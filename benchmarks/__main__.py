@@ -17,6 +17,7 @@ BENCHMARKS = {
     "corpus_training": ("identity.corpus_training", "identities an hour, in groups or one by one"),
     "lora_noise": ("identity.lora_noise", "how much of a trained LoRA is the person"),
     "face_parameters": ("identity.face_parameters", "which parts of a face each row gets right"),
+    "yardstick": ("identity.yardstick", "settings of DreamBooth, chosen on validation people"),
     "choose_strength": ("identity.choose_strength", "strengths, chosen on validation people"),
     "fit_linear": ("identity.fit_linear", "fits the linear baselines, PCA and ridge regression"),
     "plots": ("identity.plots", "plots of reports of other benchmarks, and of training runs"),

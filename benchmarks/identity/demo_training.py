@@ -12,9 +12,8 @@ from difflora_core.commands.plan import DEMO
 from difflora_core.commands.train_data import encode_all
 from difflora_core.demo import paths
 from difflora_core.demo.build.features import demo_encoders
-from difflora_core.demo.networks.base import LORA_RANK, UNET_CONFIG
+from difflora_core.demo.networks.base import demo_layout
 from difflora_core.demo.world.pool import PicturePool
-from difflora_core.lora.layout import ATTENTION_PROJECTIONS, layout_from_unet_config
 from difflora_core.models.difflora import DiffLoRAModel
 from difflora_core.storage.safetensors_io import read_file, write_atomic
 from difflora_core.training.difflora.functional import PersonPictures
@@ -26,19 +25,17 @@ _CHUNK = 500
 _PARTS = ("face", "face_found", "image", "image_tokens")
 
 
-def new_model(
-    seed: int, targets: tuple[str, ...] = ATTENTION_PROJECTIONS, **parts: object
-) -> DiffLoRAModel:
+def new_model(seed: int, targets: str = "attention", **parts: object) -> DiffLoRAModel:
     """An untrained model of the functional preset.
 
     Args:
         seed: of its weights.
-        targets: endings of the names of the layers that its LoRAs edit.
+        targets: the layers that its LoRAs edit, key of `lora.layout.TARGETS`.
         parts: networks in place of the usual ones.
     """
     about = {"face_encoder": "demo_faces/rec_demo.onnx", "image_encoder": "demo CLIP vision"}
     config = network_config(DEMO, False, **{**about, **parts})
-    layout = layout_from_unet_config("demo", UNET_CONFIG, LORA_RANK, targets)
+    layout = demo_layout(targets=targets)
     return DiffLoRAModel(config, layout, generator=torch.Generator().manual_seed(seed))
 
 

@@ -19,7 +19,6 @@ from difflora_core.demo import paths
 from difflora_core.demo.build import stages_lora
 from difflora_core.demo.networks.base import load_base
 from difflora_core.evaluation.report import Report, crossed_interval
-from difflora_core.lora.layout import TARGETS
 from difflora_core.models.difflora import DiffLoRAModel
 from difflora_core.models.face_reader import FaceReader, FaceReaderConfig
 from difflora_core.storage.checkpoint import load_model, save_model
@@ -77,8 +76,7 @@ def functional_model(
     folder = artefacts.cache / "seeds" / f"{artefacts.base_hash[:12]}-{steps}-{seed}"
     path = folder / "model.safetensors"
     if not path.exists():
-        targets = TARGETS[stages_lora.functional_settings().targets]
-        model = new_model(100 + seed, targets)
+        model = new_model(100 + seed, stages_lora.functional_settings().targets)
         loop = replace(stages_lora.FUNCTIONAL_LOOP, steps=steps, seed=seed)
 
         def progress(step: int, total: int, metrics: dict[str, float]) -> None:

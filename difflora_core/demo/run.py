@@ -107,7 +107,8 @@ def _dreambooth(server: ComfyServer, console: Console) -> Row:
     begun = time.monotonic()
     weights = dreambooth_lora(load_base(paths.BASE))
     seconds = time.monotonic() - begun
-    file = write_lora_file(OUTPUT / _DREAMBOOTH_FILE, weights, demo_layout())
+    layout = demo_layout(DREAMBOOTH.rank, DREAMBOOTH.targets)
+    file = write_lora_file(OUTPUT / _DREAMBOOTH_FILE, weights, layout)
     folder = server.base_directory / "models" / "loras"
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(file, folder / _DREAMBOOTH_FILE)

@@ -25,7 +25,7 @@ from benchmarks.identity.experiment import Experiment
 from benchmarks.identity.people import RealPictures, benchmark_people
 from benchmarks.prompts import PROMPTS
 from difflora_core.demo.networks.text import tokenize, word_numbers
-from difflora_core.lora.layout import ATTENTION_PROJECTIONS
+from difflora_core.lora.layout import TARGETS
 from difflora_core.models.difflora import DiffLoRAConfig, DiffLoRAModel
 from difflora_core.storage.checkpoint import load_model
 from difflora_core.text.clip_pair import ClipPairText
@@ -213,9 +213,9 @@ def test_every_method_sees_the_same_batches(artefacts):
 
 @pytest.mark.parametrize("name", training.OURS)
 def test_ours_and_its_ablations_train_on_the_same_terms(name, artefacts, tmp_path, monkeypatch):
-    def new_model(seed, targets=ATTENTION_PROJECTIONS, **parts):
+    def new_model(seed, targets="attention", **parts):
         generator = torch.Generator().manual_seed(seed)
-        layout = artefacts.base.layout("demo", artefacts.layout.rank, targets)
+        layout = artefacts.base.layout("demo", artefacts.layout.rank, TARGETS[targets])
         return DiffLoRAModel(DiffLoRAConfig.demo(SIZES, **parts), layout, generator=generator)
 
     monkeypatch.setattr(training, "new_model", new_model)

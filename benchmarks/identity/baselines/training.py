@@ -20,7 +20,6 @@ from difflora_core.demo.build import stages_lora
 from difflora_core.demo.build.stages import pool_latents
 from difflora_core.demo.networks.base import STEPS
 from difflora_core.demo.world.pool import PicturePool, cached_pool, portrait_pool
-from difflora_core.lora.layout import ATTENTION_PROJECTIONS, TRANSFORMER_LAYERS
 from difflora_core.models.face_reader import FaceReader, FaceReaderConfig
 from difflora_core.models.layers import DrawnFrom
 from difflora_core.models.mif import MIFConfig
@@ -69,7 +68,7 @@ OURS: Mapping[str, dict[str, Any]] = {
     f"{SAME}, likeness loss": {"likeness": stages_lora.FUNCTIONAL.likeness},
     f"{SAME}, likeness loss, feed-forward layers": {
         "likeness": stages_lora.FUNCTIONAL.likeness,
-        "targets": TRANSFORMER_LAYERS,
+        "targets": "transformer",
     },
 }
 """DiffLoRA's functional preset by the same budget, and its ablations, each trained anew. Like the
@@ -162,7 +161,7 @@ def train_ours(
     """Train DiffLoRA by the functional recipe under one of OURS; see `train_baseline`."""
     options = dict(OURS[name])
     likeness = float(options.pop("likeness", 0.0))
-    targets = options.pop("targets", ATTENTION_PROJECTIONS)
+    targets = options.pop("targets", "attention")
     sizes, folder = sets[0].data.features.sizes, path.with_suffix("")
     mif = MIFConfig(
         face_dim=sizes.face,

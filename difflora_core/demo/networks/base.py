@@ -21,7 +21,7 @@ from ...base_model.diffusers_base import DiffusersBase, time_ids
 from ...base_model.protocol import TextCondition
 from ...config import parse_json
 from ...diffusion.objective import abar_at, add_noise, training_target
-from ...lora.layout import LoRALayout, layout_from_unet_config, unet_name_map
+from ...lora.layout import TARGETS, LoRALayout, layout_from_unet_config, unet_name_map
 from ...models.layers import DrawnFrom
 from ...storage.safetensors_io import read_file, write_atomic
 from ..world.pool import PicturePool
@@ -170,9 +170,9 @@ def new_base(seed: int) -> tuple[UNet2DConditionModel, DemoText]:
     return unet, text
 
 
-def demo_layout(rank: int = LORA_RANK) -> LoRALayout:
-    """The LoRA layout of the demo base."""
-    return layout_from_unet_config("demo", UNET_CONFIG, rank)
+def demo_layout(rank: int = LORA_RANK, targets: str = "attention") -> LoRALayout:
+    """The LoRA layout of the demo base, of the layers that `targets` (key of TARGETS) names."""
+    return layout_from_unet_config("demo", UNET_CONFIG, rank, TARGETS[targets])
 
 
 def save_base(path: Path, unet: UNet2DConditionModel, text: DemoText, vae: AutoencoderKL) -> None:
