@@ -22,6 +22,7 @@ PERSON, SECOND, SITTER, MODEL = 2, 1, 5, 14
 PHOTOS = 8
 REFERENCE = Scene("photo", "neutral", "blue", "plain", "white")
 DREAMBOOTH = DreamBoothConfig(
+    targets="transformer",
     steps=300,
     learning_rate=2e-2,
     decay="cosine",

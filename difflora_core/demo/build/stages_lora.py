@@ -118,6 +118,7 @@ def functional_settings() -> train.Settings:
         clip_vision=str(paths.CLIP_VISION),
         size="small",
         rank=LORA_RANK,
+        targets="transformer",
         likeness=READER_LOOP,
         face_crop=0,  # 16 latent pixels are a face, hair and shoulders
         functional=FUNCTIONAL,
