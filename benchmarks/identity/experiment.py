@@ -77,9 +77,7 @@ class Experiment:
 
     def base(self) -> Trial:
         """The base model without any LoRA."""
-        columns = self.evaluator.columns(self.sampler.pictures())
-        columns["denoising_loss"] = self.sampler.losses(self.unseen)
-        return Trial(BASE, 0.0, columns, {"step_ms": self.step_ms})
+        return Trial(BASE, 0.0, self._columns(None, 0.0), {"step_ms": self.step_ms})
 
     @cached_property
     def step_ms(self) -> float:
@@ -94,16 +92,19 @@ class Experiment:
         return self.step_ms * own / plain
 
     def trial(self, row: Row, strength: float) -> Trial:
-        """A row at a strength; what was measured before is read from the cache."""
-        made = row.weights
+        """A row at a strength."""
+        columns = self._columns(row.weights, strength)
+        return Trial(row.name, strength, columns, self._costs(row) | {"strength": strength})
+
+    def _columns(self, made: Adaptation | None, strength: float) -> Columns:
+        """What the judges say of pictures; read from the cache where it was measured before."""
         path = self.artefacts.cache / "trials" / f"{self._key(made, strength)}.safetensors"
         if path.exists():
-            columns = load_file(path)
-        else:
-            columns = self.evaluator.columns(self.sampler.pictures(made, strength))
-            columns["denoising_loss"] = self.sampler.losses(self.unseen, made, strength)
-            write_atomic(columns, {}, path)
-        return Trial(row.name, strength, columns, self._costs(row) | {"strength": strength})
+            return load_file(path)
+        columns = self.evaluator.columns(self.sampler.pictures(made, strength))
+        columns["denoising_loss"] = self.sampler.losses(self.unseen, made, strength)
+        write_atomic(columns, {}, path)
+        return columns
 
     def _costs(self, row: Row) -> dict[str, float]:
         """Seconds from photos to person, milliseconds a step, sizes."""
@@ -117,7 +118,7 @@ class Experiment:
         }
         return {name: value for name, value in costs.items() if value is not None}
 
-    def _key(self, made: Adaptation, strength: float) -> str:
+    def _key(self, made: Adaptation | None, strength: float) -> str:
         """Digest of all that a trial's columns depend on, but the benchmark's own code."""
         digest = hashlib.sha256()
         facts = (self.artefacts.base_hash, self.plan, self.people.seeds, strength, PROTOCOL)
@@ -131,7 +132,8 @@ class Experiment:
                 for name, layer in made.layers.items()
             }
         else:
-            parts = {name: (tensor,) for name, tensor in made.tensors().items()}
+            own = {} if made is None else made.tensors()
+            parts = {name: (tensor,) for name, tensor in own.items()}
         for name, tensors in parts.items():
             digest.update(name.encode())
             for tensor in tensors:

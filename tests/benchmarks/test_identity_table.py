@@ -284,13 +284,14 @@ def test_a_trial_is_drawn_once_for_the_same_weights_and_strength(artefacts, plan
     experiment = Experiment(cached, replace(plan, repeats=0), "validation", 1)
     features = cached.features(experiment.people.photos.images[:, :1])
     row = Row("some", rows.predict(cached.models["functional"], features))
-    first = experiment.trial(row, 1.0)
+    first, base = experiment.trial(row, 1.0), experiment.base()
     drawn = []
     monkeypatch.setattr(experiment.sampler, "pictures", lambda *a: drawn.append(a) or 1 / 0)
     again = experiment.trial(replace(row, name="other"), 1.0)
     assert again.row == "other"
-    for name, column in first.columns.items():
-        torch.testing.assert_close(again.columns[name], column, atol=0, rtol=0)
+    for one, two in ((first, again), (base, experiment.base())):
+        for name, column in one.columns.items():
+            torch.testing.assert_close(two.columns[name], column, atol=0, rtol=0)
     for changed, strength in ((row, 1.5), (replace(row, weights=row.weights.scaled(1.01)), 1.0)):
         with pytest.raises(ZeroDivisionError):
             experiment.trial(changed, strength)
