@@ -63,7 +63,7 @@ def test_as_a_process_with_two_photos(tmp_path, command):
     out = tmp_path / "her.safetensors"
     options = ("--faces", paths.FACES, "--clip-vision", paths.CLIP_VISION)
     ended = command("generate", paths.DIFFLORA, PHOTO, SECOND, "--out", out, *options)
-    assert "her.safetensors: 0.1 MB" in ended.stdout
+    assert "her.safetensors: 0.2 MB" in ended.stdout
     assert ended.stderr == ""
     close(changes(out), wanted(PHOTO, SECOND))
     with safe_open(out, "pt") as file:

@@ -19,7 +19,7 @@ from difflora_core.storage.lora_corpus import LoRACorpus, save_corpus
 def test_a_model():
     facts = facts_of(paths.DIFFLORA)
     assert facts["kind"] == "DiffLoRA model, preset functional"
-    assert (facts["base"], facts["layers"], facts["rank"]) == ("demo", "56", "4")
+    assert (facts["base"], facts["layers"], facts["rank"]) == ("demo", "84", "4")
     assert facts["face encoder"] == "demo_faces/rec_demo.onnx"
 
 
