@@ -14,7 +14,8 @@ from difflora_core.data.encodings import Latents
 from difflora_core.demo import paths
 from difflora_core.demo.build import people, stages_lora
 from difflora_core.demo.build.features import demo_encoders
-from difflora_core.demo.networks.base import load_base
+from difflora_core.demo.examples import DREAMBOOTH
+from difflora_core.demo.networks.base import demo_layout, load_base
 from difflora_core.demo.networks.vae import encode_pool
 from difflora_core.demo.world.pool import portrait_pool
 from difflora_core.lora.layout import TARGETS
@@ -22,6 +23,7 @@ from difflora_core.models.difflora import DiffLoRAModel
 from difflora_core.models.face_reader import FaceReader, FaceReaderConfig
 from difflora_core.models.layers import DrawnFrom
 from difflora_core.storage.checkpoint import load_model, save_model
+from difflora_core.storage.lora_file import read_lora_file
 from difflora_core.training.difflora import face_reader, functional, latent_dit
 from difflora_core.training.difflora.functional import PersonPictures
 from difflora_core.vision.face_choice import FaceOptions
@@ -77,6 +79,15 @@ def photo_latents(model, data):
     return latent_dit.LatentExamples(
         data.features, latent_dit.photo_latents(model, data.features, count)
     )
+
+
+def test_model_file_and_yardstick_edit_the_same_layers():
+    """What ships is what its stage makes, and DreamBooth is given as many layers to learn with."""
+    settings, shipped = stages_lora.functional_settings(), load_model(paths.DIFFLORA).layout
+    assert shipped == demo_layout(settings.rank, settings.targets)
+    yardstick = demo_layout(DREAMBOOTH.rank, DREAMBOOTH.targets)
+    assert yardstick == shipped
+    assert len(read_lora_file(paths.OLD_LORA).tensors) == 3 * len(shipped)  # down, up, alpha
 
 
 def test_train_makes_the_model_that_the_library_makes(small, tmp_path):
