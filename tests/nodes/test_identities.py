@@ -233,7 +233,8 @@ def test_latents_of_two_models_do_not_mix(comfy, comfy_server, random_difflora, 
     models = comfy_server.base_directory / "models"
     folder = models / "difflora"
     folder.mkdir(parents=True, exist_ok=True)
-    random_difflora(folder / "stranger.safetensors", demo_layout(), sizes, seed=11)
+    layout = demo_layout(targets="transformer")  # that of the shipped model
+    random_difflora(folder / "stranger.safetensors", layout, sizes, seed=11)
     nodes = people(
         stranger=node("DiffLoRA_LoadModel", model_name="stranger.safetensors"),
         c=invent(3, model=["stranger", 0]),
