@@ -146,6 +146,7 @@ def node_settings(config: DreamBoothConfig) -> LoRATraining:
         schedule=config.decay,
         warmup=config.warmup,
         rank=config.rank,
+        targets=config.targets,
         train_down=config.train_down,
         normalise_gradient=config.normalise_gradient,
         seed=config.seed,

@@ -25,6 +25,7 @@ def test_both_trainers_have_the_same_settings(config):
         "schedule": "decay",
         "warmup": "warmup",
         "rank": "rank",
+        "targets": "targets",
         "train_down": "train_down",
         "normalise_gradient": "normalise_gradient",
     }
