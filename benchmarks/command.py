@@ -10,7 +10,7 @@ import argparse
 import os
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -65,6 +65,18 @@ def write_report(report: Report, path: Path | None, console: Console) -> None:
     if path:
         write_text(path, report.to_json() + "\n")
         console.print(f"wrote {path}")
+
+
+def show_report(
+    report: Report,
+    path: Path | None,
+    console: Console,
+    digits: Mapping[str, int] | None = None,
+) -> None:
+    """Print the table, and by which machine and commit (of its facts) it was made; write it too."""
+    console.print(report.to_markdown(digits))
+    console.print(f"{report.facts['machine']}, {str(report.facts['commit'])[:12]}")
+    write_report(report, path, console)
 
 
 def machine() -> str:

@@ -88,12 +88,19 @@ def choose(
         if row.like or not wanted_row(row.name, wanted):
             continue
         trials = experiment.trials([(row, strength) for strength in grid], console)
-        scores = {trial.strength: score(trial, base, real) for trial in trials}
-        best = best_strength(trials, scores, base)
-        result[row.name] = {"strength": best, "scores": {f"{k:g}": v for k, v in scores.items()}}
+        best, scores = at_best(trials, base, real)
+        kept = {f"{strength:g}": value for strength, value in scores.items()}
+        result[row.name] = {"strength": best.strength, "scores": kept}
         line = "  ".join(f"{k:g}: {v:.3f}" for k, v in scores.items())
-        console.print(f"{row.name}: strength {best:g}  ({line})")
+        console.print(f"{row.name}: strength {best.strength:g}  ({line})")
     return result
+
+
+def at_best(trials: Sequence[Trial], base: Trial, real: Trial) -> tuple[Trial, dict[float, float]]:
+    """Of a row's trials the one at its best strength, see `best_strength`, and all their scores."""
+    scores = {trial.strength: score(trial, base, real) for trial in trials}
+    best = best_strength(trials, scores, base)
+    return next(trial for trial in trials if trial.strength == best), scores
 
 
 def best_strength(trials: Sequence[Trial], scores: Mapping[float, float], base: Trial) -> float:

@@ -15,7 +15,7 @@ from difflora_core.demo import paths
 from difflora_core.demo.world.identities import PARAMETERS
 from difflora_core.evaluation.report import Report
 
-from ..command import benchmark_console, command_parser, commit, machine, set_threads, write_report
+from ..command import benchmark_console, command_parser, commit, machine, set_threads, show_report
 from .artefacts import load_artefacts
 from .choose_strength import read_strengths, validation_plan
 from .experiment import Experiment
@@ -42,9 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     experiment = Experiment(artefacts, validation_plan(), "validation", options.people)
     errors = errors_of(experiment, read_strengths(paths.STRENGTHS), options.rows)
     report = Report(by_parameter(errors), {"commit": commit(), "machine": machine()})
-    console.print(report.to_markdown())
-    console.print(f"{report.facts['machine']}, {str(report.facts['commit'])[:12]}")
-    write_report(report, options.json, console)
+    show_report(report, options.json, console)
     return 0
 
 

@@ -20,10 +20,10 @@ from difflora_core.lora.tokens import TokenGrid
 from difflora_core.lora.weights import LoRAWeights
 from difflora_core.training.lora.dreambooth import DreamBoothConfig
 
-from ..command import benchmark_console, command_parser, commit, machine, set_threads, write_report
+from ..command import benchmark_console, command_parser, commit, machine, set_threads, show_report
 from .artefacts import load_artefacts
-from .choose_strength import best_strength
-from .experiment import Experiment, Trial, score
+from .choose_strength import at_best
+from .experiment import Experiment, Trial
 from .identity import QUICK_PLAN
 from .people import render_people
 from .rows import Row
@@ -66,9 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "machine": machine(),
     }
     report = Report(rows, facts)
-    console.print(report.to_markdown(DIGITS))
-    console.print(f"{facts['machine']}, {str(facts['commit'])[:12]}")
-    write_report(report, options.json, console)
+    show_report(report, options.json, console, DIGITS)
     return 0
 
 
@@ -82,9 +80,7 @@ def course_row(
     made, grid = trainings(experiment, course), TokenGrid(experiment.artefacts.layout, ("up",))
     parts = variation(*(grid.encode(weights)[0].flatten(1).double() for weights in made))
     trials = [experiment.trial(Row(name, made[0]), strength) for strength in STRENGTHS]
-    scores = {trial.strength: score(trial, *ends) for trial in trials}
-    best = best_strength(trials, scores, ends[0])
-    means = next(trial for trial in trials if trial.strength == best).means()
+    means = at_best(trials, *ends)[0].means()
     kept = ("strength", "face_similarity", "parameter_error", "prompt_agreement")
     loss = trials[0].means()["denoising_loss"]  # at strength 1, where it was trained
     return {**parts, "denoising_loss": loss, **{column: means[column] for column in kept}}

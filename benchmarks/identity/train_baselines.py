@@ -18,7 +18,7 @@ from difflora_core.config import parse_json
 from difflora_core.evaluation.report import Report
 from difflora_core.storage.atomic import write_text
 
-from ..command import benchmark_console, command_parser, commit, machine, set_threads, write_report
+from ..command import benchmark_console, command_parser, commit, machine, set_threads, show_report
 from .artefacts import load_artefacts
 from .baselines.registry import BASELINES
 from .baselines.training import (
@@ -56,9 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts = {"budget": budget.to_dict(), "commit": commit(), "machine": machine()}
     facts["sources"] = {name: method.source for name, method in BASELINES.items()}
     report = Report(rows, facts)
-    console.print(report.to_markdown({"validation": 4, "seconds": 0, "mb": 1}))
-    console.print(f"{facts['machine']}, {str(facts['commit'])[:12]}")
-    write_report(report, options.json, console)
+    show_report(report, options.json, console, {"validation": 4, "seconds": 0, "mb": 1})
     return 0
 
 

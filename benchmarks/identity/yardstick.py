@@ -15,11 +15,11 @@ from difflora_core.evaluation.report import Report
 from difflora_core.lora.layout import TARGETS
 from difflora_core.training.lora.dreambooth import DreamBoothConfig
 
-from ..command import benchmark_console, command_parser, commit, machine, set_threads, write_report
+from ..command import benchmark_console, command_parser, commit, machine, set_threads, show_report
 from .artefacts import load_artefacts
-from .choose_strength import best_strength, validation_plan
+from .choose_strength import at_best, validation_plan
 from .dreambooth import SETTINGS
-from .experiment import Experiment, Trial, score
+from .experiment import Experiment, Trial
 from .rows import Row
 
 STRENGTHS = (0.75, 1.0, 1.25, 1.5)
@@ -52,9 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "machine": machine(),
     }
     report = Report(rows, facts)
-    console.print(report.to_markdown(DIGITS))
-    console.print(f"{facts['machine']}, {str(facts['commit'])[:12]}")
-    write_report(report, options.json, console)
+    show_report(report, options.json, console, DIGITS)
     return 0
 
 
@@ -67,8 +65,6 @@ def course_row(
     """
     people, trainer = experiment.people, experiment.artefacts.trainer
     row = Row(name, trainer.train(people.photos, people.seeds, course))
-    trials = {strength: experiment.trial(row, strength) for strength in STRENGTHS}
-    scores = {strength: score(trial, *ends) for strength, trial in trials.items()}
-    best = best_strength(list(trials.values()), scores, ends[0])
-    means = trials[best].means()
-    return {column: means[column] for column in KEPT} | {"score": scores[best]}
+    best, scores = at_best([experiment.trial(row, strength) for strength in STRENGTHS], *ends)
+    means = best.means()
+    return {column: means[column] for column in KEPT} | {"score": scores[best.strength]}
